@@ -1,0 +1,1 @@
+"""How the reference model is trained, measured and exported; `recipes/reference_model.py` is the command."""

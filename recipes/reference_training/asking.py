@@ -1,0 +1,136 @@
+"""Stage 2 data: mini-RULER documents followed by their questions and ideal answers, as token ids.
+
+The stream is the one inference sees: the beginning of the document is token 1, then the context, then a question. In
+training more questions and answers follow, which supervises many tokens per document.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from headwise.evals import ruler
+from headwise.evals.lexicon import BOS, EOS, REFERENCE_LEXICON, REFERENCE_VOCABULARY, split_words_and_marks
+from headwise.evals.ruler import Document, Question
+
+from .trainer import Batch
+
+MIXED = "mixed"  # records, listings and chains in one document, as in the demo
+CONTEXT_WEIGHT = 0.002
+END_WEIGHT = 0.3
+MOST_ALTERNATIVES = ruler.NUM_COMMON_WORDS - 1
+# The least share of a row that the context takes; the rest is for questions. Rows of few questions have it all.
+LEAST_CONTEXT_SHARE = {
+    "niah_multikey": 0.7,
+    "niah_multikey_dense": 0.5,
+    "niah_multivalue": 0.8,
+    "niah_multiquery": 0.6,
+    "vt": 0.8,
+    MIXED: 0.6,
+}
+SHORTEST_SHARED_LENGTH = 128  # below it the context of every task takes all it can
+
+_TOKEN_IDS = {word: index for index, word in enumerate(REFERENCE_VOCABULARY)}
+# Questions whose answers may come in any order: every answer not yet given counts as right.
+_UNORDERED_PROMPTS = tuple(
+    wording.question.split("{")[0]
+    for wording in (REFERENCE_LEXICON.listing, REFERENCE_LEXICON.common_words, REFERENCE_LEXICON.frequent_words)
+)
+
+
+def encode(text: str) -> list[int]:
+    """Return the token ids of a text, without special tokens."""
+    return [_TOKEN_IDS[word] for word in split_words_and_marks(text)]
+
+
+def encode_document(text: str) -> list[int]:
+    """Return the token ids of a text that stands at the beginning, as the tokenizer writes them by default."""
+    return [_TOKEN_IDS[BOS], *encode(text)]
+
+
+def asking_batch(rng: np.random.Generator, *, rows: int, length: int, mix: Mapping[str, float], seed: int) -> Batch:
+    """Draw the task of every row from `mix` and write its stream; unused room at the end of a row weighs nothing."""
+    shares = np.array(list(mix.values()))
+    labels = rng.choice(list(mix), rows, p=shares / shares.sum()).tolist()
+    streams = [_stream(rng, task, length, seed) for task in labels]
+    return Batch.from_numpy(
+        np.stack([stream.ids for stream in streams]),
+        np.stack([stream.weights for stream in streams]),
+        labels=labels,
+        alternatives=np.stack([stream.alternatives for stream in streams]),
+    )
+
+
+def mixed_document(rng: np.random.Generator, length: int) -> Document:
+    """Write a document of records, listings and chains, mostly records."""
+    facts = [
+        ruler.lookup_facts(REFERENCE_LEXICON, rng, max(1, length // 14)),
+        ruler.several_lookups_facts(REFERENCE_LEXICON, rng, 4),
+        ruler.listing_facts(REFERENCE_LEXICON, rng, max(1, length // 400)),
+        ruler.chain_facts(REFERENCE_LEXICON, rng, max(1, length // 200)),
+    ]
+    return ruler.hide(REFERENCE_LEXICON, rng, facts, length)
+
+
+class _Stream:
+    """One row being filled: ids, loss weights and alternatives, all of the row's length."""
+
+    def __init__(self, length: int) -> None:
+        self.ids = np.zeros(length, np.int64)
+        self.weights = np.zeros(length, np.float32)
+        self.alternatives = np.full((length, MOST_ALTERNATIVES), -1, np.int64)
+        self.used = 0
+
+    def append(self, ids: Sequence[int], weight: float) -> None:
+        """Write tokens that weigh `weight` each."""
+        end = self.used + len(ids)
+        self.ids[self.used : end] = ids
+        self.weights[self.used : end] = weight
+        self.used = end
+
+    @property
+    def room(self) -> int:
+        return len(self.ids) - self.used
+
+
+def _stream(rng: np.random.Generator, task: str, length: int, seed: int) -> _Stream:
+    document = _document(rng, task, length, seed)
+    stream = _Stream(length)
+    stream.append(encode_document(document.context), CONTEXT_WEIGHT)
+    for question in _endlessly(rng, document.questions):
+        prompt = encode(question.prompt)
+        if stream.room <= len(prompt) + len(encode(question.completion)):
+            break
+        stream.append(prompt, 0.0)
+        _append_answer(rng, stream, question, unordered=question.prompt.startswith(_UNORDERED_PROMPTS))
+        stream.append([_TOKEN_IDS[EOS]], END_WEIGHT)
+    answer = stream.weights > CONTEXT_WEIGHT
+    # Rows with many answers would drown those with few.
+    stream.weights[answer] /= answer.sum() ** 0.5
+    return stream
+
+
+def _document(rng: np.random.Generator, task: str, length: int, seed: int) -> Document:
+    least = LEAST_CONTEXT_SHARE.get(task, 1.0) if length >= SHORTEST_SHARED_LENGTH else 1.0
+    context_length = round(length * rng.uniform(least, 1.0)) - 1  # one token is for the end of the answer
+    sample_rng = ruler.seeded_generator("train", task=task, length=length, seed=seed, index=int(rng.integers(2**62)))
+    if task == MIXED:
+        return mixed_document(sample_rng, context_length)
+    return ruler.find_task(task).write(REFERENCE_LEXICON, sample_rng, context_length)
+
+
+def _append_answer(rng: np.random.Generator, stream: _Stream, question: Question, *, unordered: bool) -> None:
+    if not unordered:
+        stream.append(encode(question.completion), 1.0)
+        return
+    answers = [encode(question.answers[i]) for i in rng.permutation(len(question.answers))]
+    for index, answer in enumerate(answers):
+        if index:
+            stream.append(encode(","), 1.0)
+        others = [other[0] for other in answers[index + 1 :]]
+        stream.alternatives[stream.used, : len(others)] = others
+        stream.append(answer, 1.0)
+
+
+def _endlessly(rng: np.random.Generator, questions: Sequence[Question]) -> Iterator[Question]:
+    while True:
+        yield from (questions[i] for i in rng.permutation(len(questions)))

@@ -1,0 +1,82 @@
+"""From a finished run to the files users load: weights, tokenizer, training log, model card and the demo document."""
+
+import json
+import shutil
+import tempfile
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from headwise.evals.lexicon import REFERENCE_LEXICON
+from headwise.evals.ruler import Question, seeded_generator
+
+from .asking import MIXED, mixed_document
+from .card import write_card
+from .measure import measure
+from .tokenizer import build_tokenizer
+
+STAGES = ("copying", "asking")
+DEMO_LENGTH = 900
+NUM_DEMO_LOOKUPS = 18
+DEMO_WIDTH = 100
+
+
+def export(run: Path, to: Path, *, command: str, num_samples: int) -> None:
+    """Write everything beside `to` first, measure what was written, then move the files in."""
+    to.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent) as directory:
+        staged = Path(directory)
+        save_model(run, staged)
+        write_log(run, staged / "training_log.jsonl")
+        write_demo(staged)
+        model = AutoModelForCausalLM.from_pretrained(staged, dtype=torch.bfloat16).eval()
+        tokenizer = AutoTokenizer.from_pretrained(staged)
+        measurements = measure(model, tokenizer, num_samples=num_samples)
+        (staged / "README.md").write_text(write_card(model, measurements, command=command))
+        for file in staged.iterdir():
+            shutil.move(file, to / file.name)
+
+
+def save_model(run: Path, to: Path) -> None:
+    """Write the last stage's model in bf16, its generation settings and the tokenizer."""
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(run))
+    checkpoint = torch.load(run / STAGES[-1] / "checkpoint.pt", weights_only=True)
+    model.load_state_dict(checkpoint["model"])
+    config = model.config
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    model.bfloat16().save_pretrained(to)
+    build_tokenizer().save_pretrained(to)
+
+
+def write_log(run: Path, to: Path) -> None:
+    """Join the stages' logs, each line marked with its stage."""
+    lines = [
+        json.dumps({"stage": stage} | json.loads(line))
+        for stage in STAGES
+        for line in (run / stage / "training_log.jsonl").read_text().splitlines()
+    ]
+    to.write_text("\n".join(lines) + "\n")
+
+
+def write_demo(to: Path) -> None:
+    """Write one mixed document and its questions; no other split has the seed of this one."""
+    rng = seeded_generator("demo", task=MIXED, length=DEMO_LENGTH, seed=0, index=0)
+    document = mixed_document(rng, DEMO_LENGTH)
+    lines = [
+        json.dumps({"question": asked.prompt, "answers": asked.answers})
+        for asked in _demo_questions(document.questions)
+    ]
+    (to / "demo.txt").write_text(textwrap.fill(document.context, DEMO_WIDTH) + "\n")
+    (to / "demo.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def _demo_questions(questions: Sequence[Question]) -> list[Question]:
+    """Take everything but the plain lookups, and some of those: the document answers many more."""
+    start = REFERENCE_LEXICON.lookup.question.format(key="")
+    lookups = [question for question in questions if question.prompt.startswith(start)]
+    return lookups[:NUM_DEMO_LOOKUPS] + [question for question in questions if question not in lookups]

@@ -1,0 +1,320 @@
+"""Files that outlive a run. One safetensors file each, its metadata JSON under the key "headwise"; never pickle.
+
+    kind      class    made by                       used by
+    budget    Budget   solve, train, importers       allocate.Fixed
+    cache              ragged.store                  ragged.store
+
+`write_tensors`, `read_tensors` and `describe` serve every kind; `fingerprint` and `config_hash` name what a file was
+made from.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from headwise.errors import ArtifactMismatch, BadInput, ShapeMismatch
+from headwise.shapes import ModelShape
+
+METADATA_KEY = "headwise"
+FORMAT_VERSIONS = {"budget": 1, "cache": 1, "profile": 1, "gates": 1}
+_HEADER = ("kind", "format_version", "library_version")
+# Differ between versions of transformers, or between two ways to load the same weights.
+_VOLATILE = {"transformers_version", "torch_dtype", "dtype"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance:
+    """What an artifact was made for, and from what. Empty = not known."""
+
+    shape: ModelShape
+    model: str = ""  # id or path
+    config_hash: str = ""  # of the model's configuration, by `config_hash`
+    scorer: str = ""
+    scorer_parameters: Mapping[str, Any] = field(default_factory=dict)
+    calibration: str = ""  # fingerprint of the data or file it was made from
+
+    @classmethod
+    def parse(cls, metadata: Mapping[str, Any], path: Path) -> "Provenance":
+        """From a file's metadata. Raises BadInput naming `path` if it is incomplete."""
+        try:
+            fields = dict(metadata["provenance"])
+            layers = tuple(fields["shape"]["layers"])
+            return cls(**{**fields, "shape": ModelShape(**{**fields["shape"], "layers": layers})})
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"{path}: the provenance is damaged ({error}); get or make the file again.") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Budget:
+    """How much every KV head keeps: fractions of the context, in [0, 1], on a grid of retained ratios.
+
+    `fractions[r]` are the fractions kept at a total retention of `ratios[r]`; ratios ascend, strictly between 0 (where
+    nothing is kept) and 1 (where everything is). `hull` holds the breakpoints of the loss hulls, for exact solutions
+    between the ratios; its content is the solver's.
+    """
+
+    ratios: Float[Tensor, " ratios"]
+    fractions: Float[Tensor, "ratios layers kv_heads"]
+    provenance: Provenance
+    hull: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = self.provenance.shape
+        expected = (len(self.ratios), len(shape.layers), shape.kv_heads)
+        if tuple(self.fractions.shape) != expected:
+            raise ShapeMismatch(
+                f"fractions have shape {tuple(self.fractions.shape)}, but {len(self.ratios)} ratios and {shape} need "
+                f"{expected}."
+            )
+        if not ((self.fractions >= 0) & (self.fractions <= 1)).all():
+            raise BadInput("A budget's fractions must lie in [0, 1] (1 = the head is kept whole).")
+        if not (self.closed()[0].diff() > 0).all():
+            raise BadInput(f"A budget's ratios must ascend strictly within (0, 1), found {self.ratios.tolist()}.")
+
+    def require(self, shape: ModelShape) -> None:
+        """Raise ArtifactMismatch, naming both sides, unless the budget was made for `shape`."""
+        if shape != self.provenance.shape:
+            made_for = f"{self.provenance.model or 'a model'} with {self.provenance.shape}"
+            raise ArtifactMismatch(f"The budget was made for {made_for}; this model has {shape}. Make one for it.")
+
+    def closed(self) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows layers kv_heads"]]:
+        """Ratios and fractions with the two ends every budget has: nothing kept at 0, everything at 1."""
+        end = self.fractions.new_ones(1, *self.fractions.shape[1:])
+        ratios = torch.cat([self.ratios.new_zeros(1), self.ratios, self.ratios.new_ones(1)])
+        return ratios, torch.cat([0 * end, self.fractions, end])
+
+    def at(self, ratios: Float[Tensor, " asked"]) -> Float[Tensor, "asked layers kv_heads"]:
+        """Kept fractions at other ratios in [0, 1], by linear interpolation."""
+        grid, rows = self.closed()
+        above = torch.searchsorted(grid, ratios.to(grid), right=True).clamp(max=len(grid) - 1)
+        weight = (ratios.to(grid) - grid[above - 1]) / (grid[above] - grid[above - 1])
+        return torch.lerp(rows[above - 1], rows[above], weight.to(rows)[:, None, None])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, at once or not at all."""
+        hull = {f"hull.{name}": tensor for name, tensor in self.hull.items()}
+        tensors = {"ratios": self.ratios, "fractions": self.fractions, **hull}
+        write_tensors(path, "budget", tensors, {"provenance": asdict(self.provenance)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Budget":
+        """Read what `save` wrote. Raises ArtifactMismatch on another kind or format, BadInput on a damaged file."""
+        tensors, metadata = read_tensors(path, "budget")
+        hull = {name.removeprefix("hull."): tensor for name, tensor in tensors.items() if name.startswith("hull.")}
+        if not {"ratios", "fractions"} <= tensors.keys():
+            raise BadInput(f"{path} holds {sorted(tensors)} but no ratios and fractions; get or make the file again.")
+        provenance = Provenance.parse(metadata, Path(path))
+        return cls(ratios=tensors["ratios"], fractions=tensors["fractions"], provenance=provenance, hull=hull)
+
+    @classmethod
+    def from_kvpress(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        shape: ModelShape,
+        model: str = "",
+        scorer: str = "",
+        scorer_parameters: Mapping[str, Any] | None = None,
+    ) -> "Budget":
+        """Import the LU-KV authors' and kvpress' table (arXiv 2602.08585): `.npy` `[99, num_layers, kv_heads]`.
+
+        Its row i holds the fractions REMOVED when (i + 1)% of the cache is removed; values beyond [0, 1] are clipped,
+        as kvpress does. Raises BadInput if it cannot be read, ArtifactMismatch if it is of another shape.
+        """
+        removed = _load_npy(Path(path))
+        _require_table(removed.shape, (99, shape.num_layers, shape.kv_heads), path)
+        kept = 1 - torch.from_numpy(removed).clamp(0, 1).flip(0)[:, list(shape.layers)]
+        provenance = Provenance(
+            shape=shape,
+            model=model,
+            scorer=scorer,
+            scorer_parameters=scorer_parameters or {},
+            calibration=fingerprint(Path(path).read_bytes()),
+        )
+        return cls(ratios=_percents(), fractions=kept, provenance=provenance)
+
+    def to_kvpress(self, path: str | os.PathLike[str]) -> None:
+        """Export to kvpress' table; layers that cannot be compressed have 0 removed."""
+        shape = self.provenance.shape
+        removed = np.zeros((99, shape.num_layers, shape.kv_heads))
+        removed[:, list(shape.layers)] = 1 - self.at(_percents()).flip(0).double().numpy()
+        with _replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+            np.save(file, removed, allow_pickle=False)
+
+    @classmethod
+    def from_duo_attention(
+        cls, path: str | os.PathLike[str], *, shape: ModelShape, model: str = "", sink: int = 128, recent: int = 256
+    ) -> "Budget":
+        """Import `full_attention_heads.tsv` `[num_layers, kv_heads]` of DuoAttention (Xiao et al., arXiv 2410.10819).
+
+        The authors keep whole the heads whose alpha is above a quantile, the others keep `sink` first and `recent` last
+        tokens. Here row j keeps the j best heads whole and nothing of the others: protect `sink` and `recent` (they are
+        in `provenance.scorer_parameters`) and any budget is met by as many whole heads as fit, plus one in part.
+        Ours differs: equal alphas are ordered by layer and head, where the authors add noise.
+        Raises BadInput if the table cannot be read, ArtifactMismatch if it is of another shape.
+        """
+        alphas = _load_tsv(Path(path))
+        _require_table(alphas.shape, (shape.num_layers, shape.kv_heads), path)
+        alpha = torch.from_numpy(alphas).clamp(0, 1)[list(shape.layers)].flatten()
+        rank = torch.argsort(torch.argsort(alpha, descending=True, stable=True))
+        whole = torch.arange(1, shape.num_heads)
+        fractions = (rank < whole[:, None]).float().unflatten(1, (-1, shape.kv_heads))
+        provenance = Provenance(
+            shape=shape,
+            model=model,
+            scorer="streaming",
+            scorer_parameters={"sink": sink, "window": recent},
+            calibration=fingerprint(Path(path).read_bytes()),
+        )
+        return cls(ratios=whole.double() / shape.num_heads, fractions=fractions, provenance=provenance)
+
+
+def write_tensors(
+    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Write a safetensors file of a kind of FORMAT_VERSIONS; a reader sees the old file or the new one, never half.
+
+    `metadata` must be JSON and leave the names kind, format_version and library_version alone.
+    """
+    assert not set(_HEADER) & metadata.keys(), f"metadata may not hold {_HEADER}"
+    header = dict(zip(_HEADER, (kind, FORMAT_VERSIONS[kind], _library_version()), strict=True))
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with _replacing(Path(path)) as temporary:
+        save_file(contiguous, temporary, {METADATA_KEY: json.dumps({**header, **metadata})})
+
+
+def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and metadata of a file that `write_tensors` wrote.
+
+    Raises BadInput if the file is missing or damaged, ArtifactMismatch if it is no headwise file or of another kind or
+    format version.
+    """
+    with _open(Path(path)) as file:
+        record = _record(file.metadata(), path)
+        found = (record.get("kind"), record.get("format_version"))
+        if found != (kind, FORMAT_VERSIONS[kind]):
+            raise ArtifactMismatch(
+                f"{path} is a {found[0]} of format {found[1]}, expected a {kind} of format {FORMAT_VERSIONS[kind]}; "
+                f"it was written by headwise {record.get('library_version')}, this is {_library_version()}."
+            )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    return tensors, {name: value for name, value in record.items() if name not in _HEADER}
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Kind, versions, metadata and tensor sizes of any headwise file, whatever its version, without reading tensors."""
+    with _open(Path(path)) as file:
+        record = _record(file.metadata(), path)
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        sizes = {name: {"dtype": part.get_dtype(), "shape": part.get_shape()} for name, part in slices.items()}
+    return {**record, "tensors": sizes}
+
+
+def fingerprint(*parts: Tensor | bytes | str) -> str:
+    """SHA-256 (hex) of tensors with their dtype and shape, bytes or text, in this order; the same in every process."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            label, content = f"{part.dtype} {list(part.shape)}", part.detach().cpu().contiguous().reshape(-1)
+            data = content.view(torch.uint8).numpy().data
+        else:
+            label, data = type(part).__name__, part.encode() if isinstance(part, str) else part
+        digest.update(f"{label} {len(data)}\n".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a model's configuration (`config.to_dict()`).
+
+    Left out, at every depth, are private keys, dtype and the version of transformers, so that the hash names the
+    architecture and not how it was loaded.
+    """
+    return fingerprint(json.dumps(_stable(config), sort_keys=True, default=str))
+
+
+def _stable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        named = {str(key): _stable(item) for key, item in value.items()}
+        return {key: item for key, item in named.items() if key not in _VOLATILE and not key.startswith("_")}
+    return [_stable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _library_version() -> str:
+    try:
+        return version("headwise")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends well, and is removed when not."""
+    if not path.parent.is_dir():
+        raise BadInput(f"Cannot write {path}: the folder {path.parent} does not exist; create it first.")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    try:
+        yield temporary
+        temporary.chmod(mode)  # safetensors makes its files private; artifacts are for sharing
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise BadInput(f"{path} is not a file; check the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} is damaged or no safetensors file ({error}); get or make it again.") from error
+
+
+def _record(metadata: Mapping[str, str] | None, path: str | os.PathLike[str]) -> dict[str, Any]:
+    if METADATA_KEY not in (metadata or {}):
+        raise ArtifactMismatch(f"{path} is a safetensors file, but headwise did not write it.")
+    try:
+        return dict(json.loads((metadata or {})[METADATA_KEY]))
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{path}: the metadata is damaged ({error}); get or make the file again.") from error
+
+
+def _percents() -> Float[Tensor, " 99"]:
+    return torch.arange(1, 100, dtype=torch.float64) / 100
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    try:
+        return np.asarray(np.load(path, allow_pickle=False), dtype=np.float64)
+    except (OSError, ValueError, EOFError) as error:
+        raise BadInput(f"{path} cannot be read as a .npy table of numbers ({error}).") from error
+
+
+def _load_tsv(path: Path) -> np.ndarray:
+    try:
+        return np.loadtxt(path, delimiter="\t", ndmin=2)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read as a tab-separated table of numbers ({error}).") from error
+
+
+def _require_table(found: tuple[int, ...], expected: tuple[int, ...], path: str | os.PathLike[str]) -> None:
+    if found != expected:
+        raise ArtifactMismatch(f"{path} holds a table of {found}; this model needs {expected}. Get the model's own.")

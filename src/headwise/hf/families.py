@@ -1,0 +1,152 @@
+"""The model families headwise supports, and uniform access to what the flow needs from any of them.
+
+To add a family: check that its attention (1) calls `past_key_values.update` on rotated keys, (2) goes through the
+attention interface by name, (3) has `o_proj`, and (4) uses neither soft-capping nor attention sinks; then add one line to
+FAMILIES and one tiny configuration to tests/families.py, which runs every invariant on it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from headwise.errors import UnsupportedModel
+from headwise.shapes import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """A supported model family. `typed_rotary`: its rotary embedding wants the layer's type (Gemma3)."""
+
+    name: str
+    typed_rotary: bool = False
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "llama": Family(name="Llama"),
+        "mistral": Family(name="Mistral"),
+        "qwen2": Family(name="Qwen2"),
+        "qwen3": Family(name="Qwen3"),
+        "phi3": Family(name="Phi3"),
+        "gemma3_text": Family(name="Gemma3 (text; sliding-window layers are left whole)", typed_rotary=True),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelView:
+    """A supported model, seen alike whatever its family. Layers are counted among the compressible ones."""
+
+    model: PreTrainedModel
+    family: Family
+    shape: ModelShape
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence the model was made for."""
+        return self.model.config.get_text_config().max_position_embeddings
+
+    def output_weight(self, layer: int) -> Float[Tensor, "query_heads head_dim hidden"]:
+        """W_O of a layer, one slice per query head (a view)."""
+        weight = self._attention(layer).o_proj.weight  # [hidden, query_heads * D]
+        return weight.view(-1, self.shape.query_heads, self.shape.head_dim).permute(1, 2, 0)
+
+    def rotary(self, layer: int) -> "ModelRotary":
+        """The rotary embedding that a layer's queries and keys went through."""
+        config = self.model.config.get_text_config()
+        kind = config.layer_types[self.shape.layers[layer]] if self.family.typed_rotary else None
+        return ModelRotary(module=self.model.get_decoder().rotary_emb, layer_type=kind, head_dim=self.shape.head_dim)
+
+    def _attention(self, layer: int) -> Any:
+        return self.model.get_decoder().layers[self.shape.layers[layer]].self_attn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRotary:
+    """Implements `interfaces.Rotary` with the model's own rotary module, partial rotation and scaled cosines included."""
+
+    module: nn.Module
+    layer_type: str | None
+    head_dim: int
+
+    def unrotate(
+        self, states: Float[Tensor, "batch heads tokens head_dim"], positions: Int[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """Undo the rotation of queries or keys; float32."""
+        cos, sin = (x[:, None] for x in self._tables(positions))
+        rotated, rest = states.float().split([cos.shape[-1], self.head_dim - cos.shape[-1]], dim=-1)
+        scale = (cos * cos + sin * sin)[..., :1]  # attention scaling squared (1 but for YaRN and the like)
+        return torch.cat([(rotated * cos - _rotate_half(rotated) * sin) / scale, rest], dim=-1)
+
+    def mean_rotation(
+        self, positions: Int[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch head_dim head_dim"]:
+        """The rotation matrix averaged over positions; float32."""
+        cos, sin = (x.mean(1) for x in self._tables(positions))  # [B, rotary_dim]
+        dim = cos.shape[-1]
+        eye = torch.eye(dim, device=cos.device)
+        matrix = torch.eye(self.head_dim, device=cos.device).repeat(len(cos), 1, 1)
+        matrix[:, :dim, :dim] = cos[:, :, None] * eye + sin[:, :, None] * _rotate_half(eye).T
+        return matrix
+
+    def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        probe = torch.empty(0, dtype=torch.float32, device=positions.device)
+        extra = () if self.layer_type is None else (self.layer_type,)
+        return self.module(probe, positions, *extra)
+
+
+def view(model: PreTrainedModel) -> ModelView:
+    """Describe a model. Raises UnsupportedModel, naming what is supported."""
+    config = model.config.get_text_config()
+    return ModelView(model=model, family=_family(config), shape=shape_of(config))
+
+
+def shape_of(config: PretrainedConfig) -> ModelShape:
+    """Sizes of the KV cache of a configuration; needs no weights. Raises UnsupportedModel."""
+    config = config.get_text_config()
+    _family(config)
+    layers = tuple(i for i in range(config.num_hidden_layers) if not _slides(config, i))
+    if not layers:
+        raise UnsupportedModel(
+            f"every layer of this {config.model_type} model attends to a sliding window of {config.sliding_window} "
+            "tokens: its cache is bounded already and there is nothing to compress."
+        )
+    return ModelShape(
+        num_layers=config.num_hidden_layers,
+        layers=layers,
+        kv_heads=config.num_key_value_heads,
+        query_heads=config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
+
+
+def _family(config: PretrainedConfig) -> Family:
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        known = ", ".join(FAMILIES)
+        raise UnsupportedModel(
+            f"model type {config.model_type!r} is not supported. Supported: {known}. To add a family see the top of "
+            "headwise/hf/families.py."
+        )
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise UnsupportedModel(f"this {config.model_type} model soft-caps its attention logits, which no kernel does.")
+    return family
+
+
+def _slides(config: PretrainedConfig, layer: int) -> bool:
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return types[layer] != "full_attention"
+    return getattr(config, "sliding_window", None) is not None
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    """Rotate pairs (i, i + D/2) by a quarter turn."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)

@@ -1,0 +1,144 @@
+"""The nouns a contributor implements: a scorer says which entries matter, an allocator how many each head keeps.
+
+During prefill every compressible layer is seen as a series of `Chunk`s (one, unless prefill is chunked). When its last
+chunk has passed, the scorer turns an `Observation` into scores, the allocator turns scores into counts, and the top
+entries of every head are kept. See docs/how-to-extend.md.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headwise.shapes import ModelShape
+
+Scope = Literal["layer", "model"]
+Provenance = dict[str, Any]
+Statistics = dict[str, Tensor]
+
+
+@runtime_checkable
+class Rotary(Protocol):
+    """The rotary position embedding of one layer."""
+
+    def unrotate(
+        self, states: Float[Tensor, "batch heads tokens head_dim"], positions: Int[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """Undo the rotation of queries or keys (float32)."""
+        ...
+
+    def mean_rotation(
+        self, positions: Int[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch head_dim head_dim"]:
+        """The matrix R, averaged over `positions`, that turns a column vector x into its rotated self R x (float32)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """A piece of prefill, as the attention of one layer sees it. Query token t is token `offset + t` of the context."""
+
+    queries: Float[Tensor, "batch query_heads queries head_dim"]  # rotated
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"]  # rotated; all tokens up to and with this chunk
+    valid: Bool[Tensor, "batch tokens"]  # False at padding
+    positions: Int[Tensor, "batch tokens"]
+    offset: int
+    scaling: float
+    rotary: Rotary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """Everything a scorer may look at, for one layer, when the whole context has passed through it."""
+
+    shape: ModelShape
+    layer: int  # among the compressible layers
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"]  # rotated
+    values: Float[Tensor, "batch kv_heads tokens head_dim"]
+    queries: Float[Tensor, "batch query_heads window head_dim"]  # rotated; the last `scorer.query_window` ones
+    valid: Bool[Tensor, "batch tokens"]
+    positions: Int[Tensor, "batch tokens"]
+    output_weight: Float[Tensor, "query_heads head_dim hidden"]  # W_O, one slice per query head
+    scaling: float
+    rotary: Rotary
+    statistics: Statistics  # what `accumulate` gathered over the chunks
+    totals: tuple[int, ...]  # entries each row may keep over all layers and heads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replay:
+    """How a scorer wants the model to read the context a second time, in chunks (KVzip)."""
+
+    chunk_size: int  # tokens
+    overlap: int  # tokens of the chunk before that precede each chunk
+    instruction: tuple[int, ...]  # token ids before those
+
+
+class AbstractScorer(ABC):
+    """Says which entries of a head matter. Subclasses are frozen dataclasses: their fields are the provenance."""
+
+    sink: ClassVar[int] = 0  # first tokens the method's paper always keeps
+    query_window: int = 0  # how many of the last queries `Observation.queries` must hold
+
+    @property
+    def window(self) -> int:
+        """Last tokens the method's paper always keeps."""
+        return 0
+
+    @property
+    def replay(self) -> Replay | None:
+        """How the model shall read the context again before scores are asked for; None: not at all."""
+        return None
+
+    def accumulate(self, statistics: Statistics, chunk: Chunk) -> Statistics:
+        """Fold one chunk into the statistics; the result must not depend on how the context was cut into chunks."""
+        return statistics
+
+    def provenance(self) -> Provenance:
+        """Name and parameters, as JSON-ready values."""
+        return {"name": type(self).__name__, **asdict(self)}  # pyright: ignore[reportArgumentType]
+
+    @abstractmethod
+    def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
+        """Float32 scores, higher = keep. Values at padding and at protected tokens are ignored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demand:
+    """What an allocator must deliver: exact totals above the floors, for each row of the batch."""
+
+    shape: ModelShape
+    tokens: tuple[int, ...]  # context length of each row, padding excluded
+    totals: tuple[int, ...]  # entries to keep over all L * H heads
+    floors: tuple[int, ...]  # entries every head must keep (sink + window, at least one)
+
+
+class AbstractAllocator(ABC):
+    """Says how many entries every head keeps. Subclasses are frozen dataclasses: their fields are the provenance.
+
+    With scope "layer" it is asked as soon as a layer is done, and that layer's full K and V are freed before the next
+    layer runs. With scope "model" it is asked once, at the end, with the scores of all layers.
+    """
+
+    scope: ClassVar[Scope] = "layer"
+
+    def provenance(self) -> Provenance:
+        """Name and parameters, as JSON-ready values."""
+        return {"name": type(self).__name__, **asdict(self)}  # pyright: ignore[reportArgumentType]
+
+    @abstractmethod
+    def allocate(
+        self,
+        scores: Float[Tensor, "layers batch kv_heads tokens"],
+        candidates: Bool[Tensor, "batch tokens"],
+        layers: Sequence[int],
+        demand: Demand,
+    ) -> Int[Tensor, "layers batch kv_heads"]:
+        """Counts for `layers` (one layer for scope "layer", all for "model"), protected entries included.
+
+        `candidates` are the tokens that are neither padding nor protected. Over all layers and heads the counts of a
+        row sum to its total exactly; none is below the floor or above the row's tokens.
+        """

@@ -1,0 +1,92 @@
+"""`keep`: how much of the cache a caller wants to retain. One parser for the library and the command line.
+
+    0.15, "0.15", "15%"    a fraction of all KV entries of the compressible layers
+    "1024tok"              that many tokens per KV head on average
+    "2GiB", "500MB"        bytes of keys and values
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from headwise.errors import BadInput
+from headwise.shapes import ModelShape
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_ADVICE = "keep must be a fraction in (0, 1] such as 0.15, a number of tokens such as '1024tok', or bytes such as '2GiB'"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keep:
+    """A parsed `keep`; `amount` is exact (0.15 is 3/20, not the nearest float)."""
+
+    kind: Literal["fraction", "tokens", "bytes"]
+    amount: Fraction
+
+    def entries(self, *, shape: ModelShape, tokens: Sequence[int], entry_bytes: int) -> list[int]:
+        """KV entries to keep in each row of a batch, over all compressible layers and heads.
+
+        `tokens` are the context lengths of the rows (padding excluded). Never more than there are. Bytes are shared
+        among the rows in proportion to their length.
+        """
+        full = [shape.num_heads * n for n in tokens]
+        if self.kind == "fraction":
+            return [round_half_up(self.amount * f) for f in full]
+        if self.kind == "tokens":
+            return [min(f, round_half_up(self.amount * shape.num_heads)) for f in full]
+        total = int(self.amount) // entry_bytes
+        return [min(f, total * f // sum(full)) for f in full]
+
+    def __str__(self) -> str:
+        if self.kind == "fraction":
+            return f"{float(self.amount):g}"
+        return f"{float(self.amount):g}{'tok' if self.kind == 'tokens' else 'B'}"
+
+
+def round_half_up(x: Fraction) -> int:
+    """Nearest integer; halves go up (Python's own `round` sends them to even)."""
+    return int(x + Fraction(1, 2))
+
+
+def parse_keep(value: "str | float | Keep") -> Keep:
+    """Parse `keep`. Raises BadInput on anything that is not a fraction in (0, 1], tokens or bytes."""
+    if isinstance(value, Keep):
+        return value
+    if isinstance(value, bool) or not isinstance(value, str | float | int):
+        raise BadInput(f"keep={value!r} is not understood. {_ADVICE}.")
+    text = value.strip() if isinstance(value, str) else repr(value)
+    match = re.fullmatch(r"(\d*\.?\d+(?:[eE]-?\d+)?|\d+\.)\s*(tok|%|[KMGT]?i?B)?", text)
+    if match is None or (match[2] is not None and match[2] not in {"tok", "%", *UNITS}):
+        raise BadInput(f"keep={value!r} is not understood. {_ADVICE}.")
+    number, unit = Fraction(match[1]), match[2]
+    if unit is None or unit == "%":
+        return _fraction(number / (100 if unit else 1), value)
+    if number <= 0:
+        raise BadInput(f"keep={value!r} keeps nothing. {_ADVICE}.")
+    if unit == "tok":
+        return Keep(kind="tokens", amount=number)
+    return Keep(kind="bytes", amount=number * UNITS[unit])
+
+
+def parse_bytes(text: str) -> int:
+    """Parse a memory size such as `24GiB`."""
+    keep = parse_keep(text)
+    if keep.kind != "bytes":
+        raise BadInput(f"{text!r} is not a size in bytes; write for instance 24GiB (units: {', '.join(UNITS)}).")
+    return int(keep.amount)
+
+
+def parse_tokens(text: str | int) -> int:
+    """Parse a number of tokens such as `4096`, `128k` (times 1024) or `1M`."""
+    match = re.fullmatch(r"(\d+)\s*([kKmM]?)", str(text).strip())
+    if match is None or int(match[1]) == 0:
+        raise BadInput(f"{text!r} is not a number of tokens; write for instance 4096 or 128k.")
+    return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
+
+
+def _fraction(number: Fraction, value: object) -> Keep:
+    if not 0 < number <= 1:
+        raise BadInput(f"keep={value!r} is outside (0, 1]. {_ADVICE}.")
+    return Keep(kind="fraction", amount=number)

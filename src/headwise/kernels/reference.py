@@ -1,0 +1,38 @@
+"""The truth every other kernel is tested against: one head at a time, plain matrix products, at least float32."""
+
+import torch
+from torch import Tensor
+
+from headwise.layout import Segments
+
+
+def attend(
+    query: Tensor,
+    segments: Segments,
+    rows: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Attention of `query` [B, H, G, T, D] over frozen segments and tail [B, H, n, D].
+
+    Row b of the batch continues frozen context `rows[b]`. `mask` [B, T, n] says which tail tokens each query sees
+    (None: all).
+    Returns [B, H, G, T, D] in the query's dtype.
+    """
+    batch, heads, _, num_queries, _ = query.shape
+    out = torch.empty_like(query)
+    if mask is None:
+        mask = torch.ones(batch, num_queries, tail_keys.shape[2], dtype=torch.bool, device=query.device)
+    precise = torch.promote_types(query.dtype, torch.float32)
+    for b in range(batch):
+        for h in range(heads):
+            part = segments.slice(int(rows[b]) * heads + h)
+            keys = torch.cat([segments.keys[part], tail_keys[b, h]]).to(precise)
+            values = torch.cat([segments.values[part], tail_values[b, h]]).to(precise)
+            visible = torch.cat([mask.new_ones(num_queries, part.stop - part.start), mask[b]], dim=-1)
+            logits = query[b, h].to(precise) @ keys.T * scaling  # [G, T, K]
+            weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+            out[b, h] = (weights @ values).to(query.dtype)
+    return out

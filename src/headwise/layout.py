@@ -1,0 +1,142 @@
+"""Frozen storage of one layer: the kept entries of every head, head after head, in two flat tensors.
+
+Nothing is padded: a head with 3 entries takes 3 rows. Attention reads the storage in pages of equal size; `PageTable`
+says which head owns which rows of which page. Storage is never changed once made, so any number of caches can share it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+MIN_PAGE, MAX_PAGE = 16, 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PageTable:
+    """How a flat storage is read in pages of `size` rows.
+
+    Every full page is read in place, for the head that owns most of it (`owner`). What other heads have in a page, and
+    the last, incomplete page, are `extra` pieces of at most `size` rows, gathered when read.
+    """
+
+    size: int
+    owner: Int[Tensor, " pages"]
+    mask: Bool[Tensor, "pages size"]  # rows of a page that belong to its owner
+    extra_owner: Int[Tensor, " extras"]
+    extra_index: Int[Tensor, "extras size"]  # rows of the storage
+    extra_mask: Bool[Tensor, "extras size"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """Kept keys and values of one layer. Segment s = row * kv_heads + head holds rows `start[s] : start[s] + length[s]`.
+
+    Entries of a segment are in position order; `positions` are the rotary positions they had in the context.
+    """
+
+    keys: Float[Tensor, "rows head_dim"]
+    values: Float[Tensor, "rows head_dim"]
+    positions: Int[Tensor, " rows"]
+    lengths: tuple[int, ...]
+    kv_heads: int
+
+    @property
+    def batch(self) -> int:
+        """Contexts stored here."""
+        return len(self.lengths) // self.kv_heads
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First row of every segment."""
+        starts, total = [], 0
+        for length in self.lengths:
+            starts.append(total)
+            total += length
+        return tuple(starts)
+
+    @cached_property
+    def pages(self) -> PageTable:
+        """The page table, made on first use."""
+        return page_table(self.lengths, self.keys.device)
+
+    def slice(self, segment: int) -> slice:
+        """Rows of a segment."""
+        return slice(self.starts[segment], self.starts[segment] + self.lengths[segment])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage of keys and values."""
+        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+
+    @property
+    def index_nbytes(self) -> int:
+        """Bytes of what describes the storage: positions and, once made, the page table."""
+        table = self.__dict__.get("pages")
+        tensors = [self.positions]
+        if table is not None:
+            tensors += [table.owner, table.mask, table.extra_owner, table.extra_index, table.extra_mask]
+        return sum(t.nbytes for t in tensors)
+
+
+def gather(
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+    values: Float[Tensor, "batch kv_heads tokens head_dim"],
+    kept: Bool[Tensor, "batch kv_heads tokens"],
+    positions: Int[Tensor, "batch tokens"],
+) -> Segments:
+    """Copy the kept entries of every head into flat storage of their own."""
+    row, head, token = kept.nonzero(as_tuple=True)
+    return Segments(
+        keys=keys[row, head, token],
+        values=values[row, head, token],
+        positions=positions[row, token].to(torch.int32),
+        lengths=tuple(kept.sum(-1).flatten().tolist()),
+        kv_heads=kept.shape[1],
+    )
+
+
+def page_table(lengths: tuple[int, ...], device: torch.device) -> PageTable:
+    """Cut a flat storage of segments into pages. The page size follows the mean segment length, 16 to 256 rows."""
+    total = sum(lengths)
+    mean = max(1, total // len(lengths))
+    size = min(MAX_PAGE, max(MIN_PAGE, 1 << (mean.bit_length() - 1)))
+    segment, page, first, stop = _pieces(torch.tensor(lengths), size)
+    num_pages = total // size
+    main = _largest_of_page(page, stop - first, num_pages)
+    row = torch.arange(size)
+    offset = page * size
+    inside = (row >= (first - offset)[:, None]) & (row < (stop - offset)[:, None])  # [pieces, size]
+    index = (first[:, None] + row).clamp(max=max(total - 1, 0))
+    return PageTable(
+        size=size,
+        owner=segment[main].to(device),
+        mask=inside[main].to(device),
+        extra_owner=segment[~main].to(device),
+        extra_index=index[~main].to(device),
+        extra_mask=(row < (stop - first)[:, None])[~main].to(device),
+    )
+
+
+def _pieces(lengths: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cut segments at page borders: segment, page, first row and end row of every piece, in storage order."""
+    end = lengths.cumsum(0)
+    start = end - lengths
+    count = torch.where(lengths > 0, (end - 1) // size - start // size + 1, 0)
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), count)
+    nth = torch.arange(len(segment)) - torch.repeat_interleave(count.cumsum(0) - count, count)
+    page = start[segment] // size + nth
+    return segment, page, torch.maximum(start[segment], page * size), torch.minimum(end[segment], (page + 1) * size)
+
+
+def _largest_of_page(page: Tensor, rows: Tensor, num_pages: int) -> Tensor:
+    """Marks, for each full page, its largest piece (the first of equals)."""
+    main = torch.zeros(len(page), dtype=torch.bool)
+    order = torch.argsort(-rows, stable=True)
+    order = order[torch.argsort(page[order], stable=True)]  # by page, then largest first
+    leading = torch.ones(len(page), dtype=torch.bool)
+    leading[1:] = page[order][1:] != page[order][:-1]
+    main[order[leading & (page[order] < num_pages)]] = True
+    return main

@@ -1,0 +1,149 @@
+"""A method = one scorer + one allocator + one protection. Written `scorer+allocator`, or by a short name.
+
+This file is the registry: a new scorer or allocator is one line in SCORERS or ALLOCATORS.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from headwise.allocate import AdaKV, Fixed, Global, Pyramid, Uniform
+from headwise.artifacts import Budget
+from headwise.errors import BadInput
+from headwise.interfaces import AbstractAllocator, AbstractScorer
+from headwise.scores import (
+    H2O,
+    TOVA,
+    CriticalKV,
+    ExpectedAttention,
+    KeyDiff,
+    Knorm,
+    KVzip,
+    Random,
+    SnapKV,
+    Streaming,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """What to keep. `sink` first and `window` last tokens are always kept, inside the budget (None: as the scorer's paper).
+
+    >>> Method.parse("snapkv+adakv")
+    >>> Method(scorer=SnapKV(window_size=64), allocator=AdaKV(safeguard=0.05), sink=4)
+    """
+
+    scorer: AbstractScorer
+    allocator: AbstractAllocator
+    protect_sink: int | None = None
+    protect_window: int | None = None
+
+    @property
+    def sink(self) -> int:
+        """First tokens always kept."""
+        return self.scorer.sink if self.protect_sink is None else self.protect_sink
+
+    @property
+    def window(self) -> int:
+        """Last tokens always kept."""
+        return self.scorer.window if self.protect_window is None else self.protect_window
+
+    @classmethod
+    def parse(cls, name: "str | Method") -> "Method":
+        """From an alias ("adakv"), a scorer ("keydiff" means keydiff+uniform) or a pair ("keydiff+adakv").
+
+        An allocator that reads a file takes it after @: "keydiff+fixed@budget.safetensors". Raises BadInput.
+        """
+        if isinstance(name, Method):
+            return name
+        scorer, plus, allocator = ALIASES.get(name, name).partition("+")
+        if not plus:
+            allocator = "uniform"
+        return cls(
+            scorer=_make(SCORERS, scorer, name, "scorer"),
+            allocator=_make(ALLOCATORS, allocator, name, "allocator"),
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        """Names and parameters, for records and saved caches."""
+        return {
+            "scorer": self.scorer.provenance(),
+            "allocator": self.allocator.provenance(),
+            "sink": self.sink,
+            "window": self.window,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A line of the registry."""
+
+    make: Callable[..., Any]
+    summary: str
+    paper: str = ""
+    needs_file: bool = False
+
+
+SCORERS: Mapping[str, Entry] = MappingProxyType(
+    {
+        "random": Entry(make=Random, summary="uniform random scores: the floor every method must beat"),
+        "streaming": Entry(make=Streaming, summary="first 4 tokens and the most recent ones", paper="2309.17453"),
+        "knorm": Entry(make=Knorm, summary="small key norm", paper="2406.11430"),
+        "keydiff": Entry(make=KeyDiff, summary="keys unlike the mean key", paper="2504.15364"),
+        "snapkv": Entry(make=SnapKV, summary="attention of the last window of queries", paper="2404.14469"),
+        "tova": Entry(make=TOVA, summary="attention of the last query", paper="2401.06104"),
+        "h2o": Entry(make=H2O, summary="attention accumulated over all queries", paper="2306.14048"),
+        "expected": Entry(make=ExpectedAttention, summary="attention expected from future queries", paper="2510.00636"),
+        "criticalkv": Entry(make=CriticalKV, summary="SnapKV weighted by what the value writes", paper="2502.03805"),
+        "kvzip": Entry(make=KVzip, summary="attention while the model repeats the context (2 passes)", paper="2505.23416"),
+    }
+)
+
+ALLOCATORS: Mapping[str, Entry] = MappingProxyType(
+    {
+        "uniform": Entry(make=Uniform, summary="the same count for every head"),
+        "pyramid": Entry(make=Pyramid, summary="more for early layers, linearly less for late ones", paper="2406.02069"),
+        "adakv": Entry(make=AdaKV, summary="heads of a layer compete with their scores", paper="2407.11550"),
+        "global": Entry(make=Global, summary="all heads of all layers compete with their scores"),
+        "fixed": Entry(
+            make=lambda path: Fixed(budget=Budget.load(path)),
+            summary="per-head fractions from a Budget file: fixed@FILE",
+            paper="2410.10819",
+            needs_file=True,
+        ),
+    }
+)
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "random": "random+uniform",
+        "streaming": "streaming+uniform",
+        "knorm": "knorm+uniform",
+        "keydiff": "keydiff+uniform",
+        "snapkv": "snapkv+uniform",
+        "tova": "tova+uniform",
+        "h2o": "h2o+uniform",
+        "expected": "expected+uniform",
+        "criticalkv": "criticalkv+uniform",
+        "kvzip": "kvzip+global",
+        "pyramidkv": "snapkv+pyramid",
+        "adakv": "snapkv+adakv",
+    }
+)
+
+
+def _make(registry: Mapping[str, Entry], text: str, name: str, kind: str) -> Any:
+    word, at, path = text.partition("@")
+    entry = registry.get(word)
+    if entry is None:
+        close = get_close_matches(word, [*registry, *ALIASES], n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise BadInput(f"method {name!r}: there is no {kind} {word!r}.{hint} Known {kind}s: {', '.join(registry)}.")
+    if entry.needs_file != bool(at):
+        problem = "takes no file" if at else f"needs a file, as in {word}@FILE"
+        raise BadInput(f"method {name!r}: {kind} {word!r} {problem}.")
+    return entry.make(Path(path)) if at else entry.make()
+

@@ -1,0 +1,116 @@
+"""The online flow: read a context once, keep what the method keeps, and hand back a cache to ask questions of."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from headwise.artifacts import fingerprint
+from headwise.errors import BadInput, ShapeMismatch
+from headwise.hf.families import view
+from headwise.interfaces import Replay
+from headwise.keep import Keep
+from headwise.method import Method
+from headwise.ragged.cache import RaggedCache
+
+Progress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def compress(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch tokens"],
+    method: str | Method,
+    *,
+    keep: float | str | Keep,
+    attention_mask: Int[Tensor, "batch tokens"] | None = None,
+    prefill_chunk_size: int | None = None,
+    kernel: str = "auto",
+    progress: Progress | None = None,
+) -> RaggedCache:
+    """Read a context and keep only what `method` keeps of it, before any question is seen (query-agnostic).
+
+    >>> cache = headwise.compress(model, context_ids, "expected+global", keep=0.15)
+    >>> ids = torch.cat([context_ids, question_ids], dim=-1)
+    >>> model.generate(ids, past_key_values=cache.fork())
+
+    A batch of contexts of different lengths is padded on the left, with its `attention_mask`; padding is not stored.
+    `prefill_chunk_size` reads the context in pieces of that many tokens: less activation memory, the same selection,
+    but every layer stays whole until the last piece. `progress` is called with (tokens read, tokens in all).
+
+    Raises BadInput, ShapeMismatch, UnsupportedModel, BudgetInfeasible, NonFiniteValues.
+    """
+    mask = _checked_mask(model, input_ids, attention_mask)
+    length = input_ids.shape[1]
+    cache = RaggedCache(model, method, keep=keep, prompt_length=length, kernel=kernel)
+    replay = cache.method.scorer.replay
+    steps, done = length * (2 if replay else 1), 0
+    for chunk in torch.arange(length).split(prefill_chunk_size or length):
+        stop = int(chunk[-1]) + 1
+        _forward(model, input_ids[:, done:stop], mask[:, :stop], cache)
+        done = stop
+        if progress is not None:
+            progress(done, steps)
+    if replay is not None:
+        _replay(model, input_ids, mask, cache, replay, progress)
+    cache.tokens_fingerprint = fingerprint(input_ids, mask)
+    return cache
+
+
+def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: RaggedCache) -> None:
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+
+
+def _replay(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: RaggedCache, replay: Replay, progress: Progress | None
+) -> None:
+    """Let the model repeat the context in chunks, so that the scorer sees what it looks at (KVzip)."""
+    length = ids.shape[1]
+    for start in range(0, length, replay.chunk_size):
+        stop = min(length, start + replay.chunk_size)
+        prefix, prefix_mask = _instruction(replay, ids, mask, start)
+        cache.prefill.start_replay(start, stop, prefix.shape[1])
+        repeated = torch.cat([prefix, ids[:, start:stop]], dim=-1)
+        _forward(model, repeated, torch.cat([mask, prefix_mask, mask[:, start:stop]], dim=-1), cache)
+        if progress is not None:
+            progress(length + stop, 2 * length)
+    cache.prefill.finish_replay()
+
+
+def _instruction(replay: Replay, ids: Tensor, mask: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """What precedes a repeated chunk: the instruction and the end of the chunk before."""
+    words = ids.new_tensor(replay.instruction).expand(ids.shape[0], -1)
+    before = slice(max(0, start - replay.overlap), start)
+    return (
+        torch.cat([words, ids[:, before]], dim=-1),
+        torch.cat([torch.ones_like(words, dtype=mask.dtype), mask[:, before]], dim=-1),
+    )
+
+
+def _checked_mask(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
+    if ids.ndim != 2 or ids.shape[0] == 0:
+        raise ShapeMismatch(f"input_ids must be [batch, tokens]; got shape {tuple(ids.shape)}.")
+    if ids.shape[1] == 0:
+        raise BadInput("the context is empty: input_ids has no tokens.")
+    limit = view(model).max_positions
+    tokens = ids.shape[1] if mask is None else int(mask.sum(-1).max())
+    if tokens > limit:
+        raise BadInput(
+            f"the context has {tokens} tokens, but this model was made for {limit}. Shorten the context, or configure "
+            "rope scaling on the model."
+        )
+    if mask is None:
+        return torch.ones_like(ids)
+    if mask.shape != ids.shape:
+        raise ShapeMismatch(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}.")
+    return mask

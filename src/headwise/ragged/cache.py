@@ -1,0 +1,144 @@
+"""RaggedCache: a transformers Cache in which every KV head of every layer keeps its own number of entries."""
+
+import copy
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from headwise.errors import BadInput, UnsupportedGeneration, UnsupportedModel
+from headwise.hf import attention
+from headwise.hf.families import ModelView, view
+from headwise.keep import Keep, parse_keep
+from headwise.kernels import get_kernel
+from headwise.method import Method
+from headwise.ragged.layer import RaggedLayer, SlidingLayer
+from headwise.ragged.prefill import Prefill
+
+
+class RaggedCache(Cache):
+    """A KV cache that is cut, head by head, as soon as the prompt has been read; pass it as `past_key_values`.
+
+    >>> cache = RaggedCache(model, "snapkv+adakv", keep=0.15)
+    >>> model.generate(**prompt, past_key_values=cache)  # query-aware: the whole prompt is compressed
+
+    To compress a context before any question is known use `headwise.compress`. The first forward pass is the context,
+    unless `prompt_length` says how many tokens it has: needed when it comes in pieces (`prefill_chunk_size`).
+    Sliding-window layers are left whole. Several caches can be in use on one model. Making one sets the model's
+    attention implementation to "headwise", which is SDPA for every other cache.
+
+    Raises UnsupportedModel, BadInput; while the context is read BudgetInfeasible, BadInput, NonFiniteValues.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: str | Method,
+        *,
+        keep: float | str | Keep,
+        prompt_length: int | None = None,
+        kernel: str = "auto",
+    ):
+        self.view: ModelView = view(model)
+        self.method = Method.parse(method)
+        self.keep = parse_keep(keep)
+        self.provenance: dict[str, Any] = {"method": self.method.provenance(), "keep": str(self.keep)}
+        self.tokens_fingerprint: str | None = None  # of the context, once it has been read by compress()
+        self.peak_nbytes = 0
+        if self.method.scorer.replay is not None and len(self.view.shape.layers) < self.view.shape.num_layers:
+            raise UnsupportedModel(
+                "this scorer has the model repeat the context, which sliding-window layers cannot take back: choose "
+                "another scorer for this model."
+            )
+        self.prefill = Prefill(view=self.view, method=self.method, keep=self.keep, prompt_length=prompt_length)
+        attention.enable(model)
+        chosen, compressible = get_kernel(kernel), iter(range(len(self.view.shape.layers)))
+        layers: list[CacheLayerMixin] = [
+            RaggedLayer(index=next(compressible), kernel=chosen, observer=self.prefill, meter=self._measure)
+            if i in self.view.shape.layers
+            else SlidingLayer(sliding_window=model.config.get_text_config().sliding_window)
+            for i in range(self.view.shape.num_layers)
+        ]
+        super().__init__(layers=layers)
+        self.prefill.layers = self.ragged_layers
+
+    # --- what it holds ---
+
+    @property
+    def ragged_layers(self) -> list[RaggedLayer]:
+        """The compressible layers."""
+        return [layer for layer in self.layers if isinstance(layer, RaggedLayer)]
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the context has been read and cut."""
+        return all(layer.frozen for layer in self.ragged_layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values in storage now: frozen, tail (its spare capacity included) and sliding layers."""
+        return sum(layer.nbytes for layer in self.ragged_layers) + self.sliding_nbytes
+
+    @property
+    def sliding_nbytes(self) -> int:
+        """Bytes of keys and values of the sliding-window layers, which are left whole."""
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, SlidingLayer))
+
+    @property
+    def index_nbytes(self) -> int:
+        """Bytes of what is not keys and values: kept positions and page tables."""
+        return sum(layer.segments.index_nbytes for layer in self.ragged_layers if layer.segments is not None)
+
+    @property
+    def lengths(self) -> Int[Tensor, "layers batch kv_heads"]:
+        """Kept entries of every head, for the contexts that were compressed."""
+        self._require_compressed()
+        kept = [layer.segments.lengths for layer in self.ragged_layers if layer.segments is not None]
+        return torch.tensor(kept).view(len(kept), -1, self.view.shape.kv_heads)
+
+    def positions(self, layer: int, row: int, head: int) -> Int[Tensor, " kept"]:
+        """Rotary positions, ascending, of the entries a head has kept. `layer` counts compressible layers."""
+        self._require_compressed()
+        segments = self.ragged_layers[layer].segments
+        assert segments is not None
+        return segments.positions[segments.slice(row * segments.kv_heads + head)].long()
+
+    # --- using it more than once ---
+
+    def fork(self, copies: int = 1) -> "RaggedCache":
+        """A cache that continues from here on its own. The frozen part is shared, never copied.
+
+        With `copies` > 1 every row of the batch is repeated that often: for many questions on one context, beam search
+        or `num_return_sequences`.
+        """
+        self._require_compressed()
+        if copies < 1:
+            raise BadInput(f"copies={copies} must be at least 1.")
+        twin = copy.copy(self)
+        twin.layers = [
+            layer.fork(self.prefill, twin._measure) if isinstance(layer, RaggedLayer) else copy.copy(layer)
+            for layer in self.layers
+        ]
+        if copies > 1:
+            twin.batch_repeat_interleave(copies)
+        return twin
+
+    def _require_compressed(self) -> None:
+        if not self.compressed:
+            seen = self.get_seq_length()
+            raise UnsupportedGeneration(
+                f"this cache has read {seen} tokens but its context is not complete, so nothing has been cut yet. "
+                "Run the model on the context first, or use headwise.compress()."
+            )
+
+    def _measure(self) -> None:
+        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+
+    def __repr__(self) -> str:
+        state = f"kept {int(self.lengths.sum())} entries" if self.compressed else "context not read yet"
+        return f"RaggedCache({state}, seen {self.get_seq_length()} tokens, {self.nbytes} bytes)"
+
+

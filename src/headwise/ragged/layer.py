@@ -1,0 +1,250 @@
+"""One layer of a RaggedCache: dense while the context is read, then frozen segments plus a dense tail.
+
+    filling   keys, values [B, H, N, D] of everything seen; attention is the model's own
+    frozen    the kept entries (`segments`, shared by forks) and a tail [B, H, capacity, D] of the tokens that came after
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+
+from headwise import layout
+from headwise.errors import ShapeMismatch, UnsupportedGeneration
+from headwise.hf.attention import tag
+from headwise.kernels import Kernel
+from headwise.layout import Segments
+
+TAIL_STEP = 64  # tokens; the tail then grows by half
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Told about every piece of prefill a layer sees."""
+
+    def observe(
+        self, layer: "RaggedLayer", query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None
+    ) -> None:
+        """A piece of prefill has passed through `layer`; `mask` and `position_ids` are what its attention was given."""
+        ...
+
+    def check(self) -> None:
+        """Raise if the model no longer routes attention to us."""
+        ...
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Storage and attention of one compressible layer. See the module's docstring for its two states."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, *, index: int, kernel: Kernel, observer: Observer, meter: Callable[[], None]):
+        super().__init__()
+        self.index = index
+        self.kernel = kernel
+        self.observer = observer
+        self.meter = meter
+        self.seen = 0
+        self.replaying = False
+        self.replayed_keys: Tensor | None = None
+        self.segments: Segments | None = None
+        self.rows: Int[Tensor, " batch"] | None = None  # the frozen context every row of the batch continues
+        self.tail_keys: Tensor | None = None
+        self.tail_values: Tensor | None = None
+        self.tail_length = 0
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the context has been cut."""
+        return self.segments is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held, tail capacity included."""
+        held = [self.keys, self.values, self.tail_keys, self.tail_values]
+        return sum(t.untyped_storage().nbytes() for t in held if t is not None) + (
+            self.segments.nbytes if self.segments is not None else 0
+        )
+
+    # --- what transformers calls ---
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Take new tokens' keys and values [B, H, T, D]; return what attention needs, tagged with this layer."""
+        self.observer.check()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.replaying:
+            self.replayed_keys = _append(self.keys, key_states)
+            return tag(self.replayed_keys, self), _append(self.values, value_states)
+        self.seen += key_states.shape[-2]
+        if self.frozen:
+            self._grow_tail(key_states, value_states)
+            return tag(key_states, self), value_states
+        self.keys, self.values = _append(self.keys, key_states), _append(self.values, value_states)
+        self.meter()
+        return tag(self.keys, self), self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, kept or not."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Once frozen the mask covers the tail only: every kept entry is visible to every later token."""
+        past = self.tail_length if self.frozen else self.seen
+        return past + query_length, self.seen - past
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i continues what row `beam_idx[i]` was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch. Frozen contexts are shared, not copied."""
+        self._select(lambda t: t.index_select(0, indices.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch. Frozen contexts are shared, not copied."""
+        self._select(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens. Raises UnsupportedGeneration if that would reach into the compressed context."""
+        count = abs(tokens_to_remove)
+        if count > self.tail_length or tokens_to_remove > 0:
+            raise UnsupportedGeneration(
+                f"cannot remove the last {count} tokens: only the {self.tail_length} that came after the compressed "
+                "context can be taken back. Keep the cache you forked from instead."
+            )
+        self.tail_length -= count
+        self.seen -= count
+
+    def reset(self) -> None:
+        raise UnsupportedGeneration("a RaggedCache cannot be reset: make a new one, or fork() before use.")
+
+    def offload(self) -> None:
+        raise UnsupportedGeneration("a RaggedCache cannot be offloaded: save() it instead.")
+
+    # --- what our attention calls ---
+
+    def observe(self, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None) -> None:
+        """A piece of prefill has passed; when it was the last, the observer freezes this layer."""
+        self.observer.observe(self, query, mask, scaling, position_ids)
+        self.replayed_keys = None
+
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Attention [B, Hq, T, D] of new tokens over the kept entries and the tail."""
+        assert self.segments is not None and self.tail_keys is not None and self.tail_values is not None
+        batch, query_heads, num_queries, dim = query.shape
+        heads = self.segments.kv_heads
+        out = self.kernel(
+            query.reshape(batch, heads, query_heads // heads, num_queries, dim),
+            self.segments,
+            self.rows,
+            self.tail_keys[:, :, : self.tail_length],
+            self.tail_values[:, :, : self.tail_length],
+            self._tail_mask(mask, num_queries),
+            scaling,
+        )
+        return out.reshape(batch, query_heads, num_queries, dim)
+
+    # --- what the prefill observer and forks call ---
+
+    def freeze(self, kept: Bool[Tensor, "batch kv_heads tokens"], positions: Int[Tensor, "batch tokens"]) -> None:
+        """Copy the kept entries out and let go of everything else."""
+        assert self.keys is not None and self.values is not None
+        self.segments = layout.gather(self.keys, self.values, kept, positions)
+        self.rows = torch.arange(kept.shape[0], device=kept.device)
+        self.meter()
+        self.keys = self.values = None
+
+    def fork(self, observer: Observer, meter: Callable[[], None]) -> "RaggedLayer":
+        """A layer that shares the frozen part and has its own tail."""
+        twin = RaggedLayer(index=self.index, kernel=self.kernel, observer=observer, meter=meter)
+        twin.dtype, twin.device, twin.is_initialized = self.dtype, self.device, True
+        twin.segments, twin.rows, twin.seen = self.segments, self.rows, self.seen
+        twin.tail_length = self.tail_length
+        if self.tail_keys is not None and self.tail_values is not None:
+            twin.tail_keys, twin.tail_values = self.tail_keys.clone(), self.tail_values.clone()
+        return twin
+
+    def _tail_mask(self, mask: Tensor | None, num_queries: int) -> Tensor | None:
+        """[B, T, tail], or None when all of the tail is visible to all queries."""
+        if mask is not None:
+            mask = mask if mask.dtype == torch.bool else mask >= 0
+            return mask[:, 0, -num_queries:, -self.tail_length :]
+        if num_queries == 1:
+            return None
+        assert self.rows is not None
+        square = torch.ones(num_queries, self.tail_length, dtype=torch.bool, device=self.rows.device)
+        return square.tril(self.tail_length - num_queries).expand(len(self.rows), -1, -1)
+
+    def _grow_tail(self, key_states: Tensor, value_states: Tensor) -> None:
+        assert self.rows is not None
+        if key_states.shape[0] != len(self.rows):
+            raise ShapeMismatch(
+                f"this cache holds {len(self.rows)} rows but the batch has {key_states.shape[0]}. For several "
+                "continuations of one context (beams, sampled sequences, questions) use cache.fork(copies)."
+            )
+        stop = self.tail_length + key_states.shape[-2]
+        if self.tail_keys is None or self.tail_values is None or stop > self.tail_keys.shape[2]:
+            capacity = -(-max(stop, self.tail_length * 3 // 2) // TAIL_STEP) * TAIL_STEP
+            self.tail_keys = _enlarge(self.tail_keys, key_states, self.tail_length, capacity)
+            self.tail_values = _enlarge(self.tail_values, value_states, self.tail_length, capacity)
+            self.meter()
+        self.tail_keys[:, :, self.tail_length : stop] = key_states
+        self.tail_values[:, :, self.tail_length : stop] = value_states
+        self.tail_length = stop
+
+    def _select(self, pick: Callable[[Tensor], Tensor]) -> None:
+        if not self.is_initialized:
+            return
+        if self.rows is None:
+            raise UnsupportedGeneration("rows of a cache can be chosen only when its context has been compressed.")
+        self.rows = pick(self.rows)
+        if self.tail_keys is not None and self.tail_values is not None:
+            self.tail_keys, self.tail_values = pick(self.tail_keys), pick(self.tail_values)
+
+
+class SlidingLayer(DynamicSlidingWindowLayer):
+    """transformers' sliding-window layer, which is left whole; only it does not keep what left the window alive."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As transformers'; what stays is copied out of the full states it was cut from."""
+        states = super().update(key_states, value_states, *args, **kwargs)
+        self.keys, self.values = _own(self.keys), _own(self.values)
+        return states
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held."""
+        return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values) if t is not None)
+
+
+def _own(states: Tensor) -> Tensor:
+    """`states` in storage of their own size: a view would keep all it was cut from alive."""
+    return states if states.untyped_storage().nbytes() == states.nbytes else states.clone()
+
+
+def _append(past: Tensor | None, new: Tensor) -> Tensor:
+    return _own(new) if past is None else torch.cat([past, new], dim=-2)
+
+
+def _enlarge(old: Tensor | None, like: Tensor, length: int, capacity: int) -> Tensor:
+    new = like.new_zeros(*like.shape[:2], capacity, like.shape[-1])
+    if old is not None:
+        new[:, :, :length] = old[:, :, :length]
+    return new

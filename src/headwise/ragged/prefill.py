@@ -1,0 +1,234 @@
+"""What happens while a context is read: every layer is observed, scored, given counts, and cut.
+
+A scope "layer" allocator has each layer cut as soon as it is done, so that peak KV memory is the compressed cache plus
+one full layer. A scope "model" allocator, and a scorer that replays the context, wait until all layers are done.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headwise.errors import BadInput, NonFiniteValues, UnsupportedModel
+from headwise.allocate.apportion import require_feasible
+from headwise.hf.attention import is_enabled
+from headwise.hf.families import ModelView
+from headwise.interfaces import Chunk, Demand, Observation, Statistics
+from headwise.keep import Keep
+from headwise.method import Method
+from headwise.ragged.layer import RaggedLayer
+from headwise.select import protected_mask, select
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """What is known about the context before any layer is scored."""
+
+    valid: Bool[Tensor, "batch tokens"]
+    positions: Int[Tensor, "batch tokens"]
+    protected: Bool[Tensor, "batch tokens"]
+    demand: Demand
+
+
+@dataclass(kw_only=True)
+class _Trace:
+    """What is remembered of one layer until it is cut."""
+
+    statistics: Statistics = field(default_factory=dict)
+    queries: Tensor | None = None
+    scaling: float = 1.0
+    scores: Tensor | None = None
+
+
+class Prefill:
+    """Watches the layers of one cache fill, and cuts them. Does nothing once they are cut."""
+
+    def __init__(self, *, view: ModelView, method: Method, keep: Keep, prompt_length: int | None):
+        self.view = view
+        self.method = method
+        self.keep = keep
+        self.prompt_length = prompt_length
+        self.layers: Sequence[RaggedLayer] = ()
+        self.traces = [_Trace() for _ in view.shape.layers]
+        self.deferred = method.allocator.scope == "model" or method.scorer.replay is not None
+        self.plan: _Plan | None = None
+        self._valid: Tensor | None = None
+        self._positions: Tensor | None = None
+
+    # --- called by the layers ---
+
+    def check(self) -> None:
+        """Raise if the model's attention no longer goes through headwise: it would ignore the frozen part."""
+        if not is_enabled(self.view.model):
+            raise UnsupportedModel(
+                "the model's attention implementation was changed while a RaggedCache is in use; call "
+                "headwise.enable(model) again before using the cache."
+            )
+
+    def observe(
+        self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None
+    ) -> None:
+        """Take in one piece of prefill of one layer; cut the layer if it was the last piece."""
+        if layer.index == 0 and not layer.replaying:
+            self._extend(layer, query, mask, position_ids)
+        chunk = self._chunk(layer, query, mask, scaling, position_ids)
+        trace = self.traces[layer.index]
+        trace.scaling = scaling
+        trace.statistics = self.method.scorer.accumulate(trace.statistics, chunk)
+        if layer.replaying:
+            return
+        window = self.method.scorer.query_window
+        trace.queries = _last(trace.queries, query, window)
+        if layer.seen >= (self.prompt_length or 0):
+            self._finish(layer)
+
+    # --- called by compress() for scorers that replay ---
+
+    def start_replay(self, start: int, stop: int, num_prefix: int) -> None:
+        """The next forward pass repeats tokens start:stop after `num_prefix` tokens of instruction."""
+        marks = {"replay_start": start, "replay_end": stop, "num_prefix": num_prefix}
+        for layer, trace in zip(self.layers, self.traces, strict=True):
+            layer.replaying = True
+            trace.statistics = {**trace.statistics, **{k: torch.tensor(v) for k, v in marks.items()}}
+
+    def finish_replay(self) -> None:
+        """The context has been repeated: score and cut."""
+        for layer in self.layers:
+            layer.replaying = False
+            self.traces[layer.index].scores = self._score(layer)
+        self._cut(self.layers)
+
+    # --- the steps ---
+
+    def _extend(self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Note which tokens are padding, and every token's position; refuse what cannot work, before any cut."""
+        batch, length = query.shape[0], layer.seen
+        valid = _valid_tokens(mask, batch, length, query.device)
+        fresh = _positions(position_ids, valid, query.shape[2])
+        self._valid = valid
+        self._positions = fresh if self._positions is None else torch.cat([self._positions, fresh], dim=-1)
+        if int(fresh.max()) >= self.view.max_positions:
+            raise BadInput(
+                f"the context reaches position {int(fresh.max()) + 1}, but this model was made for "
+                f"{self.view.max_positions}. Shorten the context, or configure rope scaling on the model."
+            )
+        if layer.seen >= (self.prompt_length or 0):
+            self.plan = self._make_plan(layer)
+
+    def _make_plan(self, layer: RaggedLayer) -> _Plan:
+        assert self._valid is not None and self._positions is not None and layer.keys is not None
+        if bool((self._valid[:, 1:] < self._valid[:, :-1]).any()):
+            raise BadInput("padding must be on the left: set tokenizer.padding_side = 'left'.")
+        tokens = self._valid.sum(-1).tolist()
+        if min(tokens) == 0:
+            raise BadInput("a context is empty: every row needs at least one token that is not padding.")
+        entry_bytes = self.view.shape.entry_bytes(layer.keys.dtype)
+        totals = self.keep.entries(shape=self.view.shape, tokens=tokens, entry_bytes=entry_bytes)
+        protected = protected_mask(self._valid, self.method.sink, self.method.window)
+        demand = Demand(
+            shape=self.view.shape,
+            tokens=tuple(tokens),
+            totals=tuple(totals),
+            floors=tuple(max(1, n) for n in protected.sum(-1).tolist()),
+        )
+        require_feasible(demand)
+        return _Plan(valid=self._valid, positions=self._positions, protected=protected, demand=demand)
+
+    def _chunk(
+        self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None
+    ) -> Chunk:
+        assert layer.keys is not None and self._valid is not None and self._positions is not None
+        keys, valid, positions = layer.keys, self._valid, self._positions
+        if layer.replaying:
+            assert layer.replayed_keys is not None
+            keys = layer.replayed_keys
+            valid = _valid_tokens(mask, query.shape[0], keys.shape[2], query.device)
+            positions = torch.cat([positions, _positions(position_ids, valid, query.shape[2])], dim=-1)
+        return Chunk(
+            queries=query,
+            keys=keys,
+            valid=valid,
+            positions=positions,
+            offset=keys.shape[2] - query.shape[2],
+            scaling=scaling,
+            rotary=self.view.rotary(layer.index),
+        )
+
+    def _finish(self, layer: RaggedLayer) -> None:
+        """The whole context has passed through a layer."""
+        self._require_finite(layer)
+        if self.method.scorer.replay is not None:
+            return  # scored when the context has been repeated
+        self.traces[layer.index].scores = self._score(layer)
+        if not self.deferred:
+            self._cut([layer])
+        elif layer.index == len(self.layers) - 1:
+            self._cut(self.layers)
+
+    def _score(self, layer: RaggedLayer) -> Float[Tensor, "batch kv_heads tokens"]:
+        assert self.plan is not None and layer.keys is not None and layer.values is not None
+        trace = self.traces[layer.index]
+        assert trace.queries is not None
+        observation = Observation(
+            shape=self.view.shape,
+            layer=layer.index,
+            keys=layer.keys,
+            values=layer.values,
+            queries=trace.queries,
+            valid=self.plan.valid,
+            positions=self.plan.positions,
+            output_weight=self.view.output_weight(layer.index),
+            scaling=trace.scaling,
+            rotary=self.view.rotary(layer.index),
+            statistics=trace.statistics,
+            totals=self.plan.demand.totals,
+        )
+        self.traces[layer.index] = replace(trace, statistics={}, queries=None)
+        return self.method.scorer.score(observation)
+
+    def _cut(self, layers: Sequence[RaggedLayer]) -> None:
+        """Allocate counts to these layers and freeze them."""
+        assert self.plan is not None
+        plan, indices = self.plan, [layer.index for layer in layers]
+        scores = [self.traces[i].scores for i in indices]
+        stacked = torch.stack([s for s in scores if s is not None])
+        candidates = plan.valid & ~plan.protected
+        counts = self.method.allocator.allocate(stacked, candidates, indices, plan.demand)
+        for layer, layer_scores, layer_counts in zip(layers, stacked, counts, strict=True):
+            kept = select(layer_scores, layer_counts, plan.valid, plan.protected)
+            layer.freeze(kept, plan.positions)
+            self.traces[layer.index] = _Trace()
+
+    def _require_finite(self, layer: RaggedLayer) -> None:
+        """Padding may hold anything; a real token's key or value may not be NaN or infinite."""
+        assert self.plan is not None and layer.keys is not None and layer.values is not None
+        for name, states in (("keys", layer.keys), ("values", layer.values)):
+            bad = ~torch.isfinite(states.sum(-1)) & self.plan.valid[:, None]
+            if bool(bad.any()):
+                raise NonFiniteValues(
+                    f"the {name} of model layer {self.view.shape.layers[layer.index]} are not finite at "
+                    f"{int(bad.sum())} entries. Check the weights and the dtype (float16 overflows; try bfloat16)."
+                )
+
+
+def _last(past: Tensor | None, query: Tensor, window: int) -> Tensor:
+    """The last `window` queries seen so far (a copy, so that the rest can be freed)."""
+    joined = query if past is None else torch.cat([past, query], dim=2)
+    return joined[:, :, max(0, joined.shape[2] - window) :].clone()
+
+
+def _valid_tokens(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Bool[Tensor, "batch tokens"]:
+    """The last query sees every token that is not padding."""
+    if mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    last = mask[:, 0, -1, :length]
+    return (last if last.dtype == torch.bool else last >= 0).expand(batch, -1).clone()
+
+
+def _positions(position_ids: Tensor | None, valid: Tensor, count: int) -> Int[Tensor, "batch queries"]:
+    """Positions of the newest `count` tokens: as given to the model, else counted from the first real token."""
+    if position_ids is None:
+        return (valid.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
+    return position_ids.expand(valid.shape[0], -1)

@@ -1,0 +1,19 @@
+"""Scorers: one method family per module. A scorer says which entries of a head matter; see headwise.interfaces."""
+
+from headwise.scores.expected import ExpectedAttention
+from headwise.scores.keys import KeyDiff, Knorm, Random, Streaming
+from headwise.scores.reconstruct import CriticalKV, KVzip
+from headwise.scores.window import H2O, TOVA, SnapKV
+
+__all__ = [
+    "H2O",
+    "TOVA",
+    "CriticalKV",
+    "ExpectedAttention",
+    "KVzip",
+    "KeyDiff",
+    "Knorm",
+    "Random",
+    "SnapKV",
+    "Streaming",
+]

@@ -1,0 +1,117 @@
+"""Every kernel against the reference: ragged lengths, shared contexts, tails with masks, several precisions."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headwise.errors import BadInput
+from headwise.kernels import KERNELS, get_kernel, partial, reference
+from headwise.layout import Segments, page_table
+
+HEADS, GROUP, DIM = 2, 3, 16
+SCALING = DIM**-0.5
+
+
+def make_segments(lengths, dtype, seed=0, heads=HEADS, dim=DIM):
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    return Segments(
+        keys=torch.randn(total, dim, generator=generator).to(dtype),
+        values=torch.randn(total, dim, generator=generator).to(dtype),
+        positions=torch.arange(total, dtype=torch.int32),
+        lengths=tuple(lengths),
+        kv_heads=heads,
+    )
+
+
+def make_query(rows, num_queries, tail, dtype, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    batch = len(rows)
+    query = 2 * torch.randn(batch, HEADS, GROUP, num_queries, DIM, generator=generator)
+    tail_keys = torch.randn(batch, HEADS, tail, DIM, generator=generator)
+    tail_values = torch.randn(batch, HEADS, tail, DIM, generator=generator)
+    mask = torch.rand(batch, num_queries, tail, generator=generator) < 0.7
+    mask[..., -1] = True
+    return query.to(dtype), tail_keys.to(dtype), tail_values.to(dtype), mask
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 700), min_size=4, max_size=4),
+    rows=st.lists(st.integers(0, 1), min_size=1, max_size=5),
+    num_queries=st.sampled_from([1, 2, 5, 17]),
+    tail=st.integers(1, 70),
+)
+def test_pages_equals_reference(lengths, rows, num_queries, tail):
+    segments = make_segments(lengths, torch.float64)
+    query, tail_keys, tail_values, mask = make_query(rows, num_queries, tail, torch.float64)
+    arguments = (segments, torch.tensor(rows), tail_keys, tail_values, mask, SCALING)
+    expected = reference.attend(query, *arguments)
+    torch.testing.assert_close(KERNELS["pages"](query, *arguments), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_queries", [1, 40])
+def test_error_is_at_most_twice_that_of_plain_attention(dtype, num_queries):
+    """Against float64, with the same rounded inputs; plain = PyTorch's own attention in the same precision."""
+    segments = make_segments([300, 5, 70, 1000], dtype)
+    query, tail_keys, tail_values, mask = make_query([0, 1], num_queries, 40, dtype)
+    exact_segments = make_segments([300, 5, 70, 1000], dtype)
+    exact_segments = Segments(
+        keys=segments.keys.double(),
+        values=segments.values.double(),
+        positions=segments.positions,
+        lengths=segments.lengths,
+        kv_heads=HEADS,
+    )
+    rows = torch.tensor([0, 1])
+    exact = reference.attend(query.double(), exact_segments, rows, tail_keys.double(), tail_values.double(), mask, SCALING)
+    ours = KERNELS["pages"](query, segments, rows, tail_keys, tail_values, mask, SCALING)
+    plain = torch.empty_like(query)
+    for b in range(2):
+        for h in range(HEADS):
+            part = segments.slice(b * HEADS + h)
+            visible = torch.cat([torch.ones(num_queries, part.stop - part.start, dtype=torch.bool), mask[b]], dim=-1)
+            plain[b, h] = torch.nn.functional.scaled_dot_product_attention(
+                query[b, h],
+                torch.cat([segments.keys[part], tail_keys[b, h]]).expand(GROUP, -1, -1),
+                torch.cat([segments.values[part], tail_values[b, h]]).expand(GROUP, -1, -1),
+                attn_mask=visible,
+                scale=SCALING,
+            )
+    assert (ours.double() - exact).norm() <= 2 * (plain.double() - exact).norm()
+
+
+def test_unfused_equals_fused():
+    query, keys, values = (torch.randn(3, n, DIM, dtype=torch.float64) for n in (4, 9, 9))
+    bias = torch.zeros(3, 4, 9, dtype=torch.float64).masked_fill_(torch.rand(3, 4, 9) < 0.3, partial.MASKED)
+    fused = partial.attend_part(query, keys, values, bias == 0, SCALING)
+    unfused = partial.attend_unfused(query, keys, values, bias, SCALING)
+    torch.testing.assert_close(fused, unfused, rtol=1e-9, atol=1e-9)
+
+
+def test_a_query_that_sees_nothing_of_the_tail_is_finite():
+    segments = make_segments([3, 4], torch.float32)
+    query, tail_keys, tail_values, mask = make_query([0], 2, 5, torch.float32)
+    mask[:] = False
+    out = KERNELS["pages"](query, segments, torch.tensor([0]), tail_keys, tail_values, mask, SCALING)
+    expected = reference.attend(query, segments, torch.tensor([0]), tail_keys, tail_values, mask, SCALING)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@given(lengths=st.lists(st.integers(0, 600), min_size=1, max_size=12).filter(lambda x: sum(x) > 0))
+def test_page_table_covers_every_row_once_for_its_owner(lengths):
+    table = page_table(tuple(lengths), torch.device("cpu"))
+    owner_of_row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seen = []
+    for page, (owner, mask) in enumerate(zip(table.owner, table.mask, strict=True)):
+        seen += [(page * table.size + int(i), int(owner)) for i in mask.nonzero()[:, 0]]
+    for owner, index, mask in zip(table.extra_owner, table.extra_index, table.extra_mask, strict=True):
+        seen += [(int(i), int(owner)) for i in index[mask]]
+    assert sorted(seen) == list(enumerate(owner_of_row.tolist()))
+
+
+def test_unknown_kernel():
+    with pytest.raises(BadInput, match="choose auto, pages"):
+        get_kernel("fast")

@@ -1,0 +1,112 @@
+"""CriticalKV's two stages and KVzip's replays."""
+
+from typing import Any
+
+import pytest
+import torch
+from score_oracles import critical, group_of
+from torch import Tensor
+
+from headwise.interfaces import Chunk, Replay, Statistics
+from headwise.scores import CriticalKV, ExpectedAttention, KeyDiff, KVzip, SnapKV
+
+CRITICAL = [
+    CriticalKV(base=SnapKV(window_size=4)),
+    CriticalKV(base=KeyDiff(), first_stage=0.3),
+    CriticalKV(base=KeyDiff(), first_stage=0.0),
+    CriticalKV(base=ExpectedAttention(num_future=8, use_vnorm=False), epsilon=0.01),
+]
+
+
+@pytest.mark.parametrize("scorer", CRITICAL, ids=repr)
+def test_critical_equals_the_formula(scorer: CriticalKV, make_layer: Any) -> None:
+    layer = make_layer(lengths=(23, 14))
+    scores = scorer.score(layer.observe(scorer, keep=0.6))
+    for row, length in enumerate((23, 14)):
+        expected = critical(scorer, layer.row(row), int(0.6 * length))
+        found = scores[row, :, -length:].double()
+        rest = expected.isfinite()
+        torch.testing.assert_close(found[rest], expected[rest], rtol=1e-5, atol=1e-6)
+        assert found[~rest].isfinite().all()
+        if not rest.all():
+            assert found[~rest].min() > found[rest].max()
+
+
+def test_critical_keeps_the_first_stage_in_the_order_of_the_base(make_layer: Any) -> None:
+    layer, scorer = make_layer(lengths=(23,)), CriticalKV(base=KeyDiff())
+    scores = scorer.score(layer.observe(scorer, keep=0.6))
+    base = KeyDiff().score(layer.observe(KeyDiff()))
+    first = int(0.6 * 23) // 2
+    assert torch.equal(scores.topk(first).indices, base.topk(first).indices)
+
+
+def replay_chunk(context: Any, replay: Any) -> Chunk:
+    """What KVzip sees of a replay: keys of the context and of the replay, queries of the replay."""
+    joined = [torch.cat([getattr(context, name), getattr(replay, name)], dim=-1) for name in ("valid", "positions")]
+    return Chunk(
+        queries=replay.queries,
+        keys=torch.cat([context.keys, replay.keys], dim=2),
+        valid=joined[0],
+        positions=joined[1],
+        offset=context.keys.shape[2],
+        scaling=context.scaling,
+        rotary=context.rotary,
+    )
+
+
+def replayed(scorer: KVzip, context: Any, replays: list[tuple[Any, int, int]]) -> Statistics:
+    statistics: Statistics = {}
+    for replay, start, end in replays:
+        marks = {"replay_start": torch.tensor(start), "replay_end": torch.tensor(end), "num_prefix": torch.tensor(2)}
+        statistics = scorer.accumulate({**statistics, **marks}, replay_chunk(context, replay))
+    return statistics
+
+
+def kvzip(context: Any, replay: Any, start: int, end: int) -> Tensor:
+    """Largest weight each of the tokens [start, end) gets from the replay, [H, end - start], by loops."""
+    sinks = range(min(4, start))
+    best = torch.zeros(context.keys.shape[1], end - start, dtype=torch.float64)
+    for head in range(context.keys.shape[1]):
+        cached = [context.keys[0, head, j].double() for j in (*sinks, *range(start, end))]
+        for query_head in group_of(context, head):
+            for t in range(replay.keys.shape[2]):
+                keys = cached + [key.double() for key in replay.keys[0, head, : t + 1]]
+                query = replay.queries[0, query_head, t].double()
+                weights = torch.stack([context.scaling * query.dot(key) for key in keys]).softmax(0)
+                best[head] = torch.maximum(best[head], weights[len(sinks) : len(sinks) + end - start])
+    return best
+
+
+def test_kvzip_equals_the_formula(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwise.scores.reconstruct._QUERY_BLOCK", 5)
+    context = make_layer(lengths=(23,))
+    replays = [(make_layer(lengths=(12,), seed=1), 0, 3), (make_layer(lengths=(12,), seed=2), 3, 23)]
+    scorer = KVzip()
+    observation = context.observe(scorer)
+    observation.statistics.update(replayed(scorer, context, replays))
+    expected = torch.cat([kvzip(context, *replay) for replay in replays], dim=-1)
+    torch.testing.assert_close(scorer.score(observation)[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_kvzip_keeps_the_largest_when_ranges_overlap(make_layer: Any) -> None:
+    context, scorer = make_layer(lengths=(23,)), KVzip()
+    replays = [(make_layer(lengths=(9,), seed=1), 0, 15), (make_layer(lengths=(9,), seed=2), 10, 23)]
+    both = replayed(scorer, context, replays)["received"]
+    alone = [replayed(scorer, context, [replay])["received"] for replay in replays]
+    assert torch.equal(both, torch.maximum(*alone))
+
+
+def test_kvzip_padding_changes_nothing(make_layer: Any) -> None:
+    context, replay, scorer = make_layer(lengths=(23, 14)), make_layer(lengths=(9, 9), seed=1), KVzip()
+    scores = replayed(scorer, context, [(replay, 12, 23)])["received"][1, :, 12:]
+    alone = replayed(scorer, context.row(1), [(replay.row(1), 3, 14)])["received"][0, :, 3:]
+    torch.testing.assert_close(scores, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_kvzip_does_nothing_during_prefill(make_layer: Any) -> None:
+    assert make_layer().statistics(KVzip(), cuts=(10,)) == {}
+
+
+def test_kvzip_asks_for_a_replay() -> None:
+    assert KVzip(chunk_size=16, instruction=(7, 8)).replay == Replay(chunk_size=16, overlap=8, instruction=(7, 8))
+    assert CriticalKV().replay is None
