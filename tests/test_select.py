@@ -4,11 +4,13 @@ from inspect import unwrap
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch
 from headwise.select import protected_mask, select
+
+CASES = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 def naive_protected(valid, sink, window):
@@ -26,7 +28,7 @@ def naive_select(scores, counts, valid, protected):
         tokens = [at for at in range(scores.shape[2]) if valid[row, at]]
         for head in range(scores.shape[1]):
             values = scores[row, head].tolist()
-            ranked = sorted(tokens, key=lambda at: (not protected[row, at], -values[at], at))  # noqa: B023
+            ranked = sorted(tokens, key=lambda at: (not protected[row, at], -values[at], at))
             kept[row, head, ranked[: counts[row, head]]] = True
     return kept
 
@@ -46,6 +48,7 @@ def batches(draw):
     return scores, counts, valid, protected
 
 
+@CASES
 @given(
     st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3),
     st.integers(0, 7),
@@ -67,6 +70,7 @@ def test_negative_protection_is_refused():
         protected_mask(torch.ones(1, 4, dtype=torch.bool), 0, -1)
 
 
+@CASES
 @given(batches())
 def test_select_is_the_naive_oracle(batch):
     kept = select(*batch)

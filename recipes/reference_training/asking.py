@@ -61,14 +61,18 @@ def asking_batch(rng: np.random.Generator, *, rows: int, length: int, mix: Mappi
 
 
 def mixed_document(rng: np.random.Generator, length: int) -> Document:
-    """Write a document of records, listings and chains, mostly records."""
+    """Write a document of records, listings and chains, mostly records; no key has two records."""
+    lexicon = REFERENCE_LEXICON
+    num_lookups, num_listings, num_chains = (max(1, length // tokens) for tokens in (14, 400, 200))
+    num_keys = num_lookups + ruler.NUM_KEYS_PER_QUERY + num_listings
+    keys = lexicon.draw_keys(rng, num_keys)
     facts = [
-        ruler.lookup_facts(REFERENCE_LEXICON, rng, max(1, length // 14)),
-        ruler.several_lookups_facts(REFERENCE_LEXICON, rng, 4),
-        ruler.listing_facts(REFERENCE_LEXICON, rng, max(1, length // 400)),
-        ruler.chain_facts(REFERENCE_LEXICON, rng, max(1, length // 200)),
+        ruler.lookup_facts(lexicon, rng, keys[:num_lookups]),
+        ruler.several_lookups_facts(lexicon, rng, keys[num_lookups : num_keys - num_listings]),
+        ruler.listing_facts(lexicon, rng, keys[num_keys - num_listings :]),
+        ruler.chain_facts(lexicon, lexicon.draw_keys(rng, num_chains * (ruler.NUM_HOPS + 1))),
     ]
-    return ruler.hide(REFERENCE_LEXICON, rng, facts, length)
+    return ruler.hide(lexicon, rng, facts, length)
 
 
 class _Stream:

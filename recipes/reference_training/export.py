@@ -6,6 +6,7 @@ import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -32,7 +33,7 @@ def export(run: Path, to: Path, *, command: str, num_samples: int) -> None:
         save_model(run, staged)
         write_log(run, staged / "training_log.jsonl")
         write_demo(staged)
-        model = AutoModelForCausalLM.from_pretrained(staged, dtype=torch.bfloat16).eval()
+        model = cast(LlamaForCausalLM, AutoModelForCausalLM.from_pretrained(staged, dtype=torch.bfloat16))
         tokenizer = AutoTokenizer.from_pretrained(staged)
         measurements = measure(model, tokenizer, num_samples=num_samples)
         (staged / "README.md").write_text(write_card(model, measurements, command=command))
@@ -42,8 +43,8 @@ def export(run: Path, to: Path, *, command: str, num_samples: int) -> None:
 
 def save_model(run: Path, to: Path) -> None:
     """Write the last stage's model in bf16, its generation settings and the tokenizer."""
-    model = LlamaForCausalLM(LlamaConfig.from_pretrained(run))
     checkpoint = torch.load(run / STAGES[-1] / "checkpoint.pt", weights_only=True)
+    model = LlamaForCausalLM(LlamaConfig(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     config = model.config
     model.generation_config = GenerationConfig(

@@ -1,7 +1,8 @@
 """Which KV heads the reference model needs: evict the context of some of them and see whether answers survive.
 
-Eviction is exact here but frees nothing: one pass over document, question and ideal answer, in which the tokens after the
-context do not see the evicted entries. An answer counts when every token of it is predicted, as greedy decoding would.
+Eviction is exact here but frees nothing: one pass over document, question and ideal answer, in which the tokens after
+the context do not see the evicted entries. An answer counts when every token of it is predicted, as in
+greedy decoding.
 """
 
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ class HeadStudy:
     def __init__(self, model: LlamaForCausalLM, rows: Rows) -> None:
         self.model = model
         self.rows = rows
-        self.shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
+        self.shape = (model.config.num_hidden_layers, cast(int, model.config.num_key_value_heads))
 
     def accuracy(self, evicted: np.ndarray, *, recent: int = 0) -> float:
         """Return the share of right answers when the heads where `evicted` [layers, heads] is true keep only the
@@ -107,7 +108,7 @@ class HeadStudy:
             )
             return output.transpose(1, 2), None
 
-        before = self.model.config._attn_implementation
+        before = self.model.config._attn_implementation or "sdpa"
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
         self.model.set_attn_implementation(NAME)

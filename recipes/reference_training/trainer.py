@@ -181,7 +181,8 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():
-            torch._foreach_copy_(workers, masters)
+            for master, worker in zip(masters, workers, strict=True):
+                worker.copy_(master)
         self.step += 1
         self.tokens += batch.ids.numel()
         self._tally(batch, predictions)
@@ -212,6 +213,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = {
+            "config": self.master.config.to_dict(),
             "model": self.master.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headwise.artifacts import Budget as Budget
-    from headwise.online import compress as compress
     from headwise.errors import HeadwiseError as HeadwiseError
     from headwise.hf.attention import enable as enable
     from headwise.method import Method as Method
+    from headwise.online import compress as compress
     from headwise.ragged.cache import RaggedCache as RaggedCache
 
 __version__ = "0.1.0"
@@ -22,7 +22,16 @@ _HOME = {
     "enable": "headwise.hf.attention",
     "load": "headwise.ragged.store",
 }
-__all__ = [*_HOME, "__version__"]
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "Budget",
+    "HeadwiseError",
+    "Method",
+    "RaggedCache",
+    "__version__",
+    "compress",
+    "enable",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

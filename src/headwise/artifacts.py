@@ -37,7 +37,7 @@ _VOLATILE = {"transformers_version", "torch_dtype", "dtype"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Provenance:
+class Origin:
     """What an artifact was made for, and from what. Empty = not known."""
 
     shape: ModelShape
@@ -48,14 +48,14 @@ class Provenance:
     calibration: str = ""  # fingerprint of the data or file it was made from
 
     @classmethod
-    def parse(cls, metadata: Mapping[str, Any], path: Path) -> "Provenance":
+    def parse(cls, metadata: Mapping[str, Any], path: Path) -> "Origin":
         """From a file's metadata. Raises BadInput naming `path` if it is incomplete."""
         try:
-            fields = dict(metadata["provenance"])
+            fields = dict(metadata["origin"])
             layers = tuple(fields["shape"]["layers"])
             return cls(**{**fields, "shape": ModelShape(**{**fields["shape"], "layers": layers})})
         except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"{path}: the provenance is damaged ({error}); get or make the file again.") from error
+            raise BadInput(f"{path}: the metadata is incomplete ({error}); get or make the file again.") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -69,11 +69,11 @@ class Budget:
 
     ratios: Float[Tensor, " ratios"]
     fractions: Float[Tensor, "ratios layers kv_heads"]
-    provenance: Provenance
+    origin: Origin
     hull: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = self.provenance.shape
+        shape = self.origin.shape
         expected = (len(self.ratios), len(shape.layers), shape.kv_heads)
         if tuple(self.fractions.shape) != expected:
             raise ShapeMismatch(
@@ -87,8 +87,8 @@ class Budget:
 
     def require(self, shape: ModelShape) -> None:
         """Raise ArtifactMismatch, naming both sides, unless the budget was made for `shape`."""
-        if shape != self.provenance.shape:
-            made_for = f"{self.provenance.model or 'a model'} with {self.provenance.shape}"
+        if shape != self.origin.shape:
+            made_for = f"{self.origin.model or 'a model'} with {self.origin.shape}"
             raise ArtifactMismatch(f"The budget was made for {made_for}; this model has {shape}. Make one for it.")
 
     def closed(self) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows layers kv_heads"]]:
@@ -108,7 +108,7 @@ class Budget:
         """Write one safetensors file, at once or not at all."""
         hull = {f"hull.{name}": tensor for name, tensor in self.hull.items()}
         tensors = {"ratios": self.ratios, "fractions": self.fractions, **hull}
-        write_tensors(path, "budget", tensors, {"provenance": asdict(self.provenance)})
+        write_tensors(path, "budget", tensors, {"origin": asdict(self.origin)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Budget":
@@ -117,8 +117,8 @@ class Budget:
         hull = {name.removeprefix("hull."): tensor for name, tensor in tensors.items() if name.startswith("hull.")}
         if not {"ratios", "fractions"} <= tensors.keys():
             raise BadInput(f"{path} holds {sorted(tensors)} but no ratios and fractions; get or make the file again.")
-        provenance = Provenance.parse(metadata, Path(path))
-        return cls(ratios=tensors["ratios"], fractions=tensors["fractions"], provenance=provenance, hull=hull)
+        origin = Origin.parse(metadata, Path(path))
+        return cls(ratios=tensors["ratios"], fractions=tensors["fractions"], origin=origin, hull=hull)
 
     @classmethod
     def from_kvpress(
@@ -138,18 +138,18 @@ class Budget:
         removed = _load_npy(Path(path))
         _require_table(removed.shape, (99, shape.num_layers, shape.kv_heads), path)
         kept = 1 - torch.from_numpy(removed).clamp(0, 1).flip(0)[:, list(shape.layers)]
-        provenance = Provenance(
+        origin = Origin(
             shape=shape,
             model=model,
             scorer=scorer,
             scorer_parameters=scorer_parameters or {},
             calibration=fingerprint(Path(path).read_bytes()),
         )
-        return cls(ratios=_percents(), fractions=kept, provenance=provenance)
+        return cls(ratios=_percents(), fractions=kept, origin=origin)
 
     def to_kvpress(self, path: str | os.PathLike[str]) -> None:
         """Export to kvpress' table; layers that cannot be compressed have 0 removed."""
-        shape = self.provenance.shape
+        shape = self.origin.shape
         removed = np.zeros((99, shape.num_layers, shape.kv_heads))
         removed[:, list(shape.layers)] = 1 - self.at(_percents()).flip(0).double().numpy()
         with _replacing(Path(path)) as temporary, open(temporary, "wb") as file:
@@ -163,7 +163,7 @@ class Budget:
 
         The authors keep whole the heads whose alpha is above a quantile, the others keep `sink` first and `recent` last
         tokens. Here row j keeps the j best heads whole and nothing of the others: protect `sink` and `recent` (they are
-        in `provenance.scorer_parameters`) and any budget is met by as many whole heads as fit, plus one in part.
+        in `origin.scorer_parameters`) and any budget is met by as many whole heads as fit, plus one in part.
         Ours differs: equal alphas are ordered by layer and head, where the authors add noise.
         Raises BadInput if the table cannot be read, ArtifactMismatch if it is of another shape.
         """
@@ -173,14 +173,14 @@ class Budget:
         rank = torch.argsort(torch.argsort(alpha, descending=True, stable=True))
         whole = torch.arange(1, shape.num_heads)
         fractions = (rank < whole[:, None]).float().unflatten(1, (-1, shape.kv_heads))
-        provenance = Provenance(
+        origin = Origin(
             shape=shape,
             model=model,
             scorer="streaming",
             scorer_parameters={"sink": sink, "window": recent},
             calibration=fingerprint(Path(path).read_bytes()),
         )
-        return cls(ratios=whole.double() / shape.num_heads, fractions=fractions, provenance=provenance)
+        return cls(ratios=whole.double() / shape.num_heads, fractions=fractions, origin=origin)
 
 
 def write_tensors(

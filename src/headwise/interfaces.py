@@ -30,9 +30,7 @@ class Rotary(Protocol):
         """Undo the rotation of queries or keys (float32)."""
         ...
 
-    def mean_rotation(
-        self, positions: Int[Tensor, "batch tokens"]
-    ) -> Float[Tensor, "batch head_dim head_dim"]:
+    def mean_rotation(self, positions: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch head_dim head_dim"]:
         """The matrix R, averaged over `positions`, that turns a column vector x into its rotated self R x (float32)."""
         ...
 
@@ -80,12 +78,19 @@ class Replay:
 class AbstractScorer(ABC):
     """Says which entries of a head matter. Subclasses are frozen dataclasses: their fields are the provenance."""
 
-    sink: ClassVar[int] = 0  # first tokens the method's paper always keeps
-    query_window: int = 0  # how many of the last queries `Observation.queries` must hold
+    @property
+    def sink(self) -> int:
+        """First tokens the method's paper always keeps."""
+        return 0
 
     @property
     def window(self) -> int:
         """Last tokens the method's paper always keeps."""
+        return 0
+
+    @property
+    def query_window(self) -> int:
+        """How many of the last queries `Observation.queries` must hold."""
         return 0
 
     @property

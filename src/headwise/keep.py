@@ -1,8 +1,8 @@
 """`keep`: how much of the cache a caller wants to retain. One parser for the library and the command line.
 
-    0.15, "0.15", "15%"    a fraction of all KV entries of the compressible layers
-    "1024tok"              that many tokens per KV head on average
-    "2GiB", "500MB"        bytes of keys and values
+0.15, "0.15", "15%"    a fraction of all KV entries of the compressible layers
+"1024tok"              that many tokens per KV head on average
+"2GiB", "500MB"        bytes of keys and values
 """
 
 import re
@@ -15,7 +15,9 @@ from headwise.errors import BadInput
 from headwise.shapes import ModelShape
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_ADVICE = "keep must be a fraction in (0, 1] such as 0.15, a number of tokens such as '1024tok', or bytes such as '2GiB'"
+_ADVICE = (
+    "keep must be a fraction in (0, 1] such as 0.15, a number of tokens such as '1024tok', or bytes such as '2GiB'"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,15 +24,15 @@ class PageTable:
 
     size: int
     owner: Int[Tensor, " pages"]
-    mask: Bool[Tensor, "pages size"]  # rows of a page that belong to its owner
+    bias: Float[Tensor, "pages size"]  # for the logits: 0 at rows of a page that belong to its owner, else very low
     extra_owner: Int[Tensor, " extras"]
     extra_index: Int[Tensor, "extras size"]  # rows of the storage
-    extra_mask: Bool[Tensor, "extras size"]
+    extra_bias: Float[Tensor, "extras size"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segments:
-    """Kept keys and values of one layer. Segment s = row * kv_heads + head holds rows `start[s] : start[s] + length[s]`.
+    """Kept keys and values of one layer. Segment s = row * kv_heads + head holds rows `starts[s]` to its end.
 
     Entries of a segment are in position order; `positions` are the rotary positions they had in the context.
     """
@@ -60,7 +60,7 @@ class Segments:
     @cached_property
     def pages(self) -> PageTable:
         """The page table, made on first use."""
-        return page_table(self.lengths, self.keys.device)
+        return page_table(self.lengths, self.keys.device, self.keys.dtype)
 
     def slice(self, segment: int) -> slice:
         """Rows of a segment."""
@@ -77,7 +77,7 @@ class Segments:
         table = self.__dict__.get("pages")
         tensors = [self.positions]
         if table is not None:
-            tensors += [table.owner, table.mask, table.extra_owner, table.extra_index, table.extra_mask]
+            tensors += [table.owner, table.bias, table.extra_owner, table.extra_index, table.extra_bias]
         return sum(t.nbytes for t in tensors)
 
 
@@ -98,7 +98,12 @@ def gather(
     )
 
 
-def page_table(lengths: tuple[int, ...], device: torch.device) -> PageTable:
+def masked_value(dtype: torch.dtype) -> float:
+    """What a logit is lowered by where nothing is seen: finite, so that a query which sees nothing gets no NaN."""
+    return max(-1e30, torch.finfo(dtype).min / 2)
+
+
+def page_table(lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> PageTable:
     """Cut a flat storage of segments into pages. The page size follows the mean segment length, 16 to 256 rows."""
     total = sum(lengths)
     mean = max(1, total // len(lengths))
@@ -113,11 +118,15 @@ def page_table(lengths: tuple[int, ...], device: torch.device) -> PageTable:
     return PageTable(
         size=size,
         owner=segment[main].to(device),
-        mask=inside[main].to(device),
+        bias=_bias(inside[main], device, dtype),
         extra_owner=segment[~main].to(device),
         extra_index=index[~main].to(device),
-        extra_mask=(row < (stop - first)[:, None])[~main].to(device),
+        extra_bias=_bias((row < (stop - first)[:, None])[~main], device, dtype),
     )
+
+
+def _bias(mask: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.where(mask, 0.0, masked_value(dtype)).to(device, dtype)
 
 
 def _pieces(lengths: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -30,7 +30,7 @@ from headwise.scores import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """What to keep. `sink` first and `window` last tokens are always kept, inside the budget (None: as the scorer's paper).
+    """What to keep. Protected tokens are always kept, inside the budget (None: those of the scorer's paper).
 
     >>> Method.parse("snapkv+adakv")
     >>> Method(scorer=SnapKV(window_size=64), allocator=AdaKV(safeguard=0.05), sink=4)
@@ -98,14 +98,18 @@ SCORERS: Mapping[str, Entry] = MappingProxyType(
         "h2o": Entry(make=H2O, summary="attention accumulated over all queries", paper="2306.14048"),
         "expected": Entry(make=ExpectedAttention, summary="attention expected from future queries", paper="2510.00636"),
         "criticalkv": Entry(make=CriticalKV, summary="SnapKV weighted by what the value writes", paper="2502.03805"),
-        "kvzip": Entry(make=KVzip, summary="attention while the model repeats the context (2 passes)", paper="2505.23416"),
+        "kvzip": Entry(
+            make=KVzip, summary="attention while the model repeats the context (2 passes)", paper="2505.23416"
+        ),
     }
 )
 
 ALLOCATORS: Mapping[str, Entry] = MappingProxyType(
     {
         "uniform": Entry(make=Uniform, summary="the same count for every head"),
-        "pyramid": Entry(make=Pyramid, summary="more for early layers, linearly less for late ones", paper="2406.02069"),
+        "pyramid": Entry(
+            make=Pyramid, summary="more for early layers, linearly less for late ones", paper="2406.02069"
+        ),
         "adakv": Entry(make=AdaKV, summary="heads of a layer compete with their scores", paper="2407.11550"),
         "global": Entry(make=Global, summary="all heads of all layers compete with their scores"),
         "fixed": Entry(
@@ -146,4 +150,3 @@ def _make(registry: Mapping[str, Entry], text: str, name: str, kind: str) -> Any
         problem = "takes no file" if at else f"needs a file, as in {word}@FILE"
         raise BadInput(f"method {name!r}: {kind} {word!r} {problem}.")
     return entry.make(Path(path)) if at else entry.make()
-

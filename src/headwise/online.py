@@ -44,7 +44,7 @@ def compress(
     """
     mask = _checked_mask(model, input_ids, attention_mask)
     length = input_ids.shape[1]
-    cache = RaggedCache(model, method, keep=keep, prompt_length=length, kernel=kernel)
+    cache = RaggedCache(model, method, keep=keep, prompt_length=length, kernel=kernel, replays=True)
     replay = cache.method.scorer.replay
     steps, done = length * (2 if replay else 1), 0
     for chunk in torch.arange(length).split(prefill_chunk_size or length):

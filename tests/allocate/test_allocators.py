@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.allocate.fixed import Fixed
 from headwise.allocate.heuristic import AdaKV, Global, Pyramid, Uniform
-from headwise.artifacts import Budget, Provenance
+from headwise.artifacts import Budget, Origin
 from headwise.errors import BudgetInfeasible
 from headwise.interfaces import Demand
 from headwise.select import protected_mask
@@ -20,7 +20,7 @@ def random_budget(shape):
     """Fractions that need not grow with the ratio, as in a noisy table."""
     generator = torch.Generator().manual_seed(0)
     fractions = torch.rand(5, len(shape.layers), shape.kv_heads, generator=generator)
-    return Budget(ratios=torch.arange(1, 6) / 6, fractions=fractions, provenance=Provenance(shape=shape))
+    return Budget(ratios=torch.arange(1, 6) / 6, fractions=fractions, origin=Origin(shape=shape))
 
 
 def sorted_budget(shape):
@@ -40,6 +40,7 @@ ALLOCATORS = {
     "fixed": lambda shape: Fixed(budget=random_budget(shape)),
     "fixed-sorted": lambda shape: Fixed(budget=sorted_budget(shape)),
 }
+CASES = settings(max_examples=30, deadline=None, derandomize=True)
 EVERY = pytest.mark.parametrize("make", ALLOCATORS.values(), ids=ALLOCATORS.keys())
 
 
@@ -76,18 +77,21 @@ def allocate(allocator, scores, candidates, demand):
 
 
 @EVERY
+@CASES
 @given(request=requests())
 def test_totals_are_exact_and_floors_and_caps_hold(make, request):
     scores, candidates, demand = build(request)
     counts = allocate(make(demand.shape), scores, candidates, demand)
     batch, heads = len(demand.tokens), demand.shape.kv_heads
-    assert counts.shape == (len(demand.shape.layers), batch, heads) and counts.dtype == torch.int64
+    assert counts.shape == (len(demand.shape.layers), batch, heads)
+    assert counts.dtype == torch.int64
     assert counts.sum(dim=(0, 2)).tolist() == list(demand.totals)
     assert (counts >= torch.tensor(demand.floors)[:, None]).all()
     assert (counts <= torch.tensor(demand.tokens)[:, None]).all()
 
 
 @EVERY
+@CASES
 @given(request=requests())
 def test_rows_of_a_batch_do_not_see_each_other(make, request):
     scores, candidates, demand = build(request)
@@ -104,6 +108,7 @@ def test_rows_of_a_batch_do_not_see_each_other(make, request):
 
 
 @EVERY
+@CASES
 @given(request=requests())
 def test_the_whole_cache_and_the_bare_floors_leave_no_choice(make, request):
     scores, candidates, demand = build(request)
@@ -114,6 +119,7 @@ def test_the_whole_cache_and_the_bare_floors_leave_no_choice(make, request):
 
 
 @EVERY
+@CASES
 @given(request=requests())
 def test_padding_does_not_matter(make, request):
     scores, candidates, demand = build(request)
@@ -126,11 +132,12 @@ def test_padding_does_not_matter(make, request):
 def test_a_budget_below_the_floors_is_refused(make):
     shape = ModelShape(num_layers=2, layers=(0, 1), kv_heads=2, query_heads=2, head_dim=8)
     demand = Demand(shape=shape, tokens=(16,), totals=(15,), floors=(4,))
-    with pytest.raises(BudgetInfeasible, match="smallest keep that works is 0.25"):
+    with pytest.raises(BudgetInfeasible, match=r"smallest keep that works is 0\.25"):
         allocate(make(shape), torch.rand(2, 1, 2, 16), torch.ones(1, 16, dtype=torch.bool), demand)
 
 
 @pytest.mark.parametrize(("name", "slack"), [("uniform", 0), ("global", 0), ("pyramid", 1), ("fixed-sorted", 1)])
+@CASES
 @given(request=requests(), growth=st.integers(1, 20))
 def test_no_head_shrinks_when_the_budget_grows(name, slack, request, growth):
     """Exactly for uniform and global; to within the rounding of one entry where a table or a line is rounded.
@@ -147,6 +154,7 @@ def test_no_head_shrinks_when_the_budget_grows(name, slack, request, growth):
 
 
 @pytest.mark.parametrize("name", ["adakv", "adakv-kvpress", "global"])
+@CASES
 @given(request=requests(), seed=st.integers(0, 99))
 def test_permuted_heads_get_permuted_counts(name, request, seed):
     scores, candidates, demand = build(request)

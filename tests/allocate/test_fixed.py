@@ -1,10 +1,12 @@
 """Fixed: a Budget's table becomes counts for any total, floor and context length."""
 
+import json
+
 import pytest
 import torch
 
 from headwise.allocate.fixed import Fixed
-from headwise.artifacts import Budget, Provenance
+from headwise.artifacts import Budget, Origin
 from headwise.errors import ArtifactMismatch
 from headwise.interfaces import Demand
 from headwise.shapes import ModelShape
@@ -14,11 +16,11 @@ SHAPE = ModelShape(num_layers=3, layers=(0, 2), kv_heads=2, query_heads=4, head_
 
 def budget(rows, ratios, shape=SHAPE):
     fractions = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(shape.layers), shape.kv_heads)
-    return Budget(ratios=torch.tensor(ratios), fractions=fractions, provenance=Provenance(shape=shape, model="m"))
+    return Budget(ratios=torch.tensor(ratios), fractions=fractions, origin=Origin(shape=shape, model="m"))
 
 
 def counts(table, *, tokens, total, floor=1):
-    demand = Demand(shape=table.provenance.shape, tokens=(tokens,), totals=(total,), floors=(floor,))
+    demand = Demand(shape=table.origin.shape, tokens=(tokens,), totals=(total,), floors=(floor,))
     return Fixed(budget=table).counts(demand)[0].flatten().tolist()
 
 
@@ -65,3 +67,12 @@ def test_a_budget_of_another_model_is_refused_naming_both():
     demand = Demand(shape=other, tokens=(10,), totals=(30,), floors=(1,))
     with pytest.raises(ArtifactMismatch, match=r"m with .*layers=\(0, 2\).*layers=\(0, 1, 2\)"):
         Fixed(budget=TABLE).counts(demand)
+
+
+def test_provenance_names_the_budget_without_its_table():
+    found = Fixed(budget=TABLE).provenance()
+    assert found["name"] == "Fixed"
+    assert found["budget"]["model"] == "m"
+    assert len(json.dumps(found)) < 500
+    assert found == Fixed(budget=budget([[0.1, 0.1, 0.1, 0.5], [0.2, 0.4, 0.4, 1.0]], [0.2, 0.5])).provenance()
+    assert found != Fixed(budget=budget([[0.1, 0.1, 0.1, 0.5]], [0.2])).provenance()

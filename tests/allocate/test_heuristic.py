@@ -123,7 +123,7 @@ def test_every_head_keeps_an_entry_without_protection():
 
 
 def test_senseless_parameters_are_refused():
-    with pytest.raises(BadInput, match="beta=0.5"):
+    with pytest.raises(BadInput, match=r"beta=0\.5"):
         Pyramid(beta=0.5)
-    with pytest.raises(BadInput, match="safeguard=1.5"):
+    with pytest.raises(BadInput, match=r"safeguard=1\.5"):
         AdaKV(safeguard=1.5)

@@ -66,7 +66,9 @@ def test_error_is_at_most_twice_that_of_plain_attention(dtype, num_queries):
         kv_heads=HEADS,
     )
     rows = torch.tensor([0, 1])
-    exact = reference.attend(query.double(), exact_segments, rows, tail_keys.double(), tail_values.double(), mask, SCALING)
+    exact = reference.attend(
+        query.double(), exact_segments, rows, tail_keys.double(), tail_values.double(), mask, SCALING
+    )
     ours = KERNELS["pages"](query, segments, rows, tail_keys, tail_values, mask, SCALING)
     plain = torch.empty_like(query)
     for b in range(2):
@@ -85,8 +87,8 @@ def test_error_is_at_most_twice_that_of_plain_attention(dtype, num_queries):
 
 def test_unfused_equals_fused():
     query, keys, values = (torch.randn(3, n, DIM, dtype=torch.float64) for n in (4, 9, 9))
-    bias = torch.zeros(3, 4, 9, dtype=torch.float64).masked_fill_(torch.rand(3, 4, 9) < 0.3, partial.MASKED)
-    fused = partial.attend_part(query, keys, values, bias == 0, SCALING)
+    bias = torch.zeros(3, 4, 9, dtype=torch.float64).masked_fill_(torch.rand(3, 4, 9) < 0.3, -1e30)
+    fused = partial.attend_part(query, keys, values, bias, SCALING)
     unfused = partial.attend_unfused(query, keys, values, bias, SCALING)
     torch.testing.assert_close(fused, unfused, rtol=1e-9, atol=1e-9)
 
@@ -102,13 +104,13 @@ def test_a_query_that_sees_nothing_of_the_tail_is_finite():
 
 @given(lengths=st.lists(st.integers(0, 600), min_size=1, max_size=12).filter(lambda x: sum(x) > 0))
 def test_page_table_covers_every_row_once_for_its_owner(lengths):
-    table = page_table(tuple(lengths), torch.device("cpu"))
+    table = page_table(tuple(lengths), torch.device("cpu"), torch.float32)
     owner_of_row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     seen = []
-    for page, (owner, mask) in enumerate(zip(table.owner, table.mask, strict=True)):
-        seen += [(page * table.size + int(i), int(owner)) for i in mask.nonzero()[:, 0]]
-    for owner, index, mask in zip(table.extra_owner, table.extra_index, table.extra_mask, strict=True):
-        seen += [(int(i), int(owner)) for i in index[mask]]
+    for page, (owner, bias) in enumerate(zip(table.owner, table.bias, strict=True)):
+        seen += [(page * table.size + int(i), int(owner)) for i in (bias == 0).nonzero()[:, 0]]
+    for owner, index, bias in zip(table.extra_owner, table.extra_index, table.extra_bias, strict=True):
+        seen += [(int(i), int(owner)) for i in index[bias == 0]]
     assert sorted(seen) == list(enumerate(owner_of_row.tolist()))
 
 

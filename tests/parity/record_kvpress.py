@@ -6,8 +6,8 @@ kvpress pins its own versions of torch and transformers, so it lives in an envir
     kvpress-env/bin/pip install kvpress==0.5.5
     kvpress-env/bin/python tests/parity/record_kvpress.py tests/parity/kvpress.npz
 
-The recording holds, per case and recorded layer, the rotated queries and keys, the values and W_O; the scores of every press;
-the entries it keeps at several compression ratios. RandomPress is left out: another generator gives other numbers.
+The recording holds, per case and recorded layer, the rotated queries and keys, the values and W_O; the scores of every
+press; the entries it keeps at several compression ratios. RandomPress is left out: another generator, other numbers.
 To check headwise against a kvpress installed elsewhere without touching the recording, set HEADWISE_KVPRESS_PYTHON to
 that environment's python and run the test.
 """
@@ -41,6 +41,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 RATIOS = (0.25, 0.5, 0.8, 0.9)  # removed
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 5, 6, 2, 8
 RECORDED = (0, 4)  # layers, to keep the file small
+VOCABULARY = 512
 REPLAYS = ((0, 24), (24, 48), (48, 60))  # KVzip's chunks of its 60 tokens
 Recording = dict[str, np.ndarray]
 
@@ -91,7 +92,7 @@ def make_model(implementation: str) -> LlamaForCausalLM:
         num_attention_heads=QUERY_HEADS,
         num_key_value_heads=KV_HEADS,
         head_dim=HEAD_DIM,
-        vocab_size=128,
+        vocab_size=VOCABULARY,
         max_position_embeddings=4096,
         initializer_range=0.2,  # attention with some contrast
         attn_implementation=implementation,
@@ -167,7 +168,9 @@ def record_layer(case: Case, call: dict[str, Any], eager: dict[str, Any]) -> Rec
 
 
 def record_case(case: Case) -> Recording:
-    ids = torch.randint(0, 128, (2, case.tokens), generator=torch.Generator().manual_seed(case.tokens))
+    generator = torch.Generator().manual_seed(case.tokens)
+    # No token twice in a row of the batch: in the first layer their keys would have the same norm, and tie.
+    ids = torch.stack([torch.randperm(VOCABULARY, generator=generator)[: case.tokens] for _ in range(2)])
     calls = forward(make_model("sdpa"), ids, DynamicCache())
     eager = forward(make_model("eager"), ids, DynamicCache())
     recording = {}
@@ -184,8 +187,8 @@ def record_case(case: Case) -> Recording:
 def record_kvzip() -> Recording:
     """KVzip's scores after replaying 60 tokens in chunks, with a made-up instruction of 5 tokens."""
     model, generator, length = make_model("sdpa"), torch.Generator().manual_seed(1), REPLAYS[-1][1]
-    context = torch.randint(0, 128, (1, length), generator=generator)
-    instruction = torch.randint(0, 128, (1, 5), generator=generator)
+    context = torch.randint(0, VOCABULARY, (1, length), generator=generator)
+    instruction = torch.randint(0, VOCABULARY, (1, 5), generator=generator)
     press, cache = KVzipPress(0.5), DynamicCache()
     press.context_length = length
     press.score_val = torch.zeros(LAYERS, 1, KV_HEADS, length)

@@ -177,7 +177,7 @@ def test_adakv(recording: Recording, case: str, name: str, layer: int) -> None:
 @pytest.mark.parametrize(("case", "tokens"), [("long", 333), ("long", 4096), ("short", 90), ("short", 4096)])
 def test_pyramid(recording: Recording, case: str, tokens: int) -> None:
     """To within one entry: kvpress rounds every layer by itself, so its layers need not sum to the total."""
-    allocator, floor = Pyramid(beta=20, uniform_fallback=True), CASES[case][1].window
+    allocator, floor = Pyramid(uniform_fallback=True), CASES[case][1].window
     for ratio, expected in zip(recording["ratios"], recording[f"{case}/pyramid/{tokens}"], strict=True):
         total = round(tokens * (1 - float(ratio)) * SHAPE.num_heads)
         demand = Demand(shape=SHAPE, tokens=(tokens,), totals=(total,), floors=(floor,))

@@ -97,10 +97,16 @@ def test_kvzip_keeps_the_largest_when_ranges_overlap(make_layer: Any) -> None:
 
 
 def test_kvzip_padding_changes_nothing(make_layer: Any) -> None:
-    context, replay, scorer = make_layer(lengths=(23, 14)), make_layer(lengths=(9, 9), seed=1), KVzip()
+    context, replay, scorer = make_layer(lengths=(23, 14)), make_layer(lengths=(9, 6), seed=1), KVzip()
     scores = replayed(scorer, context, [(replay, 12, 23)])["received"][1, :, 12:]
     alone = replayed(scorer, context.row(1), [(replay.row(1), 3, 14)])["received"][0, :, 3:]
     torch.testing.assert_close(scores, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_kvzip_of_a_context_shorter_than_its_sinks(make_layer: Any) -> None:
+    context, replay = make_layer(lengths=(2,)), make_layer(lengths=(1,), seed=1)
+    received = replayed(KVzip(), context, [(replay, 0, 2)])["received"]
+    torch.testing.assert_close(received[0].double(), kvzip(context, replay, 0, 2), rtol=1e-5, atol=1e-6)
 
 
 def test_kvzip_does_nothing_during_prefill(make_layer: Any) -> None:

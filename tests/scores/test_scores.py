@@ -1,6 +1,6 @@
 """Every scorer against its formula, and the properties all scorers share."""
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
@@ -121,6 +121,20 @@ def test_h2o_block_size_changes_nothing(block_size: int, make_layer: Any) -> Non
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("name", "scorer"),
+    [("expected._BLOCK", ExpectedAttention(num_future=16)), ("reconstruct._TOKEN_BLOCK", CriticalKV(base=KeyDiff()))],
+)
+def test_blocks_change_nothing(
+    name: str, scorer: AbstractScorer, make_layer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = make_layer(lengths=(23,))
+    whole = scorer.score(layer.observe(scorer))
+    monkeypatch.setattr(f"headwise.scores.{name}", 5)
+    for cuts in [(), (8,)]:
+        torch.testing.assert_close(scorer.score(layer.observe(scorer, cuts)), whole, rtol=1e-5, atol=1e-6)
+
+
 def test_h2o_raw_sums_add_up_to_one_per_query(make_layer: Any) -> None:
     layer = make_layer(lengths=(23, 14))
     scores = H2O(normalise=False).score(layer.observe(H2O(normalise=False)))
@@ -132,6 +146,7 @@ def test_random_depends_on_seed_layer_and_head_only(make_layer: Any) -> None:
     scores = Random(seed=1).score(layer.observe(Random()))
     assert torch.equal(scores, Random(seed=1).score(other.observe(Random())))
     assert not torch.equal(scores, Random(seed=2).score(layer.observe(Random())))
+    assert not torch.equal(scores, Random(seed=1).score(replace(layer, layer=2).observe(Random())))
     assert not torch.equal(scores[:, 0], scores[:, 1])
     threads = torch.get_num_threads()
     try:

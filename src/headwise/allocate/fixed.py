@@ -1,15 +1,15 @@
 """The allocator that follows a Budget file: how much a head keeps was decided once per model, before any request."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.allocate.apportion import apportion, require_feasible
-from headwise.artifacts import Budget
-from headwise.interfaces import AbstractAllocator, Demand
+from headwise.artifacts import Budget, fingerprint
+from headwise.interfaces import AbstractAllocator, Demand, Provenance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +25,11 @@ class Fixed(AbstractAllocator):
     """
 
     budget: Budget
+
+    def provenance(self) -> Provenance:
+        """Name, and which budget: its origin and a fingerprint of its table, not the table itself."""
+        table = fingerprint(self.budget.ratios, self.budget.fractions)
+        return {"name": type(self).__name__, "budget": {**asdict(self.budget.origin), "fingerprint": table}}
 
     def allocate(
         self,

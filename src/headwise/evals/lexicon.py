@@ -92,16 +92,16 @@ def split_words_and_marks(text: str) -> list[str]:
 def _draw(rng: np.random.Generator, pool: Sequence[str], count: int) -> list[str]:
     if count > len(pool):
         raise BadInput(f"{count} different words asked from a pool of {len(pool)}; ask for fewer")
-    return [pool[index] for index in rng.permutation(len(pool))[:count]]
+    return [pool[int(index)] for index in rng.permutation(len(pool))[:count]]
 
 
 def _fill(rng: np.random.Generator, templates: Sequence[str], words: Mapping[str, Sequence[str]]) -> str:
-    template = templates[rng.integers(len(templates))]
+    template = templates[int(rng.integers(len(templates)))]
     draws = iter(rng.integers(2**31, size=template.count("{")).tolist())
 
     def choose(match: re.Match[str]) -> str:
         pool = words[match[1]]
-        return pool[next(draws) % len(pool)]
+        return pool[int(next(draws)) % len(pool)]
 
     return _PLACEHOLDER.sub(choose, template)
 

@@ -15,14 +15,13 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, get_args
 
 import numpy as np
 
 from headwise.errors import BadInput
 from headwise.evals.lexicon import Lexicon, Wording
 
-Split = Literal["train", "calibration", "evaluation", "demo"]
+SPLITS = ("train", "calibration", "evaluation", "demo")
 
 DECOY_SHARE = 0.25  # of the filler sentences
 NUM_DECOY_VALUES = 16
@@ -94,7 +93,7 @@ def generate(
     length: int,
     seed: int,
     index: int,
-    split: Split = "evaluation",
+    split: str = "evaluation",
     num_questions: int | None = None,
 ) -> Sample:
     """Write sample `index` of a task.
@@ -124,12 +123,11 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-def seeded_generator(split: Split, *, task: str, length: int, seed: int, index: int) -> np.random.Generator:
+def seeded_generator(split: str, *, task: str, length: int, seed: int, index: int) -> np.random.Generator:
     """Return the random generator of one sample; see the module's docstring for why splits cannot overlap."""
-    splits = get_args(Split)
-    if split not in splits:
-        raise BadInput(f"unknown split {split!r}; the splits are {', '.join(splits)}")
-    return np.random.default_rng((splits.index(split), zlib.crc32(task.encode()), length, seed, index))
+    if split not in SPLITS:
+        raise BadInput(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
+    return np.random.default_rng((SPLITS.index(split), zlib.crc32(task.encode()), length, seed, index))
 
 
 def score(prediction: str, question: Question) -> float:
@@ -139,34 +137,32 @@ def score(prediction: str, question: Question) -> float:
     return sum(match is not None for match in found) / len(found)
 
 
-def lookup_facts(lexicon: Lexicon, rng: np.random.Generator, num_records: int) -> Facts:
+def lookup_facts(lexicon: Lexicon, rng: np.random.Generator, keys: Sequence[str]) -> Facts:
     """Records of one value per key, and one question for each."""
-    records = _draw_records(lexicon, rng, num_records)
+    records = list(zip(keys, lexicon.draw_values(rng, len(keys)), strict=True))
     return Facts(
-        statements=_state(lexicon.lookup, records.items()),
-        questions=tuple(_question(lexicon.lookup, [record]) for record in records.items()),
-        keys=tuple(records),
+        statements=_state(lexicon.lookup, records),
+        questions=tuple(_question(lexicon.lookup, [record]) for record in records),
+        keys=tuple(keys),
     )
 
 
-def several_lookups_facts(lexicon: Lexicon, rng: np.random.Generator, num_records: int) -> Facts:
+def several_lookups_facts(lexicon: Lexicon, rng: np.random.Generator, keys: Sequence[str]) -> Facts:
     """Records of one value per key, and questions that each ask for several keys."""
-    records = _draw_records(lexicon, rng, num_records)
-    asked = [rng.permutation(num_records)[:NUM_KEYS_PER_QUERY] for _ in range(num_records)]
-    pairs = list(records.items())
+    records = list(zip(keys, lexicon.draw_values(rng, len(keys)), strict=True))
+    asked = [rng.permutation(len(keys))[:NUM_KEYS_PER_QUERY] for _ in keys]
     return Facts(
-        statements=_state(lexicon.several_lookups, pairs),
-        questions=tuple(_question(lexicon.several_lookups, [pairs[i] for i in choice]) for choice in asked),
-        keys=tuple(records),
+        statements=_state(lexicon.several_lookups, records),
+        questions=tuple(_question(lexicon.several_lookups, [records[i] for i in choice]) for choice in asked),
+        keys=tuple(keys),
     )
 
 
-def listing_facts(lexicon: Lexicon, rng: np.random.Generator, num_keys: int) -> Facts:
+def listing_facts(lexicon: Lexicon, rng: np.random.Generator, keys: Sequence[str]) -> Facts:
     """Keys of several values each, with other records under the same keys as distraction."""
-    keys = lexicon.draw_keys(rng, num_keys)
-    values = lexicon.draw_values(rng, num_keys * NUM_VALUES_PER_LISTING)
-    listed = [(key, value) for n, key in enumerate(keys) for value in values[n::num_keys]]
-    distracting = zip(keys, lexicon.draw_values(rng, num_keys), strict=True)
+    values = lexicon.draw_values(rng, len(keys) * NUM_VALUES_PER_LISTING)
+    listed = [(key, value) for n, key in enumerate(keys) for value in values[n :: len(keys)]]
+    distracting = zip(keys, lexicon.draw_values(rng, len(keys)), strict=True)
     return Facts(
         statements=_state(lexicon.listing, listed) + _state(lexicon.lookup, distracting),
         questions=tuple(_question(lexicon.listing, [pair for pair in listed if pair[0] == key]) for key in keys),
@@ -174,14 +170,13 @@ def listing_facts(lexicon: Lexicon, rng: np.random.Generator, num_keys: int) -> 
     )
 
 
-def chain_facts(lexicon: Lexicon, rng: np.random.Generator, num_chains: int) -> Facts:
+def chain_facts(lexicon: Lexicon, names: Sequence[str]) -> Facts:
     """Chains in which every name leads to the next; a question gives the first name and wants all the others."""
-    names = lexicon.draw_keys(rng, num_chains * (NUM_HOPS + 1))
-    chains = [names[n::num_chains] for n in range(num_chains)]
-    links = [list(itertools.pairwise(chain)) for chain in chains]
+    num_chains = len(names) // (NUM_HOPS + 1)
+    chains = [list(itertools.pairwise(names[n::num_chains])) for n in range(num_chains)]
     return Facts(
-        statements=_state(lexicon.chain, [link for chain in links for link in chain]),
-        questions=tuple(_chain_question(lexicon.chain, chain) for chain in links),
+        statements=_state(lexicon.chain, [link for chain in chains for link in chain]),
+        questions=tuple(_chain_question(lexicon.chain, chain) for chain in chains),
         keys=tuple(names),
     )
 
@@ -192,17 +187,13 @@ def hide(lexicon: Lexicon, rng: np.random.Generator, facts: Sequence[Facts], len
     questions = [question for part in facts for question in part.questions]
     keys = [key for part in facts for key in part.keys]
     room = _room_for_context(lexicon, questions, length)
-    taken = sum(map(lexicon.count_tokens, statements))
+    taken = sum(_cost(lexicon, statement) for statement in statements)
     if taken > room:
         raise BadInput(f"length {length} is too short: these facts need at least {length + taken - room}")
     filler = _write_filler(lexicon, rng, keys, room - taken)
     sentences = statements + filler
     context = " ".join(sentences[i] for i in rng.permutation(len(sentences)))
     return Document(context=context, questions=tuple(questions[i] for i in rng.permutation(len(questions))))
-
-
-def _draw_records(lexicon: Lexicon, rng: np.random.Generator, count: int) -> dict[str, str]:
-    return dict(zip(lexicon.draw_keys(rng, count), lexicon.draw_values(rng, count), strict=True))
 
 
 def _state(wording: Wording, pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
@@ -230,8 +221,13 @@ def _chain_question(wording: Wording, links: Sequence[tuple[str, str]]) -> Quest
 
 
 def _room_for_context(lexicon: Lexicon, questions: Sequence[Question], length: int) -> int:
-    longest = max(lexicon.count_tokens(f"{question.prompt} {question.completion}") for question in questions)
+    longest = max(_cost(lexicon, f"{question.prompt} {question.completion}") for question in questions)
     return length - lexicon.num_special_tokens - longest
+
+
+def _cost(lexicon: Lexicon, text: str) -> int:
+    """Count the tokens of a text together with the space that sets it apart."""
+    return lexicon.count_tokens(f" {text}")
 
 
 def _write_filler(lexicon: Lexicon, rng: np.random.Generator, keys: Sequence[str], room: int) -> list[str]:
@@ -241,24 +237,26 @@ def _write_filler(lexicon: Lexicon, rng: np.random.Generator, keys: Sequence[str
     while True:
         decoy = rng.random() < DECOY_SHARE
         sentence = lexicon.write_decoy(rng, keys, decoy_values) if decoy else lexicon.write_prose(rng)
-        room -= lexicon.count_tokens(sentence)
+        room -= _cost(lexicon, sentence)
         if room < 0:
             return sentences
         sentences.append(sentence)
 
 
 def _write_single(lexicon: Lexicon, rng: np.random.Generator, length: int) -> Document:
-    return hide(lexicon, rng, [lookup_facts(lexicon, rng, 1)], length)
+    keys = lexicon.draw_keys(rng, 1)
+    return hide(lexicon, rng, [lookup_facts(lexicon, rng, keys)], length)
 
 
 def _write_multikey(lexicon: Lexicon, rng: np.random.Generator, length: int) -> Document:
-    return hide(lexicon, rng, [lookup_facts(lexicon, rng, _at_most(8, length // 16))], length)
+    keys = lexicon.draw_keys(rng, _at_most(8, length // 16))
+    return hide(lexicon, rng, [lookup_facts(lexicon, rng, keys)], length)
 
 
 def _write_dense(lexicon: Lexicon, rng: np.random.Generator, length: int) -> Document:
-    everything = lookup_facts(lexicon, rng, len(lexicon.keys))
+    everything = lookup_facts(lexicon, rng, lexicon.draw_keys(rng, len(lexicon.keys)))
     room = _room_for_context(lexicon, everything.questions, length)
-    ends = np.cumsum([lexicon.count_tokens(statement) for statement in everything.statements])
+    ends = np.cumsum([_cost(lexicon, statement) for statement in everything.statements])
     fitting = max(1, int(np.searchsorted(ends, room, side="right")))
     facts = Facts(
         statements=everything.statements[:fitting],
@@ -269,16 +267,18 @@ def _write_dense(lexicon: Lexicon, rng: np.random.Generator, length: int) -> Doc
 
 
 def _write_multivalue(lexicon: Lexicon, rng: np.random.Generator, length: int) -> Document:
-    return hide(lexicon, rng, [listing_facts(lexicon, rng, _at_most(4, length // 128))], length)
+    keys = lexicon.draw_keys(rng, _at_most(4, length // 128))
+    return hide(lexicon, rng, [listing_facts(lexicon, rng, keys)], length)
 
 
 def _write_multiquery(lexicon: Lexicon, rng: np.random.Generator, length: int) -> Document:
-    num_records = max(NUM_KEYS_PER_QUERY, _at_most(8, length // 16))
-    return hide(lexicon, rng, [several_lookups_facts(lexicon, rng, num_records)], length)
+    keys = lexicon.draw_keys(rng, max(NUM_KEYS_PER_QUERY, _at_most(8, length // 16)))
+    return hide(lexicon, rng, [several_lookups_facts(lexicon, rng, keys)], length)
 
 
 def _write_chains(lexicon: Lexicon, rng: np.random.Generator, length: int) -> Document:
-    return hide(lexicon, rng, [chain_facts(lexicon, rng, _at_most(4, length // 64))], length)
+    names = lexicon.draw_keys(rng, _at_most(4, length // 64) * (NUM_HOPS + 1))
+    return hide(lexicon, rng, [chain_facts(lexicon, names)], length)
 
 
 def _at_most(most: int, fitting: int) -> int:

@@ -22,7 +22,10 @@ _TAG = "_headwise_layer"
 class AttentionLayer(Protocol):
     """What a cache layer must offer to be served here."""
 
-    frozen: bool
+    @property
+    def frozen(self) -> bool:
+        """Whether the context has been cut."""
+        ...
 
     def observe(self, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None) -> None:
         """Called after exact attention over a piece of prefill."""
@@ -70,10 +73,10 @@ def headwise_attention(
     layer: AttentionLayer | None = getattr(key, _TAG, None)
     if layer is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.no_grad():
         if layer.frozen:
-            return layer.attend(query, attention_mask, scaling).transpose(1, 2).contiguous(), None
-        out = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        layer.observe(query, attention_mask, scaling, kwargs.get("position_ids"))
+            return layer.attend(query, attention_mask, scale).transpose(1, 2).contiguous(), None
+        out = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scale, **kwargs)
+        layer.observe(query, attention_mask, scale, kwargs.get("position_ids"))
     return out

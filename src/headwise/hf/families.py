@@ -1,7 +1,7 @@
 """The model families headwise supports, and uniform access to what the flow needs from any of them.
 
 To add a family: check that its attention (1) calls `past_key_values.update` on rotated keys, (2) goes through the
-attention interface by name, (3) has `o_proj`, and (4) uses neither soft-capping nor attention sinks; then add one line to
+attention interface by name, (3) has `o_proj`, (4) uses neither soft-capping nor attention sinks; then add one line to
 FAMILIES and one tiny configuration to tests/families.py, which runs every invariant on it.
 """
 
@@ -61,15 +61,19 @@ class ModelView:
         """The rotary embedding that a layer's queries and keys went through."""
         config = self.model.config.get_text_config()
         kind = config.layer_types[self.shape.layers[layer]] if self.family.typed_rotary else None
-        return ModelRotary(module=self.model.get_decoder().rotary_emb, layer_type=kind, head_dim=self.shape.head_dim)
+        return ModelRotary(module=self._decoder.rotary_emb, layer_type=kind, head_dim=self.shape.head_dim)
 
     def _attention(self, layer: int) -> Any:
-        return self.model.get_decoder().layers[self.shape.layers[layer]].self_attn
+        return self._decoder.layers[self.shape.layers[layer]].self_attn
+
+    @property
+    def _decoder(self) -> Any:
+        return self.model.get_decoder()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRotary:
-    """Implements `interfaces.Rotary` with the model's own rotary module, partial rotation and scaled cosines included."""
+    """Implements `interfaces.Rotary` by the model's own rotary module, partial rotation and scaled cosines included."""
 
     module: nn.Module
     layer_type: str | None
@@ -84,9 +88,7 @@ class ModelRotary:
         scale = (cos * cos + sin * sin)[..., :1]  # attention scaling squared (1 but for YaRN and the like)
         return torch.cat([(rotated * cos - _rotate_half(rotated) * sin) / scale, rest], dim=-1)
 
-    def mean_rotation(
-        self, positions: Int[Tensor, "batch tokens"]
-    ) -> Float[Tensor, "batch head_dim head_dim"]:
+    def mean_rotation(self, positions: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch head_dim head_dim"]:
         """The rotation matrix averaged over positions; float32."""
         cos, sin = (x.mean(1) for x in self._tables(positions))  # [B, rotary_dim]
         dim = cos.shape[-1]

@@ -1,14 +1,17 @@
 """The default kernel: pure PyTorch, on any device.
 
 With few queries per head (decoding) the storage is read as pages: ONE batched attention over all pages of all heads, in
-place, and a merge by log-sum-exp. With many (a question, or many questions on one context) heads are done one by one
-over their own slice, which needs no merge. The tail is one more part.
+place. With many (a question, or many questions on one context) heads are done one by one over their own slice. The tail
+is one more part, and one merge by log-sum-exp puts the parts together.
 """
+
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from headwise.kernels.partial import MASKED, Part, attend_part, merge_by_owner, merge_pair
+from headwise.kernels.partial import OwnedPart, attend_part, bias_of, merge
 from headwise.layout import Segments
 
 MAX_PAGED_QUERIES = 32
@@ -24,79 +27,92 @@ def attend(
     scaling: float,
 ) -> Tensor:
     """Attention over frozen segments and tail; see `reference.attend` for the shapes."""
-    batch, heads, group, num_queries, dim = query.shape
-    tail = attend_part(
-        query.flatten(0, 1).flatten(1, 2),
+    queries = query.flatten(2, 3)  # [B, H, G * T, D]
+    folding = Folding.of(rows, segments.batch)
+    folded = folding.fold(queries)  # [S, slots * G * T, D]
+    frozen = _attend_pages if folded.shape[1] <= MAX_PAGED_QUERIES else _attend_slices
+    parts = frozen(folded, segments, scaling)
+    out, lse = attend_part(
+        queries.flatten(0, 1),
         tail_keys.flatten(0, 1),
         tail_values.flatten(0, 1),
-        _tail_mask(mask, heads, group),
+        _tail_bias(mask, query),
         scaling,
     )
-    folded, slot = _fold(query, rows, segments.batch)
-    paged = folded.shape[1] <= MAX_PAGED_QUERIES
-    out, lse = (_attend_pages if paged else _attend_slices)(folded, segments, scaling)
-    frozen = _unfold(out, rows, slot, heads, group * num_queries), _unfold(lse, rows, slot, heads, group * num_queries)
-    merged = merge_pair(frozen, tail)
-    return merged.to(query.dtype).view(batch, heads, group, num_queries, dim)
+    everyone = torch.arange(len(folded), device=query.device)
+    parts.append((folding.fold(out.view_as(queries)), folding.fold(lse.view(queries.shape[:3])), everyone))
+    merged = folding.unfold(merge(parts, len(folded)), queries.shape[1])
+    return merged.to(query.dtype).view_as(query)
 
 
-def _tail_mask(mask: Tensor | None, heads: int, group: int) -> Tensor | None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Folding:
+    """All queries that read the same segment, side by side. Row b of the batch is in `slot[b]` of context `rows[b]`."""
+
+    rows: Tensor
+    slot: list[int]
+    contexts: int
+    num_slots: int
+    in_order: bool  # every context has as many rows, one after the other: no copy is needed
+
+    @classmethod
+    def of(cls, rows: Tensor, contexts: int) -> "Folding":
+        """Give every row the next free slot of its context."""
+        taken: Counter[int] = Counter()
+        slot, listed = [], rows.tolist()
+        for context in listed:
+            slot.append(taken[context])
+            taken[context] += 1
+        num_slots = max(slot) + 1
+        in_order = listed == [i // num_slots for i in range(contexts * num_slots)]
+        return cls(rows=rows, slot=slot, contexts=contexts, num_slots=num_slots, in_order=in_order)
+
+    def fold(self, states: Tensor) -> Tensor:
+        """[B, H, Q, ...] -> [S, slots * Q, ...]; zeros in slots that no row has taken."""
+        shape = (self.contexts, self.num_slots, *states.shape[1:])
+        if self.in_order:
+            folded = states.reshape(shape)
+        else:
+            folded = states.new_zeros(shape)
+            folded[self.rows, self.slot] = states
+        return folded.transpose(1, 2).reshape(-1, self.num_slots * states.shape[2], *states.shape[3:])
+
+    def unfold(self, folded: Tensor, heads: int) -> Tensor:
+        """Inverse of `fold`."""
+        by_slot = folded.view(self.contexts, heads, self.num_slots, -1, *folded.shape[2:]).transpose(1, 2)
+        return by_slot.flatten(0, 1) if self.in_order else by_slot[self.rows, self.slot]
+
+
+def _tail_bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """[B, T, n] -> [B * H, G * T, n]."""
     if mask is None:
         return None
-    batch, num_queries, tail = mask.shape
-    return mask[:, None, None].expand(batch, heads, group, num_queries, tail).reshape(batch * heads, -1, tail)
+    batch, heads, group, num_queries, _ = query.shape
+    bias = bias_of(mask, query.dtype)[:, None, None]
+    return bias.expand(batch, heads, group, num_queries, -1).reshape(batch * heads, group * num_queries, -1)
 
 
-def _fold(query: Tensor, rows: Tensor, contexts: int) -> tuple[Tensor, Tensor]:
-    """Put all queries that read the same segment side by side: [S, slots * G * T, D], and the slot of every row."""
-    batch, heads, group, num_queries, dim = query.shape
-    same = rows[:, None] == rows[None, :]
-    slot = same.tril(-1).sum(-1)  # how many earlier rows share the context
-    slots = int(slot.max()) + 1
-    if batch == contexts * slots and bool((rows == torch.arange(batch, device=rows.device) // slots).all()):
-        folded = query.reshape(contexts, slots, heads, group * num_queries, dim)
-    else:
-        folded = query.new_zeros(contexts, slots, heads, group * num_queries, dim)
-        folded[rows, slot] = query.flatten(2, 3)
-    return folded.transpose(1, 2).reshape(contexts * heads, slots * group * num_queries, dim), slot
-
-
-def _unfold(folded: Tensor, rows: Tensor, slot: Tensor, heads: int, per_row: int) -> Tensor:
-    """Inverse of `_fold`: [S, slots * G * T, ...] -> [B * H, G * T, ...]."""
-    rest = folded.shape[2:]
-    by_slot = folded.view(folded.shape[0] // heads, heads, -1, per_row, *rest)
-    return by_slot[rows, :, slot].flatten(0, 1)
-
-
-def _attend_slices(query: Tensor, segments: Segments, scaling: float) -> Part:
-    outs, sums = [], []
+def _attend_slices(query: Tensor, segments: Segments, scaling: float) -> list[OwnedPart]:
+    parts = []
     for segment, length in enumerate(segments.lengths):
-        part = segments.slice(segment)
-        if length == 0:
-            outs.append(torch.zeros_like(query[segment]))
-            sums.append(query.new_full(query.shape[1:2], MASKED, dtype=torch.promote_types(query.dtype, torch.float32)))
-            continue
-        out, lse = attend_part(
-            query[segment, None], segments.keys[None, part], segments.values[None, part], None, scaling
-        )
-        outs.append(out[0])
-        sums.append(lse[0])
-    return torch.stack(outs), torch.stack(sums)
+        if length > 0:
+            part = segments.slice(segment)
+            keys, values = segments.keys[None, part], segments.values[None, part]
+            out, lse = attend_part(query[segment, None], keys, values, None, scaling)
+            parts.append((out, lse, torch.tensor([segment], device=query.device)))
+    return parts
 
 
-def _attend_pages(query: Tensor, segments: Segments, scaling: float) -> Part:
+def _attend_pages(query: Tensor, segments: Segments, scaling: float) -> list[OwnedPart]:
     table = segments.pages
     whole = len(table.owner) * table.size
-    parts, owners = [], []
+    parts = []
     if whole:
         keys = segments.keys[:whole].view(-1, table.size, query.shape[-1])
         values = segments.values[:whole].view_as(keys)
-        parts.append(attend_part(query[table.owner], keys, values, table.mask[:, None], scaling))
-        owners.append(table.owner)
+        parts.append((*attend_part(query[table.owner], keys, values, table.bias[:, None], scaling), table.owner))
     if len(table.extra_owner):
         keys, values = segments.keys[table.extra_index], segments.values[table.extra_index]
-        parts.append(attend_part(query[table.extra_owner], keys, values, table.extra_mask[:, None], scaling))
-        owners.append(table.extra_owner)
-    merged = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    return merge_by_owner(merged, torch.cat(owners), query.shape[0])
+        extra = attend_part(query[table.extra_owner], keys, values, table.extra_bias[:, None], scaling)
+        parts.append((*extra, table.extra_owner))
+    return parts

@@ -3,28 +3,31 @@
 softmax(q K^T) V over a union of key sets is the mean of the parts' outputs, weighted by exp(log-sum-exp of the part).
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-MASKED = -1e30  # finite, so that a part in which a query sees nothing has weight 0, not NaN
+from headwise.layout import masked_value
 
 Part = tuple[Float[Tensor, "parts queries head_dim"], Float[Tensor, "parts queries"]]
+OwnedPart = tuple[Float[Tensor, "_ queries head_dim"], Float[Tensor, "_ queries"], Int[Tensor, " _"]]
+
+
+def bias_of(mask: Bool[Tensor, "*axes"], dtype: torch.dtype) -> Float[Tensor, "*axes"]:
+    """What to add to the logits so that nothing is seen where `mask` is False."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, masked_value(dtype))
 
 
 def attend_part(
     query: Float[Tensor, "parts queries head_dim"],
     keys: Float[Tensor, "parts keys head_dim"],
     values: Float[Tensor, "parts keys head_dim"],
-    mask: Bool[Tensor, "parts #queries keys"] | None,
+    bias: Float[Tensor, "parts #queries keys"] | None,
     scaling: float,
 ) -> Part:
-    """Output and log-sum-exp (at least float32) of independent attentions. `mask` is False at keys a query does not see."""
-    bias = None
-    if mask is not None:
-        masked = max(MASKED, torch.finfo(query.dtype).min / 2)
-        bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, masked)
-        bias = bias.expand(-1, query.shape[1], -1)
+    """Output and log-sum-exp (at least float32) of independent attentions. `bias` is added to the logits."""
     if query.device.type == "cpu":
         return _attend_cpu(query, keys, values, bias, scaling)
     return attend_unfused(query, keys, values, bias, scaling)
@@ -35,7 +38,7 @@ def _attend_cpu(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
         query[:, None],
         keys[:, None],
         values[:, None],
-        attn_mask=None if bias is None else bias[:, None],
+        attn_mask=None if bias is None else bias.expand(-1, query.shape[1], -1)[:, None],
         scale=scaling,
     )
     return out[:, 0], lse.reshape(query.shape[:2])
@@ -51,22 +54,12 @@ def attend_unfused(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | N
     return (logits - lse[..., None]).exp() @ values.to(precise), lse
 
 
-def merge_by_owner(
-    part: Part, owner: Int[Tensor, " parts"], num_owners: int
-) -> tuple[Float[Tensor, "owners queries head_dim"], Float[Tensor, "owners queries"]]:
-    """Merge the parts of each owner. An owner without parts gets log-sum-exp `MASKED`."""
-    out, lse = part
-    out = out.to(lse.dtype)
-    index = owner[:, None].expand_as(lse)
-    top = lse.new_full((num_owners, lse.shape[1]), MASKED).scatter_reduce(0, index, lse, "amax")
-    weight = (lse - top[owner]).exp()
-    total = lse.new_zeros(top.shape).index_add_(0, owner, weight)
-    merged = out.new_zeros(*top.shape, out.shape[-1]).index_add_(0, owner, out * weight[..., None])
-    total = total.clamp(min=torch.finfo(total.dtype).tiny)
-    return merged / total[..., None], top + total.log()
-
-
-def merge_pair(first: Part, second: Part) -> Float[Tensor, "parts queries head_dim"]:
-    """Merge two parts with the same owners."""
-    weight = torch.sigmoid(first[1] - second[1])[..., None]
-    return first[0] * weight + second[0] * (1 - weight)
+def merge(parts: Sequence[OwnedPart], num_owners: int) -> Float[Tensor, "owners queries head_dim"]:
+    """Merge the parts of each owner, at least in float32. Every owner needs a part in which it sees something."""
+    outs, sums, owners = zip(*parts, strict=True)
+    out, lse, owner = torch.cat(outs), torch.cat(sums), torch.cat(owners)
+    top = lse.new_full((num_owners, lse.shape[1]), -torch.inf)
+    top = top.scatter_reduce_(0, owner[:, None].expand_as(lse), lse, "amax")
+    weight = (lse - top[owner]).exp_()[..., None]
+    total = weight.new_zeros(*top.shape, 1).index_add_(0, owner, weight)
+    return weight.new_zeros(*top.shape, out.shape[-1]).index_add_(0, owner, out * weight).div_(total)

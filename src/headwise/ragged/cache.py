@@ -1,13 +1,14 @@
 """RaggedCache: a transformers Cache in which every KV head of every layer keeps its own number of entries."""
 
 import copy
+import os
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from headwise.errors import BadInput, UnsupportedGeneration, UnsupportedModel
 from headwise.hf import attention
@@ -28,9 +29,10 @@ class RaggedCache(Cache):
     To compress a context before any question is known use `headwise.compress`. The first forward pass is the context,
     unless `prompt_length` says how many tokens it has: needed when it comes in pieces (`prefill_chunk_size`).
     Sliding-window layers are left whole. Several caches can be in use on one model. Making one sets the model's
-    attention implementation to "headwise", which is SDPA for every other cache.
+    attention implementation to "headwise", which is SDPA for every other cache. `replays` promises that the caller has
+    the model read the context again for scorers that ask for it (KVzip), as compress() does and generate() does not.
 
-    Raises UnsupportedModel, BadInput; while the context is read BudgetInfeasible, BadInput, NonFiniteValues.
+    Raises UnsupportedModel, UnsupportedGeneration, BadInput; while the context is read BudgetInfeasible, BadInput, NonFiniteValues.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class RaggedCache(Cache):
         keep: float | str | Keep,
         prompt_length: int | None = None,
         kernel: str = "auto",
+        replays: bool = False,
     ):
         self.view: ModelView = view(model)
         self.method = Method.parse(method)
@@ -48,15 +51,12 @@ class RaggedCache(Cache):
         self.provenance: dict[str, Any] = {"method": self.method.provenance(), "keep": str(self.keep)}
         self.tokens_fingerprint: str | None = None  # of the context, once it has been read by compress()
         self.peak_nbytes = 0
-        if self.method.scorer.replay is not None and len(self.view.shape.layers) < self.view.shape.num_layers:
-            raise UnsupportedModel(
-                "this scorer has the model repeat the context, which sliding-window layers cannot take back: choose "
-                "another scorer for this model."
-            )
+        if self.method.scorer.replay is not None:
+            self._require_replay(replays)
         self.prefill = Prefill(view=self.view, method=self.method, keep=self.keep, prompt_length=prompt_length)
         attention.enable(model)
         chosen, compressible = get_kernel(kernel), iter(range(len(self.view.shape.layers)))
-        layers: list[CacheLayerMixin] = [
+        layers: list[Any] = [
             RaggedLayer(index=next(compressible), kernel=chosen, observer=self.prefill, meter=self._measure)
             if i in self.view.shape.layers
             else SlidingLayer(sliding_window=model.config.get_text_config().sliding_window)
@@ -89,8 +89,8 @@ class RaggedCache(Cache):
 
     @property
     def index_nbytes(self) -> int:
-        """Bytes of what is not keys and values: kept positions and page tables."""
-        return sum(layer.segments.index_nbytes for layer in self.ragged_layers if layer.segments is not None)
+        """Bytes of what is not keys and values: kept positions, page tables, rows."""
+        return sum(layer.index_nbytes for layer in self.ragged_layers)
 
     @property
     def lengths(self) -> Int[Tensor, "layers batch kv_heads"]:
@@ -107,6 +107,12 @@ class RaggedCache(Cache):
         return segments.positions[segments.slice(row * segments.kv_heads + head)].long()
 
     # --- using it more than once ---
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the compressed cache, its tail included, for headwise.load. Raises UnsupportedGeneration, BadInput."""
+        from headwise.ragged import store  # which imports this module
+
+        store.save(self, path)
 
     def fork(self, copies: int = 1) -> "RaggedCache":
         """A cache that continues from here on its own. The frozen part is shared, never copied.
@@ -126,6 +132,19 @@ class RaggedCache(Cache):
             twin.batch_repeat_interleave(copies)
         return twin
 
+    def _require_replay(self, replays: bool) -> None:
+        name = type(self.method.scorer).__name__
+        if len(self.view.shape.layers) < self.view.shape.num_layers:
+            raise UnsupportedModel(
+                f"{name} has the model repeat the context, which sliding-window layers cannot take back: choose "
+                "another scorer for this model."
+            )
+        if not replays:
+            raise UnsupportedGeneration(
+                f"{name} has the model read the context twice, which generate() does not: use headwise.compress() on "
+                "the context, and give its cache to generate()."
+            )
+
     def _require_compressed(self) -> None:
         if not self.compressed:
             seen = self.get_seq_length()
@@ -140,5 +159,3 @@ class RaggedCache(Cache):
     def __repr__(self) -> str:
         state = f"kept {int(self.lengths.sum())} entries" if self.compressed else "context not read yet"
         return f"RaggedCache({state}, seen {self.get_seq_length()} tokens, {self.nbytes} bytes)"
-
-

@@ -1,7 +1,7 @@
 """One layer of a RaggedCache: dense while the context is read, then frozen segments plus a dense tail.
 
-    filling   keys, values [B, H, N, D] of everything seen; attention is the model's own
-    frozen    the kept entries (`segments`, shared by forks) and a tail [B, H, capacity, D] of the tokens that came after
+filling   keys, values [B, H, N, D] of everything seen; attention is the model's own
+frozen    the kept entries (`segments`, shared by forks) and a tail [B, H, capacity, D] of the tokens that came after
 """
 
 from collections.abc import Callable
@@ -72,15 +72,23 @@ class RaggedLayer(CacheLayerMixin):
             self.segments.nbytes if self.segments is not None else 0
         )
 
+    @property
+    def index_nbytes(self) -> int:
+        """Bytes of what describes the frozen part."""
+        return 0 if self.segments is None or self.rows is None else self.segments.index_nbytes + self.rows.nbytes
+
     # --- what transformers calls ---
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Take new tokens' keys and values [B, H, T, D]; return what attention needs, tagged with this layer."""
-        self.observer.check()
+        if self.index == 0:  # once per step will do
+            self.observer.check()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.replaying:
@@ -234,8 +242,9 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values) if t is not None)
 
 
-def _own(states: Tensor) -> Tensor:
+def _own(states: Tensor | None) -> Tensor:
     """`states` in storage of their own size: a view would keep all it was cut from alive."""
+    assert states is not None
     return states if states.untyped_storage().nbytes() == states.nbytes else states.clone()
 
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headwise.errors import BadInput, NonFiniteValues, UnsupportedModel
 from headwise.allocate.apportion import require_feasible
+from headwise.errors import BadInput, NonFiniteValues, UnsupportedModel
 from headwise.hf.attention import is_enabled
 from headwise.hf.families import ModelView
 from headwise.interfaces import Chunk, Demand, Observation, Statistics
@@ -200,12 +200,15 @@ class Prefill:
             kept = select(layer_scores, layer_counts, plan.valid, plan.protected)
             layer.freeze(kept, plan.positions)
             self.traces[layer.index] = _Trace()
+        if all(layer.frozen for layer in self.layers):
+            self.plan = self._valid = self._positions = None
 
     def _require_finite(self, layer: RaggedLayer) -> None:
         """Padding may hold anything; a real token's key or value may not be NaN or infinite."""
         assert self.plan is not None and layer.keys is not None and layer.values is not None
         for name, states in (("keys", layer.keys), ("values", layer.values)):
-            bad = ~torch.isfinite(states.sum(-1)) & self.plan.valid[:, None]
+            # In float32: a sum of finite float16 numbers may be beyond float16.
+            bad = ~torch.isfinite(states.sum(-1, dtype=torch.float32)) & self.plan.valid[:, None]
             if bool(bad.any()):
                 raise NonFiniteValues(
                     f"the {name} of model layer {self.view.shape.layers[layer.index]} are not finite at "

@@ -53,7 +53,7 @@ def load(
     attention_mask: Int[Tensor, "batch tokens"] | None = None,
     kernel: str = "auto",
 ) -> RaggedCache:
-    """Read a cache that `save` wrote, onto the model's device.
+    """Read a cache that `save` wrote, onto the model's device and in the model's dtype.
 
     With `input_ids` (and `attention_mask`, if there was one) it is checked that the cache is of that context.
     Raises ArtifactMismatch for a cache of another model or context, BadInput for a missing or damaged file.
@@ -73,7 +73,7 @@ def load(
     cache.tokens_fingerprint, cache.peak_nbytes = metadata["tokens_fingerprint"], metadata["peak_nbytes"]
     for i, layer in enumerate(cache.layers):
         prefix = f"{i}."
-        own = {k.removeprefix(prefix): v.to(model.device) for k, v in tensors.items() if k.startswith(prefix)}
+        own = {k.removeprefix(prefix): _for_model(v, model) for k, v in tensors.items() if k.startswith(prefix)}
         _restore(layer, own, metadata["seen"])
     return cache
 
@@ -84,6 +84,10 @@ def _require_context(found: str, expected: str | None, path: str | os.PathLike[s
             f"{path} is the cache of another context (tokens {(expected or 'unknown')[:12]}, asked for {found[:12]}). "
             "Compress this context."
         )
+
+
+def _for_model(tensor: Tensor, model: PreTrainedModel) -> Tensor:
+    return tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def _ragged_tensors(layer: RaggedLayer) -> dict[str, Tensor]:

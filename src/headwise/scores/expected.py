@@ -1,7 +1,6 @@
 """Expected attention: how much the queries still to come will look at an entry, from the queries already seen."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,8 +29,6 @@ class ExpectedAttention(AbstractScorer):
     starts where each row ends. `epsilon` is 0 in the formula and in kvpress; LU-KV uses 0.02.
     """
 
-    sink: ClassVar[int] = 4
-
     num_future: int = 512
     epsilon: float = 0.0
     use_covariance: bool = True
@@ -42,6 +39,11 @@ class ExpectedAttention(AbstractScorer):
             raise BadInput(f"ExpectedAttention: num_future={self.num_future}; it averages over at least 1 position.")
         if self.epsilon < 0:
             raise BadInput(f"ExpectedAttention: epsilon={self.epsilon}; use 0 or a small positive number.")
+
+    @property
+    def sink(self) -> int:
+        """The first tokens draw attention whatever they say."""
+        return 4
 
     def accumulate(self, statistics: Statistics, chunk: Chunk) -> Statistics:
         """Add the chunk's pre-RoPE queries to the moments; padding and the first 4 tokens are left out."""

@@ -1,7 +1,6 @@
 """Scorers that need no queries: they read the keys (Knorm, KeyDiff) or nothing at all (Streaming, Random)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -60,7 +59,10 @@ class Streaming(AbstractScorer):
     Differs: the paper renumbers the positions of what is kept; here kept keys stay where they were rotated to.
     """
 
-    sink: ClassVar[int] = 4
+    @property
+    def sink(self) -> int:
+        """The first tokens draw attention whatever they say."""
+        return 4
 
     def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
         """Score every token by its index in its row."""

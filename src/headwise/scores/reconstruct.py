@@ -1,7 +1,6 @@
 """Scorers about what the model would lose: its attention's output (CriticalKV) or the context itself (KVzip)."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +11,7 @@ from headwise.interfaces import AbstractScorer, Chunk, Observation, Provenance, 
 from headwise.scores.attention import attention, token_ranks
 from headwise.scores.window import SnapKV
 
-_TOKEN_BLOCK = 4096  # values projected at once: the projection is hidden_size wide
+_TOKEN_BLOCK = 1024  # values projected at once: the projection is hidden_size wide
 _QUERY_BLOCK = 256  # replay queries whose attention is computed at once
 
 
@@ -42,7 +41,7 @@ class CriticalKV(AbstractScorer):
             raise BadInput(f"CriticalKV: {type(self.base).__name__} reads the context twice; wrap a one-pass scorer.")
 
     @property
-    def sink(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def sink(self) -> int:
         """The base's."""
         return self.base.sink
 
@@ -52,7 +51,7 @@ class CriticalKV(AbstractScorer):
         return self.base.window
 
     @property
-    def query_window(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def query_window(self) -> int:
         """The base's."""
         return self.base.query_window
 
@@ -92,12 +91,11 @@ class KVzip(AbstractScorer):
 
     The context is replayed `chunk_size` tokens at a time, each piece after `instruction` (token ids, such as those of
     "Repeat the previous context exactly.") and, from the second on, the last `overlap` tokens of the piece before. The
-    softmax sees the first 4 tokens, the piece's entries in the cache and the replay itself (causally). Costs a second
-    pass over the context and more: a quality ceiling rather than a fast method. Differs from the authors' code: none
-    known; from kvpress: batches, and instruction ids chosen by the caller.
+    softmax sees the first 4 tokens, the piece's entries in the cache and the replay itself (causally), as in kvpress;
+    the maximum runs over the instruction's queries too. Costs a second pass over the context and more: a quality
+    ceiling rather than a fast method. Differs: the instruction is the caller's (by default none) and no chat template
+    is put around it; a batch may be padded.
     """
-
-    sink: ClassVar[int] = 4
 
     chunk_size: int = 2048
     instruction: tuple[int, ...] = ()
@@ -108,6 +106,11 @@ class KVzip(AbstractScorer):
             raise BadInput(
                 f"KVzip: chunk_size={self.chunk_size}, overlap={self.overlap}; use chunk_size >= 1 and overlap >= 0."
             )
+
+    @property
+    def sink(self) -> int:
+        """The first tokens draw attention whatever they say."""
+        return 4
 
     @property
     def replay(self) -> Replay:
@@ -136,9 +139,10 @@ class KVzip(AbstractScorer):
         index = columns[:, None, :, None].expand(-1, chunk.keys.shape[1], -1, chunk.keys.shape[3])
         keys = chunk.keys.gather(2, index)
         largest = []
-        for rows in torch.arange(chunk.queries.shape[2], device=columns.device).split(_QUERY_BLOCK):
-            causal = columns.unsqueeze(1) <= (chunk.offset + rows).view(1, -1, 1)
-            weights = attention(chunk.queries[:, :, rows], keys, seen.unsqueeze(1) & causal, scaling=chunk.scaling)
+        for rows in torch.arange(chunk.offset, chunk.keys.shape[2], device=columns.device).split(_QUERY_BLOCK):
+            queries = chunk.queries[:, :, rows - chunk.offset]
+            visible = seen.unsqueeze(1) & chunk.valid[:, rows, None] & (columns.unsqueeze(1) <= rows[:, None])
+            weights = attention(queries, keys, visible, scaling=chunk.scaling)
             largest.append(weights[..., self.sink : self.sink + end - start].amax((2, 3)))
         return torch.stack(largest).amax(0)
 

@@ -44,7 +44,7 @@ class SnapKV(AbstractScorer):
         return self.window_size
 
     @property
-    def query_window(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def query_window(self) -> int:
         """The queries of the observation window."""
         return self.window_size
 
@@ -77,11 +77,14 @@ class TOVA(AbstractScorer):
     keep the last token itself whatever its weight. kvpress does the same.
     """
 
-    query_window = 1
-
     @property
     def window(self) -> int:
         """The last token."""
+        return 1
+
+    @property
+    def query_window(self) -> int:
+        """The last token's query."""
         return 1
 
     def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:

@@ -1,0 +1,342 @@
+"""The command line. Every command is thin: parse, call the library, print. Results on stdout, progress on stderr.
+
+Exit codes: 0 done, 1 it could not be done, 2 the command line or an input is wrong.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from headwise.errors import BadInput, HeadwiseError
+from headwise.keep import parse_bytes, parse_keep, parse_tokens
+
+app = typer.Typer(
+    name="headwise",
+    help="Evict a language model's KV cache head by head: less memory, faster decoding.",
+    epilog="Example: headwise compare --model reference --methods full,snapkv,adakv --keep 0.15",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, or 'reference' (bundled).")]
+Keep = Annotated[str, typer.Option("--keep", "-k", help="What to retain: 0.15, 15%, 1024tok or 2GiB.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Chunk = Annotated[int | None, typer.Option(min=1, help="Read the context in pieces of so many tokens.")]
+Document = Annotated[Path | None, typer.Option("--context", "-c", help="Text file; left out: the bundled document.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+Methods = Annotated[str, typer.Option(help="Comma-separated; see 'headwise methods'.")]
+
+
+def main() -> None:
+    """Entry point: an error of ours is one line on stderr and an exit code."""
+    try:
+        app()
+    except HeadwiseError as error:
+        print(f"headwise: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
+
+
+@app.command(epilog="Example: headwise compare --model reference --methods full,snapkv,adakv --keep 0.15")
+def compare(
+    model: Model = "reference",
+    methods: Methods = "full,streaming,snapkv,keydiff,adakv,expected+global",
+    keep: Keep = "0.15",
+    context: Document = None,
+    question: Annotated[list[str] | None, typer.Option("--question", "-q", help="May be repeated.")] = None,
+    questions: Annotated[Path | None, typer.Option(help='Lines such as {"question": "?", "answers": ["!"]}.')] = None,
+    max_new_tokens: NewTokens = 32,
+    prefill_chunk_size: Chunk = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    answers: Annotated[bool, typer.Option("--answers", help="Show every answer.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """One document, its questions, several methods: memory really held, answers right, decoding speed."""
+    from headwise.evals.compare import compare as run
+
+    parsed = parse_keep(keep)
+    text, asked = _document(context, question, questions)
+    loaded, tokenizer = _load(model, dtype, device)
+    with _progress("methods") as progress:
+        rows = run(
+            loaded,
+            tokenizer,
+            text,
+            asked,
+            methods=_split(methods),
+            keep=parsed,
+            max_new_tokens=max_new_tokens,
+            prefill_chunk_size=prefill_chunk_size,
+            progress=progress,
+        )
+    if as_json:
+        _print_json([{k: v for k, v in asdict(row).items() if answers or k != "answers"} for row in rows])
+        return
+    right = "right" if any(a.answers for a in asked) else "as full"
+    _print_table(
+        f"{len(asked)} questions, each asked of the compressed document (query-agnostic). Model: {model}",
+        ["method", "keep", "KV held", "of full", "peak KV", right, "ms/token"],
+        [
+            [
+                row.method,
+                str(row.keep),
+                _bytes(row.kv_bytes),
+                f"{row.kv_bytes / row.full_kv_bytes:.1%}",
+                _bytes(row.peak_kv_bytes),
+                f"{row.accuracy:.2f}",
+                f"{row.decode_ms_per_token:.1f}",
+            ]
+            for row in rows
+        ],
+    )
+    for i, a in enumerate(asked if answers else []):
+        _print_table(a.question, ["method", "answer"], [[row.method, row.answers[i]] for row in rows])
+
+
+@app.command(
+    epilog='Example: headwise generate --context report.txt --question "Who signed it?" --method adakv --keep 0.2'
+)
+def generate(
+    question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")],
+    model: Model = "reference",
+    context: Document = None,
+    method: Annotated[str, typer.Option(help="See 'headwise methods'; 'full' keeps everything.")] = "adakv",
+    keep: Keep = "0.15",
+    max_new_tokens: NewTokens = 256,
+    prefill_chunk_size: Chunk = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Compress a document, ask one question, stream the answer."""
+    from transformers import TextStreamer
+
+    from headwise.evals.answers import answer, read_context
+    from headwise.evals.document import tokenize
+
+    parsed = parse_keep(keep)
+    text, _ = _document(context, [question], None)
+    loaded, tokenizer = _load(model, dtype, device)
+    tokens = tokenize(tokenizer, text, [question], device=loaded.device)
+    with _progress("tokens") as progress:
+        memory = read_context(
+            loaded, tokens.context, method, parsed, prefill_chunk_size=prefill_chunk_size, progress=progress
+        )
+    kv_bytes = memory.nbytes
+    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    found = answer(loaded, tokenizer, memory, tokens, max_new_tokens=max_new_tokens, streamer=streamer)
+    if as_json:
+        _print_json({"method": method, "keep": keep, "answer": found[0], "kv_bytes": kv_bytes})
+
+
+@app.command(
+    name="eval",
+    epilog="Example: headwise eval --tasks mini-ruler:niah_multikey_dense --methods keydiff --keep 0.15,0.25",
+)
+def evaluate(
+    model: Model = "reference",
+    tasks: Annotated[str, typer.Option(help="mini-ruler, or mini-ruler:task,task.")] = "mini-ruler",
+    methods: Methods = "full,snapkv,keydiff,adakv,expected+global",
+    keep: Annotated[str, typer.Option("--keep", "-k", help="Comma-separated: 0.15,0.25.")] = "0.15",
+    samples: Annotated[int, typer.Option(help="Documents per task.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the evaluation split; no training data has it.")] = 0,
+    length: Annotated[int, typer.Option(help="Tokens of document, question and answer.")] = 512,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy and measured memory of methods on generated tasks, against the full cache."""
+    from headwise.evals.run import evaluate as run
+    from headwise.evals.run import parse_tasks
+
+    chosen, keeps = parse_tasks(tasks), [parse_keep(k) for k in _split(keep)]
+    loaded, tokenizer = _load(model, dtype, device)
+    with _progress("samples") as progress:
+        records = run(
+            loaded,
+            tokenizer,
+            tasks=chosen,
+            methods=_split(methods),
+            keeps=keeps,
+            samples=samples,
+            seed=seed,
+            length=length,
+            progress=progress,
+        )
+    if as_json:
+        _print_json([asdict(record) for record in records])
+        return
+    _print_table(
+        f"{samples} samples per task, {length} tokens, seed {seed}, query-agnostic. Model: {model}",
+        ["task", "method", "keep", "KV of full", "accuracy", "full cache"],
+        [
+            [r.task, r.method, str(r.keep), f"{r.kv_fraction:.1%}", f"{r.accuracy:.3f}", f"{r.full_accuracy:.3f}"]
+            for r in records
+        ],
+    )
+
+
+@app.command(epilog="Example: headwise methods --json")
+def methods(as_json: AsJson = False) -> None:
+    """Every scorer, allocator and short name, with its paper."""
+    from headwise.method import ALIASES, ALLOCATORS, SCORERS
+
+    parts = [("scorer", SCORERS), ("allocator", ALLOCATORS)]
+    rows = [
+        {"kind": kind, "name": name, "summary": entry.summary, "paper": entry.paper}
+        for kind, registry in parts
+        for name, entry in registry.items()
+    ]
+    rows += [{"kind": "alias", "name": name, "summary": pair, "paper": ""} for name, pair in ALIASES.items()]
+    if as_json:
+        _print_json(rows)
+        return
+    _print_table(
+        "A method is scorer+allocator, such as keydiff+adakv, or a short name. 'full' is transformers' own cache.",
+        ["kind", "name", "what it does", "arXiv"],
+        [[row["kind"], row["name"], row["summary"], row["paper"]] for row in rows],
+    )
+
+
+@app.command(epilog="Example: headwise inspect contract.safetensors")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A file written by headwise: a cache, a budget ...")],
+    as_json: AsJson = False,
+) -> None:
+    """What a saved cache or artifact is, and what it was made for."""
+    from headwise.artifacts import describe
+
+    found = describe(path)
+    if as_json:
+        _print_json(found)
+        return
+    tensors = found.pop("tensors")
+    _print_table(
+        str(path), ["field", "value"], [[k, v if isinstance(v, str) else json.dumps(v)] for k, v in found.items()]
+    )
+    _print_table("tensors", ["name", "dtype", "shape"], [[n, t["dtype"], str(t["shape"])] for n, t in tensors.items()])
+
+
+@app.command(epilog="Example: headwise plan --model Qwen/Qwen3-8B --context 128k --keep 0.15 --memory 24GiB")
+def plan(
+    model: Model = "reference",
+    context: Annotated[str, typer.Option("--context", "-c", help="Tokens, such as 32768 or 128k.")] = "1024",
+    keep: Keep = "0.15",
+    memory: Annotated[str | None, typer.Option(help="What the device has, such as 24GiB.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    as_json: AsJson = False,
+) -> None:
+    """KV memory before and after, and what fits. Needs the configuration only, no weights."""
+    from headwise.evals.models import DTYPES, load_config
+    from headwise.plan import plan as make
+
+    if dtype not in DTYPES or dtype == "auto":
+        raise BadInput(f"dtype={dtype!r}: choose float32, bfloat16 or float16.")
+    found = make(
+        load_config(model),
+        context=parse_tokens(context),
+        keep=keep,
+        batch=batch,
+        memory=None if memory is None else parse_bytes(memory),
+        dtype=DTYPES[dtype],
+    )
+    if as_json:
+        _print_json({"model": model, **asdict(found)})
+        return
+    rows = [
+        ["weights", _bytes(found.weight_bytes), _bytes(found.weight_bytes)],
+        ["KV held", _bytes(found.full_kv_bytes), _bytes(found.kv_bytes)],
+        ["KV peak while reading", _bytes(found.full_kv_bytes), _bytes(found.peak_kv_bytes)],
+    ]
+    if found.memory_bytes is not None:
+        rows += [
+            [f"fits in {_bytes(found.memory_bytes)}", _yes(found.full_fits), _yes(found.fits)],
+            ["largest batch", str(found.max_batch_full), str(found.max_batch)],
+            ["longest context", f"{found.max_context_full:,}", f"{found.max_context:,}"],
+        ]
+    title = f"{model}, {found.context:,} tokens x {found.batch}, {found.dtype}"
+    _print_table(title, ["", "everything kept", f"keep {found.keep}"], rows)
+    print(f"Note: {found.note}.")
+
+
+def _document(context: Path | None, question: Sequence[str] | None, questions: Path | None) -> tuple[str, list[Any]]:
+    from headwise.evals.document import Asked, bundled, read_questions, read_text
+
+    asked = [Asked(question=text) for text in question or ()] + (read_questions(questions) if questions else [])
+    if context is None:
+        text, known = bundled()
+        return text, asked or known
+    if not asked:
+        raise BadInput("a document needs questions: add --question 'Who ...?' or --questions FILE.jsonl.")
+    return read_text(context), asked
+
+
+def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
+    from transformers.utils import logging
+
+    from headwise.evals.models import load
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return load(model, dtype=dtype, device=device)
+
+
+def _split(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise BadInput(f"{text!r} is an empty list; separate values with commas.")
+    return names
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, fed with (done, total)."""
+    from tqdm import tqdm
+
+    with tqdm(unit=f" {unit}", file=sys.stderr, leave=False, disable=None) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    table = Table(*header, title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, markup=False)
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"
+
+
+def _yes(value: bool | None) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,1 @@
+"""Measuring methods: tasks, answers from a compressed cache, comparison tables."""

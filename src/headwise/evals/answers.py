@@ -1,0 +1,142 @@
+"""Answering questions from a cache: ours, or transformers' own as the yardstick called "full"."""
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from headwise.evals.document import Tokens
+from headwise.hf.attention import NAME
+from headwise.keep import Keep
+from headwise.method import Method
+from headwise.online import Progress, compress
+
+FULL = "full"
+TIMED_STEPS = 24
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """A context that has been read, and can be continued any number of times."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values in storage."""
+        ...
+
+    @property
+    def peak_nbytes(self) -> int:
+        """Most bytes of keys and values held at once so far."""
+        ...
+
+    def fork(self, copies: int = 1) -> Cache:
+        """A transformers cache that continues from here on its own."""
+        ...
+
+
+class FullMemory:
+    """Everything kept, in transformers' DynamicCache, with its own SDPA attention: what headwise is compared with."""
+
+    def __init__(self, model: PreTrainedModel, context: Int[Tensor, "1 tokens"], chunk_size: int | None = None):
+        if model.config.get_text_config()._attn_implementation == NAME:
+            model.set_attn_implementation("sdpa")
+        self.cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            for piece in context.split(chunk_size or context.shape[1], dim=-1):
+                model(piece, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        layers: Any = self.cache.layers
+        for layer in layers:
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # not views of larger tensors
+        self.nbytes = sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values))
+        self.peak_nbytes = self.nbytes
+
+    def fork(self, copies: int = 1) -> Cache:
+        """A copy; the layers replace their tensors when they grow, so copies may share them until then."""
+        twin = copy.copy(self.cache)
+        twin.layers = [copy.copy(layer) for layer in self.cache.layers]
+        if copies > 1:
+            twin.batch_repeat_interleave(copies)
+        return twin
+
+
+def read_context(
+    model: PreTrainedModel,
+    context: Int[Tensor, "1 tokens"],
+    method: str | Method,
+    keep: float | str | Keep,
+    *,
+    prefill_chunk_size: int | None = None,
+    progress: Progress | None = None,
+) -> Memory:
+    """Read a context with a method, or with "full"."""
+    if method == FULL:
+        return FullMemory(model, context, prefill_chunk_size)
+    return compress(model, context, method, keep=keep, prefill_chunk_size=prefill_chunk_size, progress=progress)
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    memory: Memory,
+    tokens: Tokens,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    streamer: Any = None,
+) -> list[str]:
+    """Greedy answers to every question, each asked right after the context, `batch_size` at a time.
+
+    The questions of a batch share the compressed context; only what comes after it is stored per question.
+    """
+    answers: list[str] = []
+    for start in range(0, len(tokens.questions), batch_size):
+        batch = tokens.questions[start : start + batch_size]
+        ids, mask = _join(tokens.context, batch, tokenizer.pad_token_id)
+        generated = cast(Any, model).generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=memory.fork(copies=len(batch)),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=streamer,
+        )
+        answers += tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in answers]
+
+
+@torch.no_grad()
+def time_decoding(model: PreTrainedModel, memory: Memory, tokens: Tokens) -> float:
+    """Median milliseconds of a decoding step, one sequence, after the first question."""
+    cache, ids = memory.fork(), tokens.questions[0][None]
+    times = []
+    for _ in range(TIMED_STEPS):
+        _synchronize(model)
+        start = time.perf_counter()
+        ids = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+        _synchronize(model)
+        times.append(time.perf_counter() - start)
+    return 1e3 * sorted(times[2:])[len(times[2:]) // 2]  # the question and a warm-up step apart
+
+
+def _join(context: Tensor, questions: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
+    """[context | padding | question] for every question, and its attention mask."""
+    longest = max(len(question) for question in questions)
+    ids = context.new_full((len(questions), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, question in enumerate(questions):
+        ids[row, longest - len(question) :] = question
+        mask[row, longest - len(question) :] = 1
+    contexts = context.expand(len(questions), -1)
+    return torch.cat([contexts, ids], dim=-1), torch.cat([torch.ones_like(contexts), mask], dim=-1)
+
+
+def _synchronize(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

@@ -1,0 +1,55 @@
+"""Loading a model and its tokenizer by hub id, by path, or the bundled one by the name "reference"."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from headwise.errors import BadInput
+from headwise.hf.families import shape_of
+
+REFERENCE = "reference"
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def reference_path() -> Path:
+    """Folder of the bundled model, its tokenizer and its document."""
+    return Path(str(files("headwise"))) / "reference"
+
+
+def load(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, Any]:
+    """A model in eval mode and its tokenizer, padding on the left.
+
+    `dtype` "auto" is the checkpoint's own (float32 for the bundled model); `device` "auto" is CUDA where there is one.
+    Raises BadInput if it cannot be loaded, UnsupportedModel before any weight is read.
+    """
+    if dtype not in DTYPES:
+        raise BadInput(f"dtype={dtype!r} is not known; choose {', '.join(DTYPES)}.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape_of(load_config(name))
+    chosen = torch.float32 if (name, dtype) == (REFERENCE, "auto") else DTYPES[dtype]
+    model = _read(AutoModelForCausalLM, name, dtype=chosen)
+    tokenizer = _read(AutoTokenizer, name, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), tokenizer
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The model's configuration only. Raises BadInput."""
+    return _read(AutoConfig, name)
+
+
+def _read(kind: Any, name: str, **options: Any) -> Any:
+    path = str(reference_path()) if name == REFERENCE else name
+    try:
+        return kind.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(
+            f"cannot load {name!r}: {reason} Give a folder written by save_pretrained, a hub id such as Qwen/Qwen3-4B, "
+            f"or {REFERENCE!r}."
+        ) from error

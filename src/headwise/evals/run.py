@@ -1,0 +1,118 @@
+"""Methods x keeps x tasks on generated samples: accuracy and measured memory, against the full cache.
+
+Evaluation samples come from the split "evaluation" of `ruler.generate`, whose seeds no other split can reach: neither
+training nor calibration ever sees them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from headwise.errors import BadInput
+from headwise.evals.answers import FULL, answer, read_context
+from headwise.evals.document import tokenize
+from headwise.evals.lexicon import REFERENCE_LEXICON, Lexicon
+from headwise.evals.ruler import TASKS, Sample, find_task, generate, score
+from headwise.keep import Keep, parse_keep
+from headwise.method import Method
+
+SUITE = "mini-ruler"
+PROTOCOL = "query-agnostic"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One method at one keep on one task; means over samples (and their questions)."""
+
+    method: str
+    keep: float | str
+    task: str
+    length: int
+    samples: int
+    accuracy: float
+    full_accuracy: float
+    kv_fraction: float  # measured bytes over the full cache's bytes
+    seed: int
+    protocol: str = PROTOCOL
+
+
+def parse_tasks(text: str) -> list[str]:
+    """Task names from "mini-ruler" (all) or "mini-ruler:niah_single,vt". Raises BadInput."""
+    suite, colon, names = text.partition(":")
+    if suite != SUITE:
+        raise BadInput(f"tasks={text!r}: the suite is {SUITE!r}; write {SUITE} or {SUITE}:task,task.")
+    chosen = [name for name in names.split(",") if name] if colon else list(TASKS)
+    for name in chosen:
+        find_task(name)
+    return chosen
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    keeps: Sequence[float | str | Keep],
+    samples: int,
+    seed: int = 0,
+    length: int = 512,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Record]:
+    """Accuracy of every method at every keep on every task, query-agnostic, one prefill per sample, method and keep."""
+    parsed = [parse_keep(keep) for keep in keeps]
+    for method in methods:
+        if method != FULL:
+            Method.parse(method)
+    if samples < 1:
+        raise BadInput(f"samples={samples} must be at least 1.")
+    lexicon, records = lexicon_for(tokenizer), []
+    pairs = [(m, k) for m in methods for k in ([parse_keep(1.0)] if m == FULL else parsed)]
+    for number, task in enumerate(tasks):
+        outcomes: dict[tuple[str, Keep], list[tuple[float, float]]] = {pair: [] for pair in pairs}
+        full: list[float] = []
+        for index in range(samples):
+            progress(number * samples + index, len(tasks) * samples)
+            sample = generate(task, lexicon=lexicon, length=length, seed=seed, index=index)
+            right, full_bytes = _measure(model, tokenizer, sample, FULL, parsed[0])
+            full.append(right)
+            for method, keep in pairs:
+                measured = (right, full_bytes) if method == FULL else _measure(model, tokenizer, sample, method, keep)
+                outcomes[method, keep].append((measured[0], measured[1] / full_bytes))
+        records += [
+            Record(
+                method=method,
+                keep=float(keep.amount) if keep.kind == "fraction" else str(keep),
+                task=task,
+                length=length,
+                samples=samples,
+                accuracy=fmean(right for right, _ in found),
+                full_accuracy=fmean(full),
+                kv_fraction=fmean(fraction for _, fraction in found),
+                seed=seed,
+            )
+            for (method, keep), found in outcomes.items()
+        ]
+    progress(len(tasks) * samples, len(tasks) * samples)
+    return records
+
+
+def lexicon_for(tokenizer: Any) -> Lexicon:
+    """The bundled lexicon, counting tokens as this tokenizer does."""
+    return replace(
+        REFERENCE_LEXICON,
+        count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        num_special_tokens=tokenizer.num_special_tokens_to_add(),
+    )
+
+
+def _measure(model: PreTrainedModel, tokenizer: Any, sample: Sample, method: str, keep: Keep) -> tuple[float, int]:
+    """Mean score over a sample's questions, and the bytes its context took."""
+    tokens = tokenize(tokenizer, sample.context, [q.prompt for q in sample.questions], device=model.device)
+    memory = read_context(model, tokens.context, method, keep)
+    kv_bytes = memory.nbytes
+    texts = answer(model, tokenizer, memory, tokens, max_new_tokens=sample.max_new_tokens)
+    return fmean(score(text, question) for text, question in zip(texts, sample.questions, strict=True)), kv_bytes

@@ -1,0 +1,125 @@
+"""What compression buys on given hardware, from the model's configuration alone: no weights are loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from headwise.errors import BadInput
+from headwise.hf.families import shape_of
+from headwise.keep import Keep, parse_keep
+
+ACTIVATIONS_NOTE = "activations, logits and the framework's own memory are not counted: leave 10-20% free"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """KV memory of a batch before and after, in bytes; what fits is None without a memory size."""
+
+    context: int
+    keep: float | str
+    batch: int
+    dtype: str
+    weight_bytes: int
+    full_kv_bytes: int
+    kv_bytes: int
+    peak_kv_bytes: int  # while the context is read, scope "layer": the compressed cache and one full layer
+    peak_kv_bytes_model_scope: int  # scope "model": everything is held until the last layer is done
+    sliding_kv_bytes: int  # part of both: sliding-window layers, left whole
+    memory_bytes: int | None
+    full_fits: bool | None
+    fits: bool | None
+    max_batch_full: int | None
+    max_batch: int | None
+    max_context_full: int | None
+    max_context: int | None
+    note: str = ACTIVATIONS_NOTE
+
+
+def plan(
+    config: PretrainedConfig,
+    *,
+    context: int,
+    keep: float | str | Keep,
+    batch: int = 1,
+    memory: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Plan:
+    """KV bytes of `batch` contexts of `context` tokens, with everything kept and with `keep`; what fits in `memory`.
+
+    Raises BadInput, UnsupportedModel.
+    """
+    if batch < 1 or context < 1:
+        raise BadInput(f"context={context} and batch={batch} must be at least 1.")
+    keep, sizes = parse_keep(keep), _Sizes(config, dtype)
+    full, small = sizes.held(context, batch, None), sizes.held(context, batch, keep)
+    peak = small + sizes.layer(context, batch)
+    weights = _weight_bytes(config, dtype)
+    room = None if memory is None else max(0, memory - weights)
+    return Plan(
+        context=context,
+        keep=float(keep.amount) if keep.kind == "fraction" else str(keep),
+        batch=batch,
+        dtype=str(dtype).removeprefix("torch."),
+        weight_bytes=weights,
+        full_kv_bytes=full,
+        kv_bytes=small,
+        peak_kv_bytes=min(full, peak),
+        peak_kv_bytes_model_scope=full + small,
+        sliding_kv_bytes=sizes.sliding(context, batch),
+        memory_bytes=memory,
+        full_fits=None if room is None else full <= room,
+        fits=None if room is None else min(full, peak) <= room,
+        max_batch_full=None if room is None else _largest(lambda b: sizes.held(context, b, None) <= room),
+        max_batch=None if room is None else _largest(lambda b: sizes.peak(context, b, keep) <= room),
+        max_context_full=None if room is None else _largest(lambda n: sizes.held(n, batch, None) <= room),
+        max_context=None if room is None else _largest(lambda n: sizes.peak(n, batch, keep) <= room),
+    )
+
+
+class _Sizes:
+    """KV bytes of one model in one precision."""
+
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype):
+        self.shape = shape_of(config)
+        self.entry = self.shape.entry_bytes(dtype)
+        self.window = getattr(config.get_text_config(), "sliding_window", None) or 0
+
+    def sliding(self, context: int, batch: int) -> int:
+        layers = self.shape.num_layers - len(self.shape.layers)
+        return batch * layers * self.shape.kv_heads * min(context, max(self.window - 1, 0)) * self.entry
+
+    def layer(self, context: int, batch: int) -> int:
+        return batch * self.shape.kv_heads * context * self.entry
+
+    def held(self, context: int, batch: int, keep: Keep | None) -> int:
+        everything = self.layer(context, batch) * len(self.shape.layers)
+        if keep is None:
+            return everything + self.sliding(context, batch)
+        kept = sum(keep.entries(shape=self.shape, tokens=[context] * batch, entry_bytes=self.entry)) * self.entry
+        return kept + self.sliding(context, batch)
+
+    def peak(self, context: int, batch: int, keep: Keep) -> int:
+        full = self.held(context, batch, None)
+        return min(full, self.held(context, batch, keep) + self.layer(context, batch))
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """Largest n >= 0 for which `fits(n)`; it must be monotone."""
+    if not fits(1):
+        return 0
+    high = 1
+    while fits(2 * high) and high < 2**40:
+        high *= 2
+    low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _weight_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
