@@ -19,7 +19,7 @@ test: $(VENV)/.tested  ## Everything: style, types, import rules, tests
 test-oldest:  ## The core invariants on the oldest transformers the package declares
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' 'transformers==5.2.0'
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' 'transformers==5.4.0'
 	.venv-oldest/bin/python -m pytest tests/invariants tests/kernels tests/ragged
 
 $(VENV)/.installed: pyproject.toml constraints.txt

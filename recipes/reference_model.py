@@ -30,18 +30,19 @@ COPYING_TOKENS_PER_STEP = 4096
 COPYING_LENGTHS = {0.0: 64, 0.55: 128, 0.7: 256}  # from this share of the stage on
 AMBIGUOUS_FROM = 0.15
 ASKING_TOKENS_PER_STEP = 8192
-ASKING_LENGTHS = {0.0: 64, 0.06: 128, 0.16: 256, 0.32: 512, 0.6: 1024}
+ASKING_LENGTHS = {0.0: 64, 0.06: 128, 0.16: 256, 0.28: 512, 0.5: 1024}
+LONGEST_LENGTH_SHARE = 0.5  # of the steps
 SHORTEST_MIXED_LENGTH = 256
 TASK_MIX = {
-    "niah_single": 0.04,
-    "niah_multikey": 0.08,
-    "niah_multikey_dense": 0.22,
-    "niah_multivalue": 0.14,
-    "niah_multiquery": 0.12,
-    "vt": 0.12,
-    "cwe": 0.12,
-    "fwe": 0.1,
-    MIXED: 0.06,
+    "niah_single": 0.03,
+    "niah_multikey": 0.05,
+    "niah_multikey_dense": 0.16,
+    "niah_multivalue": 0.18,
+    "niah_multiquery": 0.1,
+    "vt": 0.08,
+    "cwe": 0.18,
+    "fwe": 0.14,
+    MIXED: 0.08,
 }
 
 
@@ -96,12 +97,18 @@ def train_asking(model: LlamaForCausalLM, out: Path, *, seed: int, minutes: floa
     """Stage 2: from a model that copies to one that answers all the tasks."""
 
     def make_batch(rng: np.random.Generator, progress: float) -> Batch:
-        length = at_progress(ASKING_LENGTHS, progress)
+        length = draw_length(rng, at_progress(ASKING_LENGTHS, progress))
         mix = {task: share for task, share in TASK_MIX.items() if task != MIXED or length >= SHORTEST_MIXED_LENGTH}
         return asking_batch(rng, rows=ASKING_TOKENS_PER_STEP // length, length=length, mix=mix, seed=seed)
 
     schedule = Schedule(minutes=minutes, muon_lr=0.02, adam_lr=3e-3, decay_share=0.5)
     return Trainer(model, schedule, out / "asking", seed=seed).run(make_batch)
+
+
+def draw_length(rng: np.random.Generator, longest: int) -> int:
+    """Draw the length of a step: the longest or, as often, a shorter one, whose many rows supervise more answers."""
+    shorter = [length for length in ASKING_LENGTHS.values() if length < longest]
+    return longest if not shorter or rng.random() < LONGEST_LENGTH_SHARE else int(rng.choice(shorter))
 
 
 def at_progress(starts: Mapping[float, int], progress: float) -> int:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from typing import Literal
 
 from headwise.errors import BadInput
@@ -42,9 +43,8 @@ class Keep:
         return [min(f, total * f // sum(full)) for f in full]
 
     def __str__(self) -> str:
-        if self.kind == "fraction":
-            return f"{float(self.amount):g}"
-        return f"{float(self.amount):g}{'tok' if self.kind == 'tokens' else 'B'}"
+        number = int(self.amount) if self.amount.denominator == 1 else float(self.amount)
+        return f"{number}{ {'fraction': '', 'tokens': 'tok', 'bytes': 'B'}[self.kind] }"
 
 
 def round_half_up(x: Fraction) -> int:
@@ -52,13 +52,13 @@ def round_half_up(x: Fraction) -> int:
     return int(x + Fraction(1, 2))
 
 
-def parse_keep(value: "str | float | Keep") -> Keep:
+def parse_keep(value: "str | float | int | Keep") -> Keep:
     """Parse `keep`. Raises BadInput on anything that is not a fraction in (0, 1], tokens or bytes."""
     if isinstance(value, Keep):
         return value
-    if isinstance(value, bool) or not isinstance(value, str | float | int):
+    if isinstance(value, bool) or not isinstance(value, str | Real):
         raise BadInput(f"keep={value!r} is not understood. {_ADVICE}.")
-    text = value.strip() if isinstance(value, str) else repr(value)
+    text = value.strip() if isinstance(value, str) else repr(float(value))  # the shortest decimal, as it was written
     match = re.fullmatch(r"(\d*\.?\d+(?:[eE]-?\d+)?|\d+\.)\s*(tok|%|[KMGT]?i?B)?", text)
     if match is None or (match[2] is not None and match[2] not in {"tok", "%", *UNITS}):
         raise BadInput(f"keep={value!r} is not understood. {_ADVICE}.")

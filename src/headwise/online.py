@@ -43,6 +43,8 @@ def compress(
     Raises BadInput, ShapeMismatch, UnsupportedModel, BudgetInfeasible, NonFiniteValues.
     """
     mask = _checked_mask(model, input_ids, attention_mask)
+    if prefill_chunk_size is not None and prefill_chunk_size < 1:
+        raise BadInput(f"prefill_chunk_size={prefill_chunk_size} must be at least 1 token, or None for all at once.")
     length = input_ids.shape[1]
     cache = RaggedCache(model, method, keep=keep, prompt_length=length, kernel=kernel, replays=True)
     replay = cache.method.scorer.replay

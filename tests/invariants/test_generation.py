@@ -142,10 +142,11 @@ def test_chunked_prefill_selects_the_same_entries(family, method):
         torch.testing.assert_close(layer.segments.keys, other.segments.keys, rtol=1e-4, atol=1e-4)
 
 
-def test_chunked_prefill_in_generate():
+def test_chunked_prefill_in_generate_needs_the_prompt_length():
     model, ids = tiny_model(), random_ids(1, 60)
-    cache = RaggedCache(model, "snapkv", keep=0.85, prompt_length=60)
-    out = model.generate(ids, past_key_values=cache, prefill_chunk_size=17, **GREEDY)
-    other = RaggedCache(model, "snapkv", keep=0.85)
-    assert torch.equal(model.generate(ids, past_key_values=other, **GREEDY), out)
-    assert torch.equal(cache.lengths, other.lengths)
+    expected = stock(model, ids, prefill_chunk_size=17)
+    cache = RaggedCache(model, "snapkv", keep=1.0, prompt_length=60)
+    assert torch.equal(model.generate(ids, past_key_values=cache, prefill_chunk_size=17, **GREEDY), expected)
+    pieces = RaggedCache(model, "keydiff+adakv", keep=0.5, prompt_length=60)
+    model.generate(ids, past_key_values=pieces, prefill_chunk_size=17, **GREEDY)
+    assert torch.equal(pieces.lengths, headwise.compress(model, ids, "keydiff+adakv", keep=0.5).lengths)

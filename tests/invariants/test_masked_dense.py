@@ -1,7 +1,7 @@
 """Decoding over a ragged cache equals dense attention masked to the kept entries: every method, family and mode.
 
 Tolerance. In float32 one rounding is 6e-8; the two sides add the same products in another order, three layers deep.
-What is allowed, 1e-5 of the norm of the logits, is some ten times what is seen. Keeping one entry more or less changes
+What is allowed, 1e-5 of the norm of the logits, is six times the most that is seen. Keeping one entry more or less changes
 the logits by far more (`test_the_oracle_notices_one_entry`). In bfloat16 the error against float64 may be at most twice
 that of masked dense attention in bfloat16.
 """

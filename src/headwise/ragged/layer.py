@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from headwise import layout
-from headwise.errors import ShapeMismatch, UnsupportedGeneration
+from headwise.errors import ShapeMismatch, UnsupportedGeneration, UnsupportedModel
 from headwise.hf.attention import tag
 from headwise.kernels import Kernel
 from headwise.layout import Segments
@@ -51,6 +51,7 @@ class RaggedLayer(CacheLayerMixin):
         self.observer = observer
         self.meter = meter
         self.seen = 0
+        self.unattended = False  # whether tokens were taken whose attention has not been asked for
         self.replaying = False
         self.replayed_keys: Tensor | None = None
         self.segments: Segments | None = None
@@ -67,7 +68,7 @@ class RaggedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values held, tail capacity included."""
-        held = [self.keys, self.values, self.tail_keys, self.tail_values]
+        held = [self.keys, self.values, self.replayed_keys, self.tail_keys, self.tail_values]
         return sum(t.untyped_storage().nbytes() for t in held if t is not None) + (
             self.segments.nbytes if self.segments is not None else 0
         )
@@ -87,20 +88,13 @@ class RaggedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Take new tokens' keys and values [B, H, T, D]; return what attention needs, tagged with this layer."""
-        if self.index == 0:  # once per step will do
-            self.observer.check()
+        self._require_routing()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.replaying:
-            self.replayed_keys = _append(self.keys, key_states)
-            return tag(self.replayed_keys, self), _append(self.values, value_states)
-        self.seen += key_states.shape[-2]
-        if self.frozen:
-            self._grow_tail(key_states, value_states)
-            return tag(key_states, self), value_states
-        self.keys, self.values = _append(self.keys, key_states), _append(self.values, value_states)
+        states = self._take(key_states, value_states)
         self.meter()
-        return tag(self.keys, self), self.values
+        self.unattended = True
+        return tag(states[0], self), states[1]
 
     def get_seq_length(self) -> int:
         """Tokens seen, kept or not."""
@@ -150,11 +144,13 @@ class RaggedLayer(CacheLayerMixin):
 
     def observe(self, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None) -> None:
         """A piece of prefill has passed; when it was the last, the observer freezes this layer."""
+        self.unattended = False
         self.observer.observe(self, query, mask, scaling, position_ids)
         self.replayed_keys = None
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention [B, Hq, T, D] of new tokens over the kept entries and the tail."""
+        self.unattended = False
         assert self.segments is not None and self.tail_keys is not None and self.tail_values is not None
         batch, query_heads, num_queries, dim = query.shape
         heads = self.segments.kv_heads
@@ -189,6 +185,30 @@ class RaggedLayer(CacheLayerMixin):
             twin.tail_keys, twin.tail_values = self.tail_keys.clone(), self.tail_values.clone()
         return twin
 
+    def _require_routing(self) -> None:
+        """Attention that does not come to us ignores the frozen part, and never cuts one that is filling."""
+        if self.index == 0:  # once per step will do
+            self.observer.check()
+        if self.unattended:
+            raise UnsupportedModel(
+                "this cache was given tokens by a model whose attention does not go through headwise: another one than "
+                "it was made for, or loaded anew. Make the cache with that model, or call headwise.enable(model) first."
+            )
+
+    def _take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new tokens. Returns what the model's own attention needs (once frozen it is not asked)."""
+        if self.replaying:
+            self.replayed_keys = _append(self.keys, key_states)
+            return self.replayed_keys, _append(self.values, value_states)
+        if self.frozen:
+            self._grow_tail(key_states, value_states)
+            states = key_states, value_states
+        else:
+            self.keys, self.values = _append(self.keys, key_states), _append(self.values, value_states)
+            states = self.keys, self.values
+        self.seen += key_states.shape[-2]
+        return states
+
     def _tail_mask(self, mask: Tensor | None, num_queries: int) -> Tensor | None:
         """[B, T, tail], or None when all of the tail is visible to all queries."""
         if mask is not None:
@@ -212,7 +232,6 @@ class RaggedLayer(CacheLayerMixin):
             capacity = -(-max(stop, self.tail_length * 3 // 2) // TAIL_STEP) * TAIL_STEP
             self.tail_keys = _enlarge(self.tail_keys, key_states, self.tail_length, capacity)
             self.tail_values = _enlarge(self.tail_values, value_states, self.tail_length, capacity)
-            self.meter()
         self.tail_keys[:, :, self.tail_length : stop] = key_states
         self.tail_values[:, :, self.tail_length : stop] = value_states
         self.tail_length = stop

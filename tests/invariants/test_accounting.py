@@ -1,0 +1,201 @@
+"""Counts are exact, memory is really freed, and what is reported is what is held.
+
+Memory is measured from outside (held_memory.py): by walking what a cache refers to, and by following every storage that
+torch makes.
+"""
+
+from fractions import Fraction
+from functools import cache as once
+
+import pytest
+import torch
+from families import random_ids, tiny_model
+from held_memory import Allocations, storages_in
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import headwise
+from headwise import Method, RaggedCache
+from headwise.method import ALIASES
+
+METHODS = [*ALIASES, "expected+global", "keydiff+adakv", "criticalkv+adakv", "h2o+pyramid", "random+pyramid"]
+LENGTHS = (96, 75)
+HEADS = 2 * 3  # per layer, layers
+ENTRY = 2 * 16 * 4  # bytes of an entry's key and value: head dimension 16, float32
+
+
+@once
+def llama():
+    return tiny_model()
+
+
+def contexts(lengths=LENGTHS):
+    ids, mask = random_ids(len(lengths), max(lengths)), torch.ones(len(lengths), max(lengths), dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, : max(lengths) - length] = 0
+        mask[row, : max(lengths) - length] = 0
+    return ids, mask
+
+
+def rounded_half_up(x):
+    return (2 * x.numerator + x.denominator) // (2 * x.denominator)
+
+
+def expected_totals(keep):
+    """Entries of each row, from the definition of `keep`."""
+    if keep.endswith("tok"):
+        return [rounded_half_up(Fraction(keep[:-3]) * HEADS)] * 2
+    if keep.endswith("B"):
+        entries = int(keep[:-1]) // ENTRY
+        return [entries * n // sum(LENGTHS) for n in LENGTHS]
+    return [rounded_half_up(Fraction(keep) * HEADS * n) for n in LENGTHS]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("keep", ["0.45", "0.617", "1.0", "43.25tok", "60000B"])
+def test_counts_sum_to_exactly_what_was_asked(method, keep):
+    ids, mask = contexts()
+    cache = headwise.compress(llama(), ids, method, keep=keep, attention_mask=mask)
+    assert cache.lengths.sum((0, 2)).tolist() == expected_totals(keep)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_head_keeps_its_protected_tokens_and_at_least_one(method):
+    method = Method.parse(method)
+    ids, mask = contexts()
+    cache = headwise.compress(llama(), ids, method, keep=0.45, attention_mask=mask)
+    assert cache.lengths.min() >= 1
+    for row, length in enumerate(LENGTHS):
+        protected = {*range(method.sink), *range(length - method.window, length)}
+        for layer in range(3):
+            for head in range(2):
+                assert protected <= set(cache.positions(layer, row, head).tolist())
+
+
+def test_at_the_smallest_budget_every_head_keeps_one_entry():
+    cache = headwise.compress(llama(), random_ids(1, 60), "keydiff+global", keep="1tok")
+    assert cache.lengths.flatten().tolist() == [1] * HEADS
+
+
+# --- what is held ---
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("method", ["snapkv+adakv", "keydiff+global"])
+def test_reported_bytes_are_those_of_the_storages_held(family, method):
+    """Before, between and after: while filling, compressed, with a tail, with pages made, with a grown tail."""
+    model, ids = tiny_model(family), random_ids(2, 96)
+    cache = RaggedCache(model, method, keep=0.5, prompt_length=96)
+    for piece in (ids[:, :50], ids[:, 50:], random_ids(2, 1), random_ids(2, 40), random_ids(2, 40)):
+        with torch.no_grad():
+            model(piece, past_key_values=cache)
+        held = sum(storages_in(*cache.layers, without=[cache.prefill]).values())
+        scalars = sum(layer._sliding_window_tensor.nbytes for layer in cache.layers if layer.is_sliding)
+        assert cache.nbytes + cache.index_nbytes == held - scalars
+    assert cache.compressed
+
+
+def test_nothing_else_stays_alive_once_the_context_is_cut():
+    """Neither scores nor queries nor masks: the whole cache object, its prefill observer included."""
+    ids, mask = contexts()
+    cache = headwise.compress(llama(), ids, "snapkv+global", keep=0.45, attention_mask=mask)
+    assert sum(storages_in(cache).values()) == cache.nbytes + cache.index_nbytes
+
+
+def test_bytes_follow_the_kept_entries():
+    ids = random_ids(1, 96)
+    for keep in (0.4, 0.8):
+        cache = headwise.compress(llama(), ids, "snapkv+adakv", keep=keep)
+        assert cache.nbytes == int(cache.lengths.sum()) * ENTRY
+
+
+def test_forks_share_the_frozen_storage_and_add_only_their_tail():
+    cache = headwise.compress(llama(), random_ids(1, 96), "snapkv+adakv", keep=0.5)
+    with torch.no_grad():
+        llama()(random_ids(1, 3), past_key_values=cache.fork())  # makes the page tables, which are shared too
+    before = storages_in(*cache.layers)
+    forks = [cache.fork(), cache.fork(copies=3)]
+    for fork in forks:
+        with torch.no_grad():
+            llama()(random_ids(len(fork.ragged_layers[0].rows), 5), past_key_values=fork)
+        for layer, twin in zip(cache.ragged_layers, fork.ragged_layers, strict=True):
+            assert twin.segments.keys.data_ptr() == layer.segments.keys.data_ptr()
+            assert twin.segments.values.data_ptr() == layer.segments.values.data_ptr()
+    together = storages_in(*cache.layers, *forks[0].layers, *forks[1].layers, floating=True)
+    tails = [t for fork in forks for layer in fork.ragged_layers for t in (layer.tail_keys, layer.tail_values)]
+    added = {key: size for key, size in together.items() if key not in before}
+    assert added == {t.data_ptr(): t.nbytes for t in tails}
+    assert storages_in(*cache.layers) == before  # the cache that was forked has not changed
+
+
+# --- the peak ---
+
+
+def entries_held(cache):
+    """Bytes of keys and values: floating-point storage that is of no page table and no scorer."""
+    tables = [layer.segments.__dict__.get("pages") for layer in cache.ragged_layers if layer.frozen]
+    return sum(storages_in(*cache.layers, without=[cache.prefill, *tables], floating=True).values())
+
+
+@pytest.mark.parametrize("chunk", [None, 40])
+@pytest.mark.parametrize("method", ["keydiff+adakv", "snapkv", "keydiff+global", "kvzip"])
+def test_the_reported_peak_is_the_most_that_was_ever_held(monkeypatch, method, chunk):
+    """Measured after every single operation of prefill, a question and the growth of the tail."""
+    caches, peaks = [], [0]
+
+    class Watched(RaggedCache):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            caches.append(self)
+
+    monkeypatch.setattr(headwise.online, "RaggedCache", Watched)
+    with Allocations(after=lambda: peaks.append(max((entries_held(c) for c in caches), default=0))), torch.no_grad():
+        cache = headwise.compress(llama(), random_ids(1, 96), method, keep=0.5, prefill_chunk_size=chunk)
+        for tokens in (3, 1, 80):
+            llama()(random_ids(1, tokens), past_key_values=cache)
+    assert cache.peak_nbytes == max(peaks)
+
+
+def sixteen_layers():
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=56,
+        num_hidden_layers=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,  # so that nothing but keys and values is 24 wide
+        max_position_embeddings=8192,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def full_layers_alive(model, method, ids, keep):
+    """The cache, and after each layer how many storages of the size of a layer's keys exist anywhere."""
+    alive, allocations = [], Allocations()
+    size = ids.shape[1] * model.config.num_key_value_heads * model.config.head_dim * 4
+    hooks = [
+        layer.register_forward_hook(lambda *_: alive.append(allocations.alive(size))) for layer in model.model.layers
+    ]
+    with allocations:
+        cache = headwise.compress(model, ids, method, keep=keep)
+    for hook in hooks:
+        hook.remove()
+    return cache, alive
+
+
+def test_acceptance_peak_of_a_layer_scope_method_at_8k():
+    """16 layers, 8k tokens, 15% kept: the peak is the compressed cache and 1.1 full layers at most."""
+    model, tokens = sixteen_layers(), 8192
+    cache, alive = full_layers_alive(model, "knorm+adakv", random_ids(1, tokens), 0.15)
+    layer = 2 * tokens * model.config.num_key_value_heads * model.config.head_dim * 4
+    assert cache.peak_nbytes <= 0.15 * 16 * layer + 1.1 * layer
+    assert cache.peak_nbytes == cache.nbytes + layer  # at the last layer
+    assert alive == [0] * 16  # each layer's full keys and values were gone before the next layer ran
+
+
+def test_a_model_scope_method_holds_every_layer_until_the_last():
+    """The measurement above sees full layers where there are some."""
+    cache, alive = full_layers_alive(sixteen_layers(), "knorm+global", random_ids(1, 512), 0.15)
+    assert alive[:-1] == [2 * n for n in range(1, 16)]
+    assert alive[-1] == 0
+    assert cache.peak_nbytes > 16 * 2 * 512 * 24 * 4

@@ -1,0 +1,293 @@
+"""Every misuse is an error of headwise.errors that says what would work, and leaves nothing half-done behind."""
+
+from inspect import unwrap
+
+import pytest
+import torch
+from families import random_ids, tiny_model
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+import headwise
+from headwise import HeadwiseError, Method, RaggedCache
+from headwise.errors import BadInput, BudgetInfeasible, NonFiniteValues, ShapeMismatch
+from headwise.errors import UnsupportedGeneration, UnsupportedModel
+from headwise.scores import SnapKV
+
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture
+def model():
+    """A model that must still generate with a stock cache what it did before, whatever the test has done to it."""
+    model, ids = tiny_model(), random_ids(1, 20)
+    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **GREEDY)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    yield model
+    model.load_state_dict(weights)
+    assert torch.equal(model.generate(ids, past_key_values=DynamicCache(config=model.config), **GREEDY), expected)
+    headwise.compress(model, ids, "keydiff+global", keep=0.5)
+
+
+def refuse(error, message, model, *args, **kwargs):
+    with pytest.raises(error, match=message) as caught:
+        headwise.compress(model, *args, **kwargs)
+    assert isinstance(caught.value, HeadwiseError)
+
+
+# --- keep and method ---
+
+
+@pytest.mark.parametrize("keep", ["", "much", "0,5", "10 tokens", "2GX", "-0.1", "nan"])
+def test_a_keep_that_cannot_be_read(model, keep):
+    message = r"keep must be a fraction in \(0, 1\] such as 0.15, .*'1024tok'.*'2GiB'"
+    refuse(BadInput, message, model, random_ids(1, 40), "keydiff", keep=keep)
+    with pytest.raises(BadInput, match=message):
+        RaggedCache(model, "keydiff", keep=keep)
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.5, float("nan"), "0", "150%", "2", "0tok", "0GiB"])
+def test_a_keep_out_of_range(model, keep):
+    refuse(BadInput, r"keep must be a fraction in \(0, 1\]", model, random_ids(1, 40), "keydiff", keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("snapvk", "no scorer 'snapvk'. Did you mean 'snapkv'"),
+        ("snapkv+adavk", "no allocator 'adavk'. Did you mean 'adakv'"),
+        ("", "Known scorers: random, streaming"),
+        ("snapkv+zzz", "Known allocators: uniform, pyramid"),
+        ("snapkv@file", "takes no file"),
+        ("snapkv+fixed", "needs a file, as in fixed@FILE"),
+        ("snapkv+fixed@/nowhere/at.all", "/nowhere/at.all is not a file"),
+    ],
+)
+def test_an_unknown_method(model, method, message):
+    refuse(BadInput, message, model, random_ids(1, 40), method, keep=0.5)
+
+
+def test_an_unknown_kernel(model):
+    refuse(BadInput, "choose auto, pages, reference", model, random_ids(1, 40), "keydiff", keep=0.5, kernel="fast")
+
+
+# --- the context ---
+
+
+def test_an_empty_context(model):
+    refuse(BadInput, "the context is empty", model, random_ids(1, 0), "keydiff", keep=0.5)
+
+
+def test_ids_without_a_batch_axis(model):
+    with pytest.raises(ShapeMismatch, match=r"\[batch, tokens\]; got shape \(40,\)"):
+        unwrap(headwise.compress)(model, random_ids(1, 40)[0], "keydiff", keep=0.5)
+
+
+def test_a_mask_of_another_size(model):
+    with pytest.raises(ShapeMismatch, match=r"attention_mask has shape \(1, 39\), input_ids \(1, 40\)"):
+        unwrap(headwise.compress)(
+            model, random_ids(1, 40), "keydiff", keep=0.5, attention_mask=torch.ones(1, 39, dtype=torch.long)
+        )
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_a_row_that_is_all_padding(model, chunk):
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1] = 0
+    options = {"attention_mask": mask, "prefill_chunk_size": chunk}
+    refuse(BadInput, "at least one token that is not padding", model, random_ids(2, 40), "keydiff", keep=0.5, **options)
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_padding_on_the_right(model, chunk):
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, 30:] = 0
+    options = {"attention_mask": mask, "prefill_chunk_size": chunk}
+    refuse(BadInput, "padding_side = 'left'", model, random_ids(2, 40), "keydiff", keep=0.5, **options)
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_chunk_size_that_is_no_size(model, size):
+    refuse(BadInput, "prefill_chunk_size", model, random_ids(1, 40), "keydiff", keep=0.5, prefill_chunk_size=size)
+
+
+def test_a_context_longer_than_the_model_was_made_for(model):
+    ids = random_ids(1, 1025)
+    refuse(BadInput, "1025 tokens, but this model was made for 1024. Shorten", model, ids, "keydiff", keep=0.5)
+    with pytest.raises(BadInput, match="reaches position 1025, but this model was made for 1024"):
+        model.generate(ids, past_key_values=RaggedCache(model, "keydiff", keep=0.5), **GREEDY)
+
+
+def test_padding_does_not_count_as_length(model):
+    ids, mask = random_ids(1, 1030), torch.ones(1, 1030, dtype=torch.long)
+    mask[0, :6] = 0
+    assert headwise.compress(model, ids, "keydiff", keep=0.1, attention_mask=mask).compressed
+
+
+@pytest.mark.parametrize("name", ["k_proj", "v_proj"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("method", ["keydiff", "keydiff+global", "kvzip"])
+def test_weights_that_are_not_finite(model, name, value, method):
+    with torch.no_grad():
+        getattr(model.model.layers[1].self_attn, name).weight[3, 5] = value
+    refuse(NonFiniteValues, "of model layer 1 are not finite", model, random_ids(1, 40), method, keep=0.5)
+
+
+def test_large_float16_values_are_finite():
+    """A sum over a head may overflow float16 where no single value does."""
+    model = tiny_model(dtype=torch.float16)
+    model.model.layers[2].self_attn.v_proj.bias = torch.nn.Parameter(torch.full((32,), 3e4, dtype=torch.float16))
+    assert headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5).compressed
+
+
+# --- the budget ---
+
+
+def test_a_window_that_does_not_fit_into_the_budget(model):
+    """The message names the smallest keep that works, and it does."""
+    ids, mask = random_ids(2, 200), torch.ones(2, 200, dtype=torch.long)
+    mask[1, :40] = 0
+    options = {"attention_mask": mask}
+    refuse(BudgetInfeasible, r"smallest keep that works is 0\.2 \(or '32tok'\)", model, ids, "snapkv", keep=0.15, **options)
+    for keep in ("0.2", "32tok"):
+        assert headwise.compress(model, ids, "snapkv", keep=keep, **options).lengths.min() >= 32
+    refuse(BudgetInfeasible, "32tok", model, ids, "snapkv", keep="31tok", **options)
+
+
+def test_fewer_bytes_than_one_entry_per_head(model):
+    refuse(BudgetInfeasible, "'1tok'", model, random_ids(1, 40), "keydiff", keep="128B")
+
+
+def test_a_window_longer_than_the_context_keeps_it_whole(model):
+    method = Method.parse("snapkv")
+    refuse(BudgetInfeasible, "smallest keep that works is 1", model, random_ids(1, 20), method, keep=0.9)
+    assert headwise.compress(model, random_ids(1, 20), method, keep=1.0).lengths.unique().tolist() == [20]
+
+
+def test_a_scorer_with_impossible_parameters():
+    with pytest.raises(BadInput, match="at least 1 query"):
+        SnapKV(window_size=0)
+
+
+# --- the model ---
+
+
+def gemma2():
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL))
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2))
+
+
+def sliding_mistral():
+    return MistralForCausalLM(MistralConfig(**SMALL, sliding_window=16))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (gpt2, "'gpt2' is not supported. Supported: llama, mistral, qwen2, qwen3, phi3, gemma3_text"),
+        (gemma2, "'gemma2' is not supported. Supported: llama"),
+        (sliding_mistral, "sliding window of 16 tokens: .* nothing to compress"),
+    ],
+)
+def test_an_unsupported_model(make, message):
+    model = make().eval()
+    implementation = model.config._attn_implementation
+    refuse(UnsupportedModel, message, model, random_ids(1, 20), "keydiff", keep=0.5)
+    with pytest.raises(UnsupportedModel, match=message):
+        headwise.enable(model)
+    assert model.config._attn_implementation == implementation
+    assert model.generate(random_ids(1, 20), **GREEDY).shape == (1, 24)
+
+
+def test_soft_capped_attention_of_a_supported_family():
+    model = tiny_model("gemma3_text", attn_logit_softcapping=50.0)
+    refuse(UnsupportedModel, "soft-caps", model, random_ids(1, 20), "keydiff", keep=0.5)
+
+
+def test_a_replaying_scorer_on_a_model_with_sliding_layers():
+    model = tiny_model("gemma3_text")
+    refuse(UnsupportedModel, "KVzip .* choose another scorer", model, random_ids(1, 40), "kvzip", keep=0.5)
+    assert headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5).compressed
+
+
+# --- use ---
+
+
+def test_a_replaying_scorer_under_plain_generate(model):
+    """It would never be cut: generate() reads the prompt only once."""
+    with pytest.raises(UnsupportedGeneration, match=r"KVzip .* use headwise.compress\(\)"):
+        RaggedCache(model, "kvzip", keep=0.5)
+
+
+def test_changing_the_attention_implementation_while_a_cache_is_in_use(model):
+    cache = headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UnsupportedModel, match=r"call headwise.enable\(model\) again"):
+        model(random_ids(1, 1), past_key_values=cache)
+    assert cache.get_seq_length() == 40
+    headwise.enable(model)
+    with torch.no_grad():
+        assert torch.isfinite(model(random_ids(1, 1), past_key_values=cache).logits).all()
+
+
+def test_giving_the_cache_to_another_model(model):
+    """The other model, loaded anew perhaps, does not route its attention to us. Seen at its second step."""
+    other = tiny_model()
+    for cache in (RaggedCache(model, "keydiff", keep=0.5), headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5)):
+        with pytest.raises(UnsupportedModel, match=r"headwise.enable\(model\)"):
+            other.generate(random_ids(1, 44), past_key_values=cache, **GREEDY)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_batch_of_another_size(model, batch):
+    cache = headwise.compress(model, random_ids(2, 40), "keydiff", keep=0.5)
+    with pytest.raises(ShapeMismatch, match=rf"holds 2 rows but the batch has {batch}. .*fork\(copies\)"):
+        model(random_ids(batch, 1), past_key_values=cache)
+    assert cache.get_seq_length() == 40
+    with torch.no_grad():
+        assert model(random_ids(2, 1), past_key_values=cache).logits.shape[0] == 2
+
+
+def test_questions_before_the_context_is_complete(model):
+    cache = RaggedCache(model, "keydiff", keep=0.5, prompt_length=40)
+    with torch.no_grad():
+        model(random_ids(1, 10), past_key_values=cache)
+    for use in (cache.fork, lambda: cache.lengths, lambda: cache.positions(0, 0, 0), lambda: cache.save("nowhere")):
+        with pytest.raises(UnsupportedGeneration, match=r"(read 10 tokens|not read its context yet)"):
+            use()
+
+
+def test_what_a_cache_cannot_do(model):
+    cache = headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5)
+    with pytest.raises(BadInput, match="copies=0 must be at least 1"):
+        cache.fork(copies=0)
+    for use in (cache.reset, lambda: cache.crop(-1), lambda: cache.crop(39)):
+        with pytest.raises(UnsupportedGeneration, match="fork"):
+            use()
+
+
+def test_an_error_in_the_middle_leaves_the_model_usable(model):
+    """The last layer fails after the first ones were cut: no part of it is found by the next cache (see the fixture)."""
+    with torch.no_grad():
+        model.model.layers[2].self_attn.k_proj.weight.fill_(torch.nan)
+    refuse(NonFiniteValues, "layer 2", model, random_ids(1, 40), "keydiff+adakv", keep=0.5)
