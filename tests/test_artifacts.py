@@ -232,7 +232,7 @@ def test_duo_heads_are_whole_or_streaming_by_alpha(tmp_path):
     path = duo_table(tmp_path, [[0.9, -0.001], [0.5, 0.6], [1.0, 0.2]])
     table = Budget.from_duo_attention(path, shape=WHOLE_SHAPE, model="m", sink=10, recent=20)
     assert table.origin.scorer == "streaming"
-    assert table.origin.scorer_parameters == {"sink": 10, "window": 20}
+    assert (table.origin.sink, table.origin.window) == (10, 20)
     assert whole_heads(table, 0.5) == [1000, 30, 30, 1000, 1000, 30]
     assert whole_heads(table, 1 / 6) == [30, 30, 30, 30, 1000, 30]
     assert whole_heads(table, 0.0) == [30] * 6

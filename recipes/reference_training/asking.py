@@ -30,11 +30,11 @@ LEAST_CONTEXT_SHARE = {
 SHORTEST_SHARED_LENGTH = 128  # below it the context of every task takes all it can
 
 _TOKEN_IDS = {word: index for index, word in enumerate(REFERENCE_VOCABULARY)}
-# Questions whose answers may come in any order: every answer not yet given counts as right.
-_UNORDERED_PROMPTS = tuple(
-    wording.question.split("{")[0]
+# Questions whose answers may come in any order (every answer not yet given counts as right): prompt -> separator.
+_UNORDERED = {
+    wording.question.split("{")[0]: wording.separator
     for wording in (REFERENCE_LEXICON.listing, REFERENCE_LEXICON.common_words, REFERENCE_LEXICON.frequent_words)
-)
+}
 
 
 def encode(text: str) -> list[int]:
@@ -105,7 +105,7 @@ def _stream(rng: np.random.Generator, task: str, length: int, seed: int) -> _Str
         if stream.room <= len(prompt) + len(encode(question.completion)):
             break
         stream.append(prompt, 0.0)
-        _append_answer(rng, stream, question, unordered=question.prompt.startswith(_UNORDERED_PROMPTS))
+        _append_answer(rng, stream, question)
         stream.append([_TOKEN_IDS[EOS]], END_WEIGHT)
     answer = stream.weights > CONTEXT_WEIGHT
     # Rows with many answers would drown those with few.
@@ -122,14 +122,15 @@ def _document(rng: np.random.Generator, task: str, length: int, seed: int) -> Do
     return ruler.find_task(task).write(REFERENCE_LEXICON, sample_rng, context_length)
 
 
-def _append_answer(rng: np.random.Generator, stream: _Stream, question: Question, *, unordered: bool) -> None:
-    if not unordered:
+def _append_answer(rng: np.random.Generator, stream: _Stream, question: Question) -> None:
+    separators = [separator for start, separator in _UNORDERED.items() if question.prompt.startswith(start)]
+    if not separators:
         stream.append(encode(question.completion), 1.0)
         return
     answers = [encode(question.answers[i]) for i in rng.permutation(len(question.answers))]
     for index, answer in enumerate(answers):
         if index:
-            stream.append(encode(","), 1.0)
+            stream.append(encode(separators[0]), 1.0)
         others = [other[0] for other in answers[index + 1 :]]
         stream.alternatives[stream.used, : len(others)] = others
         stream.append(answer, 1.0)

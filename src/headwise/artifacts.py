@@ -45,6 +45,8 @@ class Origin:
     config_hash: str = ""  # of the model's configuration, by `config_hash`
     scorer: str = ""
     scorer_parameters: Mapping[str, Any] = field(default_factory=dict)
+    sink: int = 0  # first tokens that are protected besides
+    window: int = 0  # last tokens that are protected besides
     calibration: str = ""  # fingerprint of the data or file it was made from
 
     @classmethod
@@ -162,8 +164,7 @@ class Budget:
         """Import `full_attention_heads.tsv` `[num_layers, kv_heads]` of DuoAttention (Xiao et al., arXiv 2410.10819).
 
         The authors keep whole the heads whose alpha is above a quantile, the others keep `sink` first and `recent` last
-        tokens. Here row j keeps the j best heads whole and nothing of the others: protect `sink` and `recent` (they are
-        in `origin.scorer_parameters`) and any budget is met by as many whole heads as fit, plus one in part.
+        tokens. Here row j keeps the j best heads whole and nothing of the others: `Fixed` protects `sink` and `recent`, and any budget is met by as many whole heads as fit, plus one in part.
         Ours differs: equal alphas are ordered by layer and head, where the authors add noise.
         Raises BadInput if the table cannot be read, ArtifactMismatch if it is of another shape.
         """
@@ -177,7 +178,8 @@ class Budget:
             shape=shape,
             model=model,
             scorer="streaming",
-            scorer_parameters={"sink": sink, "window": recent},
+            sink=sink,
+            window=recent,
             calibration=fingerprint(Path(path).read_bytes()),
         )
         return cls(ratios=whole.double() / shape.num_heads, fractions=fractions, origin=origin)

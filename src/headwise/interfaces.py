@@ -130,6 +130,16 @@ class AbstractAllocator(ABC):
 
     scope: ClassVar[Scope] = "layer"
 
+    @property
+    def sink(self) -> int:
+        """First tokens that its counts take for granted; protected besides the scorer's."""
+        return 0
+
+    @property
+    def window(self) -> int:
+        """Last tokens that its counts take for granted; protected besides the scorer's."""
+        return 0
+
     def provenance(self) -> Provenance:
         """Name and parameters, as JSON-ready values."""
         return {"name": type(self).__name__, **asdict(self)}  # pyright: ignore[reportArgumentType]

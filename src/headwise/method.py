@@ -44,12 +44,12 @@ class Method:
     @property
     def sink(self) -> int:
         """First tokens always kept."""
-        return self.scorer.sink if self.protect_sink is None else self.protect_sink
+        return max(self.scorer.sink, self.allocator.sink) if self.protect_sink is None else self.protect_sink
 
     @property
     def window(self) -> int:
         """Last tokens always kept."""
-        return self.scorer.window if self.protect_window is None else self.protect_window
+        return max(self.scorer.window, self.allocator.window) if self.protect_window is None else self.protect_window
 
     @classmethod
     def parse(cls, name: "str | Method") -> "Method":

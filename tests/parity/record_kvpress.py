@@ -7,7 +7,7 @@ kvpress pins its own versions of torch and transformers, so it lives in an envir
     kvpress-env/bin/python tests/parity/record_kvpress.py tests/parity/kvpress.npz
 
 The recording holds, per case and recorded layer, the rotated queries and keys, the values and W_O; the scores of every
-press; the entries it keeps at several compression ratios. RandomPress is left out: another generator, other numbers.
+press; the entries it keeps at several compression ratios.
 To check headwise against a kvpress installed elsewhere without touching the recording, set HEADWISE_KVPRESS_PYTHON to
 that environment's python and run the test.
 """
@@ -31,6 +31,7 @@ from kvpress import (
     KVzipPress,
     ObservedAttentionPress,
     PyramidKVPress,
+    RandomPress,
     SnapKVPress,
     StreamingLLMPress,
     TOVAPress,
@@ -68,6 +69,7 @@ def presses(case: Case) -> dict[str, Callable[[float], Any]]:
         return ExpectedAttentionPress(ratio, use_covariance=False, use_vnorm=False)
 
     return {
+        "random": lambda ratio: RandomPress(ratio, seed=0),
         "knorm": KnormPress,
         "keydiff": KeyDiffPress,
         "streaming": StreamingLLMPress,

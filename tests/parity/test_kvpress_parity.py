@@ -26,6 +26,7 @@ from headwise.scores import (
     KeyDiff,
     Knorm,
     KVzip,
+    Random,
     SnapKV,
     Streaming,
 )
@@ -157,6 +158,20 @@ def test_scores_and_kept_entries(recording: Recording, case: str, name: str, lay
         if count == tokens // 2 and name != "streaming":  # scores were recorded at half
             recorded = torch.from_numpy(recording[f"{prefix}/scores/{name}"])
             assert_scores_equal(scores, recorded, ~protected)
+
+
+@pytest.mark.parametrize("layer", RECORDED_LAYERS)
+@pytest.mark.parametrize("case", CASES)
+def test_random(recording: Recording, case: str, layer: int) -> None:
+    """kvpress draws the whole batch at once and every layer alike: its first row is our layer 0."""
+    tokens, prefix, scorer = CASES[case][0], f"{case}/{layer}", Random(seed=0)
+    for count, expected in kept_by_kvpress(recording, f"{prefix}/kept/random", tokens):
+        observation = observe(recording, prefix, scorer, count)
+        scores = scorer.score(observation)
+        assert torch.equal(scores[0], torch.from_numpy(recording[f"{prefix}/scores/random"])[0])
+        protected = protected_mask(observation.valid, scorer.sink, scorer.window)
+        kept = select(scores, torch.full(scores.shape[:2], count), observation.valid, protected)
+        assert torch.equal(kept[0], expected[0])
 
 
 @pytest.mark.parametrize("layer", RECORDED_LAYERS)

@@ -26,6 +26,16 @@ class Fixed(AbstractAllocator):
 
     budget: Budget
 
+    @property
+    def sink(self) -> int:
+        """First tokens that the budget's origin protects."""
+        return self.budget.origin.sink
+
+    @property
+    def window(self) -> int:
+        """Last tokens that the budget's origin protects."""
+        return self.budget.origin.window
+
     def provenance(self) -> Provenance:
         """Name, and which budget: its origin and a fingerprint of its table, not the table itself."""
         table = fingerprint(self.budget.ratios, self.budget.fractions)

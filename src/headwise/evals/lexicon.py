@@ -215,10 +215,12 @@ REFERENCE_LEXICON = Lexicon(
     ),
     lookup=Wording(statement="locker {key} {value}.", question="? locker {key}", answer="{value}"),
     several_lookups=Wording(
-        statement="locker {key} {value}.", question="? lockers {key}:", answer="locker {key} {value}"
+        statement="locker {key} {value}.", question="? lockers {key}:", answer="locker {key} {value}", separator="; "
     ),
     listing=Wording(statement="basket {key} {value}.", question="? basket {key}", answer="{value}"),
-    chain=Wording(statement="road {key} {value}.", question="? road {key}", answer="road {key} {value}"),
-    common_words=Wording(statement="{value}", question="? common words:", answer="{value}"),
-    frequent_words=Wording(statement="{value}", question="? frequent words:", answer="{value}"),
+    chain=Wording(
+        statement="road {key} {value}.", question="? road {key}", answer="road {key} {value}", separator="; "
+    ),
+    common_words=Wording(statement="{value}", question="? common words:", answer="{value}", separator=" and "),
+    frequent_words=Wording(statement="{value}", question="? frequent words:", answer="{value}", separator=" and "),
 )

@@ -92,7 +92,6 @@ class RaggedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         states = self._take(key_states, value_states)
-        self.meter()
         self.unattended = True
         return tag(states[0], self), states[1]
 
@@ -197,17 +196,18 @@ class RaggedLayer(CacheLayerMixin):
 
     def _take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens. Returns what the model's own attention needs (once frozen it is not asked)."""
-        if self.replaying:
-            self.replayed_keys = _append(self.keys, key_states)
-            return self.replayed_keys, _append(self.values, value_states)
         if self.frozen:
             self._grow_tail(key_states, value_states)
-            states = key_states, value_states
+            self.seen += key_states.shape[-2]
+            return key_states, value_states
+        keys, values = _append(self.keys, key_states), _append(self.values, value_states)
+        if self.replaying:
+            self.replayed_keys = keys
         else:
-            self.keys, self.values = _append(self.keys, key_states), _append(self.values, value_states)
-            states = self.keys, self.values
-        self.seen += key_states.shape[-2]
-        return states
+            self.keys, self.values = keys, values
+            self.seen += key_states.shape[-2]
+        self.meter()
+        return keys, values
 
     def _tail_mask(self, mask: Tensor | None, num_queries: int) -> Tensor | None:
         """[B, T, tail], or None when all of the tail is visible to all queries."""
@@ -232,6 +232,7 @@ class RaggedLayer(CacheLayerMixin):
             capacity = -(-max(stop, self.tail_length * 3 // 2) // TAIL_STEP) * TAIL_STEP
             self.tail_keys = _enlarge(self.tail_keys, key_states, self.tail_length, capacity)
             self.tail_values = _enlarge(self.tail_values, value_states, self.tail_length, capacity)
+            self.meter()
         self.tail_keys[:, :, self.tail_length : stop] = key_states
         self.tail_values[:, :, self.tail_length : stop] = value_states
         self.tail_length = stop

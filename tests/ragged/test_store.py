@@ -1,0 +1,193 @@
+"""A saved cache is the cache, and a file that is not of this model and context is refused."""
+
+import os
+
+import pytest
+import torch
+from families import FAMILIES, random_ids, tiny_model
+from safetensors.torch import load_file
+
+import headwise
+from headwise import RaggedCache
+from headwise.artifacts import describe
+from headwise.errors import ArtifactMismatch, BadInput, UnsupportedGeneration
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "cache.safetensors"
+
+
+def read(model, cache, *pieces):
+    with torch.no_grad():
+        return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["snapkv+adakv", "expected+global"])
+def test_a_loaded_cache_is_the_saved_one(path, family, method):
+    """Logits and generation are identical, sliding-window layers included."""
+    model, context, question = tiny_model(family), random_ids(2, 60), random_ids(2, 5, seed=1)
+    cache = headwise.compress(model, context, method, keep=0.6)
+    cache.save(path)
+    loaded = headwise.load(path, tiny_model(family), input_ids=context)
+    assert torch.equal(read(model, loaded.fork(), question), read(model, cache.fork(), question))
+    whole = torch.cat([context, question], dim=-1)
+    answers = [model.generate(whole, past_key_values=c.fork(), **GREEDY) for c in (cache, loaded)]
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_cache_is_saved_with_the_tokens_that_came_after_its_context(path, family):
+    model, context = tiny_model(family), random_ids(2, 60)
+    cache = headwise.compress(model, context, "keydiff+adakv", keep=0.5)
+    read(model, cache, random_ids(2, 7, seed=1))
+    cache.save(path)
+    loaded = headwise.load(path, model)
+    assert loaded.get_seq_length() == 67
+    pieces = random_ids(2, 1, seed=2), random_ids(2, 70, seed=3)  # beyond the capacity of the tail
+    assert torch.equal(read(model, loaded, *pieces), read(model, cache, *pieces))
+
+
+def test_forked_rows_are_saved(path):
+    """Three continuations of one context: the context is stored once."""
+    model = tiny_model()
+    cache = headwise.compress(model, random_ids(1, 60), "keydiff", keep=0.5)
+    branch = cache.fork(copies=3)
+    questions = random_ids(3, 4, seed=1)
+    read(model, branch, questions)
+    branch.save(path)
+    loaded = headwise.load(path, model)
+    assert load_file(path)["0.keys"].shape == cache.ragged_layers[0].segments.keys.shape
+    assert torch.equal(read(model, loaded, questions), read(model, branch, questions))
+
+
+def test_what_a_loaded_cache_knows(path):
+    model, context = tiny_model(), random_ids(1, 60)
+    cache = headwise.compress(model, context, "snapkv+adakv", keep=0.6)
+    cache.save(path)
+    loaded = headwise.load(path, model)
+    assert loaded.provenance == cache.provenance
+    assert loaded.provenance["keep"] == "0.6"
+    assert loaded.provenance["method"]["scorer"]["name"] == "SnapKV"
+    assert (loaded.nbytes, loaded.peak_nbytes) == (cache.nbytes, cache.peak_nbytes)
+    assert torch.equal(loaded.lengths, cache.lengths)
+    for layer in range(3):
+        for head in range(2):
+            assert torch.equal(loaded.positions(layer, 0, head), cache.positions(layer, 0, head))
+    assert describe(path)["kind"] == "cache"
+
+
+def test_a_loaded_cache_can_be_saved_again(path, tmp_path):
+    model = tiny_model()
+    headwise.compress(model, random_ids(1, 60), "keydiff", keep=0.5).save(path)
+    again = tmp_path / "again.safetensors"
+    headwise.load(path, model).save(again)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_cache_goes_to_the_dtype_of_the_model(path):
+    """Made in bfloat16, used in float32 by the same weights: every bfloat16 number is a float32 number."""
+    small = tiny_model(dtype=torch.bfloat16)
+    cache = headwise.compress(small, random_ids(1, 60), "keydiff", keep=0.5)
+    cache.save(path)
+    large = tiny_model(dtype=torch.bfloat16).float()
+    loaded = headwise.load(path, large)
+    assert torch.equal(loaded.ragged_layers[0].segments.keys, cache.ragged_layers[0].segments.keys.float())
+    assert read(large, loaded, random_ids(1, 3)).dtype == torch.float32
+
+
+# --- refused ---
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: tiny_model(seed=1),
+        lambda: tiny_model("qwen2"),
+        lambda: tiny_model(num_hidden_layers=2),
+        lambda: tiny_model(rms_norm_eps=1e-5),
+    ],
+    ids=["other weights", "other family", "other depth", "other configuration"],
+)
+def test_another_model(path, other):
+    headwise.compress(tiny_model(), random_ids(1, 60), "keydiff", keep=0.5).save(path)
+    with pytest.raises(ArtifactMismatch, match=r"fingerprint \w{12}.*Compress the context again"):
+        headwise.load(path, other())
+
+
+def test_another_context(path):
+    model, context = tiny_model(), random_ids(1, 60)
+    headwise.compress(model, context, "keydiff", keep=0.5).save(path)
+    changed = context.clone()
+    changed[0, 30] += 1
+    for ids in (changed, context[:, :-1]):
+        with pytest.raises(ArtifactMismatch, match="another context"):
+            headwise.load(path, model, input_ids=ids)
+    mask = torch.ones_like(context)
+    mask[0, :3] = 0
+    with pytest.raises(ArtifactMismatch, match="another context"):
+        headwise.load(path, model, input_ids=context, attention_mask=mask)
+    assert headwise.load(path, model, input_ids=context, attention_mask=torch.ones_like(context)).compressed
+
+
+def test_a_context_that_is_not_known(path):
+    """A cache that generate() filled has not seen the ids, so it cannot vouch for them."""
+    model, prompt = tiny_model(), random_ids(1, 60)
+    cache = RaggedCache(model, "keydiff", keep=0.5)
+    model.generate(prompt, past_key_values=cache, **GREEDY)
+    cache.save(path)
+    assert headwise.load(path, model).get_seq_length() == cache.get_seq_length()
+    with pytest.raises(ArtifactMismatch, match="tokens unknown"):
+        headwise.load(path, model, input_ids=prompt)
+
+
+def test_a_damaged_file(path):
+    model = tiny_model()
+    headwise.compress(model, random_ids(1, 60), "keydiff", keep=0.5).save(path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:50], b"", b"no tensors here"):
+        path.write_bytes(damaged)
+        with pytest.raises(BadInput, match="damaged"):
+            headwise.load(path, model)
+    with pytest.raises(BadInput, match="not a file"):
+        headwise.load(path.with_name("nothing"), model)
+
+
+def test_a_file_without_one_of_its_tensors(path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    model = tiny_model()
+    headwise.compress(model, random_ids(1, 60), "keydiff", keep=0.5).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    del tensors["1.keys"]
+    save_file(tensors, path, metadata)
+    with pytest.raises(BadInput, match=r"1\.keys"):
+        headwise.load(path, model)
+
+
+def test_a_cache_that_has_not_read_its_context(path):
+    with pytest.raises(UnsupportedGeneration, match="nothing to save"):
+        RaggedCache(tiny_model(), "keydiff", keep=0.5).save(path)
+    assert not path.exists()
+
+
+def test_saving_is_all_or_nothing(path, monkeypatch):
+    """What was there stays when the disk fills up, and no temporary file is left."""
+    model = tiny_model()
+    headwise.compress(model, random_ids(1, 60), "keydiff", keep=0.5).save(path)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        headwise.compress(model, random_ids(1, 50), "keydiff", keep=0.5).save(path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
