@@ -164,7 +164,8 @@ class Budget:
         """Import `full_attention_heads.tsv` `[num_layers, kv_heads]` of DuoAttention (Xiao et al., arXiv 2410.10819).
 
         The authors keep whole the heads whose alpha is above a quantile, the others keep `sink` first and `recent` last
-        tokens. Here row j keeps the j best heads whole and nothing of the others: `Fixed` protects `sink` and `recent`, and any budget is met by as many whole heads as fit, plus one in part.
+        tokens. Here row j keeps the j best heads whole and nothing of the others; `Fixed` protects `sink` and `recent`,
+        and any budget is met by as many whole heads as fit, plus one in part.
         Ours differs: equal alphas are ordered by layer and head, where the authors add noise.
         Raises BadInput if the table cannot be read, ArtifactMismatch if it is of another shape.
         """

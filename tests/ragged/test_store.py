@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 from families import FAMILIES, random_ids, tiny_model
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import headwise
 from headwise import RaggedCache
@@ -157,9 +158,6 @@ def test_a_damaged_file(path):
 
 
 def test_a_file_without_one_of_its_tensors(path):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     model = tiny_model()
     headwise.compress(model, random_ids(1, 60), "keydiff", keep=0.5).save(path)
     with safe_open(path, framework="pt") as file:
@@ -167,7 +165,7 @@ def test_a_file_without_one_of_its_tensors(path):
     tensors = load_file(path)
     del tensors["1.keys"]
     save_file(tensors, path, metadata)
-    with pytest.raises(BadInput, match=r"1\.keys"):
+    with pytest.raises(BadInput, match="damaged: layer 1 has no 'keys'"):
         headwise.load(path, model)
 
 

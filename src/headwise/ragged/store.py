@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.artifacts import config_hash, fingerprint, read_tensors, write_tensors
-from headwise.errors import ArtifactMismatch, UnsupportedGeneration
+from headwise.errors import ArtifactMismatch, BadInput, UnsupportedGeneration
 from headwise.layout import Segments
 from headwise.ragged.cache import RaggedCache
 from headwise.ragged.layer import RaggedLayer
@@ -74,7 +74,10 @@ def load(
     for i, layer in enumerate(cache.layers):
         prefix = f"{i}."
         own = {k.removeprefix(prefix): _for_model(v, model) for k, v in tensors.items() if k.startswith(prefix)}
-        _restore(layer, own, metadata["seen"])
+        try:
+            _restore(layer, own, metadata["seen"])
+        except KeyError as missing:
+            raise BadInput(f"{path} is damaged: layer {i} has no {missing}. Compress the context again.") from missing
     return cache
 
 
