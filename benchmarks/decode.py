@@ -238,8 +238,8 @@ def step(model: PreTrainedModel, cache: Any) -> float:
 
 def attention_only(cache: headwise.RaggedCache, config: LlamaConfig) -> float:
     """One token through append and attention of every layer, without the rest of the model."""
-    dim = config.hidden_size // config.num_attention_heads
-    query, new = torch.randn(1, config.num_attention_heads, 1, dim), torch.randn(1, config.num_key_value_heads, 1, dim)
+    dim, shape = config.hidden_size // config.num_attention_heads, cache.view.shape
+    query, new = torch.randn(1, shape.query_heads, 1, dim), torch.randn(1, shape.kv_heads, 1, dim)
 
     def run() -> None:
         for layer in cache.ragged_layers:

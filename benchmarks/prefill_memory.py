@@ -133,7 +133,14 @@ def row_of_full(model: PreTrainedModel, ids: Tensor, full: int) -> dict[str, Any
         return cache
 
     _, peak = watched_run(run)
-    return {"method": "full (DynamicCache)", "scope": "", "held": full, "reported": full, "measured": peak, "bound": None}
+    return {
+        "method": "full (DynamicCache)",
+        "scope": "",
+        "held": full,
+        "reported": full,
+        "measured": peak,
+        "bound": None,
+    }
 
 
 def row_of_method(model: PreTrainedModel, ids: Tensor, method: str, keep: str, full: int) -> dict[str, Any]:

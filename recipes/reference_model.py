@@ -44,6 +44,15 @@ TASK_MIX = {
     "fwe": 0.14,
     MIXED: 0.08,
 }
+# Answers in any order are the last to be learned: what was given must not be given again.
+TASK_MIX_OF_SHORTER = TASK_MIX | {
+    "niah_multikey_dense": 0.08,
+    "niah_multivalue": 0.35,
+    "niah_multiquery": 0.05,
+    "vt": 0.04,
+    "cwe": 0.3,
+    "fwe": 0.2,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,8 +106,10 @@ def train_asking(model: LlamaForCausalLM, out: Path, *, seed: int, minutes: floa
     """Stage 2: from a model that copies to one that answers all the tasks."""
 
     def make_batch(rng: np.random.Generator, progress: float) -> Batch:
-        length = draw_length(rng, at_progress(ASKING_LENGTHS, progress))
-        mix = {task: share for task, share in TASK_MIX.items() if task != MIXED or length >= SHORTEST_MIXED_LENGTH}
+        longest = at_progress(ASKING_LENGTHS, progress)
+        length = draw_length(rng, longest)
+        mix = TASK_MIX if length == longest else TASK_MIX_OF_SHORTER
+        mix = {task: share for task, share in mix.items() if task != MIXED or length >= SHORTEST_MIXED_LENGTH}
         return asking_batch(rng, rows=ASKING_TOKENS_PER_STEP // length, length=length, mix=mix, seed=seed)
 
     schedule = Schedule(minutes=minutes, muon_lr=0.02, adam_lr=3e-3, decay_share=0.5)

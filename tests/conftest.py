@@ -16,3 +16,13 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory):
+    """Folders of tiny random models: "base" (Llama), "chat" (Llama with a chat template) and "qwen3"."""
+    from folders import CHAT_TEMPLATE, save_model
+
+    root = tmp_path_factory.mktemp("models")
+    kinds = {"base": ("llama", None), "chat": ("llama", CHAT_TEMPLATE), "qwen3": ("qwen3", None)}
+    return {name: save_model(root / name, *kind) for name, kind in kinds.items()}

@@ -22,9 +22,11 @@ MOST_ALTERNATIVES = ruler.NUM_COMMON_WORDS - 1
 LEAST_CONTEXT_SHARE = {
     "niah_multikey": 0.7,
     "niah_multikey_dense": 0.5,
-    "niah_multivalue": 0.8,
+    "niah_multivalue": 0.6,
     "niah_multiquery": 0.6,
     "vt": 0.8,
+    "cwe": 0.5,
+    "fwe": 0.5,
     MIXED: 0.6,
 }
 SHORTEST_SHARED_LENGTH = 128  # below it the context of every task takes all it can

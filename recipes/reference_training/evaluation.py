@@ -29,7 +29,7 @@ def accuracy(
 @torch.no_grad()
 def _scores(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample]) -> list[float]:
     texts = [f"{sample.context} {sample.questions[0].prompt}" for sample in samples]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
     most = max(sample.max_new_tokens for sample in samples)
     # transformers' own annotation of `self` excludes its models.
     output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]

@@ -38,6 +38,7 @@ def export(run: Path, to: Path, *, command: str, num_samples: int) -> None:
         measurements = measure(model, tokenizer, num_samples=num_samples)
         (staged / "README.md").write_text(write_card(model, measurements, command=command))
         for file in staged.iterdir():
+            file.chmod(0o644)
             shutil.move(file, to / file.name)
 
 

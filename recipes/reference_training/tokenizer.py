@@ -26,5 +26,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNKNOWN,
         padding_side="left",
         model_max_length=LONGEST_INPUT,
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=True,
     )

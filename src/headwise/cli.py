@@ -15,9 +15,9 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from headwise.errors import BadInput, HeadwiseError
-from headwise.keep import parse_bytes, parse_keep, parse_tokens
 
 app = typer.Typer(
     name="headwise",
@@ -34,8 +34,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Chunk = Annotated[int | None, typer.Option(min=1, help="Read the context in pieces of so many tokens.")]
-Document = Annotated[Path | None, typer.Option("--context", "-c", help="Text file; left out: the bundled document.")]
-NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+Document = Annotated[
+    Path | None, typer.Option("--context", "-c", help="Text file (UTF-8); left out: the bundled document.")
+]
+NewTokens = Annotated[
+    int, typer.Option(min=1, help="Longest answer; it ends at the model's last position at the latest.")
+]
 Methods = Annotated[str, typer.Option(help="Comma-separated; see 'headwise methods'.")]
 
 
@@ -46,6 +50,12 @@ def main() -> None:
     except HeadwiseError as error:
         print(f"headwise: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        advice = "try --prefill-chunk-size, a shorter document or --dtype bfloat16; see 'headwise plan'"
+        print(f"headwise: the device is out of memory; {advice}.", file=sys.stderr)
+        sys.exit(1)
 
 
 @app.command(epilog="Example: headwise compare --model reference --methods full,snapkv,adakv --keep 0.15")
@@ -64,9 +74,12 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """One document, its questions, several methods: memory really held, answers right, decoding speed."""
+    from headwise.evals.answers import known_methods
     from headwise.evals.compare import compare as run
+    from headwise.keep import parse_keep
 
-    parsed = parse_keep(keep)
+    parsed, names = parse_keep(keep), _split(methods)
+    known_methods(names)
     text, asked = _document(context, question, questions)
     loaded, tokenizer = _load(model, dtype, device)
     with _progress("methods") as progress:
@@ -75,7 +88,7 @@ def compare(
             tokenizer,
             text,
             asked,
-            methods=_split(methods),
+            methods=names,
             keep=parsed,
             max_new_tokens=max_new_tokens,
             prefill_chunk_size=prefill_chunk_size,
@@ -86,7 +99,7 @@ def compare(
         return
     right = "right" if any(a.answers for a in asked) else "as full"
     _print_table(
-        f"{len(asked)} questions, each asked of the compressed document (query-agnostic). Model: {model}",
+        f"{_count(asked, 'question')} asked of the compressed document (query-agnostic). Model: {model}",
         ["method", "keep", "KV held", "of full", "peak KV", right, "ms/token"],
         [
             [
@@ -123,13 +136,16 @@ def generate(
     """Compress a document, ask one question, stream the answer."""
     from transformers import TextStreamer
 
-    from headwise.evals.answers import answer, read_context
+    from headwise.evals.answers import FULL, answer, known_methods, read_context, room_for_answers
     from headwise.evals.document import tokenize
+    from headwise.keep import parse_keep
 
     parsed = parse_keep(keep)
+    known_methods([method])
     text, _ = _document(context, [question], None)
     loaded, tokenizer = _load(model, dtype, device)
     tokens = tokenize(tokenizer, text, [question], device=loaded.device)
+    room_for_answers(loaded, tokens)
     with _progress("tokens") as progress:
         memory = read_context(
             loaded, tokens.context, method, parsed, prefill_chunk_size=prefill_chunk_size, progress=progress
@@ -138,7 +154,8 @@ def generate(
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     found = answer(loaded, tokenizer, memory, tokens, max_new_tokens=max_new_tokens, streamer=streamer)
     if as_json:
-        _print_json({"method": method, "keep": keep, "answer": found[0], "kv_bytes": kv_bytes})
+        kept = 1.0 if method == FULL else parsed.value
+        _print_json({"method": method, "keep": kept, "answer": found[0], "kv_bytes": kv_bytes})
 
 
 @app.command(
@@ -150,25 +167,28 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="mini-ruler, or mini-ruler:task,task.")] = "mini-ruler",
     methods: Methods = "full,snapkv,keydiff,adakv,expected+global",
     keep: Annotated[str, typer.Option("--keep", "-k", help="Comma-separated: 0.15,0.25.")] = "0.15",
-    samples: Annotated[int, typer.Option(help="Documents per task.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of the evaluation split; no training data has it.")] = 0,
-    length: Annotated[int, typer.Option(help="Tokens of document, question and answer.")] = 512,
+    samples: Annotated[int, typer.Option(min=1, help="Documents per task.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Of the evaluation split; no training data has it.")] = 0,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of document, question and answer.")] = 512,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Accuracy and measured memory of methods on generated tasks, against the full cache."""
+    from headwise.evals.answers import known_methods
     from headwise.evals.run import evaluate as run
     from headwise.evals.run import parse_tasks
+    from headwise.keep import parse_keep
 
-    chosen, keeps = parse_tasks(tasks), [parse_keep(k) for k in _split(keep)]
+    chosen, keeps, names = parse_tasks(tasks), [parse_keep(k) for k in _split(keep)], _split(methods)
+    known_methods(names)
     loaded, tokenizer = _load(model, dtype, device)
     with _progress("samples") as progress:
         records = run(
             loaded,
             tokenizer,
             tasks=chosen,
-            methods=_split(methods),
+            methods=names,
             keeps=keeps,
             samples=samples,
             seed=seed,
@@ -176,10 +196,11 @@ def evaluate(
             progress=progress,
         )
     if as_json:
-        _print_json([asdict(record) for record in records])
+        same = {"seed", "protocol"}  # for all records
+        _print_json([{k: v for k, v in asdict(record).items() if k not in same} for record in records])
         return
     _print_table(
-        f"{samples} samples per task, {length} tokens, seed {seed}, query-agnostic. Model: {model}",
+        f"{_count(range(samples), 'sample')} per task, {length} tokens, seed {seed}, query-agnostic. Model: {model}",
         ["task", "method", "keep", "KV of full", "accuracy", "full cache"],
         [
             [r.task, r.method, str(r.keep), f"{r.kv_fraction:.1%}", f"{r.accuracy:.3f}", f"{r.full_accuracy:.3f}"]
@@ -191,7 +212,7 @@ def evaluate(
 @app.command(epilog="Example: headwise methods --json")
 def methods(as_json: AsJson = False) -> None:
     """Every scorer, allocator and short name, with its paper."""
-    from headwise.method import ALIASES, ALLOCATORS, SCORERS
+    from headwise.method import ALIASES, ALLOCATORS, SCORERS, paper_of
 
     parts = [("scorer", SCORERS), ("allocator", ALLOCATORS)]
     rows = [
@@ -199,7 +220,7 @@ def methods(as_json: AsJson = False) -> None:
         for kind, registry in parts
         for name, entry in registry.items()
     ]
-    rows += [{"kind": "alias", "name": name, "summary": pair, "paper": ""} for name, pair in ALIASES.items()]
+    rows += [{"kind": "alias", "name": n, "summary": pair, "paper": paper_of(n)} for n, pair in ALIASES.items()]
     if as_json:
         _print_json(rows)
         return
@@ -235,12 +256,13 @@ def plan(
     context: Annotated[str, typer.Option("--context", "-c", help="Tokens, such as 32768 or 128k.")] = "1024",
     keep: Keep = "0.15",
     memory: Annotated[str | None, typer.Option(help="What the device has, such as 24GiB.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     as_json: AsJson = False,
 ) -> None:
     """KV memory before and after, and what fits. Needs the configuration only, no weights."""
     from headwise.evals.models import DTYPES, load_config
+    from headwise.keep import parse_bytes, parse_tokens
     from headwise.plan import plan as make
 
     if dtype not in DTYPES or dtype == "auto":
@@ -260,6 +282,7 @@ def plan(
         ["weights", _bytes(found.weight_bytes), _bytes(found.weight_bytes)],
         ["KV held", _bytes(found.full_kv_bytes), _bytes(found.kv_bytes)],
         ["KV peak while reading", _bytes(found.full_kv_bytes), _bytes(found.peak_kv_bytes)],
+        ["the same, scope 'model'", _bytes(found.full_kv_bytes), _bytes(found.peak_kv_bytes_model_scope)],
     ]
     if found.memory_bytes is not None:
         rows += [
@@ -267,7 +290,9 @@ def plan(
             ["largest batch", str(found.max_batch_full), str(found.max_batch)],
             ["longest context", f"{found.max_context_full:,}", f"{found.max_context:,}"],
         ]
-    title = f"{model}, {found.context:,} tokens x {found.batch}, {found.dtype}"
+    title = (
+        f"{model} (made for {found.max_positions:,} tokens), {found.context:,} tokens x {found.batch}, {found.dtype}"
+    )
     _print_table(title, ["", "everything kept", f"keep {found.keep}"], rows)
     print(f"Note: {found.note}.")
 
@@ -320,13 +345,17 @@ def _print_json(value: Any) -> None:
 
 
 def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    console = Console()
+    console = Console(emoji=False)
     if not console.is_terminal:
         console.width = 140
-    table = Table(*header, title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = Table(*header, title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for row in rows:
         table.add_row(*row)
     console.print(table, markup=False)
+
+
+def _count(things: Sequence[Any], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def _bytes(count: int) -> str:

@@ -42,6 +42,11 @@ class Keep:
         total = int(self.amount) // entry_bytes
         return [min(f, total * f // sum(full)) for f in full]
 
+    @property
+    def value(self) -> float | str:
+        """As JSON carries it: a fraction as a number, tokens and bytes as text."""
+        return float(self.amount) if self.kind == "fraction" else str(self)
+
     def __str__(self) -> str:
         number = int(self.amount) if self.amount.denominator == 1 else float(self.amount)
         return f"{number}{ {'fraction': '', 'tokens': 'tok', 'bytes': 'B'}[self.kind] }"
@@ -74,8 +79,11 @@ def parse_keep(value: "str | float | int | Keep") -> Keep:
 
 def parse_bytes(text: str) -> int:
     """Parse a memory size such as `24GiB`."""
-    keep = parse_keep(text)
-    if keep.kind != "bytes":
+    try:
+        keep = parse_keep(text)
+    except BadInput:
+        keep = None
+    if keep is None or keep.kind != "bytes":
         raise BadInput(f"{text!r} is not a size in bytes; write for instance 24GiB (units: {', '.join(UNITS)}).")
     return int(keep.amount)
 

@@ -59,7 +59,7 @@ class Method:
         """
         if isinstance(name, Method):
             return name
-        scorer, plus, allocator = ALIASES.get(name, name).partition("+")
+        scorer, plus, allocator = (part.strip() for part in ALIASES.get(name.strip(), name).partition("+"))
         if not plus:
             allocator = "uniform"
         return cls(
@@ -139,14 +139,31 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 )
 
 
+def paper_of(alias: str) -> str:
+    """The arXiv id of a short name: its allocator's paper, or else its scorer's; empty if neither has one."""
+    scorer, _, allocator = ALIASES[alias].partition("+")
+    return ALLOCATORS[allocator].paper or SCORERS[scorer].paper
+
+
 def _make(registry: Mapping[str, Entry], text: str, name: str, kind: str) -> Any:
     word, at, path = text.partition("@")
     entry = registry.get(word)
     if entry is None:
-        close = get_close_matches(word, [*registry, *ALIASES], n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise BadInput(f"method {name!r}: there is no {kind} {word!r}.{hint} Known {kind}s: {', '.join(registry)}.")
-    if entry.needs_file != bool(at):
-        problem = "takes no file" if at else f"needs a file, as in {word}@FILE"
-        raise BadInput(f"method {name!r}: {kind} {word!r} {problem}.")
+        known = f"Known {kind}s: {', '.join(registry)}."
+        raise BadInput(f"method {name!r}: there is no {kind} {word!r}.{_hint(registry, word, name)} {known}")
+    if entry.needs_file and not path:
+        raise BadInput(f"method {name!r}: {kind} {word!r} needs a file, as in {word}@FILE.")
+    if at and not entry.needs_file:
+        raise BadInput(f"method {name!r}: {kind} {word!r} takes no file.")
     return entry.make(Path(path)) if at else entry.make()
+
+
+def _hint(registry: Mapping[str, Entry], word: str, name: str) -> str:
+    """What an unknown word was probably meant to be."""
+    if word in ALLOCATORS:
+        return f" It is an allocator: write scorer+{word}."
+    if word in ALIASES:
+        return f" It is short for {ALIASES[word]}."
+    aliases = () if "+" in name else ALIASES
+    close = get_close_matches(word.lower(), [*registry, *aliases], n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

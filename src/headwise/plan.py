@@ -25,7 +25,7 @@ class Plan:
     full_kv_bytes: int
     kv_bytes: int
     peak_kv_bytes: int  # while the context is read, scope "layer": the compressed cache and one full layer
-    peak_kv_bytes_model_scope: int  # scope "model": everything is held until the last layer is done
+    peak_kv_bytes_model_scope: int  # at most, scope "model": everything, and what is kept of the first layer to be cut
     sliding_kv_bytes: int  # part of both: sliding-window layers, left whole
     memory_bytes: int | None
     full_fits: bool | None
@@ -34,6 +34,7 @@ class Plan:
     max_batch: int | None
     max_context_full: int | None
     max_context: int | None
+    max_positions: int  # the longest context the model was made for
     note: str = ACTIVATIONS_NOTE
 
 
@@ -48,33 +49,35 @@ def plan(
 ) -> Plan:
     """KV bytes of `batch` contexts of `context` tokens, with everything kept and with `keep`; what fits in `memory`.
 
-    Raises BadInput, UnsupportedModel.
+    `max_batch` and `max_context` are what the memory has room for, for an allocator of scope "layer"; `max_context` may
+    exceed `max_positions`. Raises BadInput, UnsupportedModel.
     """
     if batch < 1 or context < 1:
         raise BadInput(f"context={context} and batch={batch} must be at least 1.")
     keep, sizes = parse_keep(keep), _Sizes(config, dtype)
     full, small = sizes.held(context, batch, None), sizes.held(context, batch, keep)
-    peak = small + sizes.layer(context, batch)
+    peak, layer = sizes.peak(context, batch, keep), sizes.layer(context, batch)
     weights = _weight_bytes(config, dtype)
     room = None if memory is None else max(0, memory - weights)
     return Plan(
         context=context,
-        keep=float(keep.amount) if keep.kind == "fraction" else str(keep),
+        keep=keep.value,
         batch=batch,
         dtype=str(dtype).removeprefix("torch."),
         weight_bytes=weights,
         full_kv_bytes=full,
         kv_bytes=small,
-        peak_kv_bytes=min(full, peak),
-        peak_kv_bytes_model_scope=full + small,
+        peak_kv_bytes=peak,
+        peak_kv_bytes_model_scope=full + min(layer, small - sizes.sliding(context, batch)),
         sliding_kv_bytes=sizes.sliding(context, batch),
         memory_bytes=memory,
         full_fits=None if room is None else full <= room,
-        fits=None if room is None else min(full, peak) <= room,
+        fits=None if room is None else peak <= room,
         max_batch_full=None if room is None else _largest(lambda b: sizes.held(context, b, None) <= room),
         max_batch=None if room is None else _largest(lambda b: sizes.peak(context, b, keep) <= room),
         max_context_full=None if room is None else _largest(lambda n: sizes.held(n, batch, None) <= room),
         max_context=None if room is None else _largest(lambda n: sizes.peak(n, batch, keep) <= room),
+        max_positions=config.get_text_config().max_position_embeddings,
     )
 
 
@@ -83,7 +86,7 @@ class _Sizes:
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype):
         self.shape = shape_of(config)
-        self.entry = self.shape.entry_bytes(dtype)
+        self.entry = self.shape.entry_bytes(dtype.itemsize)
         self.window = getattr(config.get_text_config(), "sliding_window", None) or 0
 
     def sliding(self, context: int, batch: int) -> int:
@@ -101,8 +104,7 @@ class _Sizes:
         return kept + self.sliding(context, batch)
 
     def peak(self, context: int, batch: int, keep: Keep) -> int:
-        full = self.held(context, batch, None)
-        return min(full, self.held(context, batch, keep) + self.layer(context, batch))
+        return self.held(context, batch, keep) + self.layer(context, batch)
 
 
 def _largest(fits: Callable[[int], bool]) -> int:

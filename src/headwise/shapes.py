@@ -9,8 +9,6 @@ Legend, in code comments and in jaxtyping annotations:
 
 from dataclasses import dataclass
 
-import torch
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
@@ -36,6 +34,6 @@ class ModelShape:
         """KV heads over all compressible layers, `L * H`."""
         return len(self.layers) * self.kv_heads
 
-    def entry_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one KV entry (key and value) of one head."""
-        return 2 * self.head_dim * dtype.itemsize
+    def entry_bytes(self, itemsize: int) -> int:
+        """Bytes of one KV entry (key and value) of one head, for numbers of `itemsize` bytes."""
+        return 2 * self.head_dim * itemsize

@@ -148,7 +148,7 @@ def test_an_unsupported_model_is_told_what_is_supported():
 
 
 def test_a_model_whose_every_layer_slides():
-    with pytest.raises(UnsupportedModel, match="every layer .* sliding window of 4096 tokens"):
+    with pytest.raises(UnsupportedModel, match=r"every layer .* sliding window of 4096 tokens"):
         hf.shape_of(MistralConfig(sliding_window=4096))
 
 

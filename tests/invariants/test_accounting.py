@@ -4,6 +4,7 @@ Memory is measured from outside (held_memory.py): by walking what a cache refers
 torch makes.
 """
 
+import copy
 from fractions import Fraction
 from functools import cache as once
 
@@ -125,6 +126,17 @@ def test_forks_share_the_frozen_storage_and_add_only_their_tail():
     added = {key: size for key, size in together.items() if key not in before}
     assert added == {t.data_ptr(): t.nbytes for t in tails}
     assert storages_in(*cache.layers) == before  # the cache that was forked has not changed
+
+
+def test_a_deep_copy_is_a_fork():
+    """What transformers' users do to ask several questions of one prefix: it must not copy the model."""
+    cache = headwise.compress(llama(), random_ids(1, 96), "snapkv+adakv", keep=0.5)
+    twin = copy.deepcopy(cache)
+    assert twin.view.model is llama()
+    assert all(t.segments is s.segments for t, s in zip(twin.ragged_layers, cache.ragged_layers, strict=True))
+    with torch.no_grad():
+        llama()(random_ids(1, 5), past_key_values=twin)
+    assert (twin.get_seq_length(), cache.get_seq_length()) == (101, 96)
 
 
 # --- the peak ---

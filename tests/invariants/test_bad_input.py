@@ -17,8 +17,14 @@ from transformers import (
 
 import headwise
 from headwise import HeadwiseError, Method, RaggedCache
-from headwise.errors import BadInput, BudgetInfeasible, NonFiniteValues, ShapeMismatch
-from headwise.errors import UnsupportedGeneration, UnsupportedModel
+from headwise.errors import (
+    BadInput,
+    BudgetInfeasible,
+    NonFiniteValues,
+    ShapeMismatch,
+    UnsupportedGeneration,
+    UnsupportedModel,
+)
 from headwise.scores import SnapKV
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
@@ -165,7 +171,9 @@ def test_a_window_that_does_not_fit_into_the_budget(model):
     ids, mask = random_ids(2, 200), torch.ones(2, 200, dtype=torch.long)
     mask[1, :40] = 0
     options = {"attention_mask": mask}
-    refuse(BudgetInfeasible, r"smallest keep that works is 0\.2 \(or '32tok'\)", model, ids, "snapkv", keep=0.15, **options)
+    refuse(
+        BudgetInfeasible, r"smallest keep that works is 0\.2 \(or '32tok'\)", model, ids, "snapkv", keep=0.15, **options
+    )
     for keep in ("0.2", "32tok"):
         assert headwise.compress(model, ids, "snapkv", keep=keep, **options).lengths.min() >= 32
     refuse(BudgetInfeasible, "32tok", model, ids, "snapkv", keep="31tok", **options)
@@ -253,7 +261,10 @@ def test_changing_the_attention_implementation_while_a_cache_is_in_use(model):
 def test_giving_the_cache_to_another_model(model):
     """The other model, loaded anew perhaps, does not route its attention to us. Seen at its second step."""
     other = tiny_model()
-    for cache in (RaggedCache(model, "keydiff", keep=0.5), headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5)):
+    for cache in (
+        RaggedCache(model, "keydiff", keep=0.5),
+        headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5),
+    ):
         with pytest.raises(UnsupportedModel, match=r"headwise.enable\(model\)"):
             other.generate(random_ids(1, 44), past_key_values=cache, **GREEDY)
 
@@ -277,6 +288,27 @@ def test_questions_before_the_context_is_complete(model):
             use()
 
 
+def test_a_question_without_its_context(model):
+    """generate() drops as many ids as the cache has seen: here all of them."""
+    cache = headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5)
+    with pytest.raises(BadInput, match="no new tokens for this cache, which has seen 40: give .* followed by the new"):
+        model.generate(random_ids(1, 5), past_key_values=cache, **GREEDY)
+    assert cache.get_seq_length() == 40
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_assisted_generation(family):
+    """transformers would give the cache its prompt a second time, and answer wrongly without a word."""
+    model = tiny_model(family)
+    prompt = random_ids(1, 50)
+    for cache in (
+        headwise.compress(model, prompt[:, :40], "keydiff", keep=0.5),
+        RaggedCache(model, "keydiff", keep=0.5),
+    ):
+        with pytest.raises(UnsupportedGeneration, match="Generate without it"):
+            model.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=3, **GREEDY)
+
+
 def test_what_a_cache_cannot_do(model):
     cache = headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5)
     with pytest.raises(BadInput, match="copies=0 must be at least 1"):
@@ -287,7 +319,7 @@ def test_what_a_cache_cannot_do(model):
 
 
 def test_an_error_in_the_middle_leaves_the_model_usable(model):
-    """The last layer fails after the first ones were cut: no part of it is found by the next cache (see the fixture)."""
+    """The last layer fails after the first ones were cut; the next cache finds nothing of it (see the fixture)."""
     with torch.no_grad():
         model.model.layers[2].self_attn.k_proj.weight.fill_(torch.nan)
     refuse(NonFiniteValues, "layer 2", model, random_ids(1, 40), "keydiff+adakv", keep=0.5)

@@ -63,6 +63,21 @@ def test_interleaved_caches_do_not_notice_each_other(family):
             assert torch.equal(found, logits)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_forks_with_a_common_beginning_do_not_write_into_each_other(family):
+    """Forked after a first question, so their tails begin alike and then differ."""
+    model = tiny_model(family)
+    cache = headwise.compress(model, random_ids(1, 60), "keydiff+adakv", keep=0.5)
+    with torch.no_grad():
+        model(random_ids(1, 6, seed=1), past_key_values=cache)
+    firsts = [random_ids(1, 1, seed=2), random_ids(1, 1, seed=3)]
+    alone = [list(answer(model, cache.fork(), first, 8)) for first in firsts]
+    turns = zip(*(answer(model, cache.fork(), first, 8) for first in firsts), strict=True)
+    for turn, expected in zip(turns, zip(*alone, strict=True), strict=True):
+        assert torch.equal(turn[0], expected[0])
+        assert torch.equal(turn[1], expected[1])
+
+
 def test_a_context_may_be_read_while_another_is_decoded():
     model = tiny_model()
     cache = headwise.compress(model, random_ids(1, 60), "keydiff+adakv", keep=0.5)

@@ -1,9 +1,9 @@
 """Decoding over a ragged cache equals dense attention masked to the kept entries: every method, family and mode.
 
 Tolerance. In float32 one rounding is 6e-8; the two sides add the same products in another order, three layers deep.
-What is allowed, 1e-5 of the norm of the logits, is six times the most that is seen. Keeping one entry more or less changes
-the logits by far more (`test_the_oracle_notices_one_entry`). In bfloat16 the error against float64 may be at most twice
-that of masked dense attention in bfloat16.
+What is allowed, 1e-5 of the norm of the logits, is six times the most that is seen. Keeping one entry more or less
+changes the logits by far more (`test_the_oracle_notices_one_entry`). In bfloat16 the error against float64 may be at
+most twice that of masked dense attention in bfloat16.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,17 @@ from hypothesis import strategies as st
 import headwise
 from headwise import Method, RaggedCache
 from headwise.interfaces import AbstractAllocator
+from headwise.kernels import KERNELS
 from headwise.method import ALIASES
 from headwise.scores import Random
 
 TOLERANCE = 1e-5
 PAIRS = ["expected+global", "keydiff+adakv", "criticalkv+adakv", "h2o+pyramid", "kvzip+adakv", "random+global"]
 TURNS = (5, 1, 1, 4, 1)  # a question, two tokens of answer, a second question, a token of answer
+LATER = sum(TURNS)
 
 
-def batch_of(lengths, seed=0, later=sum(TURNS)):
+def batch_of(lengths, seed=0, later=LATER):
     """Contexts padded on the left, followed by `later` tokens: ids and mask of all, and the contexts' width."""
     width = max(lengths)
     ids = random_ids(len(lengths), width + later, seed)
@@ -63,6 +65,11 @@ def test_every_method(method):
 def test_every_family(family, method):
     """Gemma3's sliding-window layers are whole, Phi3 rotates only half of a head."""
     assert compare(family, method, 0.55, (70, 81, 64)) < TOLERANCE
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel(kernel):
+    assert compare("llama", "h2o+global", 0.3, (96, 75), kernel=kernel) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,7 +146,7 @@ def test_many_questions_on_one_of_two_contexts(family):
     branch, rows = cache.fork(), torch.tensor([1, 0, 1, 1])
     branch.reorder_cache(rows)
     ids, mask = ids[rows], mask[rows]
-    ids[:, width:] = random_ids(4, sum(TURNS), seed=5)
+    ids[:, width:] = random_ids(4, LATER, seed=5)
     expected = masked_dense(oracle_of(family), ids, mask, {layer: m[rows] for layer, m in kept.items()})
     assert distance(ragged(model, branch, ids, mask, TURNS), expected) < TOLERANCE
 

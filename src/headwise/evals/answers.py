@@ -10,14 +10,17 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from headwise.errors import BadInput
 from headwise.evals.document import Tokens
 from headwise.hf.attention import NAME
+from headwise.hf.families import view
 from headwise.keep import Keep
 from headwise.method import Method
 from headwise.online import Progress, compress
 
 FULL = "full"
 TIMED_STEPS = 24
+COPIED_BYTES = 2**30  # copies of a full cache that answer() makes at a time
 
 
 @runtime_checkable
@@ -64,6 +67,15 @@ class FullMemory:
         return twin
 
 
+def known_methods(methods: Sequence[str]) -> None:
+    """Raise BadInput unless there are methods and each is "full" or can be parsed."""
+    if not methods:
+        raise BadInput(f"no method is named; name some, such as {FULL} and snapkv+adakv.")
+    for method in methods:
+        if method != FULL:
+            Method.parse(method)
+
+
 def read_context(
     model: PreTrainedModel,
     context: Int[Tensor, "1 tokens"],
@@ -91,12 +103,18 @@ def answer(
 ) -> list[str]:
     """Greedy answers to every question, each asked right after the context, `batch_size` at a time.
 
-    The questions of a batch share the compressed context; only what comes after it is stored per question.
+    The questions of a batch share the compressed context; only what comes after it is stored per question. (The full
+    cache is copied for each, so as many are asked at a time as COPIED_BYTES allow.) An answer ends at the model's last
+    position at the latest. Raises BadInput where a question leaves no room for an answer.
     """
+    max_new_tokens = min(max_new_tokens, room_for_answers(model, tokens))
+    if isinstance(memory, FullMemory):
+        batch_size = max(1, min(batch_size, COPIED_BYTES // memory.nbytes))
+    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked, so any token will do
     answers: list[str] = []
     for start in range(0, len(tokens.questions), batch_size):
         batch = tokens.questions[start : start + batch_size]
-        ids, mask = _join(tokens.context, batch, tokenizer.pad_token_id)
+        ids, mask = _join(tokens.context, batch, pad)
         generated = cast(Any, model).generate(
             ids,
             attention_mask=mask,
@@ -104,11 +122,23 @@ def answer(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad,
             streamer=streamer,
         )
         answers += tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in answers]
+
+
+def room_for_answers(model: PreTrainedModel, tokens: Tokens) -> int:
+    """Tokens between the longest question and the model's last position. Raises BadInput if there are none."""
+    limit, context = view(model).max_positions, tokens.context.shape[1]
+    question = max(len(question) for question in tokens.questions)
+    if context + question >= limit:
+        raise BadInput(
+            f"the context has {context} tokens and the longest question {question}, but this model was made for "
+            f"{limit}, the answer included. Shorten the context, or configure rope scaling on the model."
+        )
+    return limit - context - question
 
 
 @torch.no_grad()

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from headwise.evals.answers import FULL, answer, read_context, time_decoding
+from headwise.evals.answers import FULL, answer, known_methods, read_context, room_for_answers, time_decoding
 from headwise.evals.document import Asked, tokenize
 from headwise.evals.metrics import answers_found
 from headwise.keep import Keep, parse_keep
-from headwise.method import Method
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,42 +42,37 @@ def compare(
     """Read `context` once per method, answer every question from what was kept, and measure.
 
     Query-agnostic: no question is seen before the context has been cut. Where a question has no known answers, the full
-    cache's own answer stands in. "full" is transformers' own cache. Raises before any work if a method is unknown.
+    cache's own answer stands in. "full" is transformers' own cache; it is always measured. One row per method, however
+    often it is named. Raises BadInput before any work if a method is unknown or the model has no room for the document.
     """
     keep = parse_keep(keep)
-    for method in methods:
-        if method != FULL:
-            Method.parse(method)
+    known_methods(methods)
     tokens = tokenize(tokenizer, context, [a.question for a in asked], device=model.device)
-    rows: list[Comparison] = []
-    expected: list[tuple[str, ...]] = []
-    full_bytes = 0
-    order = [FULL, *(m for m in dict.fromkeys(methods) if m != FULL)]
-    for done, method in enumerate(order):
-        progress(done, len(order))
+    room_for_answers(model, tokens)
+    others = [method for method in dict.fromkeys(methods) if method != FULL]
+
+    def measure(method: str, full: Comparison | None) -> Comparison:
+        progress(0 if full is None else 1 + others.index(method), 1 + len(others))
         memory = read_context(model, tokens.context, method, keep, prefill_chunk_size=prefill_chunk_size)
         kv_bytes, peak = memory.nbytes, memory.peak_nbytes
         texts = answer(model, tokenizer, memory, tokens, max_new_tokens=max_new_tokens)
-        if method == FULL:
-            expected = [a.answers or (text,) for a, text in zip(asked, texts, strict=True)]
-            full_bytes = kv_bytes
-        right = [answers_found(text, phrases) for text, phrases in zip(texts, expected, strict=True)]
-        rows.append(
-            Comparison(
-                method=method,
-                keep=1.0 if method == FULL else _json_keep(keep),
-                kv_bytes=kv_bytes,
-                full_kv_bytes=full_bytes,
-                peak_kv_bytes=peak,
-                accuracy=sum(right) / len(right),
-                decode_ms_per_token=time_decoding(model, memory, tokens),
-                answers=tuple(texts),
-            )
+        return Comparison(
+            method=method,
+            keep=1.0 if method == FULL else keep.value,
+            kv_bytes=kv_bytes,
+            full_kv_bytes=kv_bytes if full is None else full.kv_bytes,
+            peak_kv_bytes=peak,
+            accuracy=_accuracy(asked, texts, texts if full is None else full.answers),
+            decode_ms_per_token=time_decoding(model, memory, tokens),
+            answers=tuple(texts),
         )
-    progress(len(order), len(order))
-    by_method = {row.method: row for row in rows}
-    return [by_method[method] for method in methods]
+
+    full = measure(FULL, None)
+    rows = {FULL: full, **{method: measure(method, full) for method in others}}
+    progress(len(rows), len(rows))
+    return [rows[method] for method in dict.fromkeys(methods)]
 
 
-def _json_keep(keep: Keep) -> float | str:
-    return float(keep.amount) if keep.kind == "fraction" else str(keep)
+def _accuracy(asked: Sequence[Asked], texts: Sequence[str], full_texts: Sequence[str]) -> float:
+    expected = [question.answers or (text,) for question, text in zip(asked, full_texts, strict=True)]
+    return fmean(answers_found(text, phrases) for text, phrases in zip(texts, expected, strict=True))

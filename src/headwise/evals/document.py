@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from headwise.errors import BadInput
 from headwise.evals.models import reference_path
 
-_MARK = "\u241efact\u241e"
+_MARK = "\u241efact\u241e"  # occurs in no document
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,66 +29,85 @@ class Tokens:
     """A document ready for a model: the context is compressed, each question then follows it."""
 
     context: Int[Tensor, "1 tokens"]
-    questions: tuple[Int[Tensor, " question_tokens"], ...]
+    questions: tuple[Int[Tensor, " _"], ...]  # each of its own length
 
 
 def bundled() -> tuple[str, list[Asked]]:
     """The document and questions that come with the package."""
     folder = reference_path()
-    return (folder / "demo.txt").read_text(), read_questions(folder / "demo.jsonl")
+    return read_text(folder / "demo.txt"), read_questions(folder / "demo.jsonl")
 
 
 def read_text(path: Path) -> str:
     """A document. Raises BadInput if it cannot be read or is empty."""
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the document {path}: {error}.") from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"the document {path} is not UTF-8 text (byte {error.start}); convert it to a text file."
+        ) from error
+    except OSError as error:
+        raise BadInput(f"cannot read the document {path}: {error.strerror}.") from error
     if not text.strip():
         raise BadInput(f"the document {path} is empty.")
     return text
 
 
 def read_questions(path: Path) -> list[Asked]:
-    """Questions from JSON lines such as {"question": "Who ...?", "answers": ["Ada"]}; "answers" may be left out."""
+    """Questions from JSON lines such as {"question": "Who ...?", "answers": ["Ada"]}; "answers" may be left out.
+
+    Raises BadInput, naming the line.
+    """
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        asked = [Asked(question=line["question"], answers=tuple(line.get("answers", ()))) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(
-            f'cannot read questions from {path}: {error!r}. Each line is JSON such as {{"question": "Who ...?", '
-            '"answers": ["Ada"]}.'
-        ) from error
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read questions from {path}: {error}.") from error
+    asked = [_parse_question(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
     if not asked:
         raise BadInput(f"{path} holds no questions.")
     return asked
 
 
+def _parse_question(line: str, place: str) -> Asked:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    match found:
+        case {"question": str(question)} if question.strip():
+            answers = found.get("answers", [])
+            if isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers):
+                return Asked(question=question, answers=tuple(answers))
+    raise BadInput(f'{place} is no question; write {{"question": "Who ...?", "answers": ["Ada"]}} on one line.')
+
+
 def tokenize(tokenizer: Any, context: str, questions: list[str], *, device: torch.device | str = "cpu") -> Tokens:
     """Tokens of a document and its questions, in the tokenizer's chat template if it has one.
 
-    The split lies after the context, so the template's opening is part of what is compressed, and its end, which starts
-    the model's turn, is part of each question.
+    The message is the context, an empty line and the question. The split lies after the context, so the template's
+    opening is part of what is compressed, and its end, which starts the model's turn, is part of each question. Models
+    that can think before they answer are asked not to. Raises BadInput.
     """
-    if any(not question.strip() for question in questions):
-        raise BadInput("a question is empty.")
-    before, after = _template(tokenizer)
-    head = tokenizer(before + context, add_special_tokens=not before)["input_ids"]
-    if not before and head and head[-1] == tokenizer.eos_token_id:
+    if not questions or any(not question.strip() for question in questions):
+        raise BadInput("a question is empty." if questions else "there is no question to ask.")
+    templated = getattr(tokenizer, "chat_template", None) is not None
+    write = partial(_message, tokenizer) if templated else str
+    opening = write(f"{context}{_MARK}").partition(_MARK)[0]
+    endings = [write(f"{_MARK}\n\n{question}").partition(_MARK)[2] for question in questions]
+    head = tokenizer(opening, add_special_tokens=not templated)["input_ids"]
+    if not templated and head and head[-1] == tokenizer.eos_token_id:
         head = head[:-1]  # some tokenizers close every text, but this one goes on
-    tails = [tokenizer(f"\n\n{q}{after}", add_special_tokens=False)["input_ids"] for q in questions]
+    tails = [tokenizer(ending, add_special_tokens=False)["input_ids"] for ending in endings]
     return Tokens(
         context=torch.tensor([head], dtype=torch.long, device=device),
         questions=tuple(torch.tensor(tail, dtype=torch.long, device=device) for tail in tails),
     )
 
 
-def _template(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template puts before and after a user's message; nothing if there is no template."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return "", ""
-    message = [{"role": "user", "content": _MARK}]
-    before, _, after = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False).partition(
-        _MARK
-    )
-    return before, after
+def _message(tokenizer: Any, content: str) -> str:
+    """The chat template around one message of the user's, up to where the model's turn starts."""
+    messages = [{"role": "user", "content": content}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+    if _MARK not in text:
+        raise BadInput("this tokenizer's chat template does not show the user's message; set another chat_template.")
+    return text

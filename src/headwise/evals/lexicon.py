@@ -1,12 +1,12 @@
 """The words of the mini-RULER tasks: pools, sentence templates, filler prose. The tasks themselves are in `ruler.py`.
 
 A lexicon knows how a fact is stated, asked for and answered, and how many tokens a text takes; it knows no task.
-`REFERENCE_LEXICON` is the one of the bundled reference model: lower-case English, a token per word or
-punctuation mark.
+`REFERENCE_LEXICON` is the one of the bundled reference model: lower-case English, a token per word or punctuation mark.
 
-Its facts hide well. Keys, values and filler share their words, and decoy sentences name the very keys and values of the
-document, so no word is rare where it matters. A record reads `locker marble copper lantern.`: the key `marble` stands
-right before its value, in the record and in the question `? locker marble`, so that one induction step answers it.
+Its facts hide well. Keys, values and filler share their words, and decoy sentences name the very keys of the document,
+so no word is rare where it matters. A record reads `locker marble copper lantern.`: the key `marble` stands right before
+its value, in the record and in the question `? locker marble`, so that one induction step answers it. In a list of
+answers each one, the first too, follows the same mark: what was given can be found, and is not given again.
 """
 
 import re
@@ -217,10 +217,10 @@ REFERENCE_LEXICON = Lexicon(
     several_lookups=Wording(
         statement="locker {key} {value}.", question="? lockers {key}:", answer="locker {key} {value}", separator="; "
     ),
-    listing=Wording(statement="basket {key} {value}.", question="? basket {key}", answer="{value}"),
+    listing=Wording(statement="basket {key} {value}.", question="? basket {key},", answer="{value}"),
     chain=Wording(
         statement="road {key} {value}.", question="? road {key}", answer="road {key} {value}", separator="; "
     ),
-    common_words=Wording(statement="{value}", question="? common words:", answer="{value}", separator=" and "),
-    frequent_words=Wording(statement="{value}", question="? frequent words:", answer="{value}", separator=" and "),
+    common_words=Wording(statement="{value}", question="? common words:", answer="{value}", separator=": "),
+    frequent_words=Wording(statement="{value}", question="? frequent words:", answer="{value}", separator=": "),
 )

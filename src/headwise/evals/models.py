@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from headwise.errors import BadInput
@@ -27,15 +28,14 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[PreTr
     """
     if dtype not in DTYPES:
         raise BadInput(f"dtype={dtype!r} is not known; choose {', '.join(DTYPES)}.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = _device(device)
     shape_of(load_config(name))
     chosen = torch.float32 if (name, dtype) == (REFERENCE, "auto") else DTYPES[dtype]
     model = _read(AutoModelForCausalLM, name, dtype=chosen)
     tokenizer = _read(AutoTokenizer, name, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
+    return model.to(place).eval(), tokenizer
 
 
 def load_config(name: str) -> PretrainedConfig:
@@ -43,13 +43,31 @@ def load_config(name: str) -> PretrainedConfig:
     return _read(AutoConfig, name)
 
 
-def _read(kind: Any, name: str, **options: Any) -> Any:
-    path = str(reference_path()) if name == REFERENCE else name
+def _device(name: str) -> torch.device:
+    """The device by name, after a first use of it. Raises BadInput."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return kind.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three
+        raise BadInput(f"device={name!r} cannot be used: {_reason(error)} Choose auto, cpu or cuda.") from error
+
+
+def _read(kind: Any, name: str, **options: Any) -> Any:
+    path = reference_path() if name == REFERENCE else Path(name)
+    if path.is_file():
+        raise BadInput(f"{name!r} is a file; give the folder it is in.")
+    try:
+        return kind.from_pretrained(str(path) if name == REFERENCE else name, **options)
+    # A damaged weight file is a SafetensorError, a wrong size a RuntimeError, a missing library an ImportError.
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise BadInput(
-            f"cannot load {name!r}: {reason} Give a folder written by save_pretrained, a hub id such as Qwen/Qwen3-4B, "
-            f"or {REFERENCE!r}."
+            f"cannot load {name!r}: {_reason(error)} Give a folder written by save_pretrained, a hub id such as "
+            f"Qwen/Qwen3-4B, or {REFERENCE!r}."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, as a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0].strip().rstrip('.:')}."

@@ -31,8 +31,8 @@ NUM_HOPS = 4
 NUM_COMMON_WORDS = 5
 COMMON_WORD_SHARE = 0.08  # of the list, for each common word; an uncommon one has about 0.01
 NUM_FREQUENT_WORDS = 3
-# Zipf's law over twenty words, except that the asked words stand out: the fourth is 0.6 times as frequent as the third.
-FREQUENT_WORD_WEIGHTS = (1 / 3, 1 / 4, 1 / 5, *(1 / (2 * rank) for rank in range(4, 21)))
+# Zipf's law, except that the asked words stand out: the fourth is 0.6 times as frequent as the third.
+FREQUENT_WORD_WEIGHTS = (0.25, 0.22, 0.2, *(1 / (2 * rank) for rank in range(4, 21)))
 SHORTEST_WORD_LIST = 30
 WORDS_PER_LISTED_SENTENCE = 9
 

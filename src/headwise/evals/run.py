@@ -12,12 +12,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headwise.errors import BadInput
-from headwise.evals.answers import FULL, answer, read_context
+from headwise.evals.answers import FULL, answer, known_methods, read_context, room_for_answers
 from headwise.evals.document import tokenize
 from headwise.evals.lexicon import REFERENCE_LEXICON, Lexicon
 from headwise.evals.ruler import TASKS, Sample, find_task, generate, score
 from headwise.keep import Keep, parse_keep
-from headwise.method import Method
 
 SUITE = "mini-ruler"
 PROTOCOL = "query-agnostic"
@@ -44,7 +43,9 @@ def parse_tasks(text: str) -> list[str]:
     suite, colon, names = text.partition(":")
     if suite != SUITE:
         raise BadInput(f"tasks={text!r}: the suite is {SUITE!r}; write {SUITE} or {SUITE}:task,task.")
-    chosen = [name for name in names.split(",") if name] if colon else list(TASKS)
+    chosen = [name.strip() for name in names.split(",") if name.strip()] if colon else list(TASKS)
+    if not chosen:
+        raise BadInput(f"tasks={text!r} names no task; the tasks are {', '.join(TASKS)}.")
     for name in chosen:
         find_task(name)
     return chosen
@@ -62,15 +63,17 @@ def evaluate(
     length: int = 512,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Record]:
-    """Accuracy of every method at every keep on every task, query-agnostic, one prefill per sample, method and keep."""
-    parsed = [parse_keep(keep) for keep in keeps]
-    for method in methods:
-        if method != FULL:
-            Method.parse(method)
-    if samples < 1:
-        raise BadInput(f"samples={samples} must be at least 1.")
+    """Accuracy of every method at every keep on every task, query-agnostic, one prefill per sample, method and keep.
+
+    One record for each of them, however often it is named; "full" has one per task, with keep 1. Raises BadInput.
+    """
+    _require_sizes(samples=samples, seed=seed, length=length)
+    known_methods(methods)
+    tasks, parsed = list(dict.fromkeys(tasks)), [parse_keep(keep) for keep in keeps]
+    if not tasks or not parsed:
+        raise BadInput("there is nothing to evaluate: give at least one task and one keep.")
     lexicon, records = lexicon_for(tokenizer), []
-    pairs = [(m, k) for m in methods for k in ([parse_keep(1.0)] if m == FULL else parsed)]
+    pairs = list(dict.fromkeys((m, k) for m in methods for k in ([parse_keep(1.0)] if m == FULL else parsed)))
     for number, task in enumerate(tasks):
         outcomes: dict[tuple[str, Keep], list[tuple[float, float]]] = {pair: [] for pair in pairs}
         full: list[float] = []
@@ -85,7 +88,7 @@ def evaluate(
         records += [
             Record(
                 method=method,
-                keep=float(keep.amount) if keep.kind == "fraction" else str(keep),
+                keep=keep.value,
                 task=task,
                 length=length,
                 samples=samples,
@@ -109,9 +112,15 @@ def lexicon_for(tokenizer: Any) -> Lexicon:
     )
 
 
+def _require_sizes(*, samples: int, seed: int, length: int) -> None:
+    if samples < 1 or length < 1 or seed < 0:
+        raise BadInput(f"samples={samples} and length={length} must be at least 1, seed={seed} at least 0.")
+
+
 def _measure(model: PreTrainedModel, tokenizer: Any, sample: Sample, method: str, keep: Keep) -> tuple[float, int]:
     """Mean score over a sample's questions, and the bytes its context took."""
     tokens = tokenize(tokenizer, sample.context, [q.prompt for q in sample.questions], device=model.device)
+    room_for_answers(model, tokens)
     memory = read_context(model, tokens.context, method, keep)
     kv_bytes = memory.nbytes
     texts = answer(model, tokenizer, memory, tokens, max_new_tokens=sample.max_new_tokens)

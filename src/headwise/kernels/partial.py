@@ -24,10 +24,12 @@ def attend_part(
     query: Float[Tensor, "parts queries head_dim"],
     keys: Float[Tensor, "parts keys head_dim"],
     values: Float[Tensor, "parts keys head_dim"],
-    bias: Float[Tensor, "parts #queries keys"] | None,
+    bias: Float[Tensor, "parts _ keys"] | None,
     scaling: float,
 ) -> Part:
-    """Output and log-sum-exp (at least float32) of independent attentions. `bias` is added to the logits."""
+    """Output and log-sum-exp (at least float32) of independent attentions. `bias` is added to the logits,
+    for all queries alike or for each.
+    """
     if query.device.type == "cpu":
         return _attend_cpu(query, keys, values, bias, scaling)
     return attend_unfused(query, keys, values, bias, scaling)

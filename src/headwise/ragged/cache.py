@@ -32,7 +32,8 @@ class RaggedCache(Cache):
     attention implementation to "headwise", which is SDPA for every other cache. `replays` promises that the caller has
     the model read the context again for scorers that ask for it (KVzip), as compress() does and generate() does not.
 
-    Raises UnsupportedModel, UnsupportedGeneration, BadInput; while the context is read BudgetInfeasible, BadInput, NonFiniteValues.
+    Raises UnsupportedModel, UnsupportedGeneration, BadInput; while the context is read BudgetInfeasible, BadInput,
+    NonFiniteValues.
     """
 
     def __init__(
@@ -131,6 +132,17 @@ class RaggedCache(Cache):
         if copies > 1:
             twin.batch_repeat_interleave(copies)
         return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RaggedCache":
+        """What transformers' users do to ask twice of one prefix; neither model nor frozen storage is copied."""
+        return self.fork()
+
+    def activate_past_recording(self) -> None:
+        """Called for assisted generation, which gives the whole prompt to a cache again, read or not."""
+        raise UnsupportedGeneration(
+            "assisted generation (a draft model or prompt_lookup_num_tokens) cannot use a RaggedCache: it takes back "
+            "tokens that may have been evicted. Generate without it."
+        )
 
     def _require_replay(self, replays: bool) -> None:
         name = type(self.method.scorer).__name__

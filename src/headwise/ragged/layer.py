@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from headwise import layout
-from headwise.errors import ShapeMismatch, UnsupportedGeneration, UnsupportedModel
+from headwise.errors import BadInput, ShapeMismatch, UnsupportedGeneration, UnsupportedModel
 from headwise.hf.attention import tag
 from headwise.kernels import Kernel
 from headwise.layout import Segments
@@ -101,6 +101,11 @@ class RaggedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Once frozen the mask covers the tail only: every kept entry is visible to every later token."""
+        if query_length == 0:
+            raise BadInput(
+                f"there are no new tokens for this cache, which has seen {self.seen}: give generate() the ids of "
+                "everything seen followed by the new ones, as for any cache of transformers."
+            )
         past = self.tail_length if self.frozen else self.seen
         return past + query_length, self.seen - past
 

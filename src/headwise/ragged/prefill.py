@@ -124,7 +124,7 @@ class Prefill:
         tokens = self._valid.sum(-1).tolist()
         if min(tokens) == 0:
             raise BadInput("a context is empty: every row needs at least one token that is not padding.")
-        entry_bytes = self.view.shape.entry_bytes(layer.keys.dtype)
+        entry_bytes = self.view.shape.entry_bytes(layer.keys.itemsize)
         totals = self.keep.entries(shape=self.view.shape, tokens=tokens, entry_bytes=entry_bytes)
         protected = protected_mask(self._valid, self.method.sink, self.method.window)
         demand = Demand(

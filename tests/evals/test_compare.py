@@ -1,0 +1,155 @@
+"""One document, several methods: bytes that storage has, answers against the full cache's."""
+
+import gc
+import weakref
+from dataclasses import asdict
+
+import pytest
+from families import tiny_model
+from folders import CHAT_TEMPLATE, word_tokenizer
+
+from headwise.errors import BadInput, BudgetInfeasible
+from headwise.evals.answers import read_context
+from headwise.evals.compare import compare
+from headwise.evals.document import Asked, tokenize
+
+CONTEXT = "locker apple copper lantern. the bold fox guarded the silver bridge. " * 10
+ASKED = [Asked(question="? locker apple"), Asked(question="? lockers apple badge:")]
+METHODS = ["full", "streaming", "keydiff+adakv", "expected+global"]
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
+def model(request):
+    return tiny_model(request.param, vocab_size=len(word_tokenizer()))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama", vocab_size=len(word_tokenizer()))
+
+
+def compared(model, asked=ASKED, methods=METHODS, tokenizer=None, **changes):
+    options = {"keep": 0.25, "max_new_tokens": 4, **changes}
+    return compare(model, tokenizer or word_tokenizer(), CONTEXT, asked, methods=methods, **options)
+
+
+def test_bytes_are_those_of_the_stored_tensors(model):
+    num_tokens = tokenize(word_tokenizer(), CONTEXT, ["?"]).context.shape[1]
+    rows = {row.method: row for row in compared(model)}
+    config = model.config
+    sliding = (getattr(config, "layer_types", None) or []).count("sliding_attention")
+    per_token = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    bounded = sliding * min(num_tokens, (getattr(config, "sliding_window", None) or 1) - 1) * per_token
+    full = (config.num_hidden_layers - sliding) * num_tokens * per_token
+    assert rows["full"].kv_bytes == full + bounded
+    for method in METHODS[1:]:
+        row = rows[method]
+        assert row.full_kv_bytes == rows["full"].kv_bytes
+        assert row.kv_bytes == pytest.approx(bounded + full / 4, abs=per_token)
+        assert row.kv_bytes < row.peak_kv_bytes
+    assert rows["streaming"].peak_kv_bytes < full + bounded < rows["expected+global"].peak_kv_bytes
+
+
+def test_without_known_answers_accuracy_is_agreement_with_the_full_cache(llama):
+    full, whole, starved = compared(llama, methods=["full", "snapkv", "random"], keep=1.0)
+    assert full.accuracy == 1.0
+    assert whole.accuracy == 1.0
+    assert (full.answers, starved.keep) == (whole.answers, 1.0)
+    assert compared(llama, methods=["streaming"], keep="4tok", max_new_tokens=16)[0].accuracy < 1.0
+
+
+def test_known_answers_count(llama):
+    said = compared(llama, methods=["full"])[0].answers
+    asked = [
+        Asked(question=ASKED[0].question, answers=(said[0],)),
+        Asked(question=ASKED[1].question, answers=("no such words", said[1])),
+    ]
+    assert compared(llama, asked, methods=["full"])[0].accuracy == 0.75
+
+
+def test_a_row_per_method_in_the_order_asked(llama):
+    rows = compared(llama, methods=["snapkv", "streaming", "full", "snapkv"])
+    assert [row.method for row in rows] == ["snapkv", "streaming", "full"]
+    assert [row.keep for row in rows] == [0.25, 0.25, 1.0]
+    assert compared(llama, methods=["snapkv"], keep="64tok")[0].keep == "64tok"
+    assert all(row.decode_ms_per_token > 0 for row in rows)
+
+
+def test_the_full_cache_is_measured_even_if_nobody_asks(llama):
+    (row,) = compared(llama, methods=["streaming"])
+    assert row.full_kv_bytes == compared(llama, methods=["full"])[0].kv_bytes
+
+
+def test_a_chat_template_is_applied(llama):
+    plain, chat = (
+        compared(llama, methods=["full"], tokenizer=word_tokenizer(template))[0] for template in (None, CHAT_TEMPLATE)
+    )
+    per_token = 2 * 3 * 2 * 16 * 4
+    assert chat.kv_bytes == plain.kv_bytes + 3 * per_token  # "[", "user" and "]"; the template writes <bos> itself
+
+
+def test_reading_in_pieces_keeps_the_same(llama):
+    whole, pieces = (compared(llama, prefill_chunk_size=size) for size in (None, 17))
+    for a, b in zip(whole, pieces, strict=True):
+        assert (a.answers, a.kv_bytes) == (b.answers, b.kv_bytes)
+
+
+def test_rows_are_json_ready_and_progress_reaches_its_end(llama):
+    steps = []
+    rows = compared(llama, progress=lambda done, total: steps.append((done, total)))
+    assert steps == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+    assert set(asdict(rows[0])) == {
+        "method",
+        "keep",
+        "kv_bytes",
+        "full_kv_bytes",
+        "peak_kv_bytes",
+        "accuracy",
+        "decode_ms_per_token",
+        "answers",
+    }
+
+
+def test_one_memory_is_held_at_a_time(llama, monkeypatch):
+    """A method's cache once lived on while the next method read the document."""
+    alive: list[weakref.ref] = []
+
+    def watched(*args, **kwargs):
+        gc.collect()
+        assert all(ref() is None for ref in alive)
+        memory = read_context(*args, **kwargs)
+        alive.append(weakref.ref(memory))
+        return memory
+
+    monkeypatch.setattr("headwise.evals.compare.read_context", watched)
+    compared(llama)
+    assert len(alive) == len(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": []}, "no method is named"),
+        ({"methods": ["full", "nope"]}, "there is no scorer 'nope'"),
+        ({"asked": []}, "no question"),
+        ({"asked": [Asked(question=" ")]}, "empty"),
+        ({"keep": 0.0}, "outside"),
+        ({"keep": "some"}, "not understood"),
+    ],
+)
+def test_what_cannot_be_compared(llama, monkeypatch, changes, message):
+    monkeypatch.setattr("headwise.evals.compare.read_context", lambda *a, **k: pytest.fail("work was done"))
+    with pytest.raises(BadInput, match=message):
+        compared(llama, **changes)
+
+
+def test_a_document_beyond_the_model_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr("headwise.evals.compare.read_context", lambda *a, **k: pytest.fail("work was done"))
+    small = tiny_model("llama", vocab_size=len(word_tokenizer()), max_position_embeddings=64)
+    with pytest.raises(BadInput, match="made for 64"):
+        compared(small)
+
+
+def test_too_small_a_keep_says_what_would_work(llama):
+    with pytest.raises(BudgetInfeasible, match="The smallest keep that works is"):
+        compared(llama, methods=["snapkv"], keep=0.01)

@@ -1,0 +1,152 @@
+"""Plans: numbers worked out by hand, and equal to what a cache really holds."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from families import random_ids, tiny_model
+from transformers import AutoConfig, Gemma3TextConfig, GPT2Config, LlamaConfig
+
+from headwise import compress
+from headwise.errors import BadInput, UnsupportedModel
+from headwise.evals.answers import FullMemory
+from headwise.plan import Plan, plan
+
+GIB = 2**30
+LLAMA_8B = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=131_072,
+)
+CONTEXT = 128 * 1024
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """As a user has it: a folder with config.json only."""
+    folder = tmp_path_factory.mktemp("llama")
+    LLAMA_8B.save_pretrained(folder)
+    return AutoConfig.from_pretrained(folder)
+
+
+def planned(config, **changes) -> Plan:
+    return plan(config, **{"context": CONTEXT, "keep": 0.15, **changes})
+
+
+def test_llama_8b_at_128k_takes_16_gib_and_15_percent_of_it(config):
+    found = planned(config)
+    # keys and values of 32 layers x 8 heads x 131,072 tokens x 128 dimensions x 2 bytes
+    assert found.full_kv_bytes == 2 * 32 * 8 * CONTEXT * 128 * 2 == 16 * GIB
+    entries = (32 * 8 * CONTEXT * 15 + 50) // 100
+    assert found.kv_bytes == entries * 2 * 128 * 2
+    assert found.peak_kv_bytes == found.kv_bytes + 16 * GIB // 32
+    assert found.peak_kv_bytes_model_scope == 16 * GIB + 16 * GIB // 32
+    assert found.weight_bytes == 2 * 8_030_261_248
+    assert (found.fits, found.max_batch, found.max_context) == (None, None, None)
+    assert (found.keep, found.dtype, found.max_positions) == (0.15, "bfloat16", 131_072)
+
+
+def test_what_fits_by_hand(config):
+    found = planned(config, memory=24 * GIB)
+    room = 24 * GIB - found.weight_bytes
+    assert found.full_fits is False
+    assert found.fits is True
+    assert found.max_batch_full == 0
+    assert found.max_batch == room // found.peak_kv_bytes
+    assert found.max_context_full == room // (16 * GIB // CONTEXT)
+    kept = (32 * 8 * (found.max_context + 1) * 15 + 50) // 100 * 512
+    assert kept + 8 * (found.max_context + 1) * 512 > room  # one token more would not fit
+
+
+def test_a_batch_takes_a_multiple(config):
+    one, four = planned(config), planned(config, batch=4)
+    assert (four.full_kv_bytes, four.kv_bytes, four.peak_kv_bytes) == (
+        4 * one.full_kv_bytes,
+        4 * one.kv_bytes,
+        4 * one.peak_kv_bytes,
+    )
+
+
+@pytest.mark.parametrize("memory", [0, 1, 2 * GIB, 15 * 10**9])
+def test_less_memory_than_the_weights_fits_nothing(config, memory):
+    found = planned(config, memory=memory)
+    assert not found.full_fits
+    assert not found.fits
+    assert (found.max_batch_full, found.max_batch, found.max_context_full, found.max_context) == (0, 0, 0, 0)
+
+
+def test_more_memory_fits_more_and_a_larger_keep_fits_less(config):
+    for changes in (
+        [{"memory": n * GIB} for n in (16, 20, 24, 40, 80)],
+        [{"memory": 80 * GIB, "keep": keep} for keep in (1.0, 0.5, 0.15, 0.01)],
+    ):
+        plans = [planned(config, **change) for change in changes]
+        assert all(a.max_batch <= b.max_batch for a, b in pairwise(plans))
+        assert all(a.max_context <= b.max_context for a, b in pairwise(plans))
+
+
+def test_keep_in_tokens_and_bytes(config):
+    assert planned(config, keep="1024tok").kv_bytes == 32 * 8 * 1024 * 512
+    assert planned(config, keep="1024tok").keep == "1024tok"
+    assert planned(config, keep="2GiB").kv_bytes == 2 * GIB
+    assert planned(config, keep="64GiB").kv_bytes == 16 * GIB  # never more than there is
+
+
+def test_float32_takes_twice(config):
+    assert planned(config, dtype=torch.float32).full_kv_bytes == 32 * GIB
+
+
+def test_sliding_layers_are_bounded_and_left_whole():
+    config = Gemma3TextConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    found = plan(config, context=1000, keep=0.5)
+    entry = 2 * 16 * 2
+    assert found.sliding_kv_bytes == 2 * 2 * 31 * entry  # a window of 32 is 31 older tokens and the new one
+    assert found.full_kv_bytes == 2 * 1000 * entry + found.sliding_kv_bytes
+    assert found.kv_bytes == 2 * 500 * entry + found.sliding_kv_bytes
+    assert plan(config, context=10, keep=0.5).sliding_kv_bytes == 2 * 2 * 10 * entry
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.9, 1.0, "40tok"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_plan_is_what_a_cache_holds(family, keep):
+    """The peak once left out the layer that is being cut, so that keep=1.0 seemed to need no more than the cache."""
+    model, ids = tiny_model(family), random_ids(1, 200)
+    found = plan(model.config, context=200, keep=keep, dtype=torch.float32)
+    assert FullMemory(model, ids).nbytes == found.full_kv_bytes
+    cache = compress(model, ids, "keydiff", keep=keep)
+    assert (cache.nbytes, cache.peak_nbytes) == (found.kv_bytes, found.peak_kv_bytes)
+    assert compress(model, ids, "keydiff+global", keep=keep).peak_nbytes <= found.peak_kv_bytes_model_scope
+
+
+def test_shared_embeddings_are_counted_once():
+    sizes = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    tied, untied = (
+        plan(LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=tie), context=10, keep=0.5)
+        for tie in (True, False)
+    )
+    assert untied.weight_bytes - tied.weight_bytes == 1000 * 64 * 2
+
+
+@pytest.mark.parametrize("wrong", [{"context": 0}, {"batch": 0}, {"context": -5}, {"keep": 0.0}, {"keep": 1.5}])
+def test_senseless_sizes_are_refused(config, wrong):
+    with pytest.raises(BadInput):
+        planned(config, **wrong)
+
+
+def test_an_unsupported_model_is_refused():
+    with pytest.raises(UnsupportedModel, match="gpt2"):
+        planned(GPT2Config())
