@@ -1,4 +1,4 @@
-"""Folders as `save_pretrained` writes them: tiny random models with a word-level tokenizer, loadable without a network."""
+"""Model folders as `save_pretrained` writes them, tiny, random and with a word-level tokenizer: no network needed."""
 
 from pathlib import Path
 

@@ -66,12 +66,12 @@ def mixed_document(rng: np.random.Generator, length: int) -> Document:
     """Write a document of records, listings and chains, mostly records; no key has two records."""
     lexicon = REFERENCE_LEXICON
     num_lookups, num_listings, num_chains = (max(1, length // tokens) for tokens in (14, 400, 200))
-    num_keys = num_lookups + ruler.NUM_KEYS_PER_QUERY + num_listings
-    keys = lexicon.draw_keys(rng, num_keys)
+    num_several = max(ruler.NUM_KEYS_PER_QUERY, num_lookups // 8)
+    keys = lexicon.draw_keys(rng, num_lookups + num_several + num_listings)
     facts = [
         ruler.lookup_facts(lexicon, rng, keys[:num_lookups]),
-        ruler.several_lookups_facts(lexicon, rng, keys[num_lookups : num_keys - num_listings]),
-        ruler.listing_facts(lexicon, rng, keys[num_keys - num_listings :]),
+        ruler.several_lookups_facts(lexicon, rng, keys[num_lookups:-num_listings]),
+        ruler.listing_facts(lexicon, rng, keys[-num_listings:]),
         ruler.chain_facts(lexicon, lexicon.draw_keys(rng, num_chains * (ruler.NUM_HOPS + 1))),
     ]
     return ruler.hide(lexicon, rng, facts, length)

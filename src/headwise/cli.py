@@ -290,9 +290,7 @@ def plan(
             ["largest batch", str(found.max_batch_full), str(found.max_batch)],
             ["longest context", f"{found.max_context_full:,}", f"{found.max_context:,}"],
         ]
-    title = (
-        f"{model} (made for {found.max_positions:,} tokens), {found.context:,} tokens x {found.batch}, {found.dtype}"
-    )
+    title = f"{model}, made for {found.max_positions:,} tokens: {found.context:,} x {found.batch}, {found.dtype}"
     _print_table(title, ["", "everything kept", f"keep {found.keep}"], rows)
     print(f"Note: {found.note}.")
 
@@ -348,9 +346,10 @@ def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]
     console = Console(emoji=False)
     if not console.is_terminal:
         console.width = 140
-    table = Table(*header, title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = Table(*header, box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*row)
+    console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table, markup=False)
 
 

@@ -291,7 +291,7 @@ def test_questions_before_the_context_is_complete(model):
 def test_a_question_without_its_context(model):
     """generate() drops as many ids as the cache has seen: here all of them."""
     cache = headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5)
-    with pytest.raises(BadInput, match="no new tokens for this cache, which has seen 40: give .* followed by the new"):
+    with pytest.raises(BadInput, match=r"no new tokens for this cache, which has seen 40: give .* followed by the new"):
         model.generate(random_ids(1, 5), past_key_values=cache, **GREEDY)
     assert cache.get_seq_length() == 40
 

@@ -12,6 +12,7 @@ from families import FAMILIES, random_ids, tiny_model
 from transformers import DynamicCache
 
 import headwise
+from headwise import RaggedCache
 from headwise.method import SCORERS
 
 EXPORTED = ["Budget", "HeadwiseError", "Method", "RaggedCache", "__version__", "compress", "enable", "load"]
@@ -94,6 +95,37 @@ def test_an_enabled_model_is_the_same_model(family):
     expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
     headwise.enable(model)
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None), expected)
+
+
+# --- whatever mode autograd is in ---
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("modes", [(True, False), (False, True)])
+def test_inference_mode_may_come_and_go(family, modes):
+    """A tail made under inference_mode can be written to outside of it, and the other way round."""
+    model, pieces = tiny_model(family), [random_ids(1, 5), random_ids(1, 1, seed=1), random_ids(1, 70, seed=2)]
+
+    def logits(modes):
+        with torch.inference_mode(modes[0]):
+            cache, found = headwise.compress(model, random_ids(1, 60), "keydiff+adakv", keep=0.5), []
+        for piece, mode in zip(pieces, (modes[0], modes[1], modes[0]), strict=True):
+            with torch.inference_mode(mode), torch.no_grad():
+                found.append(model(piece, past_key_values=cache).logits)
+        return torch.cat(found, dim=1)
+
+    assert torch.equal(logits(modes), logits((False, False)))
+
+
+def test_no_autograd_graph_is_kept():
+    """Even when the caller has gradients on."""
+    model = tiny_model()
+    cache = RaggedCache(model, "keydiff+adakv", keep=0.5)
+    for length in (60, 3, 1, 70):
+        model(random_ids(1, length), past_key_values=cache)
+    for layer in cache.ragged_layers:
+        held = (layer.segments.keys, layer.segments.values, layer.tail_keys, layer.tail_values)
+        assert not any(states.requires_grad for states in held)
 
 
 # --- nothing left behind ---

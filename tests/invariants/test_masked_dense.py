@@ -12,8 +12,9 @@ from typing import ClassVar
 
 import pytest
 import torch
+from dense_oracle import NAME as ORACLE
 from dense_oracle import distance, kept_by, masked_dense, model_of, oracle_of, positions_of, ragged
-from families import FAMILIES, random_ids
+from families import FAMILIES, random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,6 +71,16 @@ def test_every_family(family, method):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel(kernel):
     assert compare("llama", "h2o+global", 0.3, (96, 75), kernel=kernel) < TOLERANCE
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_one_kv_head_and_as_many_as_query_heads(kv_heads):
+    ids, mask, width = batch_of((60, 44))
+    model, oracle = (tiny_model(num_key_value_heads=kv_heads) for _ in range(2))
+    oracle.set_attn_implementation(ORACLE)
+    cache = compressed(model, ids, mask, width, "snapkv+global", 0.8)
+    expected = masked_dense(oracle, ids, mask, kept_by(cache, mask[:, :width]))
+    assert distance(ragged(model, cache, ids, mask, TURNS), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,9 +4,9 @@ A lexicon knows how a fact is stated, asked for and answered, and how many token
 `REFERENCE_LEXICON` is the one of the bundled reference model: lower-case English, a token per word or punctuation mark.
 
 Its facts hide well. Keys, values and filler share their words, and decoy sentences name the very keys of the document,
-so no word is rare where it matters. A record reads `locker marble copper lantern.`: the key `marble` stands right before
-its value, in the record and in the question `? locker marble`, so that one induction step answers it. In a list of
-answers each one, the first too, follows the same mark: what was given can be found, and is not given again.
+so no word is rare where it matters. A record reads `locker marble copper lantern.`: the key `marble` stands right
+before its value, in the record and in the question `? locker marble`, so that one induction step answers it. In a list
+of answers each one, the first too, follows the same mark: what was given can be found, and is not given again.
 """
 
 import re

@@ -91,7 +91,8 @@ class RaggedLayer(CacheLayerMixin):
         self._require_routing()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        states = self._take(key_states, value_states)
+        # Detached, or a caller who has gradients on would have the tail keep every step's graph alive.
+        states = self._take(key_states.detach(), value_states.detach())
         self.unattended = True
         return tag(states[0], self), states[1]
 
@@ -278,7 +279,8 @@ def _append(past: Tensor | None, new: Tensor) -> Tensor:
 
 
 def _enlarge(old: Tensor | None, like: Tensor, length: int, capacity: int) -> Tensor:
-    new = like.new_zeros(*like.shape[:2], capacity, like.shape[-1])
+    with torch.inference_mode(False):  # else it could be written to under inference_mode only
+        new = like.new_zeros(*like.shape[:2], capacity, like.shape[-1])
     if old is not None:
         new[:, :, :length] = old[:, :, :length]
     return new

@@ -1,0 +1,383 @@
+"""The command line: what it prints where, exit codes, help with examples, and a page that documents it all."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from headwise import cli
+from headwise.artifacts import Budget, Origin
+from headwise.errors import BudgetInfeasible
+from headwise.evals import models
+from headwise.evals.lexicon import REFERENCE_LEXICON
+from headwise.evals.ruler import generate
+from headwise.method import ALIASES, ALLOCATORS, SCORERS
+from headwise.shapes import ModelShape
+
+COMMANDS = typer.main.get_command(cli.app).commands
+PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
+COMPARE = {"method", "keep", "kv_bytes", "full_kv_bytes", "peak_kv_bytes", "accuracy", "decode_ms_per_token"}
+EVAL = {"method", "keep", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction"}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A document, questions, and files that are neither."""
+    root = tmp_path_factory.mktemp("files")
+    sample = generate("niah_multikey", lexicon=REFERENCE_LEXICON, length=200, seed=0, index=0, split="demo")
+    (root / "text.txt").write_text(sample.context)
+    lines = [json.dumps({"question": q.prompt, "answers": q.answers}) for q in sample.questions]
+    (root / "questions.jsonl").write_text("\n".join(lines))
+    (root / "binary").write_bytes(bytes(range(256)))
+    (root / "empty").touch()
+    (root / "bad.jsonl").write_text('{"ask": 1}')
+    shape = ModelShape(num_layers=3, layers=(0, 1, 2), kv_heads=2, query_heads=4, head_dim=16)
+    budget = Budget(
+        ratios=torch.tensor([0.5]), fractions=torch.full((1, 3, 2), 0.5), origin=Origin(shape=shape, model="a/b")
+    )
+    budget.save(root / "budget.safetensors")
+    return root
+
+
+@pytest.fixture
+def run(model_folders, folder, monkeypatch, capsys):
+    """Run a command as the console script does: (exit code, stdout, stderr). {base}, {chat} ... are put in."""
+    names = {**model_folders, "dir": folder}
+
+    def call(line: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["headwise", *(part.format(**names) for part in shlex.split(line))])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    return call
+
+
+def succeed(run, line: str) -> str:
+    code, out, err = run(line)
+    assert (code, err) == (0, "")
+    return out
+
+
+OWN = "--model {base} --context {dir}/text.txt --questions {dir}/questions.jsonl"
+
+
+# --- compare ---
+
+
+@pytest.mark.parametrize("model", ["base", "chat", "qwen3"])
+def test_compare_prints_exactly_the_agreed_fields(run, model):
+    line = f"compare --model {{{model}}} --context {{dir}}/text.txt --questions {{dir}}/questions.jsonl --keep 0.25"
+    rows = json.loads(succeed(run, f"{line} --methods full,keydiff,expected+global --max-new-tokens 3 --json"))
+    assert [row["method"] for row in rows] == ["full", "keydiff", "expected+global"]
+    for row in rows:
+        assert set(row) == COMPARE
+    full, kept, _ = rows
+    assert full["keep"] == 1.0
+    assert full["kv_bytes"] == full["full_kv_bytes"] == kept["full_kv_bytes"]
+    assert full["kv_bytes"] % (2 * 3 * 2 * 16 * 4) == 0
+    assert kept["kv_bytes"] == pytest.approx(0.25 * full["kv_bytes"], abs=2 * 16 * 4)
+
+
+def test_compare_without_answers_measures_agreement(run):
+    line = "compare -m {base} -c {dir}/text.txt -q '? locker apple' -q '? locker ant' --methods full --max-new-tokens 3"
+    (row,) = json.loads(succeed(run, f"{line} --json --answers"))
+    assert row["accuracy"] == 1.0
+    assert len(row["answers"]) == 2
+    assert "as full" in succeed(run, line)
+
+
+def test_compare_prints_a_table_and_the_answers(run):
+    out = succeed(run, f"compare {OWN} --methods full,streaming --keep 0.25 --max-new-tokens 3 --answers")
+    assert "4 questions asked of the compressed document (query-agnostic)" in out
+    for word in ("full", "streaming", "25.0%", "KiB", "right", "peak KV", "ms/token", "? locker"):
+        assert word in out
+
+
+def test_markup_in_a_question_is_printed_as_it_is(run):
+    """A closing tag in a question once ended in a traceback."""
+    line = "compare -m {base} -c {dir}/text.txt -q 'the [/red] [b] :star: stone' --methods full --answers"
+    assert "the [/red] [b] :star: stone" in succeed(run, line)
+
+
+def test_compare_names_a_method_once(run):
+    rows = json.loads(succeed(run, f"compare {OWN} --methods keydiff,,keydiff --keep 30tok --max-new-tokens 1 --json"))
+    assert [(row["method"], row["keep"]) for row in rows] == [("keydiff", "30tok")]
+
+
+def test_compare_with_a_budget_file(run):
+    line = f"compare {OWN} --methods keydiff+fixed@{{dir}}/budget.safetensors --keep 0.5 --max-new-tokens 1 --json"
+    (row,) = json.loads(succeed(run, line))
+    assert row["kv_bytes"] * 2 == pytest.approx(row["full_kv_bytes"], abs=128)
+
+
+# --- generate, eval ---
+
+
+def test_generate_streams_the_answer_it_reports(run):
+    line = "generate -m {qwen3} -c {dir}/text.txt -q '? locker apple' --method keydiff --keep 0.5 --max-new-tokens 5"
+    found = json.loads(succeed(run, f"{line} --json"))
+    assert set(found) == {"method", "keep", "answer", "kv_bytes"}
+    assert (found["method"], found["keep"]) == ("keydiff", 0.5)
+    assert found["answer"]
+    assert succeed(run, line).strip() == found["answer"]
+
+
+def test_generate_from_the_full_cache(run):
+    line = "generate -m {base} -c {dir}/text.txt -q '? locker apple' --method full --max-new-tokens 5 --json"
+    assert json.loads(succeed(run, line))["keep"] == 1.0
+
+
+def test_generate_ends_at_the_model_s_last_position(run):
+    line = "generate -m {base} -c {dir}/text.txt -q '? locker apple' --keep 0.25 --max-new-tokens 1000000 --json"
+    assert len(json.loads(succeed(run, line))["answer"].split()) < 1024
+
+
+def test_eval_prints_exactly_the_agreed_fields(run):
+    line = "eval -m {base} --tasks mini-ruler:vt,niah_single --methods full,keydiff --keep 0.25,0.5"
+    line += " --samples 1 --length 160 --seed 3"
+    records = json.loads(succeed(run, f"{line} --json"))
+    assert len(records) == 6
+    for record in records:
+        assert set(record) == EVAL
+        assert record["kv_fraction"] == pytest.approx(record["keep"], abs=0.005)
+        assert (record["length"], record["samples"]) == (160, 1)
+    out = succeed(run, line)
+    assert "1 sample per task, 160 tokens, seed 3, query-agnostic" in out
+    assert "niah_single" in out
+
+
+# --- methods, inspect, plan ---
+
+
+def test_methods_lists_everything_registered(run):
+    rows = json.loads(succeed(run, "methods --json"))
+    assert all(set(row) == {"kind", "name", "summary", "paper"} for row in rows)
+    names = {kind: [row["name"] for row in rows if row["kind"] == kind] for kind in ("scorer", "allocator", "alias")}
+    assert names == {"scorer": [*SCORERS], "allocator": [*ALLOCATORS], "alias": [*ALIASES]}
+    out = succeed(run, "methods")
+    for row in rows:
+        assert row["name"] in out
+        assert row["summary"] in out
+        assert row["paper"] in out
+
+
+def test_inspect_describes_an_artifact(run):
+    found = json.loads(succeed(run, "inspect {dir}/budget.safetensors --json"))
+    assert (found["kind"], found["origin"]["model"]) == ("budget", "a/b")
+    assert found["tensors"]["fractions"]["shape"] == [1, 3, 2]
+    out = succeed(run, "inspect {dir}/budget.safetensors")
+    assert "budget" in out
+    assert "[1, 3, 2]" in out
+
+
+def test_inspect_describes_a_cache(run, model_folders, tmp_path):
+    from headwise import compress
+
+    model, tokenizer = models.load(str(model_folders["base"]), device="cpu")
+    ids = torch.tensor([tokenizer("the red stone. " * 10)["input_ids"]])
+    compress(model, ids, "keydiff", keep=0.5).save(tmp_path / "stone.safetensors")
+    found = json.loads(succeed(run, f"inspect {tmp_path}/stone.safetensors --json"))
+    assert (found["kind"], found["keep"]) == ("cache", "0.5")
+    assert found["method"]["scorer"]["name"] == "KeyDiff"
+
+
+def test_plan_needs_the_configuration_only(run, model_folders, tmp_path):
+    (tmp_path / "config.json").write_text((model_folders["base"] / "config.json").read_text())
+    line = f"plan --model {tmp_path} --context 1k --keep 0.5 --memory 1GiB --batch 2"
+    found = json.loads(succeed(run, f"{line} --json"))
+    assert found["full_kv_bytes"] == 2 * 2 * 3 * 2 * 1024 * 16 * 2
+    assert found["kv_bytes"] * 2 == found["full_kv_bytes"]
+    assert found["fits"] is True
+    out = succeed(run, line)
+    for words in ("made for 1,024 tokens", "KV peak while reading", "largest batch", "longest context", "Note: "):
+        assert words in out
+    assert "largest batch" not in succeed(run, f"plan --model {tmp_path}")
+
+
+# --- errors ---
+
+WRONG = {
+    "compare -m {base} -c {dir}/text.txt": "a document needs questions",
+    "compare -m {base} -c {dir}/text.txt -q ''": "a question is empty",
+    "compare -m {base} -c {dir}/nowhere.txt -q who": "cannot read the document",
+    "compare -m {base} -c {dir} -q who": "cannot read the document",
+    "compare -m {base} -c {dir}/binary -q who": "is not UTF-8 text",
+    "compare -m {base} -c {dir}/empty -q who": "is empty",
+    "compare -m {base} -c {dir}/text.txt --questions {dir}/bad.jsonl": "line 1 is no question",
+    "compare -m {base} -c {dir}/text.txt --questions {dir}/nowhere.jsonl": "cannot read questions",
+    "compare -m {base} -c {dir}/text.txt --questions {dir}/empty": "holds no questions",
+    f"compare {OWN} --methods ,": "is an empty list",
+    f"compare {OWN} --methods adakw": "Did you mean 'adakv'?",
+    f"compare {OWN} --methods keydiff+fixed@nowhere": "is not a file",
+    f"compare {OWN} --keep 0": "is outside (0, 1]",
+    f"compare {OWN} --keep -1": "is not understood",
+    f"compare {OWN} --keep lots": "is not understood",
+    f"compare {OWN} --dtype int4": "choose auto, float32",
+    f"compare {OWN} --device abacus": "cannot be used",
+    "compare -m /no/such/model -c {dir}/text.txt -q who": "cannot load",
+    "compare -m {dir}/empty -c {dir}/text.txt -q who": "is a file",
+    "generate -m {base} -c {dir}/text.txt -q who --method nope": "no scorer 'nope'",
+    "generate -m {base} -c {dir}/text.txt -q ' '": "a question is empty",
+    "eval -m {base} --tasks mini-ruler:nope": "the tasks are niah_single",
+    "eval -m {base} --tasks mini-ruler:": "names no task",
+    "eval -m {base} --tasks longbench": "the suite is 'mini-ruler'",
+    "eval -m {base} --keep ''": "is an empty list",
+    "eval -m {base} --methods full,nope": "no scorer 'nope'",
+    "eval -m {base} --tasks mini-ruler:vt --length 4": "too short",
+    "eval -m {base} --tasks mini-ruler:vt --length 5000": "made for 1024",
+    "plan -m {base} --context 1x": "is not a number of tokens",
+    "plan -m {base} --memory 24": "is not a size in bytes",
+    "plan -m {base} --keep 2": "is outside (0, 1]",
+    "plan -m {base} --dtype int4": "choose float32",
+    "inspect {dir}/text.txt": "damaged or no safetensors file",
+    "inspect {dir}": "is not a file",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_input_is_one_line_on_stderr_and_code_2(run, line):
+    code, out, err = run(line)
+    assert WRONG[line] in err
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("headwise: ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "compare --nonsense",
+        "generate",
+        "compare --max-new-tokens 0",
+        "compare --prefill-chunk-size 0",
+        "eval --samples 0",
+        "eval --length -5",
+        "eval --seed -1",
+        "plan --batch 0",
+        "inspect",
+    ],
+)
+def test_a_wrong_command_line_is_code_2(run, line):
+    code, out, err = run(line)
+    assert (code, out) == (2, "")
+    assert "Usage: " in err
+    assert "Traceback" not in err
+
+
+def test_what_cannot_be_done_is_code_1(run, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    for line, words in {
+        f"compare -m {tmp_path} -c {{dir}}/text.txt -q who": "'gpt2' is not supported",
+        f"plan -m {tmp_path}": "'gpt2' is not supported",
+        f"compare {OWN} --methods snapkv --keep 0.01": "The smallest keep that works",
+        "inspect {base}/model.safetensors": "headwise did not write it",
+    }.items():
+        code, out, err = run(line)
+        assert words in err
+        assert (code, out, err.count("\n")) == (1, "", 1)
+
+
+def test_out_of_memory_is_told_and_other_errors_are_not_hidden(run, monkeypatch):
+    def fail(error):
+        def raising(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr("headwise.evals.models.load", raising)
+
+    fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16 GiB.\nDetails"))
+    code, out, err = run(f"compare {OWN}")
+    assert "out of memory; try --prefill-chunk-size" in err
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    fail(RuntimeError("a bug of ours"))
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        run(f"compare {OWN}")
+
+
+def test_without_the_bundled_files_the_message_names_them(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("headwise.evals.document.reference_path", lambda: tmp_path)
+    code, out, err = run("compare -m {base}")
+    assert "cannot read the document" in err
+    assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_infeasible_budgets_are_not_usage_errors():
+    assert issubclass(BudgetInfeasible, ValueError)
+    assert not issubclass(BudgetInfeasible, cli.BadInput)
+
+
+# --- help and documentation ---
+
+
+def example(command: str) -> list[str]:
+    """The words of the example that ends a command's help."""
+    words = shlex.split(COMMANDS[command].epilog.removeprefix("Example: "))
+    assert words[:2] == ["headwise", command]
+    return words[2:]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_ends_with_an_example_that_parses(command):
+    shown = CliRunner().invoke(cli.app, [command, "--help"])
+    assert shown.exit_code == 0
+    assert "Example: headwise" in shown.stdout
+    with COMMANDS[command].make_context(command, example(command), resilient_parsing=False) as context:
+        assert context.params
+
+
+def test_help_of_the_whole_and_no_arguments():
+    shown = CliRunner().invoke(cli.app, ["--help"])
+    assert shown.exit_code == 0
+    assert "Example: headwise" in shown.stdout
+    assert all(command in shown.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_and_option_is_documented(command):
+    section = re.search(rf"^## {command}$(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert section, f"docs/cli.md has no section {command!r}"
+    for parameter in COMMANDS[command].params:
+        for name in [*parameter.opts, *parameter.secondary_opts]:
+            if name.startswith("-") and name != "--help":
+                assert f"`{name}" in section[1], f"docs/cli.md, {command}: {name} is missing"
+    assert f"headwise {command}" in section[1]
+
+
+def test_the_page_documents_nothing_that_is_not_there():
+    sections = re.split(r"^## (\w+)$", PAGE.read_text(), flags=re.MULTILINE)[1:]
+    assert set(sections[::2]) == set(COMMANDS)
+    for command, section in zip(sections[::2], sections[1::2], strict=True):
+        known = {name for parameter in COMMANDS[command].params for name in parameter.opts}
+        assert set(re.findall(r"^\| `(--[\w-]+)", section, re.MULTILINE)) <= known
+
+
+def test_every_example_on_the_page_parses(model_folders):
+    lines = re.findall(r"^\$ headwise (.*)$", PAGE.read_text(), re.MULTILINE)
+    assert len(lines) >= len(COMMANDS)
+    for line in lines:
+        command, *words = shlex.split(line)
+        with COMMANDS[command].make_context(command, words, resilient_parsing=False):
+            pass
+
+
+# --- as a process ---
+
+SCRIPT = "import sys; sys.argv = ['headwise', 'inspect', 'nowhere']; from headwise.cli import main; main()"
+
+
+def test_a_process_of_its_own():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "headwise: nowhere is not a file; check the path.\n"
+
+
+def test_help_needs_no_torch():
+    code = "import sys, headwise.cli; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
