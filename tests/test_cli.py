@@ -350,6 +350,15 @@ def test_every_command_and_option_is_documented(command):
     assert f"headwise {command}" in section[1]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_defaults_are_the_defaults(command):
+    section = re.split(rf"^## {command}$", PAGE.read_text(), flags=re.MULTILINE)[1].split("\n## ")[0]
+    said = dict(re.findall(r"^\| `(--[\w-]+)`[^|]*\| ([^|]*) \| [^|]* \|$", section, re.MULTILINE))
+    for parameter in COMMANDS[command].params:
+        if isinstance(parameter.default, str | int) and not parameter.is_flag:
+            assert said[parameter.opts[0]].strip("`") == str(parameter.default)
+
+
 def test_the_page_documents_nothing_that_is_not_there():
     sections = re.split(r"^## (\w+)$", PAGE.read_text(), flags=re.MULTILINE)[1:]
     assert set(sections[::2]) == set(COMMANDS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headwise.method import Entry
+from headwise.method import ALLOCATORS, SCORERS, Entry
 from headwise.scores import SnapKV
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -64,5 +64,10 @@ def test_files_the_page_names_are_there(path):
     assert (DOCS.parent / path).exists()
 
 
-def test_the_page_names_real_examples():
+def test_every_scorer_and_allocator_has_its_row_in_how_to_choose():
+    rows = re.findall(r"^\| `(\w+)(?:@FILE)?` \|", (DOCS / "how-to-choose.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted([*SCORERS, *ALLOCATORS])
+
+
+def test_what_how_to_choose_says_about_snapkv():
     assert SnapKV().query_window == SnapKV().window == 32

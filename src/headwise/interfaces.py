@@ -98,6 +98,11 @@ class AbstractScorer(ABC):
         """How the model shall read the context again before scores are asked for; None: not at all."""
         return None
 
+    @property
+    def needs_budget(self) -> bool:
+        """Whether scores depend on `Observation.totals`."""
+        return False
+
     def accumulate(self, statistics: Statistics, chunk: Chunk) -> Statistics:
         """Fold one chunk into the statistics; the result must not depend on how the context was cut into chunks."""
         return statistics

@@ -110,8 +110,6 @@ def test_full_caches_are_copied_within_bounds(llama, tokenizer, tokens, monkeypa
 
 
 def test_an_answer_ends_at_the_last_position(llama, tokenizer, tokens):
-    llama.generation_config.eos_token_id = None
-    memory = read_context(llama, tokens.context, "streaming", 0.4)
     room = room_for_answers(llama, tokens)
     assert room == llama.config.max_position_embeddings - tokens.context.shape[1] - max(map(len, tokens.questions))
     one = Tokens(context=tokens.context, questions=tokens.questions[:1])
@@ -129,11 +127,16 @@ def test_a_question_without_room_for_an_answer_is_refused(tokenizer, tokens):
         answer(small, tokenizer, FullMemory(small, tokens.context), tokens, max_new_tokens=4)
 
 
-def test_a_tokenizer_without_padding(llama, tokenizer, tokens):
+def test_a_tokenizer_without_padding(llama, tokenizer, tokens, monkeypatch):
+    """Rows that end early are filled with a token that is not shown."""
     bare = word_tokenizer()
     bare.pad_token = None
     memory = read_context(llama, tokens.context, "snapkv", 0.4)
+    first = answer(llama, tokenizer, memory, tokens, max_new_tokens=1)[0]
+    monkeypatch.setattr(llama.generation_config, "eos_token_id", tokenizer.convert_tokens_to_ids(first))
     expected = answer(llama, tokenizer, memory, tokens, max_new_tokens=8)
+    assert expected[0] == first
+    assert max(map(len, expected)) > len(first)
     assert answer(llama, bare, memory, tokens, max_new_tokens=8) == expected
 
 

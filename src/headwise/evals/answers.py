@@ -110,7 +110,7 @@ def answer(
     max_new_tokens = min(max_new_tokens, room_for_answers(model, tokens))
     if isinstance(memory, FullMemory):
         batch_size = max(1, min(batch_size, COPIED_BYTES // memory.nbytes))
-    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked, so any token will do
+    pad = _padding(tokenizer)
     answers: list[str] = []
     for start in range(0, len(tokens.questions), batch_size):
         batch = tokens.questions[start : start + batch_size]
@@ -153,6 +153,11 @@ def time_decoding(model: PreTrainedModel, memory: Memory, tokens: Tokens) -> flo
         _synchronize(model)
         times.append(time.perf_counter() - start)
     return 1e3 * sorted(times[2:])[len(times[2:]) // 2]  # the question and a warm-up step apart
+
+
+def _padding(tokenizer: Any) -> int:
+    """A token to fill rows with: masked before a question, not shown after an answer."""
+    return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
 def _join(context: Tensor, questions: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:

@@ -20,11 +20,12 @@ from headwise.keep import Keep
 from headwise.method import Method
 from headwise.ragged.layer import RaggedLayer
 from headwise.select import protected_mask, select
+from headwise.shapes import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Plan:
-    """What is known about the context before any layer is scored."""
+class Plan:
+    """What is known about a context before any layer is scored."""
 
     valid: Bool[Tensor, "batch tokens"]
     positions: Int[Tensor, "batch tokens"]
@@ -53,7 +54,7 @@ class Prefill:
         self.layers: Sequence[RaggedLayer] = ()
         self.traces = [_Trace() for _ in view.shape.layers]
         self.deferred = method.allocator.scope == "model" or method.scorer.replay is not None
-        self.plan: _Plan | None = None
+        self.plan: Plan | None = None
         self._valid: Tensor | None = None
         self._positions: Tensor | None = None
 
@@ -115,26 +116,16 @@ class Prefill:
                 f"{self.view.max_positions}. Shorten the context, or configure rope scaling on the model."
             )
         if layer.seen >= (self.prompt_length or 0):
-            self.plan = self._make_plan(layer)
-
-    def _make_plan(self, layer: RaggedLayer) -> _Plan:
-        assert self._valid is not None and self._positions is not None and layer.keys is not None
-        if bool((self._valid[:, 1:] < self._valid[:, :-1]).any()):
-            raise BadInput("padding must be on the left: set tokenizer.padding_side = 'left'.")
-        tokens = self._valid.sum(-1).tolist()
-        if min(tokens) == 0:
-            raise BadInput("a context is empty: every row needs at least one token that is not padding.")
-        entry_bytes = self.view.shape.entry_bytes(layer.keys.itemsize)
-        totals = self.keep.entries(shape=self.view.shape, tokens=tokens, entry_bytes=entry_bytes)
-        protected = protected_mask(self._valid, self.method.sink, self.method.window)
-        demand = Demand(
-            shape=self.view.shape,
-            tokens=tuple(tokens),
-            totals=tuple(totals),
-            floors=tuple(max(1, n) for n in protected.sum(-1).tolist()),
-        )
-        require_feasible(demand)
-        return _Plan(valid=self._valid, positions=self._positions, protected=protected, demand=demand)
+            assert layer.keys is not None
+            entry_bytes = self.view.shape.entry_bytes(layer.keys.itemsize)
+            self.plan = make_plan(
+                self.method,
+                self.keep,
+                shape=self.view.shape,
+                entry_bytes=entry_bytes,
+                valid=valid,
+                positions=self._positions,
+            )
 
     def _chunk(
         self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None
@@ -191,14 +182,11 @@ class Prefill:
     def _cut(self, layers: Sequence[RaggedLayer]) -> None:
         """Allocate counts to these layers and freeze them."""
         assert self.plan is not None
-        plan, indices = self.plan, [layer.index for layer in layers]
+        indices = [layer.index for layer in layers]
         scores = [self.traces[i].scores for i in indices]
-        stacked = torch.stack([s for s in scores if s is not None])
-        candidates = plan.valid & ~plan.protected
-        counts = self.method.allocator.allocate(stacked, candidates, indices, plan.demand)
-        for layer, layer_scores, layer_counts in zip(layers, stacked, counts, strict=True):
-            kept = select(layer_scores, layer_counts, plan.valid, plan.protected)
-            layer.freeze(kept, plan.positions)
+        kept = keep_entries(self.method, torch.stack([s for s in scores if s is not None]), indices, self.plan)
+        for layer, layer_kept in zip(layers, kept, strict=True):
+            layer.freeze(layer_kept, self.plan.positions)
             self.traces[layer.index] = _Trace()
         if all(layer.frozen for layer in self.layers):
             self.plan = self._valid = self._positions = None
@@ -214,6 +202,40 @@ class Prefill:
                     f"the {name} of model layer {self.view.shape.layers[layer.index]} are not finite at "
                     f"{int(bad.sum())} entries. Check the weights and the dtype (float16 overflows; try bfloat16)."
                 )
+
+
+def make_plan(
+    method: Method,
+    keep: Keep,
+    *,
+    shape: ModelShape,
+    entry_bytes: int,
+    valid: Bool[Tensor, "batch tokens"],
+    positions: Int[Tensor, "batch tokens"],
+) -> Plan:
+    """Turn `keep` into what the allocator must deliver for this context. Raises BadInput, BudgetInfeasible."""
+    if bool((valid[:, 1:] < valid[:, :-1]).any()):
+        raise BadInput("padding must be on the left: set tokenizer.padding_side = 'left'.")
+    tokens = valid.sum(-1).tolist()
+    if min(tokens) == 0:
+        raise BadInput("a context is empty: every row needs at least one token that is not padding.")
+    protected = protected_mask(valid, method.sink, method.window)
+    demand = Demand(
+        shape=shape,
+        tokens=tuple(tokens),
+        totals=tuple(keep.entries(shape=shape, tokens=tokens, entry_bytes=entry_bytes)),
+        floors=tuple(max(1, n) for n in protected.sum(-1).tolist()),
+    )
+    require_feasible(demand)
+    return Plan(valid=valid, positions=positions, protected=protected, demand=demand)
+
+
+def keep_entries(
+    method: Method, scores: Float[Tensor, "layers batch kv_heads tokens"], layers: Sequence[int], plan: Plan
+) -> list[Bool[Tensor, "batch kv_heads tokens"]]:
+    """Which entries of these layers stay: allocate counts, then select."""
+    counts = method.allocator.allocate(scores, plan.valid & ~plan.protected, layers, plan.demand)
+    return [select(s, c, plan.valid, plan.protected) for s, c in zip(scores, counts, strict=True)]
 
 
 def _last(past: Tensor | None, query: Tensor, window: int) -> Tensor:

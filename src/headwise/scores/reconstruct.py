@@ -55,6 +55,11 @@ class CriticalKV(AbstractScorer):
         """The base's."""
         return self.base.query_window
 
+    @property
+    def needs_budget(self) -> bool:
+        """Yes: half of it is the base's choice."""
+        return True
+
     def provenance(self) -> Provenance:
         """Name and parameters, the base's under `base`."""
         parameters = {"first_stage": self.first_stage, "epsilon": self.epsilon}

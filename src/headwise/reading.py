@@ -1,0 +1,145 @@
+"""One prefill, many methods: read a context once, then cut it by any scorer that watched, any allocator, any keep.
+
+What comes out is what `compress` would have made, for one forward pass instead of one per method. The whole
+cache stays in memory meanwhile, so this is for comparing methods, not for saving memory.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from headwise.allocate import Uniform
+from headwise.errors import BadInput
+from headwise.interfaces import AbstractScorer, Chunk, Observation, Statistics
+from headwise.keep import Keep, parse_keep
+from headwise.layout import Segments
+from headwise.method import Method
+from headwise.online import Progress, compress
+from headwise.ragged.cache import RaggedCache
+from headwise.ragged.prefill import keep_entries, make_plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Watchers(AbstractScorer):
+    """Scorers that watch one prefill side by side; their scores are gathered, and everything is kept."""
+
+    scorers: tuple[AbstractScorer, ...]
+    scores: list[list[Tensor]] = field(default_factory=list, compare=False)  # [layer][scorer]
+    tokens: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False)  # valid and positions, per layer
+
+    @property
+    def query_window(self) -> int:
+        """The longest of the windows."""
+        return max(scorer.query_window for scorer in self.scorers)
+
+    def accumulate(self, statistics: Statistics, chunk: Chunk) -> Statistics:
+        """Each gathers under its own prefix."""
+        gathered: Statistics = {}
+        for number, scorer in enumerate(self.scorers):
+            found = scorer.accumulate(_own(statistics, number), chunk)
+            gathered |= {f"{number}.{name}": tensor for name, tensor in found.items()}
+        return gathered
+
+    def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
+        """Note every scorer's scores."""
+        self.scores.append([s.score(self._seen_by(n, s, observation)) for n, s in enumerate(self.scorers)])
+        self.tokens.append((observation.valid, observation.positions))
+        return torch.zeros_like(self.scores[-1][0])
+
+    def _seen_by(self, number: int, scorer: AbstractScorer, observation: Observation) -> Observation:
+        last = observation.queries.shape[2] - scorer.query_window
+        return replace(
+            observation,
+            queries=observation.queries[:, :, max(0, last) :],
+            statistics=_own(observation.statistics, number),
+        )
+
+
+def _own(statistics: Statistics, number: int) -> Statistics:
+    prefix = f"{number}."
+    return {name.removeprefix(prefix): t for name, t in statistics.items() if name.startswith(prefix)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """A context in memory, whole, with the scores of every scorer that watched. Made by `read`."""
+
+    whole: RaggedCache
+    valid: Tensor
+    positions: Tensor
+    scores: dict[AbstractScorer, Float[Tensor, "layers batch kv_heads tokens"]]
+
+    def cut(self, method: str | Method, keep: float | str | Keep) -> RaggedCache:
+        """The cache that `compress` makes of this context. Raises BadInput if the scorer did not watch."""
+        method, keep = Method.parse(method), parse_keep(keep)
+        if method.scorer not in self.scores:
+            watched = ", ".join(type(scorer).__name__ for scorer in self.scores)
+            raise BadInput(f"{type(method.scorer).__name__} did not watch this reading; {watched} did.")
+        shape, layers = self.whole.view.shape, self.whole.ragged_layers
+        plan = make_plan(
+            method,
+            keep,
+            shape=shape,
+            entry_bytes=shape.entry_bytes(layers[0].dtype.itemsize),
+            valid=self.valid,
+            positions=self.positions,
+        )
+        kept = keep_entries(method, self.scores[method.scorer], range(len(layers)), plan)
+        cache = self.whole.fork()
+        cache.method, cache.keep = method, keep
+        cache.provenance = {"method": method.provenance(), "keep": str(keep)}
+        for layer, layer_kept in zip(cache.ragged_layers, kept, strict=True):
+            assert layer.segments is not None
+            layer.segments = _subset(layer.segments, layer_kept, self.valid)
+        cache.peak_nbytes = self.whole.nbytes + cache.nbytes
+        return cache
+
+
+def can_watch(scorer: AbstractScorer) -> bool:
+    """Whether a scorer's scores depend on nothing but one prefill: neither on a second one nor on the budget."""
+    return scorer.replay is None and not scorer.needs_budget
+
+
+def read(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch tokens"],
+    scorers: Sequence[AbstractScorer],
+    *,
+    attention_mask: Int[Tensor, "batch tokens"] | None = None,
+    prefill_chunk_size: int | None = None,
+    progress: Progress | None = None,
+) -> Reading:
+    """Read a context once while `scorers` watch. Raises BadInput for one that cannot, and what `compress` raises."""
+    for scorer in scorers:
+        if not can_watch(scorer):
+            raise BadInput(f"{type(scorer).__name__} cannot watch with others: use compress() for it.")
+    watchers = _Watchers(scorers=tuple(dict.fromkeys(scorers)))
+    whole = compress(
+        model,
+        input_ids,
+        Method(scorer=watchers, allocator=Uniform()),
+        keep=1.0,
+        attention_mask=attention_mask,
+        prefill_chunk_size=prefill_chunk_size,
+        progress=progress,
+    )
+    by_scorer = zip(*watchers.scores, strict=True)
+    scores = {s: torch.stack(layers) for s, layers in zip(watchers.scorers, by_scorer, strict=True)}
+    valid, positions = watchers.tokens[0]
+    return Reading(whole=whole, valid=valid, positions=positions, scores=scores)
+
+
+def _subset(whole: Segments, kept: Tensor, valid: Tensor) -> Segments:
+    """The kept entries of segments that hold every valid token."""
+    rows = kept[valid[:, None].expand_as(kept)].nonzero()[:, 0]
+    return Segments(
+        keys=whole.keys[rows],
+        values=whole.values[rows],
+        positions=whole.positions[rows],
+        lengths=tuple(kept.sum(-1).flatten().tolist()),
+        kv_heads=whole.kv_heads,
+    )

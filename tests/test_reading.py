@@ -1,0 +1,46 @@
+"""Cutting a shared reading gives the very caches that `compress` makes."""
+
+import pytest
+import torch
+from families import random_ids, tiny_model
+
+import headwise
+from headwise.errors import BadInput
+from headwise.method import Method
+from headwise.reading import read
+
+METHODS = ["snapkv", "tova", "h2o+adakv", "expected+global", "keydiff+pyramid", "knorm+adakv", "streaming", "random"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_cut_of_a_reading_is_what_compress_makes(family):
+    model, ids, mask = tiny_model(family), random_ids(2, 70), torch.ones(2, 70, dtype=torch.long)
+    ids[1, :9], mask[1, :9] = 0, 0
+    reading = read(model, ids, [Method.parse(m).scorer for m in METHODS], attention_mask=mask)
+    for method in METHODS:
+        cut, own = reading.cut(method, 0.7), headwise.compress(model, ids, method, keep=0.7, attention_mask=mask)
+        for layer, other in zip(cut.ragged_layers, own.ragged_layers, strict=True):
+            assert layer.segments.lengths == other.segments.lengths
+            for name in ("keys", "values", "positions"):
+                assert torch.equal(getattr(layer.segments, name), getattr(other.segments, name)), method
+        assert (cut.nbytes, cut.provenance) == (own.nbytes, own.provenance)
+        whole, whole_mask = torch.cat([ids, ids[:, -5:]], dim=-1), torch.cat([mask, mask[:, -5:]], dim=-1)
+        options = {"attention_mask": whole_mask, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+        a = model.generate(whole, past_key_values=cut.fork(), **options)
+        assert torch.equal(a, model.generate(whole, past_key_values=own.fork(), **options))
+
+
+def test_the_whole_cache_of_a_reading_is_everything():
+    model, ids = tiny_model(), random_ids(1, 50)
+    reading = read(model, ids, [Method.parse("keydiff").scorer])
+    assert bool((reading.whole.lengths == 50).all())
+
+
+def test_scorers_that_need_more_than_one_prefill_are_refused():
+    model, ids = tiny_model(), random_ids(1, 50)
+    for name in ("kvzip", "criticalkv"):
+        with pytest.raises(BadInput, match="compress"):
+            read(model, ids, [Method.parse(name).scorer])
+    reading = read(model, ids, [Method.parse("keydiff").scorer])
+    with pytest.raises(BadInput, match="KeyDiff did"):
+        reading.cut("knorm", 0.5)
