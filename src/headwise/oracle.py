@@ -74,7 +74,9 @@ class Importance:
             assert query.shape[3] == 1
             logits = torch.cat(
                 [
-                    torch.einsum("bhgd,hnd->bhgn", query[:, :, :, 0].float(), _by_head(segments.keys, segments).float()),
+                    torch.einsum(
+                        "bhgd,hnd->bhgn", query[:, :, :, 0].float(), _by_head(segments.keys, segments).float()
+                    ),
                     torch.einsum("bhgd,bhnd->bhgn", query[:, :, :, 0].float(), tail_keys.float()),
                 ],
                 dim=-1,
@@ -104,8 +106,8 @@ def entry_importance(
     """Importance of every entry of a wholly kept context for every question, float32.
 
     Each question is read, then up to `steps` tokens are decoded from the full cache (fewer where the model ends its
-    answer); only those steps count. "layer" divides ||v W_O|| by its sum over the layer, as the authors' code does; "none"
-    is the formula of the paper. Raises BadInput.
+    answer); only those steps count. "layer" divides ||v W_O|| by its sum over the layer, as the authors' code does;
+    "none" is the formula of the paper. Raises BadInput.
     """
     if steps < 1 or not questions or any(len(q) == 0 for q in questions):
         raise BadInput("the oracle needs at least one step and one question, and no question may be empty.")
@@ -165,7 +167,9 @@ def _by_head(states: Tensor, segments: Segments) -> Tensor:
     return states.view(segments.kv_heads, -1, states.shape[-1])
 
 
-def _written_norms(whole: RaggedCache, layer: int, normalization: Normalization) -> Float[Tensor, "kv_heads group tokens"]:
+def _written_norms(
+    whole: RaggedCache, layer: int, normalization: Normalization
+) -> Float[Tensor, "kv_heads group tokens"]:
     """||v W_O||_2 of every entry for every query head that shares it."""
     segments = whole.ragged_layers[layer].segments
     assert segments is not None

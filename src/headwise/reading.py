@@ -95,7 +95,7 @@ class Reading:
         for layer, layer_kept in zip(cache.ragged_layers, kept, strict=True):
             assert layer.segments is not None
             layer.segments = _subset(layer.segments, layer_kept, self.valid)
-        cache.peak_nbytes = self.whole.nbytes + cache.nbytes
+        cache.meter.peak = self.whole.nbytes + cache.nbytes
         return cache
 
 

@@ -87,11 +87,12 @@ def test_pieces_of_prefill_fill_the_full_memory_alike(model, tokens):
         torch.testing.assert_close(a, b)
 
 
-def test_the_full_memory_is_measured_with_transformers_own_attention(llama, tokens):
+def test_the_full_memory_is_the_same_whether_attention_is_routed_through_headwise_or_not(llama, tokens):
+    llama.set_attn_implementation("sdpa")
+    stock = FullMemory(llama, tokens.context).cache.layers[-1].keys
     read_context(llama, tokens.context, "snapkv", 0.4)
     assert is_enabled(llama)
-    FullMemory(llama, tokens.context)
-    assert not is_enabled(llama)
+    assert torch.equal(FullMemory(llama, tokens.context).cache.layers[-1].keys, stock)
 
 
 def test_full_caches_are_copied_within_bounds(llama, tokenizer, tokens, monkeypatch):

@@ -1,6 +1,5 @@
 """One document, several methods: bytes that storage has, answers against the full cache's."""
 
-import gc
 import weakref
 from dataclasses import asdict
 
@@ -115,7 +114,6 @@ def test_one_memory_is_held_at_a_time(llama, monkeypatch):
     alive: list[weakref.ref] = []
 
     def watched(*args, **kwargs):
-        gc.collect()
         assert all(ref() is None for ref in alive)
         memory = read_context(*args, **kwargs)
         alive.append(weakref.ref(memory))

@@ -6,7 +6,7 @@ from folders import CHAT_TEMPLATE, word_tokenizer
 
 from headwise.errors import BadInput
 from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.ruler import TASKS
+from headwise.evals.ruler import TASKS, generate
 from headwise.evals.run import Record, evaluate, lexicon_for, parse_tasks
 
 FIELDS = {
@@ -87,11 +87,15 @@ def test_another_seed_gives_other_samples(model, monkeypatch):
     seen = {}
     for seed in (0, 1):
         texts = seen.setdefault(seed, [])
-        monkeypatch.setattr(
-            "headwise.evals.run._measure",
-            lambda m, t, sample, *rest, texts=texts: texts.append(sample.context) or (0.0, 1),
-        )
+
+        def noted(*args, texts=texts, **kwargs):
+            sample = generate(*args, **kwargs)
+            texts.append(sample.context)
+            return sample
+
+        monkeypatch.setattr("headwise.evals.run.generate", noted)
         evaluated(model, seed=seed, methods=["full"])
+        assert texts
     assert not set(seen[0]) & set(seen[1])
 
 

@@ -5,6 +5,8 @@ torch makes.
 """
 
 import copy
+import gc
+import weakref
 from fractions import Fraction
 from functools import cache as once
 
@@ -211,3 +213,21 @@ def test_a_model_scope_method_holds_every_layer_until_the_last():
     assert alive[:-1] == [2 * n for n in range(1, 16)]
     assert alive[-1] == 0
     assert cache.peak_nbytes > 16 * 2 * 512 * 24 * 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_dropped_cache_is_freed_at_once(family: str) -> None:
+    """By reference counts alone: on a GPU nobody waits for the garbage collector."""
+    model, ids = tiny_model(family), random_ids(1, 60)
+    gc.collect()
+    gc.disable()
+    try:
+        cache = headwise.compress(model, ids, "keydiff+adakv", keep=0.5)
+        branch = cache.fork(copies=2)
+        kept = [weakref.ref(layer.segments) for layer in cache.ragged_layers]
+        del cache
+        assert all(ref() is not None for ref in kept)
+        del branch
+        assert all(ref() is None for ref in kept)
+    finally:
+        gc.enable()

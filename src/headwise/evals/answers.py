@@ -12,7 +12,6 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from headwise.errors import BadInput
 from headwise.evals.document import Tokens
-from headwise.hf.attention import NAME
 from headwise.hf.families import view
 from headwise.keep import Keep
 from headwise.method import Method
@@ -43,11 +42,12 @@ class Memory(Protocol):
 
 
 class FullMemory:
-    """Everything kept, in transformers' DynamicCache, with its own SDPA attention: what headwise is compared with."""
+    """Everything kept, in transformers' DynamicCache, with the model's own attention: what headwise is compared with.
+
+    Where attention is routed through headwise already it is transformers' SDPA, as for any cache that is not ours.
+    """
 
     def __init__(self, model: PreTrainedModel, context: Int[Tensor, "1 tokens"], chunk_size: int | None = None):
-        if model.config.get_text_config()._attn_implementation == NAME:
-            model.set_attn_implementation("sdpa")
         self.cache = DynamicCache(config=model.config)
         with torch.no_grad():
             for piece in context.split(chunk_size or context.shape[1], dim=-1):

@@ -12,11 +12,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headwise.errors import BadInput
-from headwise.evals.answers import FULL, answer, known_methods, read_context, room_for_answers
+from headwise.evals.answers import FULL, Memory, answer, known_methods, read_context, room_for_answers
 from headwise.evals.document import tokenize
 from headwise.evals.lexicon import REFERENCE_LEXICON, Lexicon
 from headwise.evals.ruler import TASKS, Sample, find_task, generate, score
 from headwise.keep import Keep, parse_keep
+from headwise.method import Method
+from headwise.reading import can_watch, read
 
 SUITE = "mini-ruler"
 PROTOCOL = "query-agnostic"
@@ -63,9 +65,10 @@ def evaluate(
     length: int = 512,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Record]:
-    """Accuracy of every method at every keep on every task, query-agnostic, one prefill per sample, method and keep.
+    """Accuracy of every method at every keep on every task, query-agnostic.
 
-    One record for each of them, however often it is named; "full" has one per task, with keep 1. Raises BadInput.
+    A sample is read once for all scorers that can watch one prefill. One record for each method, keep and task, however
+    often they are named; "full" has one per task, with keep 1. Raises BadInput.
     """
     _require_sizes(samples=samples, seed=seed, length=length)
     known_methods(methods)
@@ -80,10 +83,11 @@ def evaluate(
         for index in range(samples):
             progress(number * samples + index, len(tasks) * samples)
             sample = generate(task, lexicon=lexicon, length=length, seed=seed, index=index)
-            right, full_bytes = _measure(model, tokenizer, sample, FULL, parsed[0])
+            session = _Session(model, tokenizer, sample, [m for m in methods if m != FULL])
+            right, full_bytes = session.measure(FULL, parse_keep(1.0))
             full.append(right)
             for method, keep in pairs:
-                measured = (right, full_bytes) if method == FULL else _measure(model, tokenizer, sample, method, keep)
+                measured = (right, full_bytes) if method == FULL else session.measure(method, keep)
                 outcomes[method, keep].append((measured[0], measured[1] / full_bytes))
         records += [
             Record(
@@ -117,11 +121,26 @@ def _require_sizes(*, samples: int, seed: int, length: int) -> None:
         raise BadInput(f"samples={samples} and length={length} must be at least 1, seed={seed} at least 0.")
 
 
-def _measure(model: PreTrainedModel, tokenizer: Any, sample: Sample, method: str, keep: Keep) -> tuple[float, int]:
-    """Mean score over a sample's questions, and the bytes its context took."""
-    tokens = tokenize(tokenizer, sample.context, [q.prompt for q in sample.questions], device=model.device)
-    room_for_answers(model, tokens)
-    memory = read_context(model, tokens.context, method, keep)
-    kv_bytes = memory.nbytes
-    texts = answer(model, tokenizer, memory, tokens, max_new_tokens=sample.max_new_tokens)
-    return fmean(score(text, question) for text, question in zip(texts, sample.questions, strict=True)), kv_bytes
+class _Session:
+    """One sample, read once for all the methods whose scorers can watch the same prefill."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, sample: Sample, methods: Sequence[str]):
+        self.model, self.tokenizer, self.sample = model, tokenizer, sample
+        prompts = [question.prompt for question in sample.questions]
+        self.tokens = tokenize(tokenizer, sample.context, prompts, device=model.device)
+        room_for_answers(model, self.tokens)
+        scorers = [Method.parse(method).scorer for method in methods]
+        watchers = [scorer for scorer in scorers if can_watch(scorer)]
+        self.reading = read(model, self.tokens.context, watchers) if watchers else None
+
+    def measure(self, method: str, keep: Keep) -> tuple[float, int]:
+        """Mean score over the sample's questions, and the bytes its context took."""
+        memory = self._memory(method, keep)
+        kv_bytes, limit = memory.nbytes, self.sample.max_new_tokens
+        texts = answer(self.model, self.tokenizer, memory, self.tokens, max_new_tokens=limit)
+        return fmean(score(text, asked) for text, asked in zip(texts, self.sample.questions, strict=True)), kv_bytes
+
+    def _memory(self, method: str, keep: Keep) -> Memory:
+        if method == FULL or self.reading is None or not can_watch(Method.parse(method).scorer):
+            return read_context(self.model, self.tokens.context, method, keep)
+        return self.reading.cut(method, keep)

@@ -16,7 +16,7 @@ from headwise.hf.families import ModelView, view
 from headwise.keep import Keep, parse_keep
 from headwise.kernels import get_kernel
 from headwise.method import Method
-from headwise.ragged.layer import RaggedLayer, SlidingLayer
+from headwise.ragged.layer import Meter, RaggedLayer, SlidingLayer
 from headwise.ragged.prefill import Prefill
 
 
@@ -51,16 +51,18 @@ class RaggedCache(Cache):
         self.keep = parse_keep(keep)
         self.provenance: dict[str, Any] = {"method": self.method.provenance(), "keep": str(self.keep)}
         self.tokens_fingerprint: str | None = None  # of the context, once it has been read by compress()
-        self.peak_nbytes = 0
+        self.meter = Meter()
         if self.method.scorer.replay is not None:
             self._require_replay(replays)
         self.prefill = Prefill(view=self.view, method=self.method, keep=self.keep, prompt_length=prompt_length)
         attention.enable(model)
         chosen, compressible = get_kernel(kernel), iter(range(len(self.view.shape.layers)))
         layers: list[Any] = [
-            RaggedLayer(index=next(compressible), kernel=chosen, observer=self.prefill, meter=self._measure)
+            RaggedLayer(index=next(compressible), model_index=i, kernel=chosen, observer=self.prefill, meter=self.meter)
             if i in self.view.shape.layers
-            else SlidingLayer(sliding_window=model.config.get_text_config().sliding_window)
+            else SlidingLayer(
+                sliding_window=model.config.get_text_config().sliding_window, model_index=i, meter=self.meter
+            )
             for i in range(self.view.shape.num_layers)
         ]
         super().__init__(layers=layers)
@@ -82,6 +84,11 @@ class RaggedCache(Cache):
     def nbytes(self) -> int:
         """Bytes of keys and values in storage now: frozen, tail (its spare capacity included) and sliding layers."""
         return sum(layer.nbytes for layer in self.ragged_layers) + self.sliding_nbytes
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most bytes of keys and values held at once so far."""
+        return self.meter.peak
 
     @property
     def sliding_nbytes(self) -> int:
@@ -125,10 +132,8 @@ class RaggedCache(Cache):
         if copies < 1:
             raise BadInput(f"copies={copies} must be at least 1.")
         twin = copy.copy(self)
-        twin.layers = [
-            layer.fork(self.prefill, twin._measure) if isinstance(layer, RaggedLayer) else copy.copy(layer)
-            for layer in self.layers
-        ]
+        twin.meter = self.meter.fork()
+        twin.layers = [layer.fork(twin.meter) for layer in self.layers]
         if copies > 1:
             twin.batch_repeat_interleave(copies)
         return twin
@@ -164,9 +169,6 @@ class RaggedCache(Cache):
                 f"this cache has read {seen} tokens but its context is not complete, so nothing has been cut yet. "
                 "Run the model on the context first, or use headwise.compress()."
             )
-
-    def _measure(self) -> None:
-        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
     def __repr__(self) -> str:
         state = f"kept {int(self.lengths.sum())} entries" if self.compressed else "context not read yet"

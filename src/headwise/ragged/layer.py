@@ -4,6 +4,7 @@ filling   keys, values [B, H, N, D] of everything seen; attention is the model's
 frozen    the kept entries (`segments`, shared by forks) and a tail [B, H, capacity, D] of the tokens that came after
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,6 +37,25 @@ class Observer(Protocol):
         ...
 
 
+class Meter:
+    """The most bytes that the layers of a cache have held at once. Layers tell it; it does not hold on to them."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, int] = {}
+        self.peak = 0
+
+    def report(self, layer: int, nbytes: int) -> None:
+        """A layer (by its index in the model) now holds so many bytes."""
+        self.held[layer] = nbytes
+        self.peak = max(self.peak, sum(self.held.values()))
+
+    def fork(self) -> "Meter":
+        """For a cache that goes on from here."""
+        twin = Meter()
+        twin.held, twin.peak = dict(self.held), self.peak
+        return twin
+
+
 class RaggedLayer(CacheLayerMixin):
     """Storage and attention of one compressible layer. See the module's docstring for its two states."""
 
@@ -44,9 +64,10 @@ class RaggedLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, *, index: int, kernel: Kernel, observer: Observer, meter: Callable[[], None]):
+    def __init__(self, *, index: int, model_index: int, kernel: Kernel, observer: Observer, meter: Meter):
         super().__init__()
-        self.index = index
+        self.index = index  # among the compressible layers
+        self.model_index = model_index
         self.kernel = kernel
         self.observer = observer
         self.meter = meter
@@ -151,7 +172,9 @@ class RaggedLayer(CacheLayerMixin):
         """A piece of prefill has passed; when it was the last, the observer freezes this layer."""
         self.unattended = False
         self.observer.observe(self, query, mask, scaling, position_ids)
-        self.replayed_keys = None
+        if self.replayed_keys is not None:
+            self.replayed_keys = None
+            self._report()
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention [B, Hq, T, D] of new tokens over the kept entries and the tail."""
@@ -177,18 +200,24 @@ class RaggedLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None
         self.segments = layout.gather(self.keys, self.values, kept, positions)
         self.rows = torch.arange(kept.shape[0], device=kept.device)
-        self.meter()
+        self._report()
         self.keys = self.values = None
+        self._report()
 
-    def fork(self, observer: Observer, meter: Callable[[], None]) -> "RaggedLayer":
+    def fork(self, meter: Meter) -> "RaggedLayer":
         """A layer that shares the frozen part and has its own tail."""
-        twin = RaggedLayer(index=self.index, kernel=self.kernel, observer=observer, meter=meter)
+        twin = RaggedLayer(
+            index=self.index, model_index=self.model_index, kernel=self.kernel, observer=self.observer, meter=meter
+        )
         twin.dtype, twin.device, twin.is_initialized = self.dtype, self.device, True
         twin.segments, twin.rows, twin.seen = self.segments, self.rows, self.seen
         twin.tail_length = self.tail_length
         if self.tail_keys is not None and self.tail_values is not None:
             twin.tail_keys, twin.tail_values = self.tail_keys.clone(), self.tail_values.clone()
         return twin
+
+    def _report(self) -> None:
+        self.meter.report(self.model_index, self.nbytes)
 
     def _require_routing(self) -> None:
         """Attention that does not come to us ignores the frozen part, and never cuts one that is filling."""
@@ -212,7 +241,7 @@ class RaggedLayer(CacheLayerMixin):
         else:
             self.keys, self.values = keys, values
             self.seen += key_states.shape[-2]
-        self.meter()
+        self._report()
         return keys, values
 
     def _tail_mask(self, mask: Tensor | None, num_queries: int) -> Tensor | None:
@@ -238,7 +267,7 @@ class RaggedLayer(CacheLayerMixin):
             capacity = -(-max(stop, self.tail_length * 3 // 2) // TAIL_STEP) * TAIL_STEP
             self.tail_keys = _enlarge(self.tail_keys, key_states, self.tail_length, capacity)
             self.tail_values = _enlarge(self.tail_values, value_states, self.tail_length, capacity)
-            self.meter()
+            self._report()
         self.tail_keys[:, :, self.tail_length : stop] = key_states
         self.tail_values[:, :, self.tail_length : stop] = value_states
         self.tail_length = stop
@@ -256,11 +285,23 @@ class RaggedLayer(CacheLayerMixin):
 class SlidingLayer(DynamicSlidingWindowLayer):
     """transformers' sliding-window layer, which is left whole; only it does not keep what left the window alive."""
 
+    def __init__(self, *, sliding_window: int, model_index: int, meter: Meter):
+        super().__init__(sliding_window=sliding_window)
+        self.model_index = model_index
+        self.meter = meter
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As transformers'; what stays is copied out of the full states it was cut from."""
         states = super().update(key_states, value_states, *args, **kwargs)
         self.keys, self.values = _own(self.keys), _own(self.values)
+        self.meter.report(self.model_index, self.nbytes)
         return states
+
+    def fork(self, meter: Meter) -> "SlidingLayer":
+        """A layer that goes on from here; states are replaced when they grow, so they can be shared until then."""
+        twin = copy.copy(self)
+        twin.meter = meter
+        return twin
 
     @property
     def nbytes(self) -> int:

@@ -190,6 +190,7 @@ class Prefill:
             self.traces[layer.index] = _Trace()
         if all(layer.frozen for layer in self.layers):
             self.plan = self._valid = self._positions = None
+            self.layers = ()  # they hold us: in a cycle, a dropped cache's memory would wait for the garbage collector
 
     def _require_finite(self, layer: RaggedLayer) -> None:
         """Padding may hold anything; a real token's key or value may not be NaN or infinite."""

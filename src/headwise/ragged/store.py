@@ -70,7 +70,7 @@ def load(
         _require_context(fingerprint(input_ids, mask), metadata["tokens_fingerprint"], path)
     cache = RaggedCache(model, "random", keep=1.0, kernel=kernel)  # a method is of no use any more: all is cut
     cache.provenance = {name: metadata[name] for name in cache.provenance}
-    cache.tokens_fingerprint, cache.peak_nbytes = metadata["tokens_fingerprint"], metadata["peak_nbytes"]
+    cache.tokens_fingerprint, cache.meter.peak = metadata["tokens_fingerprint"], metadata["peak_nbytes"]
     for i, layer in enumerate(cache.layers):
         prefix = f"{i}."
         own = {k.removeprefix(prefix): _for_model(v, model) for k, v in tensors.items() if k.startswith(prefix)}
