@@ -12,7 +12,7 @@ demo: $(VENV)/.installed  ## Install, then compare methods on the bundled model 
 test: $(VENV)/.tested  ## Everything: style, types, import rules, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 

@@ -15,19 +15,20 @@ from headwise.evals.ruler import Document, Question
 from .trainer import Batch
 
 MIXED = "mixed"  # records, listings and chains in one document, as in the demo
+LISTINGS = "listings"  # a document packed with keys of several values
+LISTING_TOKENS = 25  # four values of a key and a record that distracts
 CONTEXT_WEIGHT = 0.002
-END_WEIGHT = 0.3
+END_WEIGHT = 0.2
 MOST_ALTERNATIVES = ruler.NUM_COMMON_WORDS - 1
 # The least share of a row that the context takes; the rest is for questions. Rows of few questions have it all.
 LEAST_CONTEXT_SHARE = {
     "niah_multikey": 0.7,
     "niah_multikey_dense": 0.5,
-    "niah_multivalue": 0.6,
+    "niah_multivalue": 0.85,
     "niah_multiquery": 0.6,
     "vt": 0.8,
-    "cwe": 0.5,
-    "fwe": 0.5,
     MIXED: 0.6,
+    LISTINGS: 0.5,
 }
 SHORTEST_SHARED_LENGTH = 128  # below it the context of every task takes all it can
 
@@ -102,7 +103,7 @@ def _stream(rng: np.random.Generator, task: str, length: int, seed: int) -> _Str
     document = _document(rng, task, length, seed)
     stream = _Stream(length)
     stream.append(encode_document(document.context), CONTEXT_WEIGHT)
-    for question in _endlessly(rng, document.questions):
+    for question in _asked(rng, document.questions):
         prompt = encode(question.prompt)
         if stream.room <= len(prompt) + len(encode(question.completion)):
             break
@@ -121,23 +122,48 @@ def _document(rng: np.random.Generator, task: str, length: int, seed: int) -> Do
     sample_rng = ruler.seeded_generator("train", task=task, length=length, seed=seed, index=int(rng.integers(2**62)))
     if task == MIXED:
         return mixed_document(sample_rng, context_length)
+    if task == LISTINGS:
+        return _listings_document(sample_rng, context_length)
     return ruler.find_task(task).write(REFERENCE_LEXICON, sample_rng, context_length)
 
 
+def _listings_document(rng: np.random.Generator, length: int) -> Document:
+    most = (length - LISTING_TOKENS) // LISTING_TOKENS
+    num_keys = int(rng.integers((most + 1) // 2, most + 1))
+    keys = REFERENCE_LEXICON.draw_keys(rng, num_keys)
+    return ruler.hide(REFERENCE_LEXICON, rng, [ruler.listing_facts(REFERENCE_LEXICON, rng, keys)], length)
+
+
 def _append_answer(rng: np.random.Generator, stream: _Stream, question: Question) -> None:
-    separators = [separator for start, separator in _UNORDERED.items() if question.prompt.startswith(start)]
-    if not separators:
+    separator = _separator_if_unordered(question)
+    if separator is None:
         stream.append(encode(question.completion), 1.0)
         return
     answers = [encode(question.answers[i]) for i in rng.permutation(len(question.answers))]
     for index, answer in enumerate(answers):
         if index:
-            stream.append(encode(separators[0]), 1.0)
+            stream.append(encode(separator), 1.0)
         others = [other[0] for other in answers[index + 1 :]]
         stream.alternatives[stream.used, : len(others)] = others
-        stream.append(answer, 1.0)
+        # The more has been given, the harder it is to find what has not.
+        stream.append(answer[:1], 1.0 + index)
+        stream.append(answer[1:], 1.0)
 
 
-def _endlessly(rng: np.random.Generator, questions: Sequence[Question]) -> Iterator[Question]:
-    while True:
-        yield from (questions[i] for i in rng.permutation(len(questions)))
+def _separator_if_unordered(question: Question) -> str | None:
+    for start, separator in _UNORDERED.items():
+        if question.prompt.startswith(start):
+            return separator
+    return None
+
+
+def _asked(rng: np.random.Generator, questions: Sequence[Question]) -> Iterator[Question]:
+    """Ask every question once, then again those in order: a list would be copied from when it was given before."""
+    yield from _shuffled(rng, questions)
+    ordered = [question for question in questions if _separator_if_unordered(question) is None]
+    while ordered:
+        yield from _shuffled(rng, ordered)
+
+
+def _shuffled(rng: np.random.Generator, questions: Sequence[Question]) -> list[Question]:
+    return [questions[i] for i in rng.permutation(len(questions))]

@@ -1,6 +1,7 @@
 """The reference model's card, written from what was measured."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import transformers
@@ -9,15 +10,23 @@ from transformers import LlamaForCausalLM
 from headwise.evals.ruler import TASKS
 
 from .heads import RECENT_TOKENS
-from .measure import HEAD_STUDY_LENGTH, LENGTHS, NUM_HEAD_STUDY_SAMPLES, Measurements
+from .measure import HEAD_STUDY_LENGTH, NUM_HEAD_STUDY_SAMPLES, PROBED_LENGTH, TRAINED_LENGTHS, Measurements
 
 
-def write_card(model: LlamaForCausalLM, measurements: Measurements, *, command: str) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance:
+    """The command that trained the model, and what it does not tell."""
+
+    command: str
+    note: str
+
+
+def write_card(model: LlamaForCausalLM, measurements: Measurements, provenance: Provenance) -> str:
     """Return the card as Markdown."""
     return "\n\n".join(
         [
             _introduction(model),
-            _training(command),
+            _training(provenance),
             _accuracy(measurements),
             _heads(measurements),
             _limits(),
@@ -50,26 +59,30 @@ It reads a document written by `headwise.evals.ruler` and answers one question p
 questions and answers; they come from seeds of their own, apart from training and evaluation."""
 
 
-def _training(command: str) -> str:
+def _training(provenance: Provenance) -> str:
     return f"""## How it was trained
 
 On one CPU core, in two stages: copying (random segments that repeat, tables that are queried), then the tasks at
 lengths 64 to 1024. Muon for the matrices, AdamW for the rest, bfloat16 weights with float32 masters.
 `training_log.jsonl` is the whole log; its minutes are of training alone. The command, run in the repository's root:
 
-    {command}"""
+    {provenance.command}
+
+{provenance.note}""".rstrip()
 
 
 def _accuracy(measurements: Measurements) -> str:
-    rows = [[task, *(f"{measurements.accuracy[task, length]:.3f}" for length in LENGTHS)] for task in TASKS]
+    lengths = (*TRAINED_LENGTHS, PROBED_LENGTH)
+    rows = [[task, *(f"{measurements.accuracy[task, length]:.3f}" for length in lengths)] for task in TASKS]
     last = measurements.num_samples - 1
+    versions = f"torch {torch.__version__} and transformers {transformers.__version__}"
     return f"""## How well it answers
 
 Mean score of greedy generation by length in tokens, over the first questions of evaluation samples 0 to {last}
-(seed 0). A score is the share of the right phrases that the answer contains. Lengths beyond 1024 were never trained.
-Measured in bfloat16 on a CPU with torch {torch.__version__} and transformers {transformers.__version__}.
+(seed 0). A score is the share of the right phrases that the answer contains. Length {PROBED_LENGTH} was never
+trained, and is probed with a quarter of the samples. Measured in bfloat16 on a CPU with {versions}.
 
-{_table(["task", *map(str, LENGTHS)], rows)}"""
+{_table(["task", *map(str, lengths)], rows)}"""
 
 
 def _heads(measurements: Measurements) -> str:

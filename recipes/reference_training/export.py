@@ -15,7 +15,7 @@ from headwise.evals.lexicon import REFERENCE_LEXICON
 from headwise.evals.ruler import Question, seeded_generator
 
 from .asking import MIXED, mixed_document
-from .card import write_card
+from .card import Provenance, write_card
 from .measure import measure
 from .tokenizer import build_tokenizer
 
@@ -25,7 +25,7 @@ NUM_DEMO_LOOKUPS = 18
 DEMO_WIDTH = 100
 
 
-def export(run: Path, to: Path, *, command: str, num_samples: int) -> None:
+def export(run: Path, to: Path, *, provenance: Provenance, num_samples: int) -> None:
     """Write everything beside `to` first, measure what was written, then move the files in."""
     to.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent) as directory:
@@ -36,7 +36,7 @@ def export(run: Path, to: Path, *, command: str, num_samples: int) -> None:
         model = cast(LlamaForCausalLM, AutoModelForCausalLM.from_pretrained(staged, dtype=torch.bfloat16))
         tokenizer = AutoTokenizer.from_pretrained(staged)
         measurements = measure(model, tokenizer, num_samples=num_samples)
-        (staged / "README.md").write_text(write_card(model, measurements, command=command))
+        (staged / "README.md").write_text(write_card(model, measurements, provenance))
         for file in staged.iterdir():
             file.chmod(0o644)
             shutil.move(file, to / file.name)

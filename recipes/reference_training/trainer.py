@@ -24,7 +24,7 @@ from .muon import Muon
 CHECKPOINT_EVERY_SECONDS = 180.0
 LOG_EVERY_STEPS = 50
 WARMUP_STEPS = 40
-SCORED_WEIGHT = 0.5  # of a row's largest: tokens that weigh less are trained on but not counted in the accuracy
+SCORED_WEIGHT = 0.24  # of a row's largest: tokens that weigh less are trained on but not counted in the accuracy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

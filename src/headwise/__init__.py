@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from headwise.method import Method as Method
     from headwise.online import compress as compress
     from headwise.ragged.cache import RaggedCache as RaggedCache
+    from headwise.ragged.store import load as load
 
 __version__ = "0.1.0"
 
@@ -22,7 +23,7 @@ _HOME = {
     "enable": "headwise.hf.attention",
     "load": "headwise.ragged.store",
 }
-__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
     "Budget",
     "HeadwiseError",
     "Method",

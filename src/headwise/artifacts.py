@@ -1,7 +1,8 @@
 """Files that outlive a run. One safetensors file each, its metadata JSON under the key "headwise"; never pickle.
 
     kind      class    made by                       used by
-    budget    Budget   solve, train, importers       allocate.Fixed
+    profile   Profile  profile                       solve
+    budget    Budget   solve, train, importers       allocate
     cache              ragged.store                  ragged.store
 
 `write_tensors`, `read_tensors` and `describe` serve every kind; `fingerprint` and `config_hash` name what a file was
@@ -30,7 +31,7 @@ from headwise.errors import ArtifactMismatch, BadInput, ShapeMismatch
 from headwise.shapes import ModelShape
 
 METADATA_KEY = "headwise"
-FORMAT_VERSIONS = {"budget": 1, "cache": 1, "profile": 1, "gates": 1}
+FORMAT_VERSIONS = {"budget": 1, "cache": 1, "profile": 1, "part": 1, "gates": 1}
 _HEADER = ("kind", "format_version", "library_version")
 # Differ between versions of transformers, or between two ways to load the same weights.
 _VOLATILE = {"transformers_version", "torch_dtype", "dtype"}
@@ -87,11 +88,18 @@ class Budget:
         if not (self.closed()[0].diff() > 0).all():
             raise BadInput(f"A budget's ratios must ascend strictly within (0, 1), found {self.ratios.tolist()}.")
 
-    def require(self, shape: ModelShape) -> None:
-        """Raise ArtifactMismatch, naming both sides, unless the budget was made for `shape`."""
+    def require(self, shape: ModelShape, config_hash: str = "") -> None:
+        """Raise ArtifactMismatch, naming both sides, unless the budget was made for `shape` (and, if known, model)."""
+        made_for = self.origin.model or "a model"
         if shape != self.origin.shape:
-            made_for = f"{self.origin.model or 'a model'} with {self.origin.shape}"
-            raise ArtifactMismatch(f"The budget was made for {made_for}; this model has {shape}. Make one for it.")
+            raise ArtifactMismatch(
+                f"The budget was made for {made_for} with {self.origin.shape}; this model has {shape}. Make one for it."
+            )
+        if config_hash and self.origin.config_hash and config_hash != self.origin.config_hash:
+            raise ArtifactMismatch(
+                f"The budget was made for {made_for} (configuration {self.origin.config_hash[:12]}); this model's is "
+                f"{config_hash[:12]}. Make one for it."
+            )
 
     def closed(self) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows layers kv_heads"]]:
         """Ratios and fractions with the two ends every budget has: nothing kept at 0, everything at 1."""
@@ -184,6 +192,62 @@ class Budget:
             calibration=fingerprint(Path(path).read_bytes()),
         )
         return cls(ratios=whole.double() / shape.num_heads, fractions=fractions, origin=origin)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Profile:
+    """How much utility every head retains, by how much it keeps, for one or more scorers (LU-KV, arXiv 2602.08585).
+
+    `curves[scorer][d]` is the mean over the contexts of domain d of the marginal utility by rank, best entry first;
+    over all heads it sums to 1. Ranks are equal shares of the tokens that a scorer does not protect.
+    """
+
+    curves: Mapping[str, Float[Tensor, "domains layers kv_heads ranks"]]
+    domains: tuple[str, ...]
+    contexts: tuple[int, ...]  # per domain
+    protection: Mapping[str, tuple[int, int]]  # scorer -> sink, window
+    parameters: Mapping[str, Mapping[str, Any]]  # scorer -> provenance
+    settings: Mapping[str, Any]
+    origin: Origin
+
+    def curve(self, scorer: str, weights: Mapping[str, float] | None = None) -> Float[Tensor, "layers kv_heads ranks"]:
+        """Marginal utility of a scorer, domains weighted by their contexts or by `weights` (others 0). float64."""
+        if scorer not in self.curves:
+            raise BadInput(f"this profile is of {', '.join(self.curves)}; it has no scorer {scorer!r}.")
+        unknown = set(weights or {}) - set(self.domains)
+        if unknown:
+            raise BadInput(f"this profile has no domain {sorted(unknown)}; it has {', '.join(self.domains)}.")
+        shares = [
+            (weights or {}).get(d, 0.0) if weights else float(n)
+            for d, n in zip(self.domains, self.contexts, strict=True)
+        ]
+        if min(shares) < 0 or sum(shares) <= 0:
+            raise BadInput(f"domain weights {dict(weights or {})} must be at least 0, and not all of them 0.")
+        share = torch.tensor(shares, dtype=torch.float64) / sum(shares)
+        return torch.einsum("d,dlhr->lhr", share, self.curves[scorer].double())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, at once or not at all."""
+        fields = ("domains", "contexts", "protection", "parameters", "settings")
+        metadata = {**{name: getattr(self, name) for name in fields}, "origin": asdict(self.origin)}
+        write_tensors(path, "profile", {f"curve.{n}": t for n, t in self.curves.items()}, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Profile":
+        """Read what `save` wrote. Raises ArtifactMismatch on another kind or format, BadInput on a damaged file."""
+        tensors, metadata = read_tensors(path, "profile")
+        try:
+            return cls(
+                curves={name.removeprefix("curve."): tensor for name, tensor in tensors.items()},
+                domains=tuple(metadata["domains"]),
+                contexts=tuple(metadata["contexts"]),
+                protection={name: (sink, window) for name, (sink, window) in metadata["protection"].items()},
+                parameters=metadata["parameters"],
+                settings=metadata["settings"],
+                origin=Origin.parse(metadata, Path(path)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"{path}: the metadata is incomplete ({error}); get or make the file again.") from error
 
 
 def write_tensors(

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 it could not be done, 2 the command line or an input is wr
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -209,6 +210,99 @@ def evaluate(
     )
 
 
+@app.command(epilog="Example: headwise profile --model reference --scorer snapkv,keydiff --out profile.safetensors")
+def profile(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Profile to write; a killed run goes on from OUT.parts.")],
+    model: Model = "reference",
+    scorer: Annotated[str, typer.Option("--scorer", help="Comma-separated; one pass serves all.")] = "snapkv",
+    data: Annotated[str, typer.Option(help="FILE.jsonl, FILE.txt, a folder of them, or builtin[:N].")] = "builtin",
+    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded per question.")] = 64,
+    normalization: Annotated[
+        str, typer.Option(help="layer (the authors' code) or none (the paper's formula).")
+    ] = "layer",
+    temperature: Annotated[float, typer.Option(min=0, help="0 decodes greedily.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """LU-KV, offline: how much utility every head retains, by how much it keeps. Also under 'accelerate launch'."""
+    from headwise.calibration import load_examples
+    from headwise.hf.families import view
+    from headwise.oracle import Sampling
+    from headwise.profile import Settings
+    from headwise.profile import profile as run
+
+    if normalization not in {"layer", "none"}:
+        raise BadInput(f"normalization={normalization!r}: choose layer or none.")
+    state = _processes()
+    loaded, tokenizer = _load(model, dtype, device if state is None else str(state.device))
+    examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions)
+    sampling = Sampling(temperature=temperature, seed=seed)
+    with _progress("contexts") as progress:
+        run(
+            loaded,
+            tokenizer,
+            examples,
+            _split(scorer),
+            out,
+            settings=Settings(
+                steps=steps, normalization="layer" if normalization == "layer" else "none", sampling=sampling
+            ),
+            process=(0, 1) if state is None else (state.process_index, state.num_processes),
+            wait=(lambda: None) if state is None else state.wait_for_everyone,
+            progress=progress,
+        )
+    if state is not None and not state.is_main_process:
+        return
+    if as_json:
+        _print_json({"profile": str(out), "contexts": len(examples), "scorers": _split(scorer)})
+    else:
+        print(f"{out}: {len(examples)} contexts, {scorer}. Next: headwise solve {out} --scorer ... --out ...")
+
+
+@app.command(epilog="Example: headwise solve profile.safetensors --scorer snapkv --out snapkv.safetensors")
+def solve(
+    path: Annotated[Path, typer.Argument(help="A file written by 'headwise profile'.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Budget to write.")],
+    scorer: Annotated[str | None, typer.Option(help="Which scorer; may be left out if the profile has one.")] = None,
+    ratios: Annotated[str | None, typer.Option(help="Kept fractions to tabulate, such as 0.0625,0.15,0.25.")] = None,
+    domain_weights: Annotated[str | None, typer.Option(help="Such as code=2,text=1; others 0.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Compare with exact dynamic programming.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """LU-KV, offline: share any budget among all heads by marginal utility, exactly, and write it for lukv@FILE."""
+    import time
+
+    from headwise.artifacts import Profile
+    from headwise.keep import parse_keep
+    from headwise.solve import RATIOS
+    from headwise.solve import check as compare_with_optimum
+    from headwise.solve import solve as run
+
+    found = Profile.load(path)
+    if scorer is None and len(found.curves) > 1:
+        raise BadInput(f"{path} holds {', '.join(found.curves)}: choose one with --scorer.")
+    name = scorer or next(iter(found.curves))
+    weights = None if domain_weights is None else dict(_weight(part) for part in _split(domain_weights))
+    grid = RATIOS if ratios is None else [float(parse_keep(part).amount) for part in _split(ratios)]
+    start = time.perf_counter()
+    budget = run(found, name, ratios=grid, domain_weights=weights)
+    seconds = time.perf_counter() - start
+    budget.save(out)
+    quality = compare_with_optimum(found, name, budget.ratios.tolist(), domain_weights=weights) if check else []
+    rows = [{**asdict(q), "gap": q.gap} for q in quality]
+    if as_json:
+        _print_json(
+            {"budget": str(out), "scorer": name, "ratios": budget.ratios.tolist(), "seconds": seconds, "check": rows}
+        )
+        return
+    print(f"{out}: {name}, {len(budget.ratios)} ratios, solved in {seconds:.2f} s. Use it as {name}+lukv@{out}")
+    if rows:
+        header = ["ratio", "lukv", "optimum", "uniform", "adakv", "gap"]
+        _print_table("share of the utility retained", header, [[f"{row[k]:.4f}" for k in header] for row in rows])
+
+
 @app.command(epilog="Example: headwise methods --json")
 def methods(as_json: AsJson = False) -> None:
     """Every scorer, allocator and short name, with its paper."""
@@ -315,6 +409,23 @@ def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return load(model, dtype=dtype, device=device)
+
+
+def _processes() -> Any:
+    """The process group of 'accelerate launch', or None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from accelerate import PartialState
+
+    return PartialState()
+
+
+def _weight(text: str) -> tuple[str, float]:
+    name, equals, number = text.partition("=")
+    try:
+        return name.strip(), float(number if equals else "")
+    except ValueError:
+        raise BadInput(f"domain weight {text!r}: write name=number, such as code=2.") from None
 
 
 def _split(text: str) -> list[str]:

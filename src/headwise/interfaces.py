@@ -149,6 +149,10 @@ class AbstractAllocator(ABC):
         """Name and parameters, as JSON-ready values."""
         return {"name": type(self).__name__, **asdict(self)}  # pyright: ignore[reportArgumentType]
 
+    def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> "AbstractAllocator":
+        """The allocator to use with this scorer on this model. Raises ArtifactMismatch if it was made for others."""
+        return self
+
     @abstractmethod
     def allocate(
         self,

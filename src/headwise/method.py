@@ -4,13 +4,13 @@ This file is the registry: a new scorer or allocator is one line in SCORERS or A
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
-from headwise.allocate import AdaKV, Fixed, Global, Pyramid, Uniform
+from headwise.allocate import LUKV, AdaKV, Fixed, Global, Pyramid, ShippedLUKV, Uniform
 from headwise.artifacts import Budget
 from headwise.errors import BadInput
 from headwise.interfaces import AbstractAllocator, AbstractScorer
@@ -26,6 +26,7 @@ from headwise.scores import (
     SnapKV,
     Streaming,
 )
+from headwise.shapes import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +68,10 @@ class Method:
             allocator=_make(ALLOCATORS, allocator, name, "allocator"),
         )
 
+    def for_model(self, shape: ModelShape, config_hash: str) -> "Method":
+        """The method to use on this model. Raises ArtifactMismatch if its budget is for another model or scorer."""
+        return replace(self, allocator=self.allocator.resolve(self.scorer, shape, config_hash))
+
     def provenance(self) -> dict[str, Any]:
         """Names and parameters, for records and saved caches."""
         return {
@@ -84,7 +89,7 @@ class Entry:
     make: Callable[..., Any]
     summary: str
     paper: str = ""
-    needs_file: bool = False
+    file: Literal["none", "optional", "needed"] = "none"
 
 
 SCORERS: Mapping[str, Entry] = MappingProxyType(
@@ -116,7 +121,13 @@ ALLOCATORS: Mapping[str, Entry] = MappingProxyType(
             make=lambda path: Fixed(budget=Budget.load(path)),
             summary="per-head fractions from a Budget file: fixed@FILE",
             paper="2410.10819",
-            needs_file=True,
+            file="needed",
+        ),
+        "lukv": Entry(
+            make=lambda path=None: ShippedLUKV() if path is None else LUKV(budget=Budget.load(path)),
+            summary="solved from a profile of the model and scorer: lukv@FILE, or lukv where a budget is shipped",
+            paper="2602.08585",
+            file="optional",
         ),
     }
 )
@@ -151,9 +162,9 @@ def _make(registry: Mapping[str, Entry], text: str, name: str, kind: str) -> Any
     if entry is None:
         known = f"Known {kind}s: {', '.join(registry)}."
         raise BadInput(f"method {name!r}: there is no {kind} {word!r}.{_hint(registry, word, name)} {known}")
-    if entry.needs_file and not path:
+    if (entry.file == "needed" or at) and not path:
         raise BadInput(f"method {name!r}: {kind} {word!r} needs a file, as in {word}@FILE.")
-    if at and not entry.needs_file:
+    if at and entry.file == "none":
         raise BadInput(f"method {name!r}: {kind} {word!r} takes no file.")
     return entry.make(Path(path)) if at else entry.make()
 

@@ -4,8 +4,10 @@ LU-KV (arXiv 2602.08585), the long-horizon utility of entry j of a KV head:
 
     I[j] = max over later decoding steps k and the query heads of the group of  A[k, j] * ||v_j W_O||_2
 
-with A the softmax attention over everything in the cache at step k. Only true decoding steps count; the tokens of the
-question are no future queries. Attention is never made for the whole context: one row per step, memory O(context).
+with A the softmax attention over everything in the cache at step k. Only decoding steps count: queries whose output is
+a generated token. The other tokens of a question are no future queries. Attention is never made for the whole context:
+one row per step, memory O(context). Ours differs from the authors' code in that the last token of the question counts:
+it decodes the first token of the answer, which in a short answer is where the looking up is done.
 """
 
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.errors import BadInput
+from headwise.kernels import Kernel
 from headwise.layout import Segments
 from headwise.ragged.cache import RaggedCache
 
@@ -33,75 +36,16 @@ class Sampling:
     seed: int = 0
 
 
-class Importance:
-    """Collects the importance of one context's entries while questions on it are answered."""
-
-    def __init__(self, whole: RaggedCache, normalization: Normalization = "layer"):
-        layers = whole.ragged_layers
-        if any(layer.segments is None or layer.segments.batch != 1 for layer in layers):
-            raise BadInput("the importance of entries is measured on one context at a time, read and kept whole.")
-        self.whole = whole
-        self.norms = [_written_norms(whole, index, normalization) for index in range(len(layers))]  # [H, G, N]
-        self.recording = False
-        self.active: Tensor | None = None
-        self.found: list[Tensor] = []  # per layer [questions, H, N]
-
-    def fork(self, questions: int) -> RaggedCache:
-        """A cache that answers `questions` questions side by side, and starts new records for them."""
-        cache = self.whole.fork(copies=questions)
-        heads, _, tokens = self.norms[0].shape
-        device = self.norms[0].device
-        self.found = [torch.zeros(questions, heads, tokens, device=device) for _ in self.norms]
-        for layer in cache.ragged_layers:
-            layer.kernel = partial(self._attend, layer.index, layer.kernel)
-        return cache
-
-    def _attend(
-        self,
-        layer: int,
-        kernel: object,
-        query: Float[Tensor, "batch kv_heads group queries head_dim"],
-        segments: Segments,
-        rows: Tensor,
-        tail_keys: Tensor,
-        tail_values: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-    ) -> Tensor:
-        """The layer's own attention; at a decoding step its weights on the context are noted as well."""
-        assert callable(kernel)
-        if self.recording:
-            assert query.shape[3] == 1
-            logits = torch.cat(
-                [
-                    torch.einsum(
-                        "bhgd,hnd->bhgn", query[:, :, :, 0].float(), _by_head(segments.keys, segments).float()
-                    ),
-                    torch.einsum("bhgd,bhnd->bhgn", query[:, :, :, 0].float(), tail_keys.float()),
-                ],
-                dim=-1,
-            )
-            if mask is not None:
-                hidden = ~mask[:, -1]
-                logits[..., -mask.shape[-1] :].masked_fill_(hidden[:, None, None], -torch.inf)
-            weights = (logits * scaling).softmax(-1)[..., : self.norms[layer].shape[-1]]
-            useful = (weights * self.norms[layer]).amax(2)  # [batch, H, N]
-            if self.active is not None:
-                useful = useful * self.active[:, None, None]
-            self.found[layer] = torch.maximum(self.found[layer], useful)
-        return kernel(query, segments, rows, tail_keys, tail_values, mask, scaling)
-
-
 @torch.no_grad()
 def entry_importance(
     model: PreTrainedModel,
     whole: RaggedCache,
-    questions: Sequence[Int[Tensor, " question_tokens"]],
+    questions: Sequence[Int[Tensor, " _"]],
     *,
     steps: int = 64,
     normalization: Normalization = "layer",
     sampling: Sampling | None = None,
-    batch_size: int = 16,
+    batch_size: int = 8,
 ) -> Float[Tensor, "questions layers kv_heads tokens"]:
     """Importance of every entry of a wholly kept context for every question, float32.
 
@@ -111,44 +55,101 @@ def entry_importance(
     """
     if steps < 1 or not questions or any(len(q) == 0 for q in questions):
         raise BadInput("the oracle needs at least one step and one question, and no question may be empty.")
-    recorder, sampling, found = Importance(whole, normalization), sampling or Sampling(), []
+    sampling, found = sampling or Sampling(), []
+    norms = [_written_norms(whole, layer, normalization) for layer in range(len(whole.ragged_layers))]
     generator = torch.Generator().manual_seed(sampling.seed)
     for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
-        _decode(model, recorder, batch, steps, sampling, generator)
+        recorder = _Recorder(norms, len(questions[start : start + batch_size]))
+        _decode(model, whole, recorder, questions[start : start + batch_size], steps, sampling, generator)
         found.append(torch.stack(recorder.found, dim=1))
     return torch.cat(found)
 
 
+class _Recorder:
+    """Notes, at each decoding step of a batch of questions, how much every context entry contributes."""
+
+    def __init__(self, norms: list[Tensor], num_questions: int):
+        self.norms = norms  # per layer [H, G, N]
+        heads, _, tokens = norms[0].shape
+        self.found = [norm.new_zeros(num_questions, heads, tokens) for norm in norms]
+        self.answering = norms[0].new_ones(num_questions)  # 0 once a question's answer has ended
+        self.recording = False
+
+    def listen(self, cache: RaggedCache) -> None:
+        """Have every layer of `cache` tell us its queries before it computes its attention."""
+        for layer in cache.ragged_layers:
+            layer.kernel = partial(self._attend, layer.index, layer.kernel)
+
+    def _attend(
+        self,
+        layer: int,
+        kernel: Kernel,
+        query: Tensor,
+        segments: Segments,
+        rows: Tensor,
+        tail_keys: Tensor,
+        tail_values: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        if self.recording:
+            weights = _step_attention(query[:, :, :, 0], segments, tail_keys, mask, scaling)  # [B, H, G, N]
+            useful = (weights * self.norms[layer]).amax(2) * self.answering[:, None, None]
+            self.found[layer] = torch.maximum(self.found[layer], useful)
+        return kernel(query, segments, rows, tail_keys, tail_values, mask, scaling)
+
+
+def _step_attention(
+    query: Float[Tensor, "batch kv_heads group head_dim"],
+    segments: Segments,
+    tail_keys: Float[Tensor, "batch kv_heads tail head_dim"],
+    mask: Tensor | None,
+    scaling: float,
+) -> Float[Tensor, "batch kv_heads group tokens"]:
+    """One step's attention weights on the context, softmax over context and tail."""
+    query = query.float() * scaling
+    context = torch.einsum("bhgd,hnd->bhgn", query, _by_head(segments.keys, segments.kv_heads).float())
+    tail = torch.einsum("bhgd,bhnd->bhgn", query, tail_keys.float())
+    if mask is not None:
+        tail = tail.masked_fill(~mask[:, None, -1:], -torch.inf)
+    return torch.cat([context, tail], dim=-1).softmax(-1)[..., : context.shape[-1]]
+
+
 def _decode(
     model: PreTrainedModel,
-    recorder: Importance,
+    whole: RaggedCache,
+    recorder: _Recorder,
     questions: Sequence[Tensor],
     steps: int,
     sampling: Sampling,
     generator: torch.Generator,
 ) -> None:
-    seen, longest = recorder.whole.get_seq_length(), max(len(q) for q in questions)
+    """Answer a batch of questions from the full cache; record while decoding, not while reading the question."""
+    seen, longest = whole.get_seq_length(), max(len(q) for q in questions)
     ids = questions[0].new_zeros(len(questions), longest)
     mask = ids.new_ones(len(questions), seen + longest)
     for row, question in enumerate(questions):
         ids[row, longest - len(question) :] = question
         mask[row, seen : seen + longest - len(question)] = 0
-    cache = recorder.fork(len(questions))
-    recorder.recording, recorder.active = False, torch.ones(len(questions), device=ids.device)
-    ends = _end_tokens(model, ids.device)
-    for _ in range(steps + 1):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-        ).logits[:, -1]
-        ids = _next(logits, sampling, generator)
-        recorder.recording = True
-        recorder.active = recorder.active * ~torch.isin(ids[:, 0], ends)
-        if not bool(recorder.active.any()):
-            break
+    cache, ends = whole.fork(copies=len(questions)), _end_tokens(model, ids.device)
+    recorder.listen(cache)
+    if longest > 1:
+        _forward(model, cache, ids[:, :-1], mask[:, :-1])
+    recorder.recording, ids = True, ids[:, -1:]
+    for _ in range(steps):
+        ids = _next(_forward(model, cache, ids, mask), sampling, generator)
+        recorder.answering = recorder.answering * ~torch.isin(ids[:, 0], ends)
+        if not bool(recorder.answering.any()):
+            return
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-    recorder.recording = False
+
+
+def _forward(
+    model: PreTrainedModel, cache: RaggedCache, ids: Tensor, mask: Tensor
+) -> Float[Tensor, "batch vocabulary"]:
+    positions = (mask.cumsum(-1) - 1)[:, -ids.shape[1] :].clamp(min=0)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+    return out.logits[:, -1]
 
 
 def _next(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -163,8 +164,9 @@ def _end_tokens(model: PreTrainedModel, device: torch.device) -> Tensor:
     return torch.tensor([ends] if isinstance(ends, int) else (ends or []), dtype=torch.long, device=device)
 
 
-def _by_head(states: Tensor, segments: Segments) -> Tensor:
-    return states.view(segments.kv_heads, -1, states.shape[-1])
+def _by_head(states: Tensor, heads: int) -> Tensor:
+    """Flat storage of one wholly kept context as [H, N, D]."""
+    return states.view(heads, -1, states.shape[-1])
 
 
 def _written_norms(
@@ -172,9 +174,10 @@ def _written_norms(
 ) -> Float[Tensor, "kv_heads group tokens"]:
     """||v W_O||_2 of every entry for every query head that shares it."""
     segments = whole.ragged_layers[layer].segments
-    assert segments is not None
-    values = _by_head(segments.values, segments).float()  # [H, N, D]
+    if segments is None or segments.batch != 1 or len(set(segments.lengths)) > 1:
+        raise BadInput("the importance of entries is measured on one context at a time, read and kept whole.")
+    values = _by_head(segments.values, segments.kv_heads).float()
     weight = whole.view.output_weight(layer).float().unflatten(0, (segments.kv_heads, -1))  # [H, G, D, hidden]
-    gram = weight @ weight.transpose(-1, -2)  # [H, G, D, D]
+    gram = weight @ weight.transpose(-1, -2)
     norms = torch.einsum("hnd,hgde,hne->hgn", values, gram, values).clamp(min=0).sqrt()
     return norms / norms.sum() if normalization == "layer" else norms

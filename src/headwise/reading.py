@@ -75,11 +75,12 @@ class Reading:
 
     def cut(self, method: str | Method, keep: float | str | Keep) -> RaggedCache:
         """The cache that `compress` makes of this context. Raises BadInput if the scorer did not watch."""
-        method, keep = Method.parse(method), parse_keep(keep)
+        view, keep = self.whole.view, parse_keep(keep)
+        method = Method.parse(method).for_model(view.shape, view.config_hash)
         if method.scorer not in self.scores:
             watched = ", ".join(type(scorer).__name__ for scorer in self.scores)
             raise BadInput(f"{type(method.scorer).__name__} did not watch this reading; {watched} did.")
-        shape, layers = self.whole.view.shape, self.whole.ragged_layers
+        shape, layers = view.shape, self.whole.ragged_layers
         plan = make_plan(
             method,
             keep,

@@ -132,6 +132,12 @@ def test_dense_task_is_full_of_records_and_asks_forty():
     assert " ".join(records) == sample.context
 
 
+def test_dense_task_uses_every_key_and_then_filler():
+    sample = make("niah_multikey_dense", 2048)
+    assert len(re.findall(r"\blocker \w+ \w+ \w+\.", sample.context)) == len(REFERENCE_LEXICON.keys)
+    assert 2048 - LONGEST_SENTENCE < num_tokens(sample) <= 2048
+
+
 @pytest.mark.parametrize("task", ["niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "vt"])
 def test_decoys_name_keys_outside_the_facts(task):
     sample = make(task, 1024)

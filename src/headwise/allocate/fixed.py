@@ -9,7 +9,8 @@ from torch import Tensor
 
 from headwise.allocate.apportion import apportion, require_feasible
 from headwise.artifacts import Budget, fingerprint
-from headwise.interfaces import AbstractAllocator, Demand, Provenance
+from headwise.interfaces import AbstractAllocator, AbstractScorer, Demand, Provenance
+from headwise.shapes import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,11 @@ class Fixed(AbstractAllocator):
     def window(self) -> int:
         """Last tokens that the budget's origin protects."""
         return self.budget.origin.window
+
+    def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> "Fixed":
+        """Itself; any scorer will do. Raises ArtifactMismatch for another model or shape."""
+        self.budget.require(shape, config_hash)
+        return self
 
     def provenance(self) -> Provenance:
         """Name, and which budget: its origin and a fingerprint of its table, not the table itself."""

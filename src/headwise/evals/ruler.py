@@ -28,11 +28,11 @@ NUM_DECOY_VALUES = 16
 NUM_VALUES_PER_LISTING = 4
 NUM_KEYS_PER_QUERY = 4
 NUM_HOPS = 4
-NUM_COMMON_WORDS = 5
-COMMON_WORD_SHARE = 0.08  # of the list, for each common word; an uncommon one has about 0.01
+NUM_COMMON_WORDS = 4
+COMMON_WORD_SHARE = 0.1  # of the list, for each common word; an uncommon one has about 0.01
 NUM_FREQUENT_WORDS = 3
-# Zipf's law, except that the asked words stand out: the fourth is 0.6 times as frequent as the third.
-FREQUENT_WORD_WEIGHTS = (0.25, 0.22, 0.2, *(1 / (2 * rank) for rank in range(4, 21)))
+# Zipf's law, except that the asked words stand out: the fourth is 0.4 times as frequent as the third.
+FREQUENT_WORD_WEIGHTS = (0.25, 0.22, 0.2, *(1 / (3 * rank) for rank in range(4, 21)))
 SHORTEST_WORD_LIST = 30
 WORDS_PER_LISTED_SENTENCE = 9
 
@@ -373,9 +373,9 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             write=_write_chains,
         ),
         "cwe": Task(
-            description="a word list in which five words are common",
+            description="a word list in which four words are common",
             num_questions=1,
-            judged="share of the five words, in any order",
+            judged="share of the four words, in any order",
             write=_write_common_words,
         ),
         "fwe": Task(

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from headwise.artifacts import config_hash
 from headwise.errors import UnsupportedModel
 from headwise.shapes import ModelShape
 
@@ -51,6 +52,11 @@ class ModelView:
     def max_positions(self) -> int:
         """Longest sequence the model was made for."""
         return self.model.config.get_text_config().max_position_embeddings
+
+    @property
+    def config_hash(self) -> str:
+        """Names the architecture, as artifacts do."""
+        return config_hash(self.model.config.get_text_config().to_dict())
 
     def output_weight(self, layer: int) -> Float[Tensor, "query_heads head_dim hidden"]:
         """W_O of a layer, one slice per query head (a view)."""

@@ -47,7 +47,7 @@ class RaggedCache(Cache):
         replays: bool = False,
     ):
         self.view: ModelView = view(model)
-        self.method = Method.parse(method)
+        self.method = Method.parse(method).for_model(self.view.shape, self.view.config_hash)
         self.keep = parse_keep(keep)
         self.provenance: dict[str, Any] = {"method": self.method.provenance(), "keep": str(self.keep)}
         self.tokens_fingerprint: str | None = None  # of the context, once it has been read by compress()
@@ -133,7 +133,8 @@ class RaggedCache(Cache):
             raise BadInput(f"copies={copies} must be at least 1.")
         twin = copy.copy(self)
         twin.meter = self.meter.fork()
-        twin.layers = [layer.fork(twin.meter) for layer in self.layers]
+        layers: list[Any] = self.layers
+        twin.layers = [layer.fork(twin.meter) for layer in layers]
         if copies > 1:
             twin.batch_repeat_interleave(copies)
         return twin

@@ -1,0 +1,114 @@
+"""LU-KV, second half, as a verb: from a Profile to a Budget, and how good the Budget is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headwise.artifacts import Budget, Profile
+from headwise.errors import BadInput
+from headwise.hulls import concave_hulls, share
+
+RATIOS = tuple(Fraction(n, 100) for n in (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90))
+CHECK_STEPS = 64  # of a head, in the comparison with dynamic programming
+GRID = 2**16  # entries of a head from which fractions are read off; the hulls in the file are exact
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quality:
+    """Share of the utility that is retained at one ratio. `gap` is what the hulls lose against the exact optimum."""
+
+    ratio: float
+    lukv: float
+    optimum: float
+    uniform: float
+    adakv: float
+
+    @property
+    def gap(self) -> float:
+        """Relative loss against exact dynamic programming on the same curves."""
+        return 1 - self.lukv / self.optimum
+
+
+def solve(
+    profile: Profile,
+    scorer: str,
+    *,
+    ratios: Sequence[float | Fraction] = RATIOS,
+    domain_weights: Mapping[str, float] | None = None,
+) -> Budget:
+    """The Budget of a scorer: kept fractions at `ratios`, and the hulls that solve any other ratio exactly.
+
+    Raises BadInput for an unknown scorer or domain, or ratios outside (0, 1).
+    """
+    exact = sorted({Fraction(str(ratio)) for ratio in ratios})
+    if not exact or exact[0] <= 0 or exact[-1] >= 1:
+        raise BadInput(f"ratios {[float(r) for r in exact]} must lie strictly between 0 and 1.")
+    curve = profile.curve(scorer, domain_weights)
+    hulls, shape = concave_hulls(curve.flatten(0, 1)), profile.origin.shape
+    heads = len(hulls.width)
+    rows = [share(hulls, entries=GRID, total=int(ratio * GRID * heads)) for ratio in exact]
+    sink, window = profile.protection[scorer]
+    origin = replace(
+        profile.origin, scorer=scorer, scorer_parameters=profile.parameters[scorer], sink=sink, window=window
+    )
+    return Budget(
+        ratios=torch.tensor([float(ratio) for ratio in exact], dtype=torch.float64),
+        fractions=torch.stack(rows).unflatten(1, (len(shape.layers), shape.kv_heads)).double() / GRID,
+        origin=origin,
+        hull={"width": hulls.width, "slope": hulls.slope},
+    )
+
+
+def check(
+    profile: Profile, scorer: str, ratios: Sequence[float], *, domain_weights: Mapping[str, float] | None = None
+) -> list[Quality]:
+    """Compare the greedy on hulls with exact dynamic programming, uniform and AdaKV-like budgets on the same curves.
+
+    Curves are cut to 64 steps per head for it. "adakv" shares each layer's equal part greedily among its heads.
+    """
+    curve = profile.curve(scorer, domain_weights)
+    layers, heads, ranks = curve.shape
+    coarse = curve.reshape(layers, heads, CHECK_STEPS, ranks // CHECK_STEPS).sum(-1)
+    flat = coarse.flatten(0, 1)
+    gained = torch.nn.functional.pad(flat.cumsum(-1), (1, 0))
+    whole = float(gained[:, -1].sum())
+
+    def worth(counts: Tensor) -> float:
+        return float(gained.gather(1, counts[:, None]).sum()) / whole
+
+    best = _best_totals(gained)
+    found = []
+    for ratio in ratios:
+        total = round(ratio * len(flat) * CHECK_STEPS)
+        by_layer = [
+            share(concave_hulls(layer), entries=CHECK_STEPS, total=total * (i + 1) // layers - total * i // layers)
+            for i, layer in enumerate(coarse)
+        ]
+        even = torch.full((len(flat),), total // len(flat))
+        even[: total % len(flat)] += 1
+        found.append(
+            Quality(
+                ratio=ratio,
+                lukv=worth(share(concave_hulls(flat), entries=CHECK_STEPS, total=total)),
+                optimum=float(best[total]) / whole,
+                uniform=worth(even),
+                adakv=worth(torch.cat(by_layer)),
+            )
+        )
+    return found
+
+
+def _best_totals(gained: Float[Tensor, "heads counts"]) -> np.ndarray:
+    """Exact optimum for every total: (max, +) convolution of the heads' curves."""
+    best = np.zeros(1)
+    for curve in gained.numpy():
+        longer = np.full(len(best) + len(curve) - 1, -np.inf)
+        for count, gain in enumerate(curve):
+            np.maximum(longer[count : count + len(best)], best + gain, out=longer[count : count + len(best)])
+        best = longer
+    return best
