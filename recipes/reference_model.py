@@ -32,19 +32,19 @@ COPYING_LENGTHS = {0.0: 64, 0.55: 128, 0.7: 256}  # from this share of the stage
 AMBIGUOUS_FROM = 0.15
 ASKING_TOKENS_PER_STEP = 8192
 ASKING_LENGTHS = {0.0: 64, 0.06: 128, 0.16: 256, 0.28: 512, 0.5: 1024}
-LONGEST_LENGTH_SHARE = 0.5  # of the steps
+LONGEST_LENGTH_SHARE = 0.7  # of the steps
 SHORTEST_MIXED_LENGTH = 256
 TASK_MIX = {
-    "niah_single": 0.03,
-    "niah_multikey": 0.04,
-    "niah_multikey_dense": 0.2,
-    "niah_multivalue": 0.12,
-    LISTINGS: 0.12,
-    "niah_multiquery": 0.08,
-    "vt": 0.07,
-    "cwe": 0.14,
-    "fwe": 0.12,
-    MIXED: 0.08,
+    "niah_single": 0.02,
+    "niah_multikey": 0.02,
+    "niah_multikey_dense": 0.16,
+    "niah_multivalue": 0.26,
+    LISTINGS: 0.2,
+    "niah_multiquery": 0.04,
+    "vt": 0.04,
+    "cwe": 0.1,
+    "fwe": 0.1,
+    MIXED: 0.06,
 }
 # Answers in any order are the last to be learned: what was given must not be given again.
 TASK_MIX_OF_SHORTER = TASK_MIX | {
@@ -119,7 +119,7 @@ def train_asking(model: LlamaForCausalLM, out: Path, *, seed: int, minutes: floa
 
 
 def draw_length(rng: np.random.Generator, longest: int) -> int:
-    """Draw the length of a step: the longest or, as often, a shorter one, whose many rows supervise more answers."""
+    """Draw the length of a step: mostly the longest, else a shorter one, whose many rows supervise more answers."""
     shorter = [length for length in ASKING_LENGTHS.values() if length < longest]
     return longest if not shorter or rng.random() < LONGEST_LENGTH_SHARE else int(rng.choice(shorter))
 

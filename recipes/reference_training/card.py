@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from headwise.evals.ruler import TASKS
 
 from .heads import RECENT_TOKENS
-from .measure import HEAD_STUDY_LENGTH, NUM_HEAD_STUDY_SAMPLES, PROBED_LENGTH, TRAINED_LENGTHS, Measurements
+from .measure import HEAD_STUDY_LENGTH, NUM_HEAD_STUDY_SAMPLES, PROBED_LENGTH, TRAINED_LENGTHS, HeadRoles, Measurements
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,7 @@ def write_card(model: LlamaForCausalLM, measurements: Measurements, provenance: 
             _introduction(model),
             _training(provenance),
             _accuracy(measurements),
-            _heads(measurements),
+            _heads(measurements.heads),
             _limits(),
         ]
     )
@@ -80,20 +80,18 @@ def _accuracy(measurements: Measurements) -> str:
 
 Mean score of greedy generation by length in tokens, over the first questions of evaluation samples 0 to {last}
 (seed 0). A score is the share of the right phrases that the answer contains. Length {PROBED_LENGTH} was never
-trained, and is probed with a quarter of the samples. Measured in bfloat16 on a CPU with {versions}.
+trained, and is probed with an eighth of the samples. Measured in bfloat16 on a CPU with {versions}.
 
 {_table(["task", *map(str, lengths)], rows)}"""
 
 
-def _heads(measurements: Measurements) -> str:
-    without = measurements.accuracy_without
+def _heads(heads: HeadRoles) -> str:
+    without, kept = heads.without, heads.with_only
     rows = [[str(layer), *(f"{value:.2f}" for value in values)] for layer, values in enumerate(without)]
-    kept = measurements.accuracy_with_only
-    dense = measurements.dense_accuracy
     return f"""## Which KV heads matter
 
 Accuracy on niah_multikey_dense at length {HEAD_STUDY_LENGTH} when one KV head of one layer loses the whole context
-but its first token, over {NUM_HEAD_STUDY_SAMPLES} samples; with nothing evicted it is {dense:.2f}.
+but its first token, over {NUM_HEAD_STUDY_SAMPLES} samples; with nothing evicted it is {heads.nothing_evicted:.2f}.
 
 {_table(["layer", *(f"head {head}" for head in range(without.shape[1]))], rows)}
 

@@ -4,12 +4,12 @@ import json
 import shutil
 import tempfile
 import textwrap
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from headwise.evals.lexicon import REFERENCE_LEXICON
 from headwise.evals.ruler import Question, seeded_generator
@@ -22,6 +22,7 @@ from .tokenizer import build_tokenizer
 STAGES = ("copying", "asking")
 DEMO_LENGTH = 900
 NUM_DEMO_LOOKUPS = 18
+NUM_DEMO_OTHERS = 4  # of each other kind
 DEMO_WIDTH = 100
 
 
@@ -33,9 +34,8 @@ def export(run: Path, to: Path, *, provenance: Provenance, num_samples: int) -> 
         save_model(run, staged)
         write_log(run, staged / "training_log.jsonl")
         write_demo(staged)
-        model = cast(LlamaForCausalLM, AutoModelForCausalLM.from_pretrained(staged, dtype=torch.bfloat16))
-        tokenizer = AutoTokenizer.from_pretrained(staged)
-        measurements = measure(model, tokenizer, num_samples=num_samples)
+        measurements = measure(staged, num_samples=num_samples)
+        model = LlamaForCausalLM.from_pretrained(staged)
         (staged / "README.md").write_text(write_card(model, measurements, provenance))
         for file in staged.iterdir():
             file.chmod(0o644)
@@ -78,7 +78,10 @@ def write_demo(to: Path) -> None:
 
 
 def _demo_questions(questions: Sequence[Question]) -> list[Question]:
-    """Take everything but the plain lookups, and some of those: the document answers many more."""
-    start = REFERENCE_LEXICON.lookup.question.format(key="")
-    lookups = [question for question in questions if question.prompt.startswith(start)]
-    return lookups[:NUM_DEMO_LOOKUPS] + [question for question in questions if question not in lookups]
+    """Take some of each kind, mostly plain lookups; the document answers many more."""
+    by_kind: dict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        kind = question.prompt.split()[1]
+        by_kind[kind].append(question)
+    most = {REFERENCE_LEXICON.lookup.question.split()[1]: NUM_DEMO_LOOKUPS}
+    return [question for kind, asked in by_kind.items() for question in asked[: most.get(kind, NUM_DEMO_OTHERS)]]

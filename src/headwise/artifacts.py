@@ -221,8 +221,8 @@ class Profile:
             (weights or {}).get(d, 0.0) if weights else float(n)
             for d, n in zip(self.domains, self.contexts, strict=True)
         ]
-        if min(shares) < 0 or sum(shares) <= 0:
-            raise BadInput(f"domain weights {dict(weights or {})} must be at least 0, and not all of them 0.")
+        if not (min(shares) >= 0 and 0 < sum(shares) < float("inf")):
+            raise BadInput(f"domain weights {dict(weights or {})} must be finite, at least 0, and not all of them 0.")
         share = torch.tensor(shares, dtype=torch.float64) / sum(shares)
         return torch.einsum("d,dlhr->lhr", share, self.curves[scorer].double())
 

@@ -55,7 +55,7 @@ def load_examples(source: str, tokenizer: Any, *, max_positions: int) -> list[Ex
     """Examples from a file, a folder or "builtin[:N]". Raises BadInput naming file and line."""
     name, _, count = source.partition(":")
     if name == BUILTIN:
-        if count and not (count.isdigit() and int(count) > 0):
+        if count and not (count.isdecimal() and int(count) > 0):
             raise BadInput(f"data={source!r}: write {BUILTIN} or {BUILTIN}:N with a number of contexts.")
         return builtin(tokenizer, int(count or DEFAULT_CONTEXTS), max_positions=max_positions)
     path = Path(source)
@@ -117,7 +117,7 @@ def _read(file: Path) -> list[Example]:
     text = read_text(file)
     if file.suffix != ".jsonl":
         return [Example(context=text, domain=file.stem)]
-    return [_parse(line, f"{file}, line {number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [_parse(line, f"{file}, line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _parse(line: str, where: str) -> Example:

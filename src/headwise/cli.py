@@ -235,7 +235,7 @@ def profile(
 
     if normalization not in {"layer", "none"}:
         raise BadInput(f"normalization={normalization!r}: choose layer or none.")
-    state = _processes()
+    state = _processes(device)
     loaded, tokenizer = _load(model, dtype, device if state is None else str(state.device))
     examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions)
     sampling = Sampling(temperature=temperature, seed=seed)
@@ -411,13 +411,17 @@ def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     return load(model, dtype=dtype, device=device)
 
 
-def _processes() -> Any:
-    """The process group of 'accelerate launch', or None."""
+def _processes(device: str) -> Any:
+    """The process group of 'accelerate launch' or torchrun, or None."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
+    from datetime import timedelta
+
+    import torch
     from accelerate import PartialState
 
-    return PartialState()
+    # Without cpu=True accelerate takes processes without a GPU for independent ones. The shares may differ in length.
+    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def _weight(text: str) -> tuple[str, float]:

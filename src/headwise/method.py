@@ -34,7 +34,7 @@ class Method:
     """What to keep. Protected tokens are always kept, inside the budget (None: those of the scorer's paper).
 
     >>> Method.parse("snapkv+adakv")
-    >>> Method(scorer=SnapKV(window_size=64), allocator=AdaKV(safeguard=0.05), sink=4)
+    >>> Method(scorer=SnapKV(window_size=64), allocator=AdaKV(safeguard=0.05), protect_sink=4)
     """
 
     scorer: AbstractScorer
@@ -60,6 +60,8 @@ class Method:
         """
         if isinstance(name, Method):
             return name
+        if not isinstance(name, str):
+            raise BadInput(f"method={name!r}: give a name such as 'snapkv+adakv', or Method(scorer=..., allocator=...).")
         scorer, plus, allocator = (part.strip() for part in ALIASES.get(name.strip(), name).partition("+"))
         if not plus:
             allocator = "uniform"

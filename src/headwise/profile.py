@@ -31,7 +31,7 @@ from headwise.interfaces import AbstractScorer
 from headwise.method import Method
 from headwise.oracle import Normalization, Sampling, entry_importance
 from headwise.ragged.store import model_fingerprint
-from headwise.reading import Reading, read
+from headwise.reading import Reading, can_watch, read
 from headwise.select import protected_mask
 
 RANKS = 1024  # resolution of a curve: steps from nothing kept to everything kept
@@ -61,14 +61,18 @@ def profile(
     """Measure every example for every scorer and write the Profile `out`; resumes what a killed run left.
 
     `process` is (rank, number) when several processes share the examples and `out`; `wait` is then their barrier.
-    Raises BadInput, before anything is measured for what can be seen then; ArtifactMismatch for parts of another run.
+    Raises BadInput before anything is measured; ArtifactMismatch or BadInput for parts that are damaged. Parts of
+    another model, other settings or other scorers are not taken up.
     """
     settings, parts = settings or Settings(), Path(f"{os.fspath(out)}.parts")
-    chosen = {name: Method.parse(name).scorer for name in dict.fromkeys(scorers)}
-    if not examples or not chosen:
-        raise BadInput("there is nothing to profile: give at least one example and one scorer.")
-    encoded = [_fitting(model, tokenizer, example, settings) for example in examples]
-    run = fingerprint(model_fingerprint(model), repr((asdict(settings), sorted(chosen), RANKS)))
+    chosen = _scorers(scorers)
+    if not examples:
+        raise BadInput("there is nothing to profile: give at least one example.")
+    if Path(out).is_dir():
+        raise BadInput(f"{out} is a folder; name a file for the profile.")
+    encoded = [_fitting(model, tokenizer, example, list(chosen.values()), settings) for example in examples]
+    parameters = sorted((name, repr(scorer.provenance())) for name, scorer in chosen.items())
+    run = fingerprint(model_fingerprint(model), repr((asdict(settings), parameters, RANKS)))
     files = [parts / f"{fingerprint(run, context, *questions)[:24]}.safetensors" for context, questions in encoded]
     parts.mkdir(parents=True, exist_ok=True)
     rank, number = process
@@ -128,15 +132,25 @@ def _curve(
 ) -> Float[Tensor, "layers kv_heads ranks"]:
     protected = protected_mask(reading.valid, scorer.sink, scorer.window)
     candidates = (reading.valid & ~protected)[0]
-    if int(candidates.sum()) < 1:
-        raise BadInput("a calibration context is shorter than the tokens its scorer protects.")
     marginal = marginal_utility(importance, reading.scores[scorer][:, 0], candidates)
     return marginal / marginal.sum()
 
 
+def _scorers(names: Sequence[str]) -> dict[str, AbstractScorer]:
+    """Scorers by name, each once. Raises BadInput for none, an unknown one or one that cannot watch a prefill."""
+    chosen = {name: Method.parse(f"{name}+uniform").scorer for name in dict.fromkeys(names)}
+    if not chosen:
+        raise BadInput("there is nothing to profile: give at least one scorer.")
+    for name, scorer in chosen.items():
+        if not can_watch(scorer):
+            raise BadInput(f"{name} cannot be profiled: it reads the context twice, or its scores depend on the keep.")
+    return chosen
+
+
 def _fitting(
-    model: PreTrainedModel, tokenizer: Any, example: Example, settings: Settings
+    model: PreTrainedModel, tokenizer: Any, example: Example, scorers: Sequence[AbstractScorer], settings: Settings
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Context and question tokens. Raises BadInput where they are too many for the model or too few for a scorer."""
     context, questions = encode(tokenizer, example, device=model.device)
     tokens = context.shape[1] + max(len(q) for q in questions) + settings.steps
     limit = view(model).max_positions
@@ -144,6 +158,12 @@ def _fitting(
         raise BadInput(
             f"a calibration context of {context.shape[1]} tokens, its longest question and {settings.steps} decoded "
             f"tokens need {tokens} positions, but this model was made for {limit}: {example.context[:40]!r}."
+        )
+    protected = max(scorer.sink + scorer.window for scorer in scorers)
+    if context.shape[1] <= protected:
+        raise BadInput(
+            f"a calibration context of {context.shape[1]} tokens is no longer than the {protected} that its scorer "
+            f"protects: {example.context[:40]!r}."
         )
     return context, questions
 

@@ -31,7 +31,7 @@ class Quality:
     @property
     def gap(self) -> float:
         """Relative loss against exact dynamic programming on the same curves."""
-        return 1 - self.lukv / self.optimum
+        return 1 - self.lukv / self.optimum if self.optimum > 0 else 0.0
 
 
 def solve(
@@ -45,9 +45,9 @@ def solve(
 
     Raises BadInput for an unknown scorer or domain, or ratios outside (0, 1).
     """
+    if not ratios or not all(0 < ratio < 1 for ratio in ratios):
+        raise BadInput(f"ratios {[float(ratio) for ratio in ratios]} must lie strictly between 0 and 1.")
     exact = sorted({Fraction(str(ratio)) for ratio in ratios})
-    if not exact or exact[0] <= 0 or exact[-1] >= 1:
-        raise BadInput(f"ratios {[float(r) for r in exact]} must lie strictly between 0 and 1.")
     curve = profile.curve(scorer, domain_weights)
     hulls, shape = concave_hulls(curve.flatten(0, 1)), profile.origin.shape
     heads = len(hulls.width)

@@ -7,13 +7,14 @@ import torch
 from score_oracles import critical, group_of
 from torch import Tensor
 
+from headwise.errors import BadInput
 from headwise.interfaces import Chunk, Replay, Statistics
-from headwise.scores import CriticalKV, ExpectedAttention, KeyDiff, KVzip, SnapKV
+from headwise.scores import H2O, CriticalKV, ExpectedAttention, KeyDiff, KVzip, SnapKV
 
 CRITICAL = [
     CriticalKV(base=SnapKV(window_size=4)),
-    CriticalKV(base=KeyDiff(), first_stage=0.3),
-    CriticalKV(base=KeyDiff(), first_stage=0.0),
+    CriticalKV(base=H2O(), first_stage=0.3),
+    CriticalKV(base=H2O(), first_stage=0.0),
     CriticalKV(base=ExpectedAttention(num_future=8, use_vnorm=False), epsilon=0.01),
 ]
 
@@ -33,9 +34,9 @@ def test_critical_equals_the_formula(scorer: CriticalKV, make_layer: Any) -> Non
 
 
 def test_critical_keeps_the_first_stage_in_the_order_of_the_base(make_layer: Any) -> None:
-    layer, scorer = make_layer(lengths=(23,)), CriticalKV(base=KeyDiff())
+    layer, scorer = make_layer(lengths=(23,)), CriticalKV(base=H2O())
     scores = scorer.score(layer.observe(scorer, keep=0.6))
-    base = KeyDiff().score(layer.observe(KeyDiff()))
+    base = H2O().score(layer.observe(H2O()))
     first = int(0.6 * 23) // 2
     assert torch.equal(scores.topk(first).indices, base.topk(first).indices)
 
@@ -116,3 +117,11 @@ def test_kvzip_does_nothing_during_prefill(make_layer: Any) -> None:
 def test_kvzip_asks_for_a_replay() -> None:
     assert KVzip(chunk_size=16, instruction=(7, 8)).replay == Replay(chunk_size=16, overlap=8, instruction=(7, 8))
     assert CriticalKV().replay is None
+
+
+def test_critical_refuses_a_base_with_negative_scores(make_layer: Any) -> None:
+    """Weighting them would turn the order of large values round."""
+    layer = make_layer(lengths=(23,))
+    scorer = CriticalKV(base=KeyDiff())
+    with pytest.raises(BadInput, match="negative"):
+        scorer.score(layer.observe(scorer))

@@ -123,7 +123,7 @@ def test_h2o_block_size_changes_nothing(block_size: int, make_layer: Any) -> Non
 
 @pytest.mark.parametrize(
     ("name", "scorer"),
-    [("expected._BLOCK", ExpectedAttention(num_future=16)), ("reconstruct._TOKEN_BLOCK", CriticalKV(base=KeyDiff()))],
+    [("expected._BLOCK", ExpectedAttention(num_future=16)), ("reconstruct._TOKEN_BLOCK", CriticalKV(base=H2O()))],
 )
 def test_blocks_change_nothing(
     name: str, scorer: AbstractScorer, make_layer: Any, monkeypatch: pytest.MonkeyPatch

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headwise.allocate.apportion import require_feasible
+from headwise.allocate.apportion import even_shares, require_feasible
 from headwise.artifacts import Budget, fingerprint
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.hulls import Hulls, share
 from headwise.interfaces import AbstractAllocator, AbstractScorer, Demand, Provenance
 from headwise.shapes import ModelShape
 
-LEAST_SHARE = 0.01  # of the context: what every head keeps, where the budget allows it
+LEAST_SHARE = 0.01  # of the context: what every head keeps; a budget below that is shared evenly
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,9 @@ class LUKV(AbstractAllocator):
 
     def _counts(self, hulls: Hulls, demand: Demand, row: int, protected: int) -> Int[Tensor, " heads"]:
         tokens, total, heads = demand.tokens[row], demand.totals[row], demand.shape.num_heads
-        least = min(max(demand.floors[row], int(LEAST_SHARE * tokens)), total // heads)
+        least = max(demand.floors[row], int(LEAST_SHARE * tokens))
+        if total < heads * least:  # a floor that grew with the total would take from the steepest heads again
+            return even_shares(torch.tensor(total), heads)
         rest = share(
             hulls, entries=tokens - protected, total=total - heads * protected, floor=max(least - protected, 0)
         )

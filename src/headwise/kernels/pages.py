@@ -14,7 +14,8 @@ from torch import Tensor
 from headwise.kernels.partial import OwnedPart, attend_part, bias_of, merge
 from headwise.layout import Segments
 
-MAX_PAGED_QUERIES = 32
+MAX_PAGED_QUERIES = 32  # per segment
+MAX_QUERIES = 512  # at a time, per row
 
 
 def attend(
@@ -27,20 +28,16 @@ def attend(
     scaling: float,
 ) -> Tensor:
     """Attention over frozen segments and tail; see `reference.attend` for the shapes."""
+    if query.shape[3] > MAX_QUERIES:
+        return _attend_in_blocks(query, segments, rows, tail_keys, tail_values, mask, scaling)
     queries = query.flatten(2, 3)  # [B, H, G * T, D]
     folding = Folding.of(rows, segments.batch)
     folded = folding.fold(queries)  # [S, slots * G * T, D]
     frozen = _attend_pages if folded.shape[1] <= MAX_PAGED_QUERIES else _attend_slices
     parts = frozen(folded, segments, scaling)
-    out, lse = attend_part(
-        queries.flatten(0, 1),
-        tail_keys.flatten(0, 1),
-        tail_values.flatten(0, 1),
-        _tail_bias(mask, query),
-        scaling,
-    )
+    out, lse = attend_part(queries, tail_keys, tail_values, _tail_bias(mask, query), scaling)
     everyone = torch.arange(len(folded), device=query.device)
-    parts.append((folding.fold(out.view_as(queries)), folding.fold(lse.view(queries.shape[:3])), everyone))
+    parts.append((folding.fold(out), folding.fold(lse), everyone))
     merged = folding.unfold(merge(parts, len(folded)), queries.shape[1])
     return merged.to(query.dtype).view_as(query)
 
@@ -83,13 +80,32 @@ class Folding:
         return by_slot.flatten(0, 1) if self.in_order else by_slot[self.rows, self.slot]
 
 
+def _attend_in_blocks(
+    query: Tensor,
+    segments: Segments,
+    rows: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """A long question or turn, some queries at a time: its mask would be quadratic in memory."""
+    blocks = torch.arange(query.shape[3], device=query.device).split(MAX_QUERIES)
+    masks = [None if mask is None else mask[:, block] for block in blocks]
+    return torch.cat(
+        [
+            attend(query[:, :, :, block], segments, rows, tail_keys, tail_values, part, scaling)
+            for block, part in zip(blocks, masks, strict=True)
+        ],
+        dim=3,
+    )
+
+
 def _tail_bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """[B, T, n] -> [B * H, G * T, n]."""
+    """[B, T, n] -> [B, 1, G * T, n], the same for all heads."""
     if mask is None:
         return None
-    batch, heads, group, num_queries, _ = query.shape
-    bias = bias_of(mask, query.dtype)[:, None, None]
-    return bias.expand(batch, heads, group, num_queries, -1).reshape(batch * heads, group * num_queries, -1)
+    return bias_of(mask, query.dtype)[:, None].repeat(1, 1, query.shape[2], 1)
 
 
 def _attend_slices(query: Tensor, segments: Segments, scaling: float) -> list[OwnedPart]:
@@ -97,9 +113,9 @@ def _attend_slices(query: Tensor, segments: Segments, scaling: float) -> list[Ow
     for segment, length in enumerate(segments.lengths):
         if length > 0:
             part = segments.slice(segment)
-            keys, values = segments.keys[None, part], segments.values[None, part]
-            out, lse = attend_part(query[segment, None], keys, values, None, scaling)
-            parts.append((out, lse, torch.tensor([segment], device=query.device)))
+            keys, values = segments.keys[None, None, part], segments.values[None, None, part]
+            out, lse = attend_part(query[None, segment, None], keys, values, None, scaling)
+            parts.append((out[0], lse[0], torch.tensor([segment], device=query.device)))
     return parts
 
 
@@ -108,11 +124,15 @@ def _attend_pages(query: Tensor, segments: Segments, scaling: float) -> list[Own
     whole = len(table.owner) * table.size
     parts = []
     if whole:
-        keys = segments.keys[:whole].view(-1, table.size, query.shape[-1])
+        keys = segments.keys[:whole].view(-1, 1, table.size, query.shape[-1])
         values = segments.values[:whole].view_as(keys)
-        parts.append((*attend_part(query[table.owner], keys, values, table.bias[:, None], scaling), table.owner))
+        parts.append(_owned(query, keys, values, table.bias, table.owner, scaling))
     if len(table.extra_owner):
-        keys, values = segments.keys[table.extra_index], segments.values[table.extra_index]
-        extra = attend_part(query[table.extra_owner], keys, values, table.extra_bias[:, None], scaling)
-        parts.append((*extra, table.extra_owner))
+        keys, values = segments.keys[table.extra_index][:, None], segments.values[table.extra_index][:, None]
+        parts.append(_owned(query, keys, values, table.extra_bias, table.extra_owner, scaling))
     return parts
+
+
+def _owned(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, owner: Tensor, scaling: float) -> OwnedPart:
+    out, lse = attend_part(query[owner, None], keys, values, bias[:, None, None], scaling)
+    return out[:, 0], lse[:, 0], owner

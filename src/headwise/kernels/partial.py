@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headwise.layout import masked_value
 
-Part = tuple[Float[Tensor, "parts queries head_dim"], Float[Tensor, "parts queries"]]
+Part = tuple[Float[Tensor, "parts heads queries head_dim"], Float[Tensor, "parts heads queries"]]
 OwnedPart = tuple[Float[Tensor, "_ queries head_dim"], Float[Tensor, "_ queries"], Int[Tensor, " _"]]
 
 
@@ -21,35 +21,26 @@ def bias_of(mask: Bool[Tensor, "*axes"], dtype: torch.dtype) -> Float[Tensor, "*
 
 
 def attend_part(
-    query: Float[Tensor, "parts queries head_dim"],
-    keys: Float[Tensor, "parts keys head_dim"],
-    values: Float[Tensor, "parts keys head_dim"],
-    bias: Float[Tensor, "parts _ keys"] | None,
+    query: Float[Tensor, "parts heads queries head_dim"],
+    keys: Float[Tensor, "parts heads keys head_dim"],
+    values: Float[Tensor, "parts heads keys head_dim"],
+    bias: Float[Tensor, "parts #heads #queries keys"] | None,  # noqa: F821
     scaling: float,
 ) -> Part:
-    """Output and log-sum-exp (at least float32) of independent attentions. `bias` is added to the logits,
-    for all queries alike or for each.
-    """
+    """Output and log-sum-exp (at least float32) of independent attentions. `bias` is added to the logits."""
     if query.device.type == "cpu":
-        return _attend_cpu(query, keys, values, bias, scaling)
+        if bias is not None:
+            bias = bias.expand(-1, -1, query.shape[2], -1)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, attn_mask=bias, scale=scaling
+        )
     return attend_unfused(query, keys, values, bias, scaling)
-
-
-def _attend_cpu(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float) -> Part:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query[:, None],
-        keys[:, None],
-        values[:, None],
-        attn_mask=None if bias is None else bias.expand(-1, query.shape[1], -1)[:, None],
-        scale=scaling,
-    )
-    return out[:, 0], lse.reshape(query.shape[:2])
 
 
 def attend_unfused(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float) -> Part:
     """The same by two matrix products, with float32 logits: for devices without a fused kernel that returns the sum."""
     precise = torch.promote_types(query.dtype, torch.float32)
-    logits = query.to(precise) @ keys.to(precise).transpose(1, 2) * scaling
+    logits = query.to(precise) @ keys.to(precise).transpose(-1, -2) * scaling
     if bias is not None:
         logits = logits + bias
     lse = logits.logsumexp(-1)

@@ -72,6 +72,11 @@ class CriticalKV(AbstractScorer):
     def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
         """Score by the base, then by the projected values; the first stage's choice on top."""
         base = self.base.score(observation)
+        if bool((base < 0).logical_and(observation.valid.unsqueeze(1)).any()):
+            raise BadInput(
+                f"CriticalKV multiplies scores, and those of {type(self.base).__name__} can be negative: choose a base "
+                "that scores by attention, such as SnapKV."
+            )
         scores = (base + self.epsilon) * projected_norms(observation.values, observation.output_weight)
         pinned = _protected(observation.valid, self.sink, self.window).unsqueeze(1)
         ranked = base.masked_fill(pinned, torch.inf).masked_fill(~observation.valid.unsqueeze(1), -torch.inf)
