@@ -34,6 +34,20 @@ CONFIGS = {
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         sliding_window=None,
     ),
+    # As Phi-4-mini: a window longer than any sequence, which is none, and frequencies for short and long sequences.
+    "phi4_mini": lambda: Phi3Config(
+        **COMMON,
+        original_max_position_embeddings=512,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 512,
+            "short_factor": [1.0, 1.0, 1.0, 1.0],
+            "long_factor": [1.0, 2.0, 4.0, 8.0],
+        },
+        sliding_window=2048,
+    ),
     "gemma3_text": lambda: Gemma3TextConfig(
         **COMMON,
         head_dim=16,

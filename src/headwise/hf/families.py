@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from headwise.artifacts import config_hash
@@ -51,7 +51,7 @@ class ModelView:
     @property
     def max_positions(self) -> int:
         """Longest sequence the model was made for."""
-        return self.model.config.get_text_config().max_position_embeddings
+        return max_positions(self.model.config)
 
     @property
     def config_hash(self) -> str:
@@ -64,10 +64,17 @@ class ModelView:
         return weight.view(-1, self.shape.query_heads, self.shape.head_dim).permute(1, 2, 0)
 
     def rotary(self, layer: int) -> "ModelRotary":
-        """The rotary embedding that a layer's queries and keys went through."""
-        config = self.model.config.get_text_config()
-        kind = config.layer_types[self.shape.layers[layer]] if self.family.typed_rotary else None
-        return ModelRotary(module=self._decoder.rotary_emb, layer_type=kind, head_dim=self.shape.head_dim)
+        """The rotary embedding that a layer's queries and keys went through in the latest forward pass.
+
+        Its frequencies are copied: dynamic and long scaling choose them anew in every pass, and a later one may differ.
+        """
+        config, module = self.model.config.get_text_config(), self._decoder.rotary_emb
+        prefix = f"{config.layer_types[self.shape.layers[layer]]}_" if self.family.typed_rotary else ""
+        return ModelRotary(
+            frequencies=getattr(module, f"{prefix}inv_freq").detach().float().clone(),
+            attention_scaling=float(getattr(module, f"{prefix}attention_scaling")),
+            head_dim=self.shape.head_dim,
+        )
 
     def _attention(self, layer: int) -> Any:
         return self._decoder.layers[self.shape.layers[layer]].self_attn
@@ -79,10 +86,13 @@ class ModelView:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRotary:
-    """Implements `interfaces.Rotary` by the model's own rotary module, partial rotation and scaled cosines included."""
+    """Implements `interfaces.Rotary` by the frequencies a forward pass has used, partial rotation included.
 
-    module: nn.Module
-    layer_type: str | None
+    The model's own module is not called: to be asked about other positions would change it (dynamic and long scaling).
+    """
+
+    frequencies: Float[Tensor, " pairs"]
+    attention_scaling: float  # of cosines and sines (1 but for YaRN and the like)
     head_dim: int
 
     def unrotate(
@@ -91,8 +101,7 @@ class ModelRotary:
         """Undo the rotation of queries or keys; float32."""
         cos, sin = (x[:, None] for x in self._tables(positions))
         rotated, rest = states.float().split([cos.shape[-1], self.head_dim - cos.shape[-1]], dim=-1)
-        scale = (cos * cos + sin * sin)[..., :1]  # attention scaling squared (1 but for YaRN and the like)
-        return torch.cat([(rotated * cos - _rotate_half(rotated) * sin) / scale, rest], dim=-1)
+        return torch.cat([(rotated * cos - _rotate_half(rotated) * sin) / self.attention_scaling**2, rest], dim=-1)
 
     def mean_rotation(self, positions: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch head_dim head_dim"]:
         """The rotation matrix averaged over positions; float32."""
@@ -104,9 +113,9 @@ class ModelRotary:
         return matrix
 
     def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        probe = torch.empty(0, dtype=torch.float32, device=positions.device)
-        extra = () if self.layer_type is None else (self.layer_type,)
-        return self.module(probe, positions, *extra)
+        angles = positions[..., None].float() * self.frequencies.to(positions.device)
+        angles = torch.cat([angles, angles], dim=-1)  # [B, N, rotary_dim]
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 
 def view(model: PreTrainedModel) -> ModelView:
@@ -147,11 +156,20 @@ def _family(config: PretrainedConfig) -> Family:
     return family
 
 
+def max_positions(config: PretrainedConfig) -> int:
+    """Longest sequence a configuration was made for: what it says, or what its rope scaling stretches it to."""
+    config = config.get_text_config()
+    rope = config.rope_parameters or {}
+    rope = rope.get("full_attention", rope)  # some families have one per type of layer
+    stretched = rope.get("factor", 1.0) * rope.get("original_max_position_embeddings", 0)
+    return max(config.max_position_embeddings, int(stretched))
+
+
 def _slides(config: PretrainedConfig, layer: int) -> bool:
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        return types[layer] != "full_attention"
-    return getattr(config, "sliding_window", None) is not None
+    """Whether a layer forgets: a window as long as any sequence (Phi-4-mini's) is no window."""
+    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    kind = "sliding_attention" if types is None else types[layer]
+    return kind != "full_attention" and window is not None and window < max_positions(config)
 
 
 def _rotate_half(x: Tensor) -> Tensor:

@@ -1,0 +1,193 @@
+"""Calibration data: the builtin mix, and examples from files."""
+
+import json
+
+import pytest
+import torch
+from folders import CHAT_TEMPLATE, word_tokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from headwise.calibration import TASKS, Example, builtin, encode, load_examples
+from headwise.errors import BadInput
+from headwise.evals.lexicon import REFERENCE_LEXICON
+from headwise.evals.ruler import generate
+
+POSITIONS = 1024
+
+
+def byte_tokenizer():
+    """Knows every text, as a hub model's tokenizer does."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({char: n for n, char in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def load(source, tokenizer=None):
+    return load_examples(str(source), tokenizer or word_tokenizer(), max_positions=POSITIONS)
+
+
+def write(path, *records):
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records), encoding="utf-8")
+    return path
+
+
+# --- builtin ---
+
+
+def test_the_builtin_mix_is_the_same_every_time_and_longer_ones_begin_alike():
+    mix = builtin(word_tokenizer(), 12, max_positions=POSITIONS)
+    assert mix == load("builtin:12")
+    assert mix[:5] == load("builtin:5")
+    assert len({example.context for example in mix}) == 12
+    assert len(load("builtin")) == 24
+
+
+def test_the_builtin_mix_has_all_kinds_several_lengths_and_many_questions():
+    mix = load("builtin:16")
+    assert {example.domain for example in mix} == set(TASKS)
+    lengths = [encode(word_tokenizer(), example, device="cpu")[0].shape[1] for example in mix]
+    assert max(lengths[:8]) <= POSITIONS // 4 < min(lengths[8:]) <= max(lengths) <= POSITIONS // 2
+    dense = [example for example in mix if example.domain == "niah_multikey_dense"]
+    assert all(len(example.questions) >= 10 for example in dense)
+    assert all(1 <= len(example.questions) <= 40 for example in mix)
+
+
+def test_the_builtin_mix_shares_no_context_with_the_evaluation():
+    for number, example in enumerate(load("builtin:16")):
+        for split in ("evaluation", "train", "demo"):
+            length = POSITIONS // 4 if number < 8 else POSITIONS // 2
+            other = generate(
+                example.domain, lexicon=REFERENCE_LEXICON, length=length, seed=0, index=number, split=split
+            )
+            assert other.context != example.context
+        same = generate(
+            example.domain, lexicon=REFERENCE_LEXICON, length=length, seed=0, index=number, split="calibration"
+        )
+        assert same.context == example.context
+
+
+def test_code_is_in_the_mix_where_the_tokenizer_knows_it():
+    assert not any(example.domain == "code" for example in load("builtin:16"))
+    mix = load("builtin:8", byte_tokenizer())
+    (code,) = [example for example in mix if example.domain == "code"]
+    scope = {}
+    exec(code.context, scope)
+    assert 1 <= len(code.questions) <= 40
+    for question in code.questions:
+        name = question.removeprefix("What does ").partition("(")[0]
+        assert 100 <= scope[name]() < 10_000
+    assert mix == load("builtin:8", byte_tokenizer())
+
+
+def test_no_builtin_context_is_longer_than_4096_tokens():
+    lexicon_lengths = [
+        len(word_tokenizer()(example.context)["input_ids"])
+        for example in builtin(word_tokenizer(), 9, max_positions=1_000_000)[::8]
+    ]
+    assert all(3000 < length <= 4096 for length in lexicon_lengths)
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "x", "1.5", "²"])
+def test_a_wrong_number_of_builtin_contexts(count):
+    with pytest.raises(BadInput, match="builtin:N"):
+        load(f"builtin:{count}")
+
+
+# --- files ---
+
+
+def test_json_lines(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl",
+        {"context": "the red stone.", "questions": ["? who", "? what"], "domain": "stones"},
+        "",
+        {"context": "the key.", "more": 1},
+    )
+    assert load(path) == [
+        Example(context="the red stone.", questions=("? who", "? what"), domain="stones"),
+        Example(context="the key.", questions=(), domain="text"),
+    ]
+
+
+def test_a_line_ends_where_json_lines_end_and_nowhere_else(tmp_path):
+    """Line separators of Unicode are allowed inside JSON strings; splitlines() would cut there."""
+    context = "a\u2028b\x85c"
+    path = write(tmp_path / "a.jsonl", json.dumps({"context": context}, ensure_ascii=False))
+    assert load(path)[0].context == context
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        "null",
+        '"context"',
+        {"questions": ["? who"]},
+        {"context": ""},
+        {"context": " "},
+        {"context": ["a"]},
+        {"context": "a", "questions": "who"},
+        {"context": "a", "questions": [""]},
+        {"context": "a", "questions": [1]},
+        {"context": "a", "domain": ""},
+        {"context": "a", "domain": None},
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line):
+    path = write(tmp_path / "bad.jsonl", {"context": "fine"}, line)
+    with pytest.raises(BadInput, match=r"bad\.jsonl, line 2: "):
+        load(path)
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+    write(tmp_path / "b.txt", "the stone and the key.")
+    write(tmp_path / "a.jsonl", {"context": "one", "questions": ["? who"]}, {"context": "two"})
+    write(tmp_path / "c.md", "not this")
+    assert load(tmp_path) == [
+        Example(context="one", questions=("? who",)),
+        Example(context="two"),
+        Example(context="the stone and the key.", domain="b"),
+    ]
+
+
+def test_files_that_hold_nothing_or_are_not_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.jsonl").write_text("\n \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    for name, words in {
+        "empty": "holds no examples",
+        "blank.jsonl": "is empty",
+        "binary.txt": "not UTF-8",
+        "nowhere.txt": "cannot read",
+    }.items():
+        with pytest.raises(BadInput, match=words):
+            load(tmp_path / name)
+
+
+# --- tokens ---
+
+
+def test_questions_follow_the_context_in_the_chat_template():
+    tokenizer, example = word_tokenizer(CHAT_TEMPLATE), Example(context="the red stone.", questions=("? red", "? key."))
+    context, questions = encode(tokenizer, example, device="cpu")
+    assert tokenizer.decode(context[0]).split() == "<bos> [ user ] the red stone .".split()
+    endings = [tokenizer.decode(question).split() for question in questions]
+    assert endings == ["? red <eos> [ assistant ]".split(), "? key . <eos> [ assistant ]".split()]
+
+
+def test_the_model_continues_a_plain_text_from_its_last_token():
+    for template in (None, CHAT_TEMPLATE):
+        tokenizer = word_tokenizer(template)
+        context, questions = encode(tokenizer, Example(context="the red stone and the key"), device="cpu")
+        assert torch.cat([context[0], *questions]).tolist() == tokenizer("the red stone and the key")["input_ids"]
+        assert [len(question) for question in questions] == [1]
+
+
+def test_a_text_of_one_token_has_no_future():
+    tokenizer = lambda text: {"input_ids": [7]}  # noqa: E731
+    with pytest.raises(BadInput, match="at least two tokens"):
+        encode(tokenizer, Example(context="stone"), device="cpu")
