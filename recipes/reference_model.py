@@ -5,7 +5,7 @@ Training resumes where it stopped. One thread each; two runs fit on two cores.
 
 Example:
 
-    python recipes/reference_model.py train --seed 1 --minutes 100 --out runs/reference
+    python recipes/reference_model.py train --seed 1 --minutes 103 --out runs/reference
     python recipes/reference_model.py export --run runs/reference --to src/headwise/reference
 """
 
@@ -148,7 +148,7 @@ def _read_command_line() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train both stages, or resume")
     train.add_argument("--seed", type=int, default=1)
-    train.add_argument("--minutes", type=float, default=100.0, help="of training, both stages together")
+    train.add_argument("--minutes", type=float, default=103.0, help="of training, both stages together")
     train.add_argument("--out", type=Path, required=True, help="directory for checkpoints and logs")
     for name, value in asdict(Shape()).items():
         train.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)

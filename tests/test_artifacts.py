@@ -316,17 +316,30 @@ def test_fingerprints_see_values_sizes_types_and_order():
     assert fingerprint(torch.arange(8)[::2]) == fingerprint(torch.arange(0, 8, 2))
 
 
+BASE = {"model_type": "llama", "hidden_size": 64, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+
+
 @CASES
-@given(st.dictionaries(st.text(), st.none() | st.integers() | st.text() | st.lists(st.integers())))
-def test_config_hash_ignores_order_and_how_the_model_was_loaded(config):
+@given(st.dictionaries(st.text().map("x_{}".format), st.none() | st.integers() | st.text() | st.lists(st.integers())))
+def test_config_hash_ignores_order_and_what_is_not_architecture(others):
+    config = {**others, **BASE}
     backwards = dict(reversed(list(config.items())))
     loaded = {**backwards, "_name_or_path": "elsewhere", "dtype": "bfloat16", "transformers_version": "9.9"}
-    bare = {key: value for key, value in config.items() if key not in ("dtype", "transformers_version", "torch_dtype")}
-    assert config_hash(loaded) == config_hash(bare)
+    served = {"pad_token_id": 7, "use_cache": False, "architectures": ["X"], "quantization_config": {"bits": 4}}
+    assert config_hash({**loaded, **served, "head_dim": None}) == config_hash(BASE)
 
 
-def test_config_hash_sees_the_architecture():
-    base = {"hidden_size": 64, "rope": {"theta": 1e4, "_cached": 1}, "id2label": {0: "a"}}
-    assert config_hash(base) == config_hash({**base, "rope": {"theta": 1e4}})
-    assert config_hash(base) != config_hash({**base, "hidden_size": 128})
-    assert config_hash(base) != config_hash({**base, "rope": {"theta": 1e6}})
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"hidden_size": 128},
+        {"model_type": "qwen3"},
+        {"layer_types": ["full_attention"]},
+        {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+        {"attention_bias": True},
+    ],
+)
+def test_config_hash_sees_the_architecture(other):
+    assert config_hash(BASE) != config_hash({**BASE, **other})
+    private = {**BASE, "rope_parameters": {**BASE["rope_parameters"], "_cached": 1}}
+    assert config_hash(BASE) == config_hash(private)

@@ -25,8 +25,8 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
-def load(source, tokenizer=None):
-    return load_examples(str(source), tokenizer or word_tokenizer(), max_positions=POSITIONS)
+def load(source):
+    return load_examples(str(source), word_tokenizer(), max_positions=POSITIONS)
 
 
 def write(path, *records):
@@ -71,7 +71,7 @@ def test_the_builtin_mix_shares_no_context_with_the_evaluation():
 
 def test_code_is_in_the_mix_where_the_tokenizer_knows_it():
     assert not any(example.domain == "code" for example in load("builtin:16"))
-    mix = load("builtin:8", byte_tokenizer())
+    mix = builtin(byte_tokenizer(), 8, max_positions=8192)
     (code,) = [example for example in mix if example.domain == "code"]
     scope = {}
     exec(code.context, scope)
@@ -79,15 +79,12 @@ def test_code_is_in_the_mix_where_the_tokenizer_knows_it():
     for question in code.questions:
         name = question.removeprefix("What does ").partition("(")[0]
         assert 100 <= scope[name]() < 10_000
-    assert mix == load("builtin:8", byte_tokenizer())
+    assert len(byte_tokenizer()(code.context)["input_ids"]) <= 2048
 
 
 def test_no_builtin_context_is_longer_than_4096_tokens():
-    lexicon_lengths = [
-        len(word_tokenizer()(example.context)["input_ids"])
-        for example in builtin(word_tokenizer(), 9, max_positions=1_000_000)[::8]
-    ]
-    assert all(3000 < length <= 4096 for length in lexicon_lengths)
+    (example,) = builtin(word_tokenizer(), 1, max_positions=1_000_000)
+    assert 3000 < len(word_tokenizer()(example.context)["input_ids"]) <= 4096
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "x", "1.5", "²"])
@@ -174,9 +171,9 @@ def test_files_that_hold_nothing_or_are_not_there(tmp_path):
 def test_questions_follow_the_context_in_the_chat_template():
     tokenizer, example = word_tokenizer(CHAT_TEMPLATE), Example(context="the red stone.", questions=("? red", "? key."))
     context, questions = encode(tokenizer, example, device="cpu")
-    assert tokenizer.decode(context[0]).split() == "<bos> [ user ] the red stone .".split()
+    assert tokenizer.decode(context[0]).split() == ["<bos>", "[", "user", "]", "the", "red", "stone", "."]
     endings = [tokenizer.decode(question).split() for question in questions]
-    assert endings == ["? red <eos> [ assistant ]".split(), "? key . <eos> [ assistant ]".split()]
+    assert endings == [["?", "red", "<eos>", "[", "assistant", "]"], ["?", "key", ".", "<eos>", "[", "assistant", "]"]]
 
 
 def test_the_model_continues_a_plain_text_from_its_last_token():

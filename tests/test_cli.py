@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from folders import save_model
 from typer.testing import CliRunner
 
+import headwise
 from headwise import cli
 from headwise.artifacts import Budget, Origin
 from headwise.errors import BudgetInfeasible
@@ -35,6 +37,7 @@ def folder(tmp_path_factory):
     (root / "text.txt").write_text(sample.context)
     lines = [json.dumps({"question": q.prompt, "answers": q.answers}) for q in sample.questions]
     (root / "questions.jsonl").write_text("\n".join(lines))
+    (root / "report.txt").write_text("The annual report of the company was signed by Ada Lovelace. " * 20)
     (root / "binary").write_bytes(bytes(range(256)))
     (root / "empty").touch()
     (root / "bad.jsonl").write_text('{"ask": 1}')
@@ -222,7 +225,11 @@ WRONG = {
     f"compare {OWN} --keep lots": "is not understood",
     f"compare {OWN} --dtype int4": "choose auto, float32",
     f"compare {OWN} --device abacus": "cannot be used",
-    "compare -m /no/such/model -c {dir}/text.txt -q who": "cannot load",
+    "compare -m /no/such/model -c {dir}/text.txt -q who": "there is no folder /no/such/model",
+    "plan -m ./no/such/model": "there is no folder ./no/such/model",
+    "compare -m {base} -c {dir}/report.txt -q who": "does not know",
+    "generate -m {base} -c {dir}/report.txt -q who": "does not know",
+    "generate -m {base} -c {dir}/text.txt -q 'Zanzibar?'": "such as Zanzibar: its answers would mean nothing",
     "compare -m {dir}/empty -c {dir}/text.txt -q who": "is a file",
     "generate -m {base} -c {dir}/text.txt -q who --method nope": "no scorer 'nope'",
     "generate -m {base} -c {dir}/text.txt -q ' '": "a question is empty",
@@ -296,6 +303,14 @@ def test_out_of_memory_is_told_and_other_errors_are_not_hidden(run, monkeypatch)
     code, out, err = run(f"compare {OWN}")
     assert "out of memory; try --prefill-chunk-size" in err
     assert (code, out, err.count("\n")) == (1, "", 1)
+    for error in (
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate"),
+    ):
+        fail(error)
+        code, out, err = run(f"compare {OWN}")
+        assert "out of memory; try --prefill-chunk-size" in err
+        assert (code, out, err.count("\n")) == (1, "", 1)
     fail(RuntimeError("a bug of ours"))
     with pytest.raises(RuntimeError, match="a bug of ours"):
         run(f"compare {OWN}")
@@ -306,6 +321,30 @@ def test_without_the_bundled_files_the_message_names_them(run, monkeypatch, tmp_
     code, out, err = run("compare -m {base}")
     assert "cannot read the document" in err
     assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("command", ["compare --methods keydiff", "generate --method keydiff"])
+def test_a_budget_that_holds_nothing_is_named_as_it_was_asked(run, command):
+    """It was once said that keep=0 was asked."""
+    code, out, err = run(f"{command} -m {{base}} -c {{dir}}/text.txt -q '? locker apple' --keep 10B")
+    assert "keydiff cannot work with keep=10B" in err
+    assert (code, out, err.count("\n")) == (1, "", 1)
+
+
+def test_sliding_window_layers_are_mentioned_where_there_are_some(run, tmp_path):
+    folder = save_model(tmp_path / "gemma", "gemma3_text")
+    line = f"compare -m {folder} -c {{dir}}/text.txt -q '? locker apple' --methods full,streaming --max-new-tokens 1"
+    sliding = 2 * 2 * 15 * 16 * 4  # keys and values of 2 heads x (window - 1) tokens x 16 numbers of 4 bytes
+    said = f"Sliding-window layers are left whole, whatever the keep: {sliding / 1024:.4g} KiB of the KV held."
+    assert said in succeed(run, line)
+    assert {key for row in json.loads(succeed(run, f"{line} --json")) for key in row} == COMPARE
+    assert "Sliding-window" not in succeed(run, line.replace(str(folder), "{base}"))
+    assert said in succeed(run, f"plan -m {folder} --dtype float32")
+    assert "Sliding-window" not in succeed(run, "plan -m {base}")
+
+
+def test_the_version(run):
+    assert succeed(run, "--version") == f"headwise {headwise.__version__}\n"
 
 
 def test_infeasible_budgets_are_not_usage_errors():

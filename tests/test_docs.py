@@ -1,7 +1,12 @@
 """The Python on the pages runs, and the registry lines they show are ones the registry takes."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import is_dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,8 @@ from headwise.method import ALLOCATORS, SCORERS, Entry
 from headwise.scores import SnapKV
 
 DOCS = Path(__file__).parents[1] / "docs"
+README = (DOCS.parent / "README.md").read_text()
+SOURCE = Path(__file__).parents[1] / "src" / "headwise"
 PAGE = (DOCS / "how-to-extend.md").read_text()
 
 
@@ -44,13 +51,63 @@ def test_a_wrong_parameter_is_refused(names):
         names["ValueNorm"](p=0)
 
 
-def test_the_registry_lines(names):
-    lines = re.findall(r'^    ("\w+": Entry\(.*\)),$', PAGE, re.MULTILINE)
-    assert len(lines) == 2
-    for line in lines:
-        (entry,) = eval(f"{{{line}}}", {**names, "Entry": Entry}).values()
-        assert is_dataclass(entry.make())
-        assert entry.summary
+def test_the_allocator_s_line(names):
+    (line,) = re.findall(r'^    ("\w+": Entry\(.*\)),$', PAGE, re.MULTILINE)
+    (entry,) = eval(f"{{{line}}}", {**names, "Entry": Entry}).values()
+    assert is_dataclass(entry.make())
+    assert entry.summary
+
+
+def test_the_scorer_s_steps_are_all_it_takes(tmp_path):
+    """In a copy of the package: the file and the lines of the page, and the name is known."""
+    source = tmp_path / "src" / "headwise"
+    shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("reference", "__pycache__"))
+    (code,) = re.findall(r"^```python\n(from dataclasses.*?class ValueNorm.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (source / "scores" / "valuenorm.py").write_text(f'"""Large values first."""\n\n{code}')
+    (steps,) = re.findall(r"^```diff\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    file, above = tmp_path, ""
+    for line in steps.splitlines():
+        if line.startswith("# "):
+            file = tmp_path / line[2:]
+        elif line.startswith("+"):
+            assert file.read_text().count(above) == 1, f"{file.name} has not one line {above!r}"
+            file.write_text(file.read_text().replace(above, f"{above}{line[1:]}\n"))
+        else:
+            above = f"{line[1:]}\n"
+    program = (
+        "import headwise; print(headwise.__file__, headwise.Method.parse('valuenorm+adakv').provenance()['scorer'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
+    run = partial(subprocess.run, check=True, capture_output=True, text=True, timeout=120, env=environment)
+    assert run([sys.executable, "-c", program]).stdout == f"{source}/__init__.py {{'name': 'ValueNorm', 'p': 2.0}}\n"
+    run(
+        [
+            Path(sys.executable).with_name("ruff"),
+            "check",
+            "--select",
+            "F401,I,RUF022",
+            "--config",
+            SOURCE.parents[1] / "pyproject.toml",
+            source,
+        ]
+    )
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # the file is left open for brevity
+def test_the_ten_lines_of_the_readme(model_folders, tmp_path, monkeypatch):
+    """As they are, but for the model, which is a tiny one in a folder."""
+    (code,) = re.findall(r"^## Ten lines\n+```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert code.count("Qwen/Qwen3-4B") == 2
+    assert "device_map" not in code, "it needs accelerate, which is not installed with headwise"
+    (tmp_path / "report.txt").write_text("the bold fox guarded the silver bridge. " * 25)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(compile(code.replace("Qwen/Qwen3-4B", str(model_folders["qwen3"])), "README.md", "exec"), found)
+    document, kept = found["document"].shape[1], found["cache"].lengths
+    assert document == 201
+    assert int(kept.sum()) == round(0.15 * document * kept.numel())
+    assert document < found["answer"].shape[1] <= document + found["ids"].shape[1] + 64
+    assert found["tokenizer"].decode(found["answer"][0, document:])
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.name)

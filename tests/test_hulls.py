@@ -40,10 +40,7 @@ def test_a_hull_is_the_isotonic_regression_of_the_marginals(curves):
     hulls = concave_hulls(curves)
     ranks = curves.shape[1]
     expected = np.stack(
-        [
-            IsotonicRegression(increasing=False).fit_transform(np.arange(ranks), row)
-            for row in curves.double().numpy()
-        ]
+        [IsotonicRegression(increasing=False).fit_transform(np.arange(ranks), row) for row in curves.double().numpy()]
     )
     np.testing.assert_allclose(slopes_by_rank(hulls, ranks).numpy(), expected, rtol=1e-9, atol=1e-300)
     torch.testing.assert_close(hulls.width.sum(-1), torch.ones(len(curves), dtype=torch.float64))
@@ -116,7 +113,7 @@ def test_where_no_two_utilities_are_equal_the_heap_gives_the_very_counts():
 def test_at_breakpoints_of_the_hulls_sharing_is_exact_on_any_curve(rows):
     """Between them the hull promises what the curve need not hold; at them it is the curve."""
     curves = torch.tensor(rows, dtype=torch.float64)
-    heads, entries = curves.shape
+    entries = curves.shape[1]
     hulls = concave_hulls(curves)
     order = hulls.slope.flatten().argsort(descending=True, stable=True)
     steps = (hulls.width.flatten()[order] * entries).round().long()

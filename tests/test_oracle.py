@@ -153,7 +153,7 @@ def test_sampling_repeats_with_its_seed_and_differs_from_greedy():
 
 
 def test_the_reading_is_left_as_it_was():
-    model, reading = model_and_reading("llama")
+    _, reading = model_and_reading("llama")
     kernels = [layer.kernel for layer in reading.whole.ragged_layers]
     first = importance("llama", questions(4))
     assert importance("llama", questions(4)).equal(first)

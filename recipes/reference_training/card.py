@@ -9,8 +9,9 @@ from transformers import LlamaForCausalLM
 
 from headwise.evals.ruler import TASKS
 
-from .heads import RECENT_TOKENS
 from .measure import HEAD_STUDY_LENGTH, NUM_HEAD_STUDY_SAMPLES, PROBED_LENGTH, TRAINED_LENGTHS, HeadRoles, Measurements
+
+SHOWN_KEPT_HEADS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,19 +87,19 @@ trained, and is probed with an eighth of the samples. Measured in bfloat16 on a 
 
 
 def _heads(heads: HeadRoles) -> str:
-    without, kept = heads.without, heads.with_only
-    rows = [[str(layer), *(f"{value:.2f}" for value in values)] for layer, values in enumerate(without)]
+    rows = [[str(layer), *(f"{value:.2f}" for value in values)] for layer, values in enumerate(heads.without)]
+    fewest = {kept: accuracy for kept, accuracy in reversed(heads.with_fewest) if kept in SHOWN_KEPT_HEADS}
+    accuracies = [f"{accuracy:.2f}" for accuracy in fewest.values()]
     return f"""## Which KV heads matter
 
 Accuracy on niah_multikey_dense at length {HEAD_STUDY_LENGTH} when one KV head of one layer loses the whole context
 but its first token, over {NUM_HEAD_STUDY_SAMPLES} samples; with nothing evicted it is {heads.nothing_evicted:.2f}.
 
-{_table(["layer", *(f"head {head}" for head in range(without.shape[1]))], rows)}
+{_table(["layer", *(f"head {head}" for head in range(heads.without.shape[1]))], rows)}
 
-Accuracy when only the most needed heads of that table keep their whole context, and all others the first token and the
-last {RECENT_TOKENS}:
+Accuracy when heads lose their context one after the other, always the one that is missed least:
 
-{_table(["heads kept whole", *map(str, kept)], [["accuracy", *(f"{value:.2f}" for value in kept.values())]])}"""
+{_table(["heads left", *map(str, fewest)], [["accuracy", *accuracies]])}"""
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -23,7 +23,6 @@ TRAINED_LENGTHS = (128, 256, 512, 1024)
 PROBED_LENGTH = 2048  # never trained; an eighth of the samples
 HEAD_STUDY_LENGTH = 512
 NUM_HEAD_STUDY_SAMPLES = 64
-KEPT_HEADS = (1, 2, 3, 4, 6, 8, 12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class HeadRoles:
 
     nothing_evicted: float
     without: np.ndarray  # [layers, heads], one head evicted
-    with_only: Mapping[int, float]  # heads kept -> accuracy
+    with_fewest: list[tuple[int, float]]  # heads kept, accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +66,10 @@ def _measure_cell(directory: Path, num_samples: int, cell: tuple[str, int]) -> f
 def _study_heads(directory: Path) -> HeadRoles:
     model, _ = _load(directory)
     study = HeadStudy(model, dense_rows(length=HEAD_STUDY_LENGTH, num_samples=NUM_HEAD_STUDY_SAMPLES))
-    without = study.accuracy_without_each()
-    everything = study.accuracy(np.zeros(study.shape, bool))
     return HeadRoles(
-        nothing_evicted=everything,
-        without=without,
-        with_only={kept: study.accuracy_with_only(kept, everything - without) for kept in KEPT_HEADS},
+        nothing_evicted=study.accuracy(np.zeros(study.shape, bool)),
+        without=study.accuracy_without_each(),
+        with_fewest=study.accuracy_with_fewest(),
     )
 
 

@@ -33,8 +33,30 @@ from headwise.shapes import ModelShape
 METADATA_KEY = "headwise"
 FORMAT_VERSIONS = {"budget": 1, "cache": 1, "profile": 1, "part": 1, "gates": 1}
 _HEADER = ("kind", "format_version", "library_version")
-# Differ between versions of transformers, or between two ways to load the same weights.
-_VOLATILE = {"transformers_version", "torch_dtype", "dtype"}
+# What of a configuration shapes keys, values and attention. Not the longest context: users raise it.
+_ARCHITECTURE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "layer_types",
+    "sliding_window",
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "query_pre_attn_scalar",
+    "rms_norm_eps",
+    "hidden_act",
+    "hidden_activation",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -306,18 +328,18 @@ def fingerprint(*parts: Tensor | bytes | str) -> str:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of a model's configuration (`config.to_dict()`).
+    """SHA-256 (hex) of the architecture in a model's configuration (`config.to_dict()`).
 
-    Left out, at every depth, are private keys, dtype and the version of transformers, so that the hash names the
-    architecture and not how it was loaded.
+    Looked at are kind, sizes, layer types, rotary embedding, norm and activation; token ids, dtype, quantization,
+    generation settings and how the model was loaded do not matter.
     """
-    return fingerprint(json.dumps(_stable(config), sort_keys=True, default=str))
+    known = {name: config[name] for name in _ARCHITECTURE if config.get(name) is not None}
+    return fingerprint(json.dumps(_stable(known), sort_keys=True, default=str))
 
 
 def _stable(value: Any) -> Any:
     if isinstance(value, Mapping):
-        named = {str(key): _stable(item) for key, item in value.items()}
-        return {key: item for key, item in named.items() if key not in _VOLATILE and not key.startswith("_")}
+        return {str(key): _stable(item) for key, item in value.items() if not str(key).startswith("_")}
     return [_stable(item) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from headwise import __version__
 from headwise.errors import BadInput, HeadwiseError
 
 app = typer.Typer(
     name="headwise",
-    help="Evict a language model's KV cache head by head: less memory, faster decoding.",
     epilog="Example: headwise compare --model reference --methods full,snapkv,adakv --keep 0.15",
     no_args_is_help=True,
     add_completion=False,
@@ -51,12 +51,29 @@ def main() -> None:
     except HeadwiseError as error:
         print(f"headwise: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+    except (RuntimeError, MemoryError) as error:
+        from headwise.evals.models import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         advice = "try --prefill-chunk-size, a shorter document or --dtype bfloat16; see 'headwise plan'"
         print(f"headwise: the device is out of memory; {advice}.", file=sys.stderr)
         sys.exit(1)
+
+
+def _version(asked: bool | None) -> None:
+    if asked:
+        print(f"headwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = None,
+) -> None:
+    """Evict a language model's KV cache head by head: less memory, faster decoding."""
 
 
 @app.command(epilog="Example: headwise compare --model reference --methods full,snapkv,adakv --keep 0.15")
@@ -96,7 +113,8 @@ def compare(
             progress=progress,
         )
     if as_json:
-        _print_json([{k: v for k, v in asdict(row).items() if answers or k != "answers"} for row in rows])
+        hidden = {"sliding_kv_bytes"} | (set() if answers else {"answers"})
+        _print_json([{k: v for k, v in asdict(row).items() if k not in hidden} for row in rows])
         return
     right = "right" if any(a.answers for a in asked) else "as full"
     _print_table(
@@ -115,12 +133,13 @@ def compare(
             for row in rows
         ],
     )
+    _print_sliding(rows[0].sliding_kv_bytes)
     for i, a in enumerate(asked if answers else []):
         _print_table(a.question, ["method", "answer"], [[row.method, row.answers[i]] for row in rows])
 
 
 @app.command(
-    epilog='Example: headwise generate --context report.txt --question "Who signed it?" --method adakv --keep 0.2'
+    epilog='Example: headwise generate --model Qwen/Qwen3-4B --context report.txt -q "Who signed it?" --keep 0.2'
 )
 def generate(
     question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")],
@@ -137,7 +156,7 @@ def generate(
     """Compress a document, ask one question, stream the answer."""
     from transformers import TextStreamer
 
-    from headwise.evals.answers import FULL, answer, known_methods, read_context, room_for_answers
+    from headwise.evals.answers import FULL, answer, known_methods, read_context, require_possible, room_for_answers
     from headwise.evals.document import tokenize
     from headwise.keep import parse_keep
 
@@ -147,6 +166,7 @@ def generate(
     loaded, tokenizer = _load(model, dtype, device)
     tokens = tokenize(tokenizer, text, [question], device=loaded.device)
     room_for_answers(loaded, tokens)
+    require_possible(loaded, [method], [parsed], tokens)
     with _progress("tokens") as progress:
         memory = read_context(
             loaded, tokens.context, method, parsed, prefill_chunk_size=prefill_chunk_size, progress=progress
@@ -386,6 +406,7 @@ def plan(
         ]
     title = f"{model}, made for {found.max_positions:,} tokens: {found.context:,} x {found.batch}, {found.dtype}"
     _print_table(title, ["", "everything kept", f"keep {found.keep}"], rows)
+    _print_sliding(found.sliding_kv_bytes)
     print(f"Note: {found.note}.")
 
 
@@ -466,6 +487,11 @@ def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]
         table.add_row(*row)
     console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table, markup=False)
+
+
+def _print_sliding(sliding_bytes: int) -> None:
+    if sliding_bytes:
+        print(f"Sliding-window layers are left whole, whatever the keep: {_bytes(sliding_bytes)} of the KV held.")
 
 
 def _count(things: Sequence[Any], name: str) -> str:

@@ -61,7 +61,9 @@ class Method:
         if isinstance(name, Method):
             return name
         if not isinstance(name, str):
-            raise BadInput(f"method={name!r}: give a name such as 'snapkv+adakv', or Method(scorer=..., allocator=...).")
+            raise BadInput(
+                f"method={name!r}: give a name such as 'snapkv+adakv', or Method(scorer=..., allocator=...)."
+            )
         scorer, plus, allocator = (part.strip() for part in ALIASES.get(name.strip(), name).partition("+"))
         if not plus:
             allocator = "uniform"

@@ -1,19 +1,21 @@
 """The online flow: read a context once, keep what the method keeps, and hand back a cache to ask questions of."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headwise.artifacts import fingerprint
 from headwise.errors import BadInput, ShapeMismatch
 from headwise.hf.families import view
 from headwise.interfaces import Replay
 from headwise.keep import Keep
 from headwise.method import Method
 from headwise.ragged.cache import RaggedCache
+from headwise.ragged.prefill import TOO_LONG
+from headwise.ragged.store import tokens_fingerprint
 
 Progress = Callable[[int, int], None]
 
@@ -25,7 +27,7 @@ def compress(
     method: str | Method,
     *,
     keep: float | str | Keep,
-    attention_mask: Int[Tensor, "batch tokens"] | None = None,
+    attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"] | None = None,
     prefill_chunk_size: int | None = None,
     kernel: str = "auto",
     progress: Progress | None = None,
@@ -38,16 +40,23 @@ def compress(
 
     A batch of contexts of different lengths is padded on the left, with its `attention_mask`; padding is not stored.
     `prefill_chunk_size` reads the context in pieces of that many tokens: less activation memory, the same selection,
-    but every layer stays whole until the last piece. `progress` is called with (tokens read, tokens in all).
+    but every layer stays whole until the last piece. A scorer that repeats the context (KVzip) does so in smaller
+    chunks than it asks for where its own would go beyond the model's longest sequence. `progress` is called with
+    (tokens read, tokens in all).
 
     Raises BadInput, ShapeMismatch, UnsupportedModel, BudgetInfeasible, NonFiniteValues.
     """
+    if not isinstance(input_ids, Tensor):
+        raise BadInput(
+            f"input_ids is a {type(input_ids).__name__}; expected a tensor [batch, tokens], such as "
+            "tokenizer(text, return_tensors='pt').input_ids."
+        )
     mask = _checked_mask(model, input_ids, attention_mask)
     if prefill_chunk_size is not None and prefill_chunk_size < 1:
         raise BadInput(f"prefill_chunk_size={prefill_chunk_size} must be at least 1 token, or None for all at once.")
     length = input_ids.shape[1]
     cache = RaggedCache(model, method, keep=keep, prompt_length=length, kernel=kernel, replays=True)
-    replay = cache.method.scorer.replay
+    replay = _fitting(cache.method.scorer.replay, cache.view.max_positions, int(mask.sum(-1).max()))
     steps, done = length * (2 if replay else 1), 0
     for chunk in torch.arange(length).split(prefill_chunk_size or length):
         stop = int(chunk[-1]) + 1
@@ -57,7 +66,7 @@ def compress(
             progress(done, steps)
     if replay is not None:
         _replay(model, input_ids, mask, cache, replay, progress)
-    cache.tokens_fingerprint = fingerprint(input_ids, mask)
+    cache.tokens_fingerprint = tokens_fingerprint(input_ids, mask)
     return cache
 
 
@@ -89,6 +98,19 @@ def _replay(
     cache.prefill.finish_replay()
 
 
+def _fitting(replay: Replay | None, limit: int, tokens: int) -> Replay | None:
+    """The replay with chunks so small that context, instruction and chunk stay within the model's positions."""
+    if replay is None:
+        return None
+    room = limit - tokens - replay.overlap - len(replay.instruction)
+    if room < 1:
+        raise BadInput(
+            f"the context has {tokens} tokens and this model was made for {limit}, which leaves no room to repeat it "
+            f"after {len(replay.instruction)} tokens of instruction and {replay.overlap} of overlap. {TOO_LONG}"
+        )
+    return replace(replay, chunk_size=min(replay.chunk_size, room))
+
+
 def _instruction(replay: Replay, ids: Tensor, mask: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """What precedes a repeated chunk: the instruction and the end of the chunk before."""
     words = ids.new_tensor(replay.instruction).expand(ids.shape[0], -1)
@@ -107,10 +129,7 @@ def _checked_mask(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> T
     limit = view(model).max_positions
     tokens = ids.shape[1] if mask is None else int(mask.sum(-1).max())
     if tokens > limit:
-        raise BadInput(
-            f"the context has {tokens} tokens, but this model was made for {limit}. Shorten the context, or configure "
-            "rope scaling on the model."
-        )
+        raise BadInput(f"the context has {tokens} tokens, but this model was made for {limit}. {TOO_LONG}")
     if mask is None:
         return torch.ones_like(ids)
     if mask.shape != ids.shape:

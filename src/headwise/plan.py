@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from headwise.errors import BadInput
-from headwise.hf.families import shape_of
+from headwise.hf.families import max_positions, shape_of
 from headwise.keep import Keep, parse_keep
 
 ACTIVATIONS_NOTE = "activations, logits and the framework's own memory are not counted: leave 10-20% free"
@@ -77,7 +77,7 @@ def plan(
         max_batch=None if room is None else _largest(lambda b: sizes.peak(context, b, keep) <= room),
         max_context_full=None if room is None else _largest(lambda n: sizes.held(n, batch, None) <= room),
         max_context=None if room is None else _largest(lambda n: sizes.peak(n, batch, keep) <= room),
-        max_positions=config.get_text_config().max_position_embeddings,
+        max_positions=max_positions(config),
     )
 
 

@@ -169,10 +169,10 @@ def _fitting(
 
 
 def _origin(model: PreTrainedModel, run: str, files: Sequence[Path]) -> Origin:
-    seen = view(model)
+    seen, name = view(model), model.config.name_or_path or ""
     return Origin(
         shape=seen.shape,
-        model=model.config.name_or_path or "",
+        model=Path(name).name if Path(name).is_dir() else name,  # profiles are shared; where a model lay is not
         config_hash=seen.config_hash,
         calibration=fingerprint(run, *(file.stem for file in files)),
     )

@@ -4,13 +4,16 @@ import weakref
 from dataclasses import asdict
 
 import pytest
+import torch
 from families import tiny_model
 from folders import CHAT_TEMPLATE, word_tokenizer
 
-from headwise.errors import BadInput, BudgetInfeasible
+from headwise.artifacts import Budget, Origin
+from headwise.errors import ArtifactMismatch, BadInput, BudgetInfeasible, UnsupportedModel
 from headwise.evals.answers import read_context
 from headwise.evals.compare import compare
 from headwise.evals.document import Asked, tokenize
+from headwise.shapes import ModelShape
 
 CONTEXT = "locker apple copper lantern. the bold fox guarded the silver bridge. " * 10
 ASKED = [Asked(question="? locker apple"), Asked(question="? lockers apple badge:")]
@@ -41,6 +44,7 @@ def test_bytes_are_those_of_the_stored_tensors(model):
     bounded = sliding * min(num_tokens, (getattr(config, "sliding_window", None) or 1) - 1) * per_token
     full = (config.num_hidden_layers - sliding) * num_tokens * per_token
     assert rows["full"].kv_bytes == full + bounded
+    assert {row.sliding_kv_bytes for row in rows.values()} == {bounded}
     for method in METHODS[1:]:
         row = rows[method]
         assert row.full_kv_bytes == rows["full"].kv_bytes
@@ -103,6 +107,7 @@ def test_rows_are_json_ready_and_progress_reaches_its_end(llama):
         "kv_bytes",
         "full_kv_bytes",
         "peak_kv_bytes",
+        "sliding_kv_bytes",
         "accuracy",
         "decode_ms_per_token",
         "answers",
@@ -146,6 +151,30 @@ def test_a_document_beyond_the_model_is_refused_before_any_work(monkeypatch):
     small = tiny_model("llama", vocab_size=len(word_tokenizer()), max_position_embeddings=64)
     with pytest.raises(BadInput, match="made for 64"):
         compared(small)
+
+
+MADE_FOR_ANOTHER = ModelShape(num_layers=9, layers=tuple(range(9)), kv_heads=2, query_heads=4, head_dim=16)
+
+
+def test_a_method_that_cannot_run_is_refused_before_the_others_have_run(model, monkeypatch, tmp_path):
+    """Once all results of the others were lost when the last method turned out to be impossible."""
+    monkeypatch.setattr("headwise.evals.compare.read_context", lambda *a, **k: pytest.fail("work was done"))
+    with pytest.raises(BudgetInfeasible, match=r"snapkv cannot work with keep=0\.1: .*The smallest keep that works"):
+        compared(model, methods=["full", "streaming", "snapkv"], keep=0.1)
+    with pytest.raises(BudgetInfeasible, match="streaming cannot work with keep=10B"):
+        compared(model, methods=["streaming"], keep="10B")
+    origin = Origin(shape=MADE_FOR_ANOTHER, model="a/b")
+    budget = Budget(ratios=torch.tensor([0.5]), fractions=torch.full((1, 9, 2), 0.5), origin=origin)
+    budget.save(tmp_path / "budget.safetensors")
+    with pytest.raises(ArtifactMismatch):
+        compared(model, methods=["full", f"keydiff+fixed@{tmp_path}/budget.safetensors"])
+
+
+def test_a_method_that_replays_is_refused_before_any_work_on_sliding_layers(monkeypatch):
+    monkeypatch.setattr("headwise.evals.compare.read_context", lambda *a, **k: pytest.fail("work was done"))
+    gemma = tiny_model("gemma3_text", vocab_size=len(word_tokenizer()))
+    with pytest.raises(UnsupportedModel, match="kvzip has the model repeat the context"):
+        compared(gemma, methods=["full", "kvzip"])
 
 
 def test_too_small_a_keep_says_what_would_work(llama):

@@ -91,6 +91,36 @@ def test_an_end_that_the_tokenizer_adds_is_taken_off():
     assert tokenize(Closing(plain), CONTEXT, QUESTIONS).context.equal(tokenize(plain, CONTEXT, QUESTIONS).context)
 
 
+REPORT = "The annual report of the company was signed by Ada Lovelace. " * 20
+
+
+def test_a_document_or_question_of_unknown_words_is_refused():
+    """The bundled model of some 500 words once answered questions about English reports, with nonsense."""
+    for template in (None, CHAT_TEMPLATE):
+        tokenizer = word_tokenizer(template)
+        with pytest.raises(BadInput, match=r"does not know \d+% of the words of the document, such as \w+, \w+, \w+:"):
+            tokenize(tokenizer, REPORT, QUESTIONS)
+    with pytest.raises(BadInput, match=r"40% of the words of the question 'who was Ada Lovelace\?', .* --model"):
+        tokenize(word_tokenizer(), CONTEXT, [*QUESTIONS, "who was Ada Lovelace?"])
+
+
+def test_some_unknown_words_are_common():
+    tokenizer = word_tokenizer()
+    known = "the red stone. " * 30
+    tokens = tokenize(tokenizer, f"{known} Ada", ["the locker was Ada?"])
+    assert tokenizer.unk_token_id in tokens.context[0].tolist()
+    assert tokenizer.unk_token_id in tokens.questions[0].tolist()
+
+
+def test_a_tokenizer_without_unknown_words_is_not_questioned():
+    """GPT-2's marks the end of a text by its unknown token, which no text needs."""
+    bytewise, double = word_tokenizer(), word_tokenizer()
+    bytewise.unk_token = None
+    double.eos_token = double.unk_token
+    for tokenizer in (bytewise, double):
+        assert tokenize(tokenizer, REPORT, QUESTIONS).context.shape[1] > 100
+
+
 def test_tokens_are_whole_numbers():
     assert tokenize(word_tokenizer(), CONTEXT, QUESTIONS).context.dtype == torch.long
 

@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config
 
 from headwise.errors import BadInput, UnsupportedModel
-from headwise.evals.models import load, load_config
+from headwise.evals.models import is_out_of_memory, load, load_config
 
 
 @pytest.fixture
@@ -56,7 +56,12 @@ def test_an_unsupported_model_is_refused_before_weights_are_read(tmp_path):
         load(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["no/such-model", "nothing here", "/no/such/folder"])
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "../nowhere"])
+def test_a_folder_that_is_not_there(name):
+    assert refusal(name).startswith(f"there is no folder {name}. Give a folder written by save_pretrained")
+
+
+@pytest.mark.parametrize("name", ["no/such-model", "nothing here"])
 def test_a_name_that_leads_nowhere(name):
     assert "Give a folder written by save_pretrained, a hub id" in refusal(name)
 
@@ -82,7 +87,26 @@ def test_weights_of_another_size(spoiled):
 def test_no_tokenizer(spoiled):
     for file in spoiled.glob("tokenizer*"):
         file.unlink()
-    assert "cannot load" in refusal(spoiled)
+    said = f"cannot load {str(spoiled)!r}: the folder has no tokenizer files (tokenizer.json, tokenizer_config.json). "
+    assert refusal(spoiled).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    ],
+)
+def test_a_model_too_large_for_the_memory_is_no_bad_input(model_folders, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("headwise.evals.models.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(type(error)) as caught:
+        load(str(model_folders["base"]), device="cpu")
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("a bug"))
 
 
 def test_unknown_dtypes_and_devices(model_folders):

@@ -4,7 +4,7 @@ import pytest
 from families import tiny_model
 from folders import CHAT_TEMPLATE, word_tokenizer
 
-from headwise.errors import BadInput
+from headwise.errors import BadInput, BudgetInfeasible
 from headwise.evals.lexicon import REFERENCE_LEXICON
 from headwise.evals.ruler import TASKS, generate
 from headwise.evals.run import Record, evaluate, lexicon_for, parse_tasks
@@ -143,6 +143,20 @@ def test_task_names():
 def test_task_names_that_are_none(text, message):
     with pytest.raises(BadInput, match=message):
         parse_tasks(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keeps": [0.5, 0.1]}, r"snapkv cannot work with keep=0\.1"),
+        ({"tasks": ["niah_single", "cwe"], "length": 60, "keeps": [0.5]}, "snapkv cannot work with keep=0.5"),
+    ],
+)
+def test_a_budget_that_some_task_cannot_meet_is_refused_before_any_work(model, monkeypatch, changes, message):
+    for name in ("read_context", "read"):
+        monkeypatch.setattr(f"headwise.evals.run.{name}", lambda *a, **k: pytest.fail("work was done"))
+    with pytest.raises(BudgetInfeasible, match=message):
+        evaluated(model, **changes)
 
 
 @pytest.mark.parametrize(

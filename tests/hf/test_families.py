@@ -2,13 +2,23 @@
 
 import pytest
 import torch
-from families import FAMILIES, random_ids, tiny_model
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig, PreTrainedConfig
+from families import COMMON, CONFIGS, FAMILIES, random_ids, tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+)
 
+import headwise
 from headwise.errors import UnsupportedModel
 from headwise.hf import families as hf
 from headwise.shapes import ModelShape
 
+MAX_POSITIONS = COMMON["max_position_embeddings"]
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
@@ -23,7 +33,16 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-SCALED = {"yarn": YARN, "llama3": LLAMA3}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0 + i for i in range(8)],
+}
+SCALED = {"yarn": YARN, "llama3": LLAMA3, "dynamic": DYNAMIC, "longrope": LONG}
 
 
 def scaled_llama(rope):
@@ -34,9 +53,10 @@ def scaled_llama(rope):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=64 if rope == "dynamic" else 256,
         rope_parameters=dict(SCALED[rope]),
     )
+    torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
 
 
@@ -77,10 +97,36 @@ def test_mean_rotation_is_the_mean_of_the_models_rotations(name):
     states, positions = states_and_positions(model)
     states = states[:, :, :1].expand(-1, -1, 12, -1)  # the same vector at every position
     for layer in range(len(hf.view(model).shape.layers)):
+        expected = rotated_by_the_model(model, layer, states, positions).mean(2)
         matrix = hf.view(model).rotary(layer).mean_rotation(positions)
         found = torch.einsum("bij,bhj->bhi", matrix, states[:, :, 0])
-        expected = rotated_by_the_model(model, layer, states, positions).mean(2)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *SCALED])
+def test_positions_may_be_asked_about_in_blocks(name):
+    """Dynamic and long scaling choose frequencies by the longest position of a call: that of the pass counts."""
+    model = model_of(name)
+    states, positions = states_and_positions(model)
+    rotated = rotated_by_the_model(model, 0, states, positions)
+    rotary = hf.view(model).rotary(0)
+    blocks = [rotary.unrotate(r, p) for r, p in zip(rotated.split(5, 2), positions.split(5, 1), strict=True)]
+    assert torch.equal(torch.cat(blocks, dim=2), rotary.unrotate(rotated, positions))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *SCALED])
+def test_scoring_does_not_change_the_model(name):
+    """`expected` unrotates queries and asks about positions to come; the logits after it are those of a stock cache."""
+    model, stock, ids = model_of(name), model_of(name), random_ids(1, 100)
+    question = random_ids(1, 5, seed=1)
+    with torch.no_grad():
+        past = stock(ids).past_key_values
+        cache = headwise.compress(model, ids, "expected", keep=1.0)
+        for mine, theirs in zip(*(m.get_decoder().rotary_emb.named_buffers() for m in (model, stock)), strict=True):
+            assert mine[0] == theirs[0] and torch.equal(mine[1], theirs[1])
+        found = model(question, past_key_values=cache).logits
+        expected = stock(question, past_key_values=past).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_yarn_scales_what_it_rotates():
@@ -108,7 +154,9 @@ def test_shape_of_is_the_shape_of_the_cache(family):
     with torch.no_grad():
         cache = model(random_ids(1, 5)).past_key_values
     shape = hf.shape_of(model.config)
-    whole = tuple(i for i, layer in enumerate(cache.layers) if not layer.is_sliding)
+    whole = tuple(
+        i for i, layer in enumerate(cache.layers) if not (layer.is_sliding and layer.sliding_window < MAX_POSITIONS)
+    )
     assert (shape.num_layers, shape.layers) == (len(cache.layers), whole)
     assert cache.layers[0].keys.shape == (1, shape.kv_heads, 5, shape.head_dim)
     assert shape.query_heads == model.config.num_attention_heads
@@ -135,21 +183,33 @@ def test_output_weight_is_what_a_heads_value_is_multiplied_with(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_longest_context(family):
-    assert hf.view(tiny_model(family)).max_positions == 1024
+    assert hf.view(tiny_model(family)).max_positions == MAX_POSITIONS
+
+
+@pytest.mark.parametrize(("rope", "limit"), [("yarn", 256), ("llama3", 512), ("dynamic", 256), ("longrope", 256)])
+def test_rope_scaling_stretches_the_longest_context(rope, limit):
+    """To `original_max_position_embeddings` times `factor`, where that is more than the configuration says."""
+    assert hf.max_positions(scaled_llama(rope).config) == limit
 
 
 def test_an_unsupported_model_is_told_what_is_supported():
     with pytest.raises(UnsupportedModel) as caught:
         hf.shape_of(GPT2Config())
-    for family in FAMILIES:
+    for family in hf.FAMILIES:
         assert family in str(caught.value)
     assert "hf/families.py" in str(caught.value)
-    assert set(hf.FAMILIES) == set(FAMILIES)  # tests/families.py has a configuration of each
+    assert set(hf.FAMILIES) == {make().model_type for make in CONFIGS.values()}  # tests/families.py has one of each
 
 
 def test_a_model_whose_every_layer_slides():
     with pytest.raises(UnsupportedModel, match=r"every layer .* sliding window of 4096 tokens"):
         hf.shape_of(MistralConfig(sliding_window=4096))
+
+
+def test_a_window_as_long_as_any_sequence_is_none():
+    """Phi-4-mini's configuration: all of its layers are full."""
+    config = Phi3Config(sliding_window=262144, max_position_embeddings=131072, num_hidden_layers=4)
+    assert hf.shape_of(config).layers == (0, 1, 2, 3)
 
 
 def test_a_family_that_soft_caps():
@@ -167,3 +227,15 @@ def test_a_nested_text_configuration_is_looked_into():
             return tiny_model("llama").config
 
     assert hf.shape_of(Outer()) == hf.shape_of(tiny_model("llama").config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_hash_of_a_configuration_survives_saving_and_serving(family, tmp_path):
+    """A budget made on one machine is of use on another, where the same model has another pad token, say."""
+    model = tiny_model(family)
+    before = hf.view(model).config_hash
+    model.save_pretrained(tmp_path)
+    model.config.pad_token_id, model.config.use_cache, model.config.max_position_embeddings = 5, False, 2000
+    headwise.enable(model)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert hf.view(model).config_hash == hf.view(again).config_hash == before

@@ -1,15 +1,28 @@
 """Memory measured from outside: what an object holds, and which storages torch has made and not let go of."""
 
 import gc
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import BuiltinFunctionType, FunctionType, ModuleType
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from headwise.ragged import layer
+
 _FOREIGN = (type, ModuleType, FunctionType, BuiltinFunctionType, nn.Module)  # the model, and code
+
+_COPIES = {torch.ops.aten.cat.default, torch.ops.aten.clone.default, torch.ops.aten.new_zeros.default}
+
+
+def _within_an_update() -> bool:
+    frame = sys._getframe()
+    while frame is not None and (frame.f_code.co_filename, frame.f_code.co_name) != (layer.__file__, "update"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def tensors_in(*roots: object, without: Sequence[object] = ()) -> Iterator[Tensor]:
@@ -38,6 +51,7 @@ class Allocations(TorchDispatchMode):
     def __init__(self, after: Callable[[], None] = lambda: None):
         super().__init__()
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.stored: dict[int, tuple[StorageWeakRef, int]] = {}
         self.after = after
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -46,8 +60,15 @@ class Allocations(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 reference = StorageWeakRef(tensor.untyped_storage())
                 self.made[reference.cdata] = reference, tensor.untyped_storage().nbytes()
+        if func in _COPIES and out.is_floating_point() and _within_an_update():
+            storage = out.untyped_storage()
+            self.stored[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
         self.after()
         return out
+
+    def made_in_updates(self) -> dict[int, int]:
+        """Bytes, by address, of what still exists of the states that a cache's layers made to store new tokens."""
+        return {address: size for address, (reference, size) in self.stored.items() if not reference.expired()}
 
     def alive(self, nbytes: int) -> int:
         """How many storages of exactly this size exist now."""

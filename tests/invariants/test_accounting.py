@@ -79,9 +79,6 @@ def test_at_the_smallest_budget_every_head_keeps_one_entry():
     assert cache.lengths.flatten().tolist() == [1] * HEADS
 
 
-# --- what is held ---
-
-
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
 @pytest.mark.parametrize("method", ["snapkv+adakv", "keydiff+global"])
 def test_reported_bytes_are_those_of_the_storages_held(family, method):
@@ -141,13 +138,14 @@ def test_a_deep_copy_is_a_fork():
     assert (twin.get_seq_length(), cache.get_seq_length()) == (101, 96)
 
 
-# --- the peak ---
+def entries_held(cache, allocations):
+    """Bytes of keys and values: floating-point storage that is of no page table and no scorer.
 
-
-def entries_held(cache):
-    """Bytes of keys and values: floating-point storage that is of no page table and no scorer."""
+    While states grow, old and new ones exist at once, and only one of them is in the cache.
+    """
     tables = [layer.segments.__dict__.get("pages") for layer in cache.ragged_layers if layer.frozen]
-    return sum(storages_in(*cache.layers, without=[cache.prefill, *tables], floating=True).values())
+    stored = storages_in(*cache.layers, without=[cache.prefill, *tables], floating=True)
+    return sum((stored | allocations.made_in_updates()).values())
 
 
 @pytest.mark.parametrize("chunk", [None, 40])
@@ -162,7 +160,8 @@ def test_the_reported_peak_is_the_most_that_was_ever_held(monkeypatch, method, c
             caches.append(self)
 
     monkeypatch.setattr(headwise.online, "RaggedCache", Watched)
-    with Allocations(after=lambda: peaks.append(max((entries_held(c) for c in caches), default=0))), torch.no_grad():
+    allocations = Allocations(after=lambda: peaks.extend(entries_held(cache, allocations) for cache in caches))
+    with allocations, torch.no_grad():
         cache = headwise.compress(llama(), random_ids(1, 96), method, keep=0.5, prefill_chunk_size=chunk)
         for tokens in (3, 1, 80):
             llama()(random_ids(1, tokens), past_key_values=cache)

@@ -58,9 +58,6 @@ def refuse(error, message, model, *args, **kwargs):
     assert isinstance(caught.value, HeadwiseError)
 
 
-# --- keep and method ---
-
-
 @pytest.mark.parametrize("keep", ["", "much", "0,5", "10 tokens", "2GX", "-0.1", "nan"])
 def test_a_keep_that_cannot_be_read(model, keep):
     message = r"keep must be a fraction in \(0, 1\] such as 0.15, .*'1024tok'.*'2GiB'"
@@ -92,9 +89,6 @@ def test_an_unknown_method(model, method, message):
 
 def test_an_unknown_kernel(model):
     refuse(BadInput, "choose auto, pages, reference", model, random_ids(1, 40), "keydiff", keep=0.5, kernel="fast")
-
-
-# --- the context ---
 
 
 def test_an_empty_context(model):
@@ -163,9 +157,6 @@ def test_large_float16_values_are_finite():
     assert headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5).compressed
 
 
-# --- the budget ---
-
-
 def test_a_window_that_does_not_fit_into_the_budget(model):
     """The message names the smallest keep that works, and it does."""
     ids, mask = random_ids(2, 200), torch.ones(2, 200, dtype=torch.long)
@@ -192,9 +183,6 @@ def test_a_window_longer_than_the_context_keeps_it_whole(model):
 def test_a_scorer_with_impossible_parameters():
     with pytest.raises(BadInput, match="at least 1 query"):
         SnapKV(window_size=0)
-
-
-# --- the model ---
 
 
 def gemma2():
@@ -236,9 +224,6 @@ def test_a_replaying_scorer_on_a_model_with_sliding_layers():
     model = tiny_model("gemma3_text")
     refuse(UnsupportedModel, "KVzip .* choose another scorer", model, random_ids(1, 40), "kvzip", keep=0.5)
     assert headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5).compressed
-
-
-# --- use ---
 
 
 def test_a_replaying_scorer_under_plain_generate(model):
@@ -323,3 +308,111 @@ def test_an_error_in_the_middle_leaves_the_model_usable(model):
     with torch.no_grad():
         model.model.layers[2].self_attn.k_proj.weight.fill_(torch.nan)
     refuse(NonFiniteValues, "layer 2", model, random_ids(1, 40), "keydiff+adakv", keep=0.5)
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_a_prompt_length_that_is_no_length(model, length):
+    with pytest.raises(BadInput, match=f"prompt_length={length} must be at least 1 token"):
+        RaggedCache(model, "keydiff", keep=0.5, prompt_length=length)
+
+
+def test_a_prompt_in_pieces_without_its_length(model):
+    """Only the first piece would be compressed, and nobody would know."""
+    cache = RaggedCache(model, "keydiff", keep=0.5)
+    with pytest.warns(UserWarning, match="first 17 tokens for its whole context .* as prompt_length"):
+        model.generate(random_ids(1, 60), past_key_values=cache, prefill_chunk_size=17, **GREEDY)
+
+
+def test_a_later_turn_is_no_piece_of_the_prompt(model):
+    """Warnings are errors here: after decoding, after compress, after a fork, and with the prompt's length given."""
+    ids = random_ids(1, 40)
+    turn = model.generate(ids, past_key_values=(cache := RaggedCache(model, "keydiff", keep=0.5)), **GREEDY)
+    read, told = RaggedCache(model, "keydiff", keep=0.5), RaggedCache(model, "keydiff", keep=0.5, prompt_length=40)
+    with torch.no_grad():
+        for new in (read, told):
+            model(ids, past_key_values=new)
+        for old in (cache, headwise.compress(model, ids, "keydiff", keep=0.5), read.fork(), told):
+            model(random_ids(1, 5), past_key_values=old)
+    assert turn.shape == (1, 44)
+
+
+@pytest.mark.parametrize("chunk", [None, 17])
+def test_a_prompt_length_beyond_the_prompt(model, chunk):
+    """The context would never be complete, and never cut."""
+    cache = RaggedCache(model, "keydiff", keep=0.5, prompt_length=1000)
+    with pytest.raises(UnsupportedGeneration, match="prompt_length=1000, but 60 tokens came before single ones"):
+        model.generate(random_ids(1, 60), past_key_values=cache, prefill_chunk_size=chunk, **GREEDY)
+
+
+@pytest.mark.parametrize("chunk", [1, 39])
+def test_a_piece_of_one_token_is_a_piece(model, chunk):
+    whole = headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5)
+    pieces = headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5, prefill_chunk_size=chunk)
+    assert torch.equal(whole.lengths, pieces.lengths)
+
+
+def test_a_cache_whose_prefill_failed_is_refused(model):
+    """It used to go on from what was half-filled, and double the context."""
+    cache = RaggedCache(model, "snapkv", keep=0.1)
+    for _ in range(2):
+        with pytest.raises((BudgetInfeasible, UnsupportedGeneration)) as caught, torch.no_grad():
+            model(random_ids(1, 100), past_key_values=cache)
+    assert caught.match(r"failed while reading its context \(BudgetInfeasible: .*\): make a new one")
+    assert caught.type is UnsupportedGeneration
+
+
+def test_a_cache_whose_forward_pass_was_interrupted_is_refused(model):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    cache = RaggedCache(model, "keydiff", keep=0.5)
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(random_ids(1, 40), past_key_values=cache)
+    hook.remove()
+    with pytest.raises(UnsupportedGeneration, match="a forward pass did not finish"), torch.no_grad():
+        model(random_ids(1, 40), past_key_values=cache)
+
+
+@pytest.mark.parametrize(("name", "at"), [("layer", (3, 0, 0)), ("row", (0, 1, 0)), ("head", (0, 0, 2))])
+def test_positions_of_a_head_that_does_not_exist(model, name, at):
+    cache = headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5)
+    with pytest.raises(BadInput, match=f"{name}={max(at)} does not exist: there are {max(at)}"):
+        cache.positions(*at)
+    with pytest.raises(BadInput, match=f"{name}=-1 does not exist"):
+        cache.positions(*(-1 if index else 0 for index in at))
+
+
+def test_a_sliding_layer_cannot_take_back_what_it_has_forgotten():
+    """All layers or none: full layers before a sliding one keep what they have."""
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    model = tiny_model("gemma3_text", layer_types=kinds)
+    cache = headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5)
+    with torch.no_grad():
+        model(random_ids(1, 5), past_key_values=cache)
+    with pytest.raises(UnsupportedGeneration, match="left the sliding window of 16 is gone"):
+        cache.crop(-2)
+    cache.crop(0)
+    assert [layer.get_seq_length() for layer in cache.layers] == [45, 45, 45]
+    with pytest.raises(UnsupportedGeneration, match=r"crop\(43\) .* give minus the number"):
+        cache.crop(43)
+
+
+def test_kvzip_repeats_in_chunks_that_stay_within_the_models_positions(model):
+    """The context leaves room for 1024 - 1000 - 8 tokens; longer chunks were read at positions the model never saw."""
+    reached = []
+    hook = model.model.rotary_emb.register_forward_pre_hook(
+        lambda _, args, kwargs: reached.append(int(kwargs.get("position_ids", args[-1]).max())), with_kwargs=True
+    )
+    ids = random_ids(1, 1000)
+    cache = headwise.compress(model, ids, "kvzip", keep=0.5)
+    hook.remove()
+    assert max(reached) == 1023
+    assert cache.lengths.sum() == 3 * 2 * 500
+    refuse(BadInput, "1016 tokens .* leaves no room to repeat it", model, random_ids(1, 1016), "kvzip", keep=0.5)
+
+
+@pytest.mark.parametrize("ids", [[[1, 2, 3]], {"input_ids": random_ids(1, 40)}], ids=["list", "dict"])
+def test_ids_that_are_no_tensor(model, ids):
+    with pytest.raises(BadInput, match=rf"input_ids is a {type(ids).__name__}; .*return_tensors='pt'"):
+        unwrap(headwise.compress)(model, ids, "keydiff", keep=0.5)

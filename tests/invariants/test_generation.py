@@ -8,6 +8,7 @@ from transformers import DynamicCache
 import headwise
 from headwise import RaggedCache
 from headwise.errors import ShapeMismatch, UnsupportedGeneration
+from headwise.kernels import KERNELS
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 
@@ -150,3 +151,23 @@ def test_chunked_prefill_in_generate_needs_the_prompt_length():
     pieces = RaggedCache(model, "keydiff+adakv", keep=0.5, prompt_length=60)
     model.generate(ids, past_key_values=pieces, prefill_chunk_size=17, **GREEDY)
     assert torch.equal(pieces.lengths, headwise.compress(model, ids, "keydiff+adakv", keep=0.5).lengths)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("method", ["snapkv+adakv", "expected+global", "kvzip"])
+@pytest.mark.parametrize("reading", [True, False])
+def test_autocast(method, kernel, reading):
+    """Under it values come in bfloat16, keys and queries in float32; a cache may be read with it or without."""
+    model, ids, question = tiny_model(), random_ids(1, 60), random_ids(1, 5, seed=1)
+    whole = torch.cat([ids, question], dim=-1)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        plain = model(whole).logits[:, 60:]
+    with torch.autocast("cpu", torch.bfloat16, enabled=reading):
+        cache = headwise.compress(model, ids, method, keep=1.0, kernel=kernel)
+    for layer in cache.ragged_layers:
+        stored = torch.bfloat16 if reading else torch.float32
+        assert layer.segments.keys.dtype == layer.segments.values.dtype == stored
+    for decoding in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=decoding), torch.no_grad():
+            found = model(question, past_key_values=cache.fork()).logits
+        assert (found.float() - plain.float()).norm() < 0.05 * plain.float().norm()

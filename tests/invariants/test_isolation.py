@@ -31,9 +31,6 @@ def in_another_process(program, **environment):
     return json.loads(run.stdout)
 
 
-# --- several caches on one model ---
-
-
 @torch.no_grad()
 def answer(model, cache, first, steps):
     """Greedy decoding as a generator: one token at each turn, so that several can be interleaved."""
@@ -97,9 +94,6 @@ def test_an_enabled_model_is_the_same_model(family):
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None), expected)
 
 
-# --- whatever mode autograd is in ---
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("modes", [(True, False), (False, True)])
 def test_inference_mode_may_come_and_go(family, modes):
@@ -120,15 +114,12 @@ def test_inference_mode_may_come_and_go(family, modes):
 def test_no_autograd_graph_is_kept():
     """Even when the caller has gradients on."""
     model = tiny_model()
-    cache = RaggedCache(model, "keydiff+adakv", keep=0.5)
+    cache = RaggedCache(model, "keydiff+adakv", keep=0.5, prompt_length=60)
     for length in (60, 3, 1, 70):
         model(random_ids(1, length), past_key_values=cache)
     for layer in cache.ragged_layers:
         held = (layer.segments.keys, layer.segments.values, layer.tail_keys, layer.tail_values)
         assert not any(states.requires_grad for states in held)
-
-
-# --- nothing left behind ---
 
 
 def state_of(model):
@@ -147,6 +138,15 @@ def test_nothing_is_stored_on_the_model(method):
         model(random_ids(1, 3), past_key_values=cache)
     assert state_of(model) == before
     assert model.config._attn_implementation == "headwise"
+
+
+def test_a_model_that_used_other_attention_is_told_once():
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    with pytest.warns(UserWarning, match=r"was 'eager'; with headwise it goes through SDPA"):
+        headwise.enable(model)
+    headwise.enable(model)  # warnings are errors
+    RaggedCache(model, "keydiff", keep=0.5)
 
 
 def test_importing_headwise_changes_nothing_in_transformers():
@@ -207,9 +207,6 @@ def test_exported_names():
         assert getattr(headwise, name) is not None
     with pytest.raises(AttributeError, match="compres"):
         headwise.compres  # noqa: B018
-
-
-# --- determinism ---
 
 
 def selection(scorer):

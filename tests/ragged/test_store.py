@@ -100,9 +100,6 @@ def test_a_cache_goes_to_the_dtype_of_the_model(path):
     assert read(large, loaded, random_ids(1, 3)).dtype == torch.float32
 
 
-# --- refused ---
-
-
 @pytest.mark.parametrize(
     "other",
     [
@@ -132,6 +129,15 @@ def test_another_context(path):
     with pytest.raises(ArtifactMismatch, match="another context"):
         headwise.load(path, model, input_ids=context, attention_mask=mask)
     assert headwise.load(path, model, input_ids=context, attention_mask=torch.ones_like(context)).compressed
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_the_same_context_in_other_integers(path, dtype):
+    model, context = tiny_model(), random_ids(1, 60)
+    ids = context.int() if dtype == torch.int32 else context
+    headwise.compress(model, ids, "keydiff", keep=0.5, attention_mask=torch.ones_like(context).to(dtype)).save(path)
+    assert headwise.load(path, model, input_ids=context).compressed
+    assert headwise.load(path, model, input_ids=ids, attention_mask=torch.ones_like(context).to(dtype)).compressed
 
 
 def test_a_context_that_is_not_known(path):

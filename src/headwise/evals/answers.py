@@ -10,12 +10,13 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from headwise.errors import BadInput
+from headwise.errors import BadInput, BudgetInfeasible, UnsupportedModel
 from headwise.evals.document import Tokens
 from headwise.hf.families import view
-from headwise.keep import Keep
+from headwise.keep import Keep, parse_keep
 from headwise.method import Method
 from headwise.online import Progress, compress
+from headwise.ragged.prefill import make_plan
 
 FULL = "full"
 TIMED_STEPS = 24
@@ -29,6 +30,11 @@ class Memory(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values in storage."""
+        ...
+
+    @property
+    def sliding_nbytes(self) -> int:
+        """Those of them in sliding-window layers, which are left whole."""
         ...
 
     @property
@@ -55,8 +61,9 @@ class FullMemory:
         layers: Any = self.cache.layers
         for layer in layers:
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # not views of larger tensors
-        self.nbytes = sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values))
-        self.peak_nbytes = self.nbytes
+        sizes = [sum(x.untyped_storage().nbytes() for x in (layer.keys, layer.values)) for layer in layers]
+        self.nbytes = self.peak_nbytes = sum(sizes)
+        self.sliding_nbytes = self.nbytes - sum(sizes[i] for i in view(model).shape.layers)
 
     def fork(self, copies: int = 1) -> Cache:
         """A copy; the layers replace their tensors when they grow, so copies may share them until then."""
@@ -74,6 +81,39 @@ def known_methods(methods: Sequence[str]) -> None:
     for method in methods:
         if method != FULL:
             Method.parse(method)
+
+
+def require_possible(
+    model: PreTrainedModel, methods: Sequence[str], keeps: Sequence[float | str | Keep], tokens: Tokens
+) -> None:
+    """Raise what reading the context with any of the methods would raise for its budget or the model, reading nothing.
+
+    Raises BadInput, ArtifactMismatch, UnsupportedModel, BudgetInfeasible.
+    """
+    known_methods(methods)
+    found, length = view(model), tokens.context.shape[1]
+    slides = len(found.shape.layers) < found.shape.num_layers
+    for name in methods:
+        if name == FULL:
+            continue
+        method = Method.parse(name).for_model(found.shape, found.config_hash)
+        if method.scorer.replay is not None and slides:
+            raise UnsupportedModel(
+                f"{name} has the model repeat the context, which sliding-window layers cannot take back: choose "
+                "another method for this model."
+            )
+        for keep in keeps:
+            try:
+                make_plan(
+                    method,
+                    parse_keep(keep),
+                    shape=found.shape,
+                    entry_bytes=found.shape.entry_bytes(model.dtype.itemsize),
+                    valid=torch.ones(1, length, dtype=torch.bool),
+                    positions=torch.arange(length)[None],
+                )
+            except BudgetInfeasible as error:
+                raise BudgetInfeasible(f"{name} cannot work with keep={keep}: {error}") from error
 
 
 def read_context(
@@ -104,17 +144,17 @@ def answer(
     """Greedy answers to every question, each asked right after the context, `batch_size` at a time.
 
     The questions of a batch share the compressed context; only what comes after it is stored per question. (The full
-    cache is copied for each, so as many are asked at a time as COPIED_BYTES allow.) An answer ends at the model's last
-    position at the latest. Raises BadInput where a question leaves no room for an answer.
+    cache is copied for each, so as many are asked at a time as COPIED_BYTES allow.) On a model with sliding-window
+    layers only questions of one length are asked together: padding would push tokens of the context out of the window.
+    An answer ends at the model's last position at the latest. Raises BadInput where a question leaves no room for one.
     """
     max_new_tokens = min(max_new_tokens, room_for_answers(model, tokens))
     if isinstance(memory, FullMemory):
         batch_size = max(1, min(batch_size, COPIED_BYTES // memory.nbytes))
     pad = _padding(tokenizer)
-    answers: list[str] = []
-    for start in range(0, len(tokens.questions), batch_size):
-        batch = tokens.questions[start : start + batch_size]
-        ids, mask = _join(tokens.context, batch, pad)
+    answers: dict[int, str] = {}
+    for batch in _batches(model, tokens, batch_size):
+        ids, mask = _join(tokens.context, [tokens.questions[i] for i in batch], pad)
         generated = cast(Any, model).generate(
             ids,
             attention_mask=mask,
@@ -125,8 +165,9 @@ def answer(
             pad_token_id=pad,
             streamer=streamer,
         )
-        answers += tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in answers]
+        texts = tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+        answers |= zip(batch, texts, strict=True)
+    return [answers[i].strip() for i in range(len(tokens.questions))]
 
 
 def room_for_answers(model: PreTrainedModel, tokens: Tokens) -> int:
@@ -153,6 +194,17 @@ def time_decoding(model: PreTrainedModel, memory: Memory, tokens: Tokens) -> flo
         _synchronize(model)
         times.append(time.perf_counter() - start)
     return 1e3 * sorted(times[2:])[len(times[2:]) // 2]  # the question and a warm-up step apart
+
+
+def _batches(model: PreTrainedModel, tokens: Tokens, batch_size: int) -> list[list[int]]:
+    """Which questions are asked together."""
+    shape = view(model).shape
+    groups: dict[int, list[int]] = {}
+    for i, question in enumerate(tokens.questions):
+        groups.setdefault(len(question) if len(shape.layers) < shape.num_layers else 0, []).append(i)
+    return [
+        group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
+    ]
 
 
 def _padding(tokenizer: Any) -> int:

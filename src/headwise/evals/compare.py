@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from headwise.evals.answers import FULL, answer, known_methods, read_context, room_for_answers, time_decoding
+from headwise.evals.answers import FULL, answer, read_context, require_possible, room_for_answers, time_decoding
 from headwise.evals.document import Asked, tokenize
 from headwise.evals.metrics import answers_found
 from headwise.keep import Keep, parse_keep
@@ -15,13 +15,17 @@ from headwise.keep import Keep, parse_keep
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """One method's row. Bytes are of keys and values in storage; `accuracy` is the mean share of answers found."""
+    """One method's row. Bytes are of keys and values in storage; `accuracy` is the mean share of answers found.
+
+    `sliding_kv_bytes`, of sliding-window layers, are part of all the others: these layers are left whole.
+    """
 
     method: str
     keep: float | str
     kv_bytes: int
     full_kv_bytes: int
     peak_kv_bytes: int
+    sliding_kv_bytes: int
     accuracy: float
     decode_ms_per_token: float
     answers: tuple[str, ...]
@@ -43,18 +47,19 @@ def compare(
 
     Query-agnostic: no question is seen before the context has been cut. Where a question has no known answers, the full
     cache's own answer stands in. "full" is transformers' own cache; it is always measured. One row per method, however
-    often it is named. Raises BadInput before any work if a method is unknown or the model has no room for the document.
+    often it is named. Before any work it raises BadInput if a method is unknown or the model has no room for the
+    document, and BudgetInfeasible, ArtifactMismatch or UnsupportedModel if one of the methods could not run.
     """
     keep = parse_keep(keep)
-    known_methods(methods)
     tokens = tokenize(tokenizer, context, [a.question for a in asked], device=model.device)
     room_for_answers(model, tokens)
+    require_possible(model, methods, [keep], tokens)
     others = [method for method in dict.fromkeys(methods) if method != FULL]
 
     def measure(method: str, full: Comparison | None) -> Comparison:
         progress(0 if full is None else 1 + others.index(method), 1 + len(others))
         memory = read_context(model, tokens.context, method, keep, prefill_chunk_size=prefill_chunk_size)
-        kv_bytes, peak = memory.nbytes, memory.peak_nbytes
+        kv_bytes, peak, sliding = memory.nbytes, memory.peak_nbytes, memory.sliding_nbytes
         texts = answer(model, tokenizer, memory, tokens, max_new_tokens=max_new_tokens)
         return Comparison(
             method=method,
@@ -62,6 +67,7 @@ def compare(
             kv_bytes=kv_bytes,
             full_kv_bytes=kv_bytes if full is None else full.kv_bytes,
             peak_kv_bytes=peak,
+            sliding_kv_bytes=sliding,
             accuracy=_accuracy(asked, texts, texts if full is None else full.answers),
             decode_ms_per_token=time_decoding(model, memory, tokens),
             answers=tuple(texts),

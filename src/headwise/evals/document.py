@@ -3,7 +3,9 @@
 import json
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from string import punctuation
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from headwise.errors import BadInput
 from headwise.evals.models import reference_path
 
 _MARK = "\u241efact\u241e"  # occurs in no document
+UNKNOWN_IN_CONTEXT, UNKNOWN_IN_QUESTION = 0.05, 0.20  # of the tokens; beyond, an answer means nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +89,8 @@ def tokenize(tokenizer: Any, context: str, questions: list[str], *, device: torc
 
     The message is the context, an empty line and the question. The split lies after the context, so the template's
     opening is part of what is compressed, and its end, which starts the model's turn, is part of each question. Models
-    that can think before they answer are asked not to. Raises BadInput.
+    that can think before they answer are asked not to. Raises BadInput, also where the
+    tokenizer does not know the words.
     """
     if not questions or any(not question.strip() for question in questions):
         raise BadInput("a question is empty." if questions else "there is no question to ask.")
@@ -98,10 +102,28 @@ def tokenize(tokenizer: Any, context: str, questions: list[str], *, device: torc
     if not templated and head and head[-1] == tokenizer.eos_token_id:
         head = head[:-1]  # some tokenizers close every text, but this one goes on
     tails = [tokenizer(ending, add_special_tokens=False)["input_ids"] for ending in endings]
+    _require_known(tokenizer, head, UNKNOWN_IN_CONTEXT, context, "the document")
+    for question, tail in zip(questions, tails, strict=True):
+        _require_known(tokenizer, tail, UNKNOWN_IN_QUESTION, question, f"the question {question!r}")
     return Tokens(
         context=torch.tensor([head], dtype=torch.long, device=device),
         questions=tuple(torch.tensor(tail, dtype=torch.long, device=device) for tail in tails),
     )
+
+
+def _require_known(tokenizer: Any, ids: list[int], limit: float, text: str, what: str) -> None:
+    """Raise BadInput if more than `limit` of the tokens stand for words the tokenizer does not know."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        return  # a tokenizer of bytes knows every word; some give the unknown token another use
+    share = ids.count(unknown) / max(1, len(ids))
+    if share > limit:
+        words = dict.fromkeys(word.strip(punctuation) or word for word in text.split())
+        strange = islice((word for word in words if unknown in tokenizer(word)["input_ids"]), 3)
+        raise BadInput(
+            f"this model does not know {share:.0%} of the words of {what}, such as {', '.join(strange)}: its answers "
+            "would mean nothing. Give a model that knows them, such as --model Qwen/Qwen3-4B."
+        )
 
 
 def _message(tokenizer: Any, content: str) -> str:

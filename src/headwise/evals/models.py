@@ -12,6 +12,7 @@ from headwise.errors import BadInput
 from headwise.hf.families import shape_of
 
 REFERENCE = "reference"
+_ADVICE = f"Give a folder written by save_pretrained, a hub id such as Qwen/Qwen3-4B, or {REFERENCE!r}."
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,6 +39,11 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[PreTr
     return model.to(place).eval(), tokenizer
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the GPU or the machine has no memory left (on the CPU torch raises a plain RuntimeError)."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
+
+
 def load_config(name: str) -> PretrainedConfig:
     """The model's configuration only. Raises BadInput."""
     return _read(AutoConfig, name)
@@ -57,14 +63,18 @@ def _read(kind: Any, name: str, **options: Any) -> Any:
     path = reference_path() if name == REFERENCE else Path(name)
     if path.is_file():
         raise BadInput(f"{name!r} is a file; give the folder it is in.")
+    if name.startswith((".", "/", "~")) and not path.is_dir():
+        raise BadInput(f"there is no folder {name}. {_ADVICE}")
     try:
         return kind.from_pretrained(str(path) if name == REFERENCE else name, **options)
     # A damaged weight file is a SafetensorError, a wrong size a RuntimeError, a missing library an ImportError.
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise BadInput(
-            f"cannot load {name!r}: {_reason(error)} Give a folder written by save_pretrained, a hub id such as "
-            f"Qwen/Qwen3-4B, or {REFERENCE!r}."
-        ) from error
+        if is_out_of_memory(error):
+            raise
+        reason = _reason(error)
+        if kind is AutoTokenizer and path.is_dir() and not any(path.glob("tokenizer*")):
+            reason = "the folder has no tokenizer files (tokenizer.json, tokenizer_config.json)."
+        raise BadInput(f"cannot load {name!r}: {reason} {_ADVICE}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headwise.errors import BadInput
-from headwise.evals.answers import FULL, Memory, answer, known_methods, read_context, room_for_answers
-from headwise.evals.document import tokenize
+from headwise.evals.answers import FULL, Memory, answer, known_methods, read_context, require_possible, room_for_answers
+from headwise.evals.document import Tokens, tokenize
 from headwise.evals.lexicon import REFERENCE_LEXICON, Lexicon
 from headwise.evals.ruler import TASKS, Sample, find_task, generate, score
 from headwise.keep import Keep, parse_keep
@@ -68,7 +68,8 @@ def evaluate(
     """Accuracy of every method at every keep on every task, query-agnostic.
 
     A sample is read once for all scorers that can watch one prefill. One record for each method, keep and task, however
-    often they are named; "full" has one per task, with keep 1. Raises BadInput.
+    often they are named; "full" has one per task, with keep 1. Raises BadInput, and what `require_possible` raises for
+    the first sample of any task, before any work.
     """
     _require_sizes(samples=samples, seed=seed, length=length)
     known_methods(methods)
@@ -76,6 +77,9 @@ def evaluate(
     if not tasks or not parsed:
         raise BadInput("there is nothing to evaluate: give at least one task and one keep.")
     lexicon, records = lexicon_for(tokenizer), []
+    for task in tasks:
+        first = generate(task, lexicon=lexicon, length=length, seed=seed, index=0)
+        require_possible(model, methods, parsed, _tokens(model, tokenizer, first))
     pairs = list(dict.fromkeys((m, k) for m in methods for k in ([parse_keep(1.0)] if m == FULL else parsed)))
     for number, task in enumerate(tasks):
         outcomes: dict[tuple[str, Keep], list[tuple[float, float]]] = {pair: [] for pair in pairs}
@@ -121,14 +125,19 @@ def _require_sizes(*, samples: int, seed: int, length: int) -> None:
         raise BadInput(f"samples={samples} and length={length} must be at least 1, seed={seed} at least 0.")
 
 
+def _tokens(model: PreTrainedModel, tokenizer: Any, sample: Sample) -> Tokens:
+    prompts = [question.prompt for question in sample.questions]
+    tokens = tokenize(tokenizer, sample.context, prompts, device=model.device)
+    room_for_answers(model, tokens)
+    return tokens
+
+
 class _Session:
     """One sample, read once for all the methods whose scorers can watch the same prefill."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, sample: Sample, methods: Sequence[str]):
         self.model, self.tokenizer, self.sample = model, tokenizer, sample
-        prompts = [question.prompt for question in sample.questions]
-        self.tokens = tokenize(tokenizer, sample.context, prompts, device=model.device)
-        room_for_answers(model, self.tokens)
+        self.tokens = _tokens(model, tokenizer, sample)
         scorers = [Method.parse(method).scorer for method in methods]
         watchers = [scorer for scorer in scorers if can_watch(scorer)]
         self.reading = read(model, self.tokens.context, watchers) if watchers else None

@@ -4,6 +4,7 @@ For any cache but ours it is transformers' SDPA. With a RaggedCache it is SDPA d
 after which the layer is told what passed; once a layer is frozen, its own kernel does the attention.
 """
 
+import warnings
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -37,8 +38,19 @@ class AttentionLayer(Protocol):
 
 
 def enable(model: PreTrainedModel) -> None:
-    """Route the model's attention through headwise. Raises UnsupportedModel."""
+    """Route the model's attention through headwise: SDPA but for our caches. Raises UnsupportedModel.
+
+    Warns if attention was neither SDPA nor headwise before: it then computes, and performs, otherwise from now on.
+    """
     view(model)
+    before = model.config.get_text_config()._attn_implementation
+    if before not in (NAME, "sdpa"):
+        warnings.warn(
+            f"this model's attention was {before!r}; with headwise it goes through SDPA from now on, whatever the "
+            f"cache. Call model.set_attn_implementation({before!r}) when you are done with headwise's caches.",
+            UserWarning,
+            stacklevel=2,
+        )
     AttentionInterface.register(NAME, headwise_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     if not is_enabled(model):

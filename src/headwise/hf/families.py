@@ -161,8 +161,9 @@ def max_positions(config: PretrainedConfig) -> int:
     config = config.get_text_config()
     rope = config.rope_parameters or {}
     rope = rope.get("full_attention", rope)  # some families have one per type of layer
-    stretched = rope.get("factor", 1.0) * rope.get("original_max_position_embeddings", 0)
-    return max(config.max_position_embeddings, int(stretched))
+    written = config.max_position_embeddings
+    original = rope.get("original_max_position_embeddings", written if rope.get("rope_type") == "dynamic" else 0)
+    return max(written, int(original * (rope.get("factor") or 1.0)))
 
 
 def _slides(config: PretrainedConfig, layer: int) -> bool:

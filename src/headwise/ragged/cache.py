@@ -27,10 +27,11 @@ class RaggedCache(Cache):
     >>> model.generate(**prompt, past_key_values=cache)  # query-aware: the whole prompt is compressed
 
     To compress a context before any question is known use `headwise.compress`. The first forward pass is the context,
-    unless `prompt_length` says how many tokens it has: needed when it comes in pieces (`prefill_chunk_size`).
-    Sliding-window layers are left whole. Several caches can be in use on one model. Making one sets the model's
-    attention implementation to "headwise", which is SDPA for every other cache. `replays` promises that the caller has
-    the model read the context again for scorers that ask for it (KVzip), as compress() does and generate() does not.
+    unless `prompt_length` says how many tokens it has: needed when it comes in pieces (`prefill_chunk_size`); a
+    UserWarning says when it seems to be missing. Sliding-window layers are left whole. Several caches can be in use on
+    one model. Making one sets the model's attention implementation to "headwise", which is SDPA for every other cache.
+    `replays` promises that the caller has the model read the context again for scorers that ask for it (KVzip), as
+    compress() does and generate() does not.
 
     Raises UnsupportedModel, UnsupportedGeneration, BadInput; while the context is read BudgetInfeasible, BadInput,
     NonFiniteValues.
@@ -49,6 +50,8 @@ class RaggedCache(Cache):
         self.view: ModelView = view(model)
         self.method = Method.parse(method).for_model(self.view.shape, self.view.config_hash)
         self.keep = parse_keep(keep)
+        if prompt_length is not None and prompt_length < 1:
+            raise BadInput(f"prompt_length={prompt_length} must be at least 1 token, or None: the first forward pass.")
         self.provenance: dict[str, Any] = {"method": self.method.provenance(), "keep": str(self.keep)}
         self.tokens_fingerprint: str | None = None  # of the context, once it has been read by compress()
         self.meter = Meter()
@@ -67,8 +70,6 @@ class RaggedCache(Cache):
         ]
         super().__init__(layers=layers)
         self.prefill.layers = self.ragged_layers
-
-    # --- what it holds ---
 
     @property
     def ragged_layers(self) -> list[RaggedLayer]:
@@ -108,13 +109,17 @@ class RaggedCache(Cache):
         return torch.tensor(kept).view(len(kept), -1, self.view.shape.kv_heads)
 
     def positions(self, layer: int, row: int, head: int) -> Int[Tensor, " kept"]:
-        """Rotary positions, ascending, of the entries a head has kept. `layer` counts compressible layers."""
+        """Rotary positions, ascending, of the entries a head has kept, in a context that was compressed.
+
+        `layer` counts compressible layers. Raises UnsupportedGeneration before the cut, BadInput.
+        """
         self._require_compressed()
+        _require_index("layer", layer, len(self.ragged_layers))
         segments = self.ragged_layers[layer].segments
         assert segments is not None
+        _require_index("row", row, segments.batch)
+        _require_index("head", head, segments.kv_heads)
         return segments.positions[segments.slice(row * segments.kv_heads + head)].long()
-
-    # --- using it more than once ---
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the compressed cache, its tail included, for headwise.load. Raises UnsupportedGeneration, BadInput."""
@@ -138,6 +143,13 @@ class RaggedCache(Cache):
         if copies > 1:
             twin.batch_repeat_interleave(copies)
         return twin
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; give minus their number. All layers or none: raises UnsupportedGeneration."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            layer.require_croppable(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RaggedCache":
         """What transformers' users do to ask twice of one prefix; neither model nor frozen storage is copied."""
@@ -174,3 +186,8 @@ class RaggedCache(Cache):
     def __repr__(self) -> str:
         state = f"kept {int(self.lengths.sum())} entries" if self.compressed else "context not read yet"
         return f"RaggedCache({state}, seen {self.get_seq_length()} tokens, {self.nbytes} bytes)"
+
+
+def _require_index(name: str, index: int, count: int) -> None:
+    if not 0 <= index < count:
+        raise BadInput(f"{name}={index} does not exist: there are {count}, counted from 0.")

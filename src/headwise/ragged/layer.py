@@ -32,8 +32,8 @@ class Observer(Protocol):
         """A piece of prefill has passed through `layer`; `mask` and `position_ids` are what its attention was given."""
         ...
 
-    def check(self) -> None:
-        """Raise if the model no longer routes attention to us."""
+    def expect(self, layer: "RaggedLayer", num_tokens: int) -> None:
+        """So many new tokens are about to enter the first layer; raises if the cache cannot serve them."""
         ...
 
 
@@ -73,6 +73,7 @@ class RaggedLayer(CacheLayerMixin):
         self.meter = meter
         self.seen = 0
         self.unattended = False  # whether tokens were taken whose attention has not been asked for
+        self.untouched = False  # whether the context was cut here and nothing has come after it yet
         self.replaying = False
         self.replayed_keys: Tensor | None = None
         self.segments: Segments | None = None
@@ -99,21 +100,19 @@ class RaggedLayer(CacheLayerMixin):
         """Bytes of what describes the frozen part."""
         return 0 if self.segments is None or self.rows is None else self.segments.index_nbytes + self.rows.nbytes
 
-    # --- what transformers calls ---
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = value_states.dtype, key_states.device  # under autocast, keys come in float32
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Take new tokens' keys and values [B, H, T, D]; return what attention needs, tagged with this layer."""
-        self._require_routing()
+        self._require_service(key_states.shape[-2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         # Detached, or a caller who has gradients on would have the tail keep every step's graph alive.
-        states = self._take(key_states.detach(), value_states.detach())
+        states = self._take(key_states.detach().to(self.dtype), value_states.detach().to(self.dtype))
         self.unattended = True
         return tag(states[0], self), states[1]
 
@@ -150,15 +149,19 @@ class RaggedLayer(CacheLayerMixin):
         self._select(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens. Raises UnsupportedGeneration if that would reach into the compressed context."""
-        count = abs(tokens_to_remove)
-        if count > self.tail_length or tokens_to_remove > 0:
+        """Forget the last tokens; give minus their number. Raises what `require_croppable` does."""
+        self.require_croppable(tokens_to_remove)
+        self.tail_length += tokens_to_remove
+        self.seen += tokens_to_remove
+
+    def require_croppable(self, tokens_to_remove: int) -> None:
+        """Raise UnsupportedGeneration if to forget these tokens would reach into the compressed context."""
+        _require_negative(tokens_to_remove)
+        if -tokens_to_remove > self.tail_length:
             raise UnsupportedGeneration(
-                f"cannot remove the last {count} tokens: only the {self.tail_length} that came after the compressed "
-                "context can be taken back. Keep the cache you forked from instead."
+                f"cannot remove the last {-tokens_to_remove} tokens: only the {self.tail_length} that came after the "
+                "compressed context can be taken back. Keep the cache you forked from instead."
             )
-        self.tail_length -= count
-        self.seen -= count
 
     def reset(self) -> None:
         raise UnsupportedGeneration("a RaggedCache cannot be reset: make a new one, or fork() before use.")
@@ -166,12 +169,11 @@ class RaggedLayer(CacheLayerMixin):
     def offload(self) -> None:
         raise UnsupportedGeneration("a RaggedCache cannot be offloaded: save() it instead.")
 
-    # --- what our attention calls ---
-
     def observe(self, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None) -> None:
         """A piece of prefill has passed; when it was the last, the observer freezes this layer."""
         self.unattended = False
-        self.observer.observe(self, query, mask, scaling, position_ids)
+        with _no_autocast(query):
+            self.observer.observe(self, query.to(self.dtype), mask, scaling, position_ids)
         if self.replayed_keys is not None:
             self.replayed_keys = None
             self._report()
@@ -182,18 +184,17 @@ class RaggedLayer(CacheLayerMixin):
         assert self.segments is not None and self.tail_keys is not None and self.tail_values is not None
         batch, query_heads, num_queries, dim = query.shape
         heads = self.segments.kv_heads
-        out = self.kernel(
-            query.reshape(batch, heads, query_heads // heads, num_queries, dim),
-            self.segments,
-            self.rows,
-            self.tail_keys[:, :, : self.tail_length],
-            self.tail_values[:, :, : self.tail_length],
-            self._tail_mask(mask, num_queries),
-            scaling,
-        )
-        return out.reshape(batch, query_heads, num_queries, dim)
-
-    # --- what the prefill observer and forks call ---
+        with _no_autocast(query):
+            out = self.kernel(
+                query.to(self.dtype).reshape(batch, heads, query_heads // heads, num_queries, dim),
+                self.segments,
+                self.rows,
+                self.tail_keys[:, :, : self.tail_length],
+                self.tail_values[:, :, : self.tail_length],
+                self._tail_mask(mask, num_queries),
+                scaling,
+            )
+        return out.reshape(batch, query_heads, num_queries, dim).to(query.dtype)
 
     def freeze(self, kept: Bool[Tensor, "batch kv_heads tokens"], positions: Int[Tensor, "batch tokens"]) -> None:
         """Copy the kept entries out and let go of everything else."""
@@ -202,6 +203,7 @@ class RaggedLayer(CacheLayerMixin):
         self.rows = torch.arange(kept.shape[0], device=kept.device)
         self._report()
         self.keys = self.values = None
+        self.untouched = True
         self._report()
 
     def fork(self, meter: Meter) -> "RaggedLayer":
@@ -216,13 +218,14 @@ class RaggedLayer(CacheLayerMixin):
             twin.tail_keys, twin.tail_values = self.tail_keys.clone(), self.tail_values.clone()
         return twin
 
-    def _report(self) -> None:
-        self.meter.report(self.model_index, self.nbytes)
+    def _report(self, *fresh: Tensor) -> None:
+        """Tell the meter what is held, besides `fresh` states that are not stored yet."""
+        self.meter.report(self.model_index, self.nbytes + sum(t.untyped_storage().nbytes() for t in fresh))
 
-    def _require_routing(self) -> None:
+    def _require_service(self, num_tokens: int) -> None:
         """Attention that does not come to us ignores the frozen part, and never cuts one that is filling."""
         if self.index == 0:  # once per step will do
-            self.observer.check()
+            self.observer.expect(self, num_tokens)
         if self.unattended:
             raise UnsupportedModel(
                 "this cache was given tokens by a model whose attention does not go through headwise: another one than "
@@ -233,16 +236,23 @@ class RaggedLayer(CacheLayerMixin):
         """Store new tokens. Returns what the model's own attention needs (once frozen it is not asked)."""
         if self.frozen:
             self._grow_tail(key_states, value_states)
+            self.untouched = False
             self.seen += key_states.shape[-2]
             return key_states, value_states
-        keys, values = _append(self.keys, key_states), _append(self.values, value_states)
         if self.replaying:
-            self.replayed_keys = keys
-        else:
-            self.keys, self.values = keys, values
-            self.seen += key_states.shape[-2]
+            self.replayed_keys = self._joined(self.keys, key_states)
+            return self.replayed_keys, self._joined(self.values, value_states)
+        self.keys = self._joined(self.keys, key_states)
+        self.values = self._joined(self.values, value_states)
+        self.seen += key_states.shape[-2]
         self._report()
-        return keys, values
+        return self.keys, self.values
+
+    def _joined(self, past: Tensor | None, new: Tensor) -> Tensor:
+        """Past and new states in storage of their own; until the past is let go of, both are held."""
+        states = _own(new) if past is None else torch.cat([past, new], dim=-2)
+        self._report(states)
+        return states
 
     def _tail_mask(self, mask: Tensor | None, num_queries: int) -> Tensor | None:
         """[B, T, tail], or None when all of the tail is visible to all queries."""
@@ -265,12 +275,20 @@ class RaggedLayer(CacheLayerMixin):
         stop = self.tail_length + key_states.shape[-2]
         if self.tail_keys is None or self.tail_values is None or stop > self.tail_keys.shape[2]:
             capacity = -(-max(stop, self.tail_length * 3 // 2) // TAIL_STEP) * TAIL_STEP
-            self.tail_keys = _enlarge(self.tail_keys, key_states, self.tail_length, capacity)
-            self.tail_values = _enlarge(self.tail_values, value_states, self.tail_length, capacity)
+            self.tail_keys = self._enlarged(self.tail_keys, key_states, capacity)
+            self.tail_values = self._enlarged(self.tail_values, value_states, capacity)
             self._report()
         self.tail_keys[:, :, self.tail_length : stop] = key_states
         self.tail_values[:, :, self.tail_length : stop] = value_states
         self.tail_length = stop
+
+    def _enlarged(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
+        with torch.inference_mode(False):  # else it could be written to under inference_mode only
+            new = like.new_zeros(*like.shape[:2], capacity, like.shape[-1])
+        if old is not None:
+            new[:, :, : self.tail_length] = old[:, :, : self.tail_length]
+        self._report(new)
+        return new
 
     def _select(self, pick: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
@@ -297,6 +315,21 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         self.meter.report(self.model_index, self.nbytes)
         return states
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; give minus their number. Raises what `require_croppable` does."""
+        self.require_croppable(tokens_to_remove)
+        if tokens_to_remove:
+            super().crop(tokens_to_remove)
+
+    def require_croppable(self, tokens_to_remove: int) -> None:
+        """Raise UnsupportedGeneration if what left the window would have to come back."""
+        _require_negative(tokens_to_remove)
+        if tokens_to_remove and self.cumulative_length >= self.sliding_window:
+            raise UnsupportedGeneration(
+                f"cannot remove the last {-tokens_to_remove} tokens: {self.cumulative_length} were seen, and what left "
+                f"the sliding window of {self.sliding_window} is gone. Keep the cache you forked from instead."
+            )
+
     def fork(self, meter: Meter) -> "SlidingLayer":
         """A layer that goes on from here; states are replaced when they grow, so they can be shared until then."""
         twin = copy.copy(self)
@@ -309,19 +342,20 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values) if t is not None)
 
 
+def _no_autocast(states: Tensor) -> torch.autocast:
+    """Scorers and kernels choose their own precision, and expect that of the cache everywhere."""
+    return torch.autocast(states.device.type, enabled=False)
+
+
+def _require_negative(tokens_to_remove: int) -> None:
+    if tokens_to_remove > 0:
+        raise UnsupportedGeneration(
+            f"crop({tokens_to_remove}) asks to keep the first tokens, of which a compressed context has evicted some: "
+            "give minus the number of last tokens to forget, or keep the cache you forked from."
+        )
+
+
 def _own(states: Tensor | None) -> Tensor:
     """`states` in storage of their own size: a view would keep all it was cut from alive."""
     assert states is not None
     return states if states.untyped_storage().nbytes() == states.nbytes else states.clone()
-
-
-def _append(past: Tensor | None, new: Tensor) -> Tensor:
-    return _own(new) if past is None else torch.cat([past, new], dim=-2)
-
-
-def _enlarge(old: Tensor | None, like: Tensor, length: int, capacity: int) -> Tensor:
-    with torch.inference_mode(False):  # else it could be written to under inference_mode only
-        new = like.new_zeros(*like.shape[:2], capacity, like.shape[-1])
-    if old is not None:
-        new[:, :, :length] = old[:, :, :length]
-    return new

@@ -4,6 +4,7 @@ A scope "layer" allocator has each layer cut as soon as it is done, so that peak
 one full layer. A scope "model" allocator, and a scorer that replays the context, wait until all layers are done.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.allocate.apportion import require_feasible
-from headwise.errors import BadInput, NonFiniteValues, UnsupportedModel
+from headwise.errors import BadInput, NonFiniteValues, UnsupportedGeneration, UnsupportedModel
 from headwise.hf.attention import is_enabled
 from headwise.hf.families import ModelView
 from headwise.interfaces import Chunk, Demand, Observation, Statistics
@@ -21,6 +22,8 @@ from headwise.method import Method
 from headwise.ragged.layer import RaggedLayer
 from headwise.select import protected_mask, select
 from headwise.shapes import ModelShape
+
+TOO_LONG = "Shorten the context, configure rope scaling on the model, or raise config.max_position_embeddings."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,35 +60,36 @@ class Prefill:
         self.plan: Plan | None = None
         self._valid: Tensor | None = None
         self._positions: Tensor | None = None
+        self._piece = 0  # tokens of the latest piece of prefill
+        self._failure: str | None = None
 
-    # --- called by the layers ---
-
-    def check(self) -> None:
-        """Raise if the model's attention no longer goes through headwise: it would ignore the frozen part."""
-        if not is_enabled(self.view.model):
+    def expect(self, layer: RaggedLayer, num_tokens: int) -> None:
+        """New tokens are about to enter the first layer: raise if they cannot be served, warn of a likely mistake."""
+        if self._failure is not None or len({other.seen for other in self.layers}) > 1:
+            reason = self._failure or "a forward pass did not finish"
+            raise UnsupportedGeneration(f"this cache failed while reading its context ({reason}): make a new one.")
+        if not is_enabled(self.view.model):  # it would ignore the frozen part
             raise UnsupportedModel(
                 "the model's attention implementation was changed while a RaggedCache is in use; call "
                 "headwise.enable(model) again before using the cache."
+            )
+        if layer.untouched and self.prompt_length is None and num_tokens > 1:
+            self._warn_of_pieces(layer.seen, num_tokens)
+        if not layer.frozen and num_tokens == 1 and self._piece > 1 and layer.seen + 1 < (self.prompt_length or 0):
+            raise UnsupportedGeneration(
+                f"prompt_length={self.prompt_length}, but {layer.seen} tokens came before single ones, so the context "
+                "is not complete and nothing has been cut. Give the prompt's length, or None if it comes in one piece."
             )
 
     def observe(
         self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None
     ) -> None:
         """Take in one piece of prefill of one layer; cut the layer if it was the last piece."""
-        if layer.index == 0 and not layer.replaying:
-            self._extend(layer, query, mask, position_ids)
-        chunk = self._chunk(layer, query, mask, scaling, position_ids)
-        trace = self.traces[layer.index]
-        trace.scaling = scaling
-        trace.statistics = self.method.scorer.accumulate(trace.statistics, chunk)
-        if layer.replaying:
-            return
-        window = self.method.scorer.query_window
-        trace.queries = _last(trace.queries, query, window)
-        if layer.seen >= (self.prompt_length or 0):
-            self._finish(layer)
-
-    # --- called by compress() for scorers that replay ---
+        try:
+            self._observe(layer, query, mask, scaling, position_ids)
+        except BaseException as error:  # an interrupt too leaves layers half-filled
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
 
     def start_replay(self, start: int, stop: int, num_prefix: int) -> None:
         """The next forward pass repeats tokens start:stop after `num_prefix` tokens of instruction."""
@@ -101,11 +105,35 @@ class Prefill:
             self.traces[layer.index].scores = self._score(layer)
         self._cut(self.layers)
 
-    # --- the steps ---
+    def _observe(
+        self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None
+    ) -> None:
+        if layer.index == 0 and not layer.replaying:
+            self._extend(layer, query, mask, position_ids)
+        chunk = self._chunk(layer, query, mask, scaling, position_ids)
+        trace = self.traces[layer.index]
+        trace.scaling = scaling
+        trace.statistics = self.method.scorer.accumulate(trace.statistics, chunk)
+        if layer.replaying:
+            return
+        window = self.method.scorer.query_window
+        trace.queries = _last(trace.queries, query, window)
+        if layer.seen >= (self.prompt_length or 0):
+            self._finish(layer)
+
+    def _warn_of_pieces(self, seen: int, num_tokens: int) -> None:
+        warnings.warn(
+            f"this cache took the first {seen} tokens for its whole context and compressed them; now {num_tokens} more "
+            f"came at once. If they are the next piece of the prompt (prefill_chunk_size), give RaggedCache the "
+            f"prompt's length as prompt_length; if they are a later question, give prompt_length={seen}, or use "
+            "headwise.compress().",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def _extend(self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Note which tokens are padding, and every token's position; refuse what cannot work, before any cut."""
-        batch, length = query.shape[0], layer.seen
+        batch, length, self._piece = query.shape[0], layer.seen, query.shape[2]
         valid = _valid_tokens(mask, batch, length, query.device)
         fresh = _positions(position_ids, valid, query.shape[2])
         self._valid = valid
@@ -113,7 +141,7 @@ class Prefill:
         if int(fresh.max()) >= self.view.max_positions:
             raise BadInput(
                 f"the context reaches position {int(fresh.max()) + 1}, but this model was made for "
-                f"{self.view.max_positions}. Shorten the context, or configure rope scaling on the model."
+                f"{self.view.max_positions}. {TOO_LONG}"
             )
         if layer.seen >= (self.prompt_length or 0):
             assert layer.keys is not None

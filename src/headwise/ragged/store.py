@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,6 +24,13 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         step = max(1, weight.numel() // _SAMPLE)
         parts += [name, weight.detach().flatten()[::step][:_SAMPLE].to("cpu", torch.bfloat16).float()]
     return fingerprint(*parts)
+
+
+def tokens_fingerprint(
+    input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"]
+) -> str:
+    """Names a context, whatever integers its ids and its mask are made of."""
+    return fingerprint(input_ids.long(), attention_mask.long())
 
 
 def save(cache: RaggedCache, path: str | os.PathLike[str]) -> None:
@@ -50,7 +57,7 @@ def load(
     model: PreTrainedModel,
     *,
     input_ids: Int[Tensor, "batch tokens"] | None = None,
-    attention_mask: Int[Tensor, "batch tokens"] | None = None,
+    attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"] | None = None,
     kernel: str = "auto",
 ) -> RaggedCache:
     """Read a cache that `save` wrote, onto the model's device and in the model's dtype.
@@ -67,7 +74,7 @@ def load(
         )
     if input_ids is not None:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        _require_context(fingerprint(input_ids, mask), metadata["tokens_fingerprint"], path)
+        _require_context(tokens_fingerprint(input_ids, mask), metadata["tokens_fingerprint"], path)
     cache = RaggedCache(model, "random", keep=1.0, kernel=kernel)  # a method is of no use any more: all is cut
     cache.provenance = {name: metadata[name] for name in cache.provenance}
     cache.tokens_fingerprint, cache.meter.peak = metadata["tokens_fingerprint"], metadata["peak_nbytes"]

@@ -1,0 +1,370 @@
+"""Profiles: what is pooled and summed, resuming, sharing the work between processes, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from families import random_ids, tiny_model
+
+from headwise import profile as module
+from headwise.artifacts import Profile, describe
+from headwise.calibration import Example, encode
+from headwise.errors import ArtifactMismatch, BadInput
+from headwise.evals import models
+from headwise.hf.families import view
+from headwise.method import SCORERS
+from headwise.oracle import Sampling, entry_importance
+from headwise.profile import RANKS, Settings, marginal_utility, measure, profile
+from headwise.reading import read
+
+QUICK = Settings(steps=2)
+WORDS = "locker apple red stone. the key was under the old tower, near a river. "
+EXAMPLES = [
+    Example(context=WORDS * 2, questions=("? locker apple", "? the red tower"), domain="records"),
+    Example(context=f"then {WORDS * 3}", questions=("? locker key",), domain="prose"),
+    Example(context=f"she had a {WORDS * 3}"),
+    Example(context=f"he saw a {WORDS * 2}", questions=("? old", "? river", "? who"), domain="records"),
+]
+
+
+@pytest.fixture(scope="session")
+def loaded(model_folders):
+    """Model and tokenizer."""
+    return models.load(str(model_folders["qwen3"]), device="cpu")
+
+
+def make(loaded, out, examples=EXAMPLES, scorers=("keydiff", "expected"), **options):
+    profile(*loaded, examples, scorers, out, **{"settings": QUICK, **options})
+    return Profile.load(out)
+
+
+@pytest.fixture(scope="session")
+def whole(loaded, tmp_path_factory):
+    """A profile made at one go, and its path."""
+    out = tmp_path_factory.mktemp("profile") / "p.safetensors"
+    return make(loaded, out), out
+
+
+def assert_same(found, expected):
+    assert found.curves.keys() == expected.curves.keys()
+    for name, curve in expected.curves.items():
+        assert found.curves[name].equal(curve)
+    for name in ("domains", "contexts", "protection", "parameters", "settings", "origin"):
+        assert getattr(found, name) == getattr(expected, name)
+
+
+# --- what is in it ---
+
+
+def test_a_profile_says_what_it_was_made_from(loaded, whole):
+    found, out = whole
+    model, _ = loaded
+    assert (found.domains, found.contexts) == (("records", "prose", "text"), (2, 1, 1))
+    assert found.protection == {"keydiff": (0, 0), "expected": (4, 0)}
+    assert found.parameters["keydiff"] == SCORERS["keydiff"].make().provenance()
+    assert found.settings == {"steps": 2, "normalization": "layer", "sampling": {"temperature": 0.0, "seed": 0}}
+    assert found.origin.shape == view(model).shape
+    assert found.origin.config_hash == view(model).config_hash
+    assert found.origin.model == "qwen3"
+    for curve in found.curves.values():
+        assert curve.shape == (3, 3, 2, RANKS)
+        assert (curve >= 0).all()
+        torch.testing.assert_close(curve.sum(dim=(1, 2, 3)), torch.ones(3), rtol=1e-5, atol=0)
+    assert describe(out)["kind"] == "profile"
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_a_curve_is_the_pooled_importance_in_the_scorer_s_order(loaded):
+    model, tokenizer = loaded
+    context, questions = encode(tokenizer, EXAMPLES[3], device="cpu")
+    scorer = SCORERS["expected"].make()
+    found = measure(model, context, questions, [scorer], QUICK)[scorer]
+    reading = read(model, context, [scorer])
+    pooled = torch.stack([entry_importance(model, reading.whole, [q], steps=2)[0] for q in questions]).amax(0)
+    middle = slice(scorer.sink, context.shape[1] - scorer.window)
+    ratios = []
+    for layer in range(3):
+        for head in range(2):
+            order = reading.scores[scorer][layer, 0, head, middle].argsort(descending=True)
+            by_hand = pooled[layer, head, middle][order].double()
+            at = torch.arange(1, len(by_hand) + 1) * RANKS / len(by_hand)  # in ranks, seldom whole ones
+            kept = found[layer, head].cumsum(-1)[(at.floor().long() - 1).clamp(max=RANKS - 1)]
+            upper = found[layer, head].cumsum(-1)[at.floor().long().clamp(max=RANKS - 1)]
+            scale = float(by_hand.sum() / found[layer, head].sum())
+            ratios.append(scale)
+            assert (kept * scale <= by_hand.cumsum(0) * (1 + 1e-4)).all()
+            assert (upper * scale >= by_hand.cumsum(0) * (1 - 1e-4)).all()
+    torch.testing.assert_close(torch.tensor(ratios), torch.full((6,), ratios[0]), rtol=1e-4, atol=0)
+
+
+def test_the_mean_of_a_domain_is_over_its_contexts(loaded, whole):
+    model, tokenizer = loaded
+    scorer = SCORERS["keydiff"].make()
+    curves = [
+        measure(model, *encode(tokenizer, example, device="cpu"), [scorer], QUICK)[scorer].float().double()
+        for example in (EXAMPLES[0], EXAMPLES[3])
+    ]
+    torch.testing.assert_close(whole[0].curves["keydiff"][0], (sum(curves) / 2).float())
+
+
+def test_marginal_utility_by_hand():
+    importance = torch.tensor([[[9.0, 1.0, 5.0, 2.0, 0.0, 7.0]]])
+    scores = torch.tensor([[[0.0, 0.1, 0.3, 0.2, 0.9, 1.0]]])
+    candidates = torch.tensor([False, True, True, True, True, False])
+    # best first: 0, 5, 2, 1
+    assert marginal_utility(importance, scores, candidates, ranks=4).tolist() == [[[0.0, 5.0, 2.0, 1.0]]]
+    assert marginal_utility(importance, scores, candidates, ranks=2).tolist() == [[[5.0, 3.0]]]
+    assert marginal_utility(importance, scores, candidates, ranks=8).tolist() == [
+        [[0.0, 0.0, 2.5, 2.5, 1.0, 1.0, 0.5, 0.5]]
+    ]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 1023, 1024, 1025, 3000])
+def test_resampling_keeps_the_sum(tokens):
+    importance, scores = torch.rand(2, 3, tokens), torch.rand(2, 3, tokens)
+    found = marginal_utility(importance, scores, torch.ones(tokens, dtype=torch.bool))
+    assert found.shape == (2, 3, RANKS)
+    torch.testing.assert_close(found.sum(-1), importance.double().sum(-1))
+    assert (found >= -1e-12).all()
+
+
+def test_settings_matter(loaded, whole, tmp_path):
+    for number, settings in enumerate(
+        [replace(QUICK, normalization="none"), replace(QUICK, sampling=Sampling(temperature=3.0, seed=1))]
+    ):
+        other = make(loaded, tmp_path / f"{number}", settings=settings, scorers=["keydiff"])
+        assert not other.curves["keydiff"].allclose(whole[0].curves["keydiff"], rtol=1e-3)
+        assert other.origin.calibration != whole[0].origin.calibration
+
+
+def test_scorers_do_not_change_each_other(loaded, whole, tmp_path):
+    alone = make(loaded, tmp_path / "p", scorers=["expected"])
+    assert alone.curves["expected"].equal(whole[0].curves["expected"])
+
+
+def test_domains_are_weighted_by_their_contexts_or_as_asked(whole):
+    found = whole[0]
+    curves = found.curves["keydiff"].double()
+    torch.testing.assert_close(found.curve("keydiff"), (2 * curves[0] + curves[1] + curves[2]) / 4)
+    torch.testing.assert_close(found.curve("keydiff", {"prose": 3.0, "text": 1.0}), (3 * curves[1] + curves[2]) / 4)
+
+
+@pytest.mark.parametrize("weights", [{"records": 0.0}, {"records": -1.0, "text": 2.0}, {"text": float("nan")}])
+def test_domain_weights_that_mean_nothing(whole, weights):
+    with pytest.raises(BadInput, match="domain weights"):
+        whole[0].curve("keydiff", weights)
+
+
+def test_names_that_are_not_in_the_profile(whole):
+    with pytest.raises(BadInput, match=r"no domain \['code'\]; it has records, prose, text"):
+        whole[0].curve("keydiff", {"code": 1.0})
+    with pytest.raises(BadInput, match="of expected, keydiff; it has no scorer 'snapkv'"):
+        whole[0].curve("snapkv")
+
+
+def test_save_and_load_give_back_every_bit(whole, tmp_path):
+    whole[0].save(tmp_path / "again")
+    assert_same(Profile.load(tmp_path / "again"), whole[0])
+
+
+# --- resuming ---
+
+
+def interrupted_after(count, monkeypatch):
+    """Let `measure` raise after so many contexts, as a kill would."""
+    calls = []
+
+    def limited(*arguments):
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return measure(*arguments)
+
+    monkeypatch.setattr(module, "measure", limited)
+    return calls
+
+
+def test_a_killed_run_goes_on_where_it_was(loaded, whole, tmp_path, monkeypatch):
+    out = tmp_path / "p"
+    interrupted_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        make(loaded, out)
+    assert not out.exists()
+    assert len(list((tmp_path / "p.parts").iterdir())) == 2
+    calls = interrupted_after(99, monkeypatch)
+    assert_same(make(loaded, out), whole[0])
+    assert out.read_bytes() == whole[1].read_bytes()
+    assert len(calls) == 2
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_lost_parts_are_measured_again_and_reordered_data_reuses_them(loaded, tmp_path, monkeypatch):
+    out = tmp_path / "p"
+    interrupted_after(3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        make(loaded, out)
+    min((tmp_path / "p.parts").iterdir()).unlink()
+    calls = interrupted_after(99, monkeypatch)
+    found = make(loaded, out, EXAMPLES[::-1])
+    assert len(calls) == 2
+    monkeypatch.undo()
+    assert_same(found, make(loaded, tmp_path / "q", EXAMPLES[::-1]))
+
+
+@pytest.mark.parametrize("change", ["model", "weights", "settings", "scorers"])
+def test_parts_of_another_run_are_not_taken_up(loaded, whole, tmp_path, monkeypatch, model_folders, change):
+    other, options = loaded, {}
+    if change == "model":
+        other = models.load(str(model_folders["base"]), device="cpu")
+    elif change == "weights":
+        model, tokenizer = models.load(str(model_folders["qwen3"]), device="cpu")
+        with torch.no_grad():
+            model.model.layers[0].self_attn.o_proj.weight.mul_(1.5)
+        other = model, tokenizer
+    else:
+        options = {"settings": Settings(steps=1)} if change == "settings" else {"scorers": ["keydiff"]}
+    out = tmp_path / "p"
+    interrupted_after(3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        make(other, out, **options)
+    calls = interrupted_after(99, monkeypatch)
+    assert_same(make(loaded, out), whole[0])
+    assert len(calls) == len(EXAMPLES)
+
+
+def test_a_damaged_part_is_named_and_the_old_profile_stays(loaded, tmp_path, monkeypatch):
+    out = tmp_path / "p"
+    out.write_text("old")
+    interrupted_after(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        make(loaded, out)
+    (part,) = (tmp_path / "p.parts").iterdir()
+    part.write_bytes(part.read_bytes()[:100])
+    monkeypatch.undo()
+    with pytest.raises(BadInput, match=part.name):
+        make(loaded, out)
+    assert out.read_text() == "old"
+
+
+def test_the_same_example_twice_counts_twice(loaded, tmp_path, monkeypatch):
+    calls = interrupted_after(99, monkeypatch)
+    found = make(loaded, tmp_path / "p", [EXAMPLES[0], EXAMPLES[1], EXAMPLES[0]])
+    assert (found.contexts, len(calls)) == ((2, 1), 2)
+
+
+def test_progress_is_told_from_nothing_to_everything(loaded, tmp_path):
+    seen = []
+    make(loaded, tmp_path / "p", progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(n, 4) for n in range(5)]
+
+
+# --- several processes ---
+
+
+def test_processes_share_the_contexts(loaded, whole, tmp_path, monkeypatch):
+    """Rank 1 measures every second context and leaves writing to rank 0, which measures the others."""
+    out, waits = tmp_path / "p", []
+    calls = interrupted_after(99, monkeypatch)
+    profile(
+        *loaded,
+        EXAMPLES,
+        ["keydiff", "expected"],
+        out,
+        settings=QUICK,
+        process=(1, 2),
+        wait=lambda: waits.append(len(calls)),
+    )
+    assert (waits, out.exists()) == ([2, 2], False)
+    assert_same(make(loaded, out, process=(0, 2)), whole[0])
+    assert len(calls) == 4
+
+
+def lines(path):
+    records = [{"context": e.context, "questions": e.questions, "domain": e.domain} for e in EXAMPLES]
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+def run_as_processes(folder, data, out):
+    """Two real processes; --multi_gpu is accelerate's name for a launch by torch.distributed, on CPUs too."""
+    command = f"-m headwise profile --model {folder} --scorer keydiff,expected --data {data} --steps 2 --out {out}"
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    launch += "--dynamo_backend no --main_process_port 0 "
+    return subprocess.run(
+        [sys.executable, *launch.split(), *command.split(), "--device", "cpu", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(model_folders, whole, tmp_path):
+    """Without a GPU accelerate once took both for the only one: each did all the work and wrote the file."""
+    out = tmp_path / "p.safetensors"
+    done = run_as_processes(model_folders["qwen3"], lines(tmp_path / "data.jsonl"), out)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"profile": str(out), "contexts": 4, "scorers": ["keydiff", "expected"]}
+    assert_same(Profile.load(out), whole[0])
+    assert not out.with_name("p.safetensors.parts").exists()
+
+
+# --- what is refused, before anything is measured or written ---
+
+LONG = Example(context=WORDS * 80, questions=("? who",))
+REFUSED = {
+    "no examples": ({"examples": []}, "at least one example"),
+    "no scorers": ({"scorers": []}, "at least one scorer"),
+    "unknown scorer": ({"scorers": ["keydif"]}, "Did you mean 'keydiff'"),
+    "an allocator": ({"scorers": ["adakv"]}, "no scorer 'adakv'"),
+    "a method": ({"scorers": ["keydiff+uniform"]}, "no allocator"),
+    "reads twice": ({"scorers": ["keydiff", "kvzip"]}, "kvzip cannot be profiled"),
+    "needs the keep": ({"scorers": ["criticalkv"]}, "criticalkv cannot be profiled"),
+    "too long": ({"examples": [EXAMPLES[0], LONG]}, "this model was made for 1024"),
+    "too long with the answer": ({"settings": Settings(steps=1000)}, "1000 decoded tokens need"),
+    "too short": (
+        {"examples": [Example(context="the red stone. " * 8)], "scorers": ["snapkv"]},
+        "no longer than the 32",
+    ),
+    "an empty question": ({"examples": [Example(context=WORDS, questions=("? who", " "))]}, "a question is empty"),
+}
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED.values(), ids=REFUSED)
+def test_refused_with_nothing_written(loaded, tmp_path, monkeypatch, options, words):
+    calls = interrupted_after(99, monkeypatch)
+    with pytest.raises(BadInput, match=words):
+        make(loaded, tmp_path / "p", **options)
+    assert not calls
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_place_for_a_profile(loaded, tmp_path):
+    with pytest.raises(BadInput, match="is a folder"):
+        make(loaded, tmp_path)
+
+
+def test_no_steps_are_refused(loaded, tmp_path):
+    with pytest.raises(BadInput, match="at least one step"):
+        make(loaded, tmp_path / "p", settings=Settings(steps=0))
+    assert not (tmp_path / "p").exists()
+
+
+def test_other_files_are_no_profiles(loaded, whole, tmp_path):
+    from headwise.solve import solve
+
+    solve(whole[0], "keydiff").save(tmp_path / "b")
+    with pytest.raises(ArtifactMismatch, match="is a budget of format 1, expected a profile"):
+        Profile.load(tmp_path / "b")
+
+
+def test_sliding_layers_have_no_curve():
+    model = tiny_model("gemma3_text")
+    scorer = SCORERS["keydiff"].make()
+    found = measure(model, random_ids(1, 40), (random_ids(1, 3)[0],), [scorer], QUICK)[scorer]
+    assert found.shape == (2, 2, RANKS)
