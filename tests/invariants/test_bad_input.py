@@ -283,15 +283,18 @@ def test_a_question_without_its_context(model):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_assisted_generation(family):
-    """transformers would give the cache its prompt a second time, and answer wrongly without a word."""
+    """transformers would give the cache its prompt a second time, and answer wrongly without a word.
+
+    Recent versions announce what they are about to do; older ones are caught when they take tokens back.
+    """
     model = tiny_model(family)
     prompt = random_ids(1, 50)
     for cache in (
         headwise.compress(model, prompt[:, :40], "keydiff", keep=0.5),
         RaggedCache(model, "keydiff", keep=0.5),
     ):
-        with pytest.raises(UnsupportedGeneration, match="Generate without it"):
-            model.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=3, **GREEDY)
+        with pytest.raises(UnsupportedGeneration, match="Generate without it|asks to keep the first tokens"):
+            model.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=3, **{**GREEDY, "eos_token_id": 2})
 
 
 def test_what_a_cache_cannot_do(model):
