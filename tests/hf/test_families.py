@@ -239,3 +239,10 @@ def test_the_hash_of_a_configuration_survives_saving_and_serving(family, tmp_pat
     headwise.enable(model)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert hf.view(model).config_hash == hf.view(again).config_hash == before
+
+
+def test_a_model_on_several_devices_is_refused():
+    model = tiny_model()
+    model.get_decoder().layers[0].mlp.to("meta")
+    with pytest.raises(UnsupportedModel, match="cpu, meta"):
+        hf.view(model)

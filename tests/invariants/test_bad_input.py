@@ -293,7 +293,7 @@ def test_assisted_generation(family):
         headwise.compress(model, prompt[:, :40], "keydiff", keep=0.5),
         RaggedCache(model, "keydiff", keep=0.5),
     ):
-        with pytest.raises(UnsupportedGeneration, match="Generate without it|asks to keep the first tokens"):
+        with pytest.raises(UnsupportedGeneration, match=r"Generate without it|asks to keep the first tokens"):
             model.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=3, **{**GREEDY, "eos_token_id": 2})
 
 

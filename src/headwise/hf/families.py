@@ -121,7 +121,14 @@ class ModelRotary:
 def view(model: PreTrainedModel) -> ModelView:
     """Describe a model. Raises UnsupportedModel, naming what is supported."""
     config = model.config.get_text_config()
-    return ModelView(model=model, family=_family(config), shape=shape_of(config))
+    family, shape = _family(config), shape_of(config)
+    devices = {weight.device for weight in model.parameters()}
+    if len(devices) > 1:
+        raise UnsupportedModel(
+            f"the model is spread over {', '.join(sorted(map(str, devices)))}; headwise needs all of it on one device: "
+            "load it without device_map, or with device_map={'': 0}."
+        )
+    return ModelView(model=model, family=family, shape=shape)
 
 
 def shape_of(config: PretrainedConfig) -> ModelShape:
