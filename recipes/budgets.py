@@ -1,0 +1,41 @@
+"""Make the LU-KV budgets that ship with the reference model: `snapkv+lukv`, `keydiff+lukv`, `expected+lukv`.
+
+    python recipes/budgets.py
+
+Calibration contexts come from the split "calibration" of the task generators, whose seeds no evaluation can reach. Takes
+about half a minute on one core.
+"""
+
+import tempfile
+from pathlib import Path
+
+from headwise.artifacts import Profile
+from headwise.calibration import load_examples
+from headwise.evals.models import REFERENCE, load, reference_path
+from headwise.hf.families import view
+from headwise.profile import Settings, profile
+from headwise.solve import check, solve
+
+SCORERS = ("snapkv", "keydiff", "expected")
+CALIBRATION = "builtin:24"
+STEPS = 16  # the longest answers have about that many tokens
+
+
+def main() -> None:
+    """Profile once for all scorers, solve for each, say how good the budgets are on the profile's own curves."""
+    model, tokenizer = load(REFERENCE)
+    examples = load_examples(CALIBRATION, tokenizer, max_positions=view(model).max_positions)
+    folder = reference_path() / "budgets"
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "profile.safetensors"
+        profile(model, tokenizer, examples, SCORERS, out, settings=Settings(steps=STEPS))
+        found = Profile.load(out)
+    for scorer in SCORERS:
+        solve(found, scorer).save(folder / f"{scorer}.safetensors")
+        for quality in check(found, scorer, [0.0625, 0.15, 0.25]):
+            print(scorer, quality, f"gap={quality.gap:.4f}")
+
+
+if __name__ == "__main__":
+    main()

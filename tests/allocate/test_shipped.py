@@ -1,0 +1,64 @@
+"""The budgets that come with the reference model fit it, and do what they are for."""
+
+import pytest
+import torch
+from families import random_ids, tiny_model
+
+import headwise
+from headwise.allocate import LUKV
+from headwise.artifacts import Budget
+from headwise.errors import ArtifactMismatch, BadInput
+from headwise.evals.models import load, reference_path
+from headwise.evals.run import evaluate
+from headwise.method import Method
+
+SCORERS = ("snapkv", "keydiff", "expected")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return load("reference")
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_the_shipped_budget_is_found_and_exact(reference, scorer):
+    model, _ = reference
+    ids = torch.randint(10, 500, (1, 400), generator=torch.Generator().manual_seed(0))
+    cache = headwise.compress(model, ids, f"{scorer}+lukv", keep=0.2)
+    assert isinstance(cache.method.allocator, LUKV)
+    assert cache.method.allocator.budget.origin.scorer == scorer
+    assert int(cache.lengths.sum()) == round(0.2 * 24 * 400)
+
+
+def test_it_beats_the_even_share_at_the_same_bytes(reference):
+    """Samples of a seed of their own: neither calibration nor any table in docs/ has them."""
+    model, tokenizer = reference
+    records = evaluate(
+        model,
+        tokenizer,
+        tasks=["niah_multikey_dense"],
+        methods=["snapkv", "snapkv+lukv"],
+        keeps=[0.2],
+        samples=3,
+        seed=901,
+        length=512,
+    )
+    even, solved = (record.accuracy for record in records)
+    assert records[0].kv_fraction == records[1].kv_fraction
+    assert solved > even + 0.15
+
+
+def test_no_budget_is_shipped_for_other_models_and_scorers(reference):
+    model, _ = reference
+    with pytest.raises(BadInput, match="headwise profile"):
+        headwise.compress(model, random_ids(1, 60), "knorm+lukv", keep=0.5)
+    with pytest.raises(BadInput, match="headwise profile"):
+        headwise.compress(tiny_model(), random_ids(1, 60), "keydiff+lukv", keep=0.5)
+
+
+def test_a_budget_of_another_scorer_is_refused(reference):
+    model, _ = reference
+    budget = Budget.load(reference_path() / "budgets" / "snapkv.safetensors")
+    method = Method(scorer=Method.parse("keydiff").scorer, allocator=LUKV(budget=budget))
+    with pytest.raises(ArtifactMismatch, match="SnapKV"):
+        headwise.compress(model, random_ids(1, 60), method, keep=0.9)
