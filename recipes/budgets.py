@@ -2,8 +2,8 @@
 
     python recipes/budgets.py
 
-Calibration contexts come from the split "calibration" of the task generators, whose seeds no evaluation can reach. Takes
-about half a minute on one core.
+Calibration contexts come from the split "calibration" of the task generators, whose seeds no evaluation can reach.
+Takes about half a minute on one core.
 """
 
 import tempfile
