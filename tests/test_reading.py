@@ -5,9 +5,13 @@ import torch
 from families import random_ids, tiny_model
 
 import headwise
-from headwise.errors import BadInput
+from headwise.allocate import Uniform
+from headwise.errors import BadInput, ShapeMismatch
+from headwise.keep import parse_keep
 from headwise.method import Method
+from headwise.ragged.prefill import keep_entries, make_plan
 from headwise.reading import read
+from headwise.scores import KeyDiff
 
 METHODS = ["snapkv", "tova", "h2o+adakv", "expected+global", "keydiff+pyramid", "knorm+adakv", "streaming", "random"]
 
@@ -44,3 +48,20 @@ def test_scorers_that_need_more_than_one_prefill_are_refused():
     reading = read(model, ids, [Method.parse("keydiff").scorer])
     with pytest.raises(BadInput, match="KeyDiff did"):
         reading.cut("knorm", 0.5)
+
+
+def a_plan(method):
+    model = tiny_model()
+    shape = headwise.RaggedCache(model, method, keep=0.5).view.shape
+    valid, positions = torch.ones(1, 20, dtype=torch.bool), torch.arange(20)[None]
+    keep = parse_keep(0.5)
+    return shape, make_plan(method, keep, shape=shape, entry_bytes=128, valid=valid, positions=positions)
+
+
+def test_scores_of_a_wrong_shape_are_refused():
+    """A contributor's scorer that forgets the groups: one score per query head instead of per KV head."""
+    method = Method(scorer=KeyDiff(), allocator=Uniform())
+    shape, plan = a_plan(method)
+    scores = torch.zeros(len(shape.layers), 1, shape.query_heads, 20)
+    with pytest.raises(ShapeMismatch, match="KeyDiff gave scores"):
+        keep_entries(method, scores, range(len(shape.layers)), plan)

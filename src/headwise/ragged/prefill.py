@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.allocate.apportion import require_feasible
-from headwise.errors import BadInput, NonFiniteValues, UnsupportedGeneration, UnsupportedModel
+from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch, UnsupportedGeneration, UnsupportedModel
 from headwise.hf.attention import is_enabled
 from headwise.hf.families import ModelView
 from headwise.interfaces import Chunk, Demand, Observation, Statistics
@@ -262,8 +262,16 @@ def make_plan(
 def keep_entries(
     method: Method, scores: Float[Tensor, "layers batch kv_heads tokens"], layers: Sequence[int], plan: Plan
 ) -> list[Bool[Tensor, "batch kv_heads tokens"]]:
-    """Which entries of these layers stay: allocate counts, then select."""
-    counts = method.allocator.allocate(scores, plan.valid & ~plan.protected, layers, plan.demand)
+    """Which entries of these layers stay: allocate counts, then select.
+
+    Raises ShapeMismatch on scores of a wrong shape.
+    """
+    demand = plan.demand
+    expected = (len(layers), len(plan.valid), demand.shape.kv_heads, plan.valid.shape[1])
+    if tuple(scores.shape) != expected:
+        name = type(method.scorer).__name__
+        raise ShapeMismatch(f"{name} gave scores {tuple(scores.shape)}; expected [L, B, H, N] = {expected}.")
+    counts = method.allocator.allocate(scores, plan.valid & ~plan.protected, layers, demand)
     return [select(s, c, plan.valid, plan.protected) for s, c in zip(scores, counts, strict=True)]
 
 
