@@ -7,8 +7,7 @@
     ├── UnsupportedModel                  a model family or attention layout we cannot compress
     ├── UnsupportedGeneration             a generation mode or cache operation that cannot work on a ragged cache
     ├── ArtifactMismatch                  a saved file made for another model, shape or format
-    ├── NonFiniteValues (ArithmeticError) NaN or infinity in keys, values or scores
-    └── KernelUnavailable                 the asked kernel cannot run here
+    └── NonFiniteValues (ArithmeticError) NaN or infinity in keys, values or scores
 
 Messages say what was found, what was expected and what to do next.
 """
@@ -44,7 +43,3 @@ class ArtifactMismatch(HeadwiseError):
 
 class NonFiniteValues(HeadwiseError, ArithmeticError):
     """NaN or infinity where finite numbers are needed."""
-
-
-class KernelUnavailable(HeadwiseError):
-    """The kernel cannot run on this machine or device."""

@@ -34,7 +34,7 @@ def compress(
 ) -> RaggedCache:
     """Read a context and keep only what `method` keeps of it, before any question is seen (query-agnostic).
 
-    >>> cache = headwise.compress(model, context_ids, "expected+global", keep=0.15)
+    >>> cache = headwise.compress(model, context_ids, "expected", keep=0.15)
     >>> ids = torch.cat([context_ids, question_ids], dim=-1)
     >>> model.generate(ids, past_key_values=cache.fork())
 
