@@ -3,7 +3,7 @@
     python recipes/budgets.py
 
 Calibration contexts come from the split "calibration" of the task generators, whose seeds no evaluation can reach.
-Takes about half a minute on one core.
+Takes about a minute on one core.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ from headwise.profile import Settings, profile
 from headwise.solve import check, solve
 
 SCORERS = ("snapkv", "keydiff", "expected")
-CALIBRATION = "builtin:24"
+CALIBRATION = "builtin:48"
 STEPS = 16  # the longest answers have about that many tokens
 
 

@@ -95,7 +95,7 @@ def test_files_are_as_readable_as_any_new_file(saved):
 def test_describe_tells_kind_versions_metadata_and_sizes(saved):
     description = describe(saved)
     assert description["kind"] == "budget"
-    assert description["format_version"] == 1
+    assert description["format_version"] == 2
     assert description["origin"]["model"] == "org/model"
     assert description["tensors"]["fractions"] == {"dtype": "F32", "shape": [3, 2, 2]}
     json.dumps(description)
@@ -134,9 +134,9 @@ def test_a_damaged_file_is_named(saved, keep):
         ("{", BadInput, "metadata is damaged"),
         ("3", BadInput, "metadata is damaged"),
         ('{"kind": "gates", "format_version": 1}', ArtifactMismatch, "is a gates of format 1, expected a budget of"),
-        ('{"kind": "budget", "format_version": 7}', ArtifactMismatch, "format 7, expected a budget of format 1"),
-        ('{"kind": "budget", "format_version": 1}', BadInput, "metadata is incomplete"),
-        ('{"kind": "budget", "format_version": 1, "origin": {"shape": {"layers": [0]}}}', BadInput, "incomplete"),
+        ('{"kind": "budget", "format_version": 7}', ArtifactMismatch, "format 7, expected a budget of format 2"),
+        ('{"kind": "budget", "format_version": 2}', BadInput, "metadata is incomplete"),
+        ('{"kind": "budget", "format_version": 2, "origin": {"shape": {"layers": [0]}}}', BadInput, "incomplete"),
     ],
 )
 def test_foreign_metadata_is_refused(tmp_path, record, error, message):

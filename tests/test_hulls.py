@@ -25,6 +25,7 @@ CURVES = {
     "nothing": torch.zeros(2, 9),
     "one rank": torch.rand(3, 1),
     "scales": torch.rand(3, 30) * torch.logspace(-30, 30, 30),
+    "more is worse": torch.randn(4, 30),
 }
 
 
@@ -44,7 +45,7 @@ def test_a_hull_is_the_isotonic_regression_of_the_marginals(curves):
     )
     np.testing.assert_allclose(slopes_by_rank(hulls, ranks).numpy(), expected, rtol=1e-9, atol=1e-300)
     torch.testing.assert_close(hulls.width.sum(-1), torch.ones(len(curves), dtype=torch.float64))
-    assert (hulls.slope.diff(dim=-1) <= 0).all()
+    assert ((hulls.slope.diff(dim=-1) <= 0) | (hulls.width[:, 1:] == 0)).all()
     assert (hulls.width >= 0).all()
 
 
@@ -55,6 +56,21 @@ def test_a_hull_lies_on_or_above_its_curve_and_ends_where_it_ends():
         on_hull = hulls.utility(torch.full((6,), kept / 40, dtype=torch.float64))
         assert (on_hull >= curves[:, :kept].sum(-1) - 1e-12).all()
     torch.testing.assert_close(on_hull, curves.sum(-1))
+
+
+@CASES
+@given(data=st.data(), heads=st.integers(1, 3), ranks=st.integers(1, 8))
+def test_a_wide_rank_is_as_many_narrow_ones(data, heads, ranks):
+    """A rank without width is none."""
+    times = data.draw(st.lists(st.integers(0, 5), min_size=ranks, max_size=ranks).filter(any))
+    times = torch.tensor(times)
+    gains = torch.randn(heads, ranks, dtype=torch.float64) * (times > 0)
+    width = (times / times.sum(dtype=torch.float64)).expand(heads, -1)
+    wide, narrow = concave_hulls(gains, width), concave_hulls((gains / times).repeat_interleave(times, dim=-1))
+    torch.testing.assert_close(wide.width.sum(-1), torch.ones(heads, dtype=torch.float64))
+    for kept in torch.linspace(0, 1, 23, dtype=torch.float64):
+        fractions = kept.expand(heads)
+        torch.testing.assert_close(wide.utility(fractions), narrow.utility(fractions))
 
 
 def best_total(gained, total):

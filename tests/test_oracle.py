@@ -1,10 +1,10 @@
 """The oracle's importance = the paper's formula, read off full attention matrices of transformers' own model."""
 
-import copy
 from functools import cache
 
 import pytest
 import torch
+from dense_decoding import decode, dense_twin, greedy_answer
 from families import random_ids, tiny_model
 from transformers import DynamicCache
 
@@ -34,13 +34,6 @@ def questions(*lengths):
     return [random_ids(1, length, seed=10 + number)[0] for number, length in enumerate(lengths)]
 
 
-@cache
-def dense_twin(family):
-    model = copy.deepcopy(tiny_model(family))
-    model.set_attn_implementation("eager")
-    return model
-
-
 def norms_of_contributions(model, normalization):
     """||v W_O|| per compressible layer, [query_heads, tokens]."""
     held = model(context(), past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
@@ -55,16 +48,12 @@ def norms_of_contributions(model, normalization):
 
 @torch.no_grad()
 def brute_force(family, question, *, steps=STEPS, normalization="layer", end=None):
-    """[layers, kv_heads, tokens]: every forward pass over the whole text, every attention matrix complete."""
+    """[layers, kv_heads, tokens]: the largest contribution of each entry to any step and query head."""
     model, tokens = dense_twin(family), context().shape[1]
-    ids, rows = torch.cat([context(), question[None]], dim=-1), []
-    for _ in range(steps):
-        out = model(ids, output_attentions=True, use_cache=False)
-        rows.append([attention[0, :, -1, :tokens] for attention in out.attentions])
-        new = out.logits[0, -1].argmax()
-        if int(new) == end:
-            break
-        ids = torch.cat([ids, new.view(1, 1)], dim=-1)
+    rows = [
+        [attention[:, :tokens] for attention in attentions]
+        for attentions, _ in decode(family, context(), question, steps, end)
+    ]
     found = []
     for layer, norms in norms_of_contributions(model, normalization):
         useful = torch.stack([row[layer] * norms for row in rows]).amax(0)
@@ -87,6 +76,7 @@ def test_equal_lengths_in_one_batch(family, normalization):
     asked = questions(6, 6, 6)
     found = importance(family, asked, normalization=normalization)
     assert found.dtype == torch.float32
+    assert not found.requires_grad
     for row, question in zip(found, asked, strict=True):
         assert_same(row, brute_force(family, question, normalization=normalization))
 
@@ -117,17 +107,9 @@ def test_more_steps_never_lower_importance():
     assert (many > few * 1.01).any()
 
 
-@torch.no_grad()
-def greedy_answer(family, question, steps):
-    model, ids = dense_twin(family), torch.cat([context(), question[None]], dim=-1)
-    for _ in range(steps):
-        ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=-1)
-    return ids[0, -steps:].tolist()
-
-
 def test_nothing_is_recorded_after_the_end_of_an_answer():
     asked = questions(5, 3)
-    answers = [greedy_answer("llama", question, 8) for question in asked]
+    answers = [greedy_answer("llama", context(), question, 8) for question in asked]
     end = answers[0][1]
     assert end != answers[0][0]
     assert end not in answers[1][:3]
@@ -139,7 +121,7 @@ def test_nothing_is_recorded_after_the_end_of_an_answer():
 
 def test_several_end_tokens_are_known():
     (question,) = questions(5)
-    answer = greedy_answer("llama", question, 3)
+    answer = greedy_answer("llama", context(), question, 3)
     found = importance("llama", [question], end=(96, answer[0]), steps=3)[0]
     assert_same(found, brute_force("llama", question, steps=1))
 

@@ -6,22 +6,26 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from families import random_ids, tiny_model
 
 from headwise import profile as module
+from headwise.allocate.apportion import even_shares
 from headwise.artifacts import Profile, describe
 from headwise.calibration import Example, encode
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.evals import models
 from headwise.hf.families import view
+from headwise.hulls import concave_hulls, share
+from headwise.losses import RANKS, OutputLoss, keeping_order, marginal_utility
 from headwise.method import SCORERS
-from headwise.oracle import Sampling, entry_importance
-from headwise.profile import RANKS, Settings, marginal_utility, measure, profile
+from headwise.oracle import Sampling, decode, entry_importance
+from headwise.profile import CURVES, Settings, measure, profile
 from headwise.reading import read
 
-QUICK = Settings(steps=2)
+QUICK = Settings(steps=2, sink=1, window=3)
 WORDS = "locker apple red stone. the key was under the old tower, near a river. "
 EXAMPLES = [
     Example(context=WORDS * 2, questions=("? locker apple", "? the red tower"), domain="records"),
@@ -51,8 +55,11 @@ def whole(loaded, tmp_path_factory):
 
 def assert_same(found, expected):
     assert found.curves.keys() == expected.curves.keys()
-    for name, curve in expected.curves.items():
-        assert found.curves[name].equal(curve)
+    for name, curves in expected.curves.items():
+        assert found.curves[name].keys() == curves.keys()
+        assert all(found.curves[name][loss].equal(curve) for loss, curve in curves.items())
+    assert found.published.keys() == expected.published.keys()
+    assert all(found.published[name].equal(table) for name, table in expected.published.items())
     for name in ("domains", "contexts", "protection", "parameters", "settings", "origin"):
         assert getattr(found, name) == getattr(expected, name)
 
@@ -64,93 +71,151 @@ def test_a_profile_says_what_it_was_made_from(loaded, whole):
     found, out = whole
     model, _ = loaded
     assert (found.domains, found.contexts) == (("records", "prose", "text"), (2, 1, 1))
-    assert found.protection == {"keydiff": (0, 0), "expected": (4, 0)}
+    assert found.protection == {"keydiff": (1, 3), "expected": (4, 3)}  # the scorer's own, where it is more
     assert found.parameters["keydiff"] == SCORERS["keydiff"].make().provenance()
-    assert found.settings == {"steps": 2, "normalization": "layer", "sampling": {"temperature": 0.0, "seed": 0}}
+    assert found.settings == {
+        "steps": 2,
+        "sampling": {"temperature": 0.0, "seed": 0},
+        "sink": 1,
+        "window": 3,
+        "published": False,
+    }
     assert found.origin.shape == view(model).shape
     assert found.origin.config_hash == view(model).config_hash
     assert found.origin.model == "qwen3"
-    for curve in found.curves.values():
-        assert curve.shape == (3, 3, 2, RANKS)
-        assert (curve >= 0).all()
-        torch.testing.assert_close(curve.sum(dim=(1, 2, 3)), torch.ones(3), rtol=1e-5, atol=0)
+    assert found.published == {}
+    for name, curves in found.curves.items():
+        assert curves.keys() == set(CURVES)
+        for loss, curve in curves.items():
+            assert curve.shape == (3, 3, 2, sum(found.protection[name]) + RANKS)
+            assert loss == "output" or (curve >= 0).all()
+            torch.testing.assert_close(curve.sum(dim=(1, 2, 3)), torch.ones(3), rtol=1e-5, atol=0)
     assert describe(out)["kind"] == "profile"
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
-def test_a_curve_is_the_pooled_importance_in_the_scorer_s_order(loaded):
+@pytest.fixture(scope="module")
+def single(loaded):
+    """A context, its questions, a scorer, what is measured for it, and its reading."""
     model, tokenizer = loaded
     context, questions = encode(tokenizer, EXAMPLES[3], device="cpu")
     scorer = SCORERS["expected"].make()
-    found = measure(model, context, questions, [scorer], QUICK)[scorer]
-    reading = read(model, context, [scorer])
-    pooled = torch.stack([entry_importance(model, reading.whole, [q], steps=2)[0] for q in questions]).amax(0)
-    middle = slice(scorer.sink, context.shape[1] - scorer.window)
-    ratios = []
-    for layer in range(3):
-        for head in range(2):
-            order = reading.scores[scorer][layer, 0, head, middle].argsort(descending=True)
-            by_hand = pooled[layer, head, middle][order].double()
-            at = torch.arange(1, len(by_hand) + 1) * RANKS / len(by_hand)  # in ranks, seldom whole ones
-            kept = found[layer, head].cumsum(-1)[(at.floor().long() - 1).clamp(max=RANKS - 1)]
-            upper = found[layer, head].cumsum(-1)[at.floor().long().clamp(max=RANKS - 1)]
-            scale = float(by_hand.sum() / found[layer, head].sum())
-            ratios.append(scale)
-            assert (kept * scale <= by_hand.cumsum(0) * (1 + 1e-4)).all()
-            assert (upper * scale >= by_hand.cumsum(0) * (1 - 1e-4)).all()
-    torch.testing.assert_close(torch.tensor(ratios), torch.full((6,), ratios[0]), rtol=1e-4, atol=0)
+    found = measure(model, context, questions, [scorer], replace(QUICK, published=True))[scorer]
+    return context, questions, scorer, found, read(model, context, [scorer])
+
+
+@pytest.mark.parametrize("loss", ["normalised", "raw", "ideal"])
+def test_a_curve_is_the_pooled_importance_in_the_order_of_keeping(loaded, single, loss):
+    """First tokens, last tokens backwards, then the scorer's order, or that of importance itself."""
+    context, questions, scorer, found, reading = single
+    normalization, tokens = "layer" if loss == "normalised" else "none", context.shape[1]
+    pooled = torch.stack(
+        [
+            entry_importance(loaded[0], reading.whole, [question], steps=2, normalization=normalization)[0]
+            for question in questions
+        ]
+    ).amax(0)
+    ranking = pooled if loss == "ideal" else reading.scores[scorer][:, 0]
+    first = [0, 1, 2, 3, tokens - 1, tokens - 2, tokens - 3]
+    rest = 4 + ranking[..., 4:-3].argsort(dim=-1, descending=True)
+    order = torch.cat([torch.tensor(first).expand(3, 2, -1), rest], dim=-1)
+    gained = pooled.double().gather(-1, order).cumsum(-1).flatten(0, 1)
+    at = [*range(1, 8), *np.linspace(7, tokens, RANKS + 1)[1:]]
+    by_hand = np.stack([np.interp(at, range(tokens + 1), [0, *row]) for row in gained.tolist()])
+    shares = by_hand / by_hand[:, -1].sum()
+    np.testing.assert_allclose(found[loss].flatten(0, 1).cumsum(-1), shares, rtol=1e-3)
+
+
+def test_changes_of_the_output_are_pooled_over_the_questions(loaded, single):
+    """Not the sum of the questions' own losses: a change that all questions share counts in none of them."""
+    _, questions, scorer, found, reading = single
+    order = keeping_order(reading.scores[scorer][:, 0], 4, 3)
+    pooled, alone = OutputLoss(reading.whole, order, 7), 0
+    for question in questions:
+        loss = OutputLoss(reading.whole, order, 7)
+        list(decode(loaded[0], reading.whole, [question], [pooled, loss], steps=2))
+        alone = alone + loss.loss()
+    expected = pooled.marginal()
+    torch.testing.assert_close(found["output"], expected / expected.sum(), rtol=1e-3, atol=1e-7)
+    assert (pooled.loss() >= alone - 1e-6 * alone.max()).all()
+    assert (pooled.loss() > 1.01 * alone).any()
+
+
+def test_published_is_the_mean_of_the_solutions_of_single_questions(loaded):
+    model, tokenizer = loaded
+    context, questions = encode(tokenizer, EXAMPLES[3], device="cpu")
+    scorer, tokens = SCORERS["keydiff"].make(), context.shape[1]
+    settings = replace(QUICK, sink=0, window=0, published=True)
+    found = measure(model, context, questions, [scorer], settings)[scorer]["published"]
+    reading, counts = read(model, context, [scorer]), []
+    order = reading.scores[scorer][:, 0].argsort(dim=-1, descending=True, stable=True)
+    for question in questions:
+        importance = entry_importance(model, reading.whole, [question], steps=2)[0]
+        hulls = concave_hulls(marginal_utility(importance, order, 0).flatten(0, 1))
+        totals = [round(percent * 6 * tokens / 100) for percent in (1, 10, 50, 99)]
+        rows = [share(hulls, entries=tokens, total=total, floor=1) for total in totals[1:]]
+        counts.append(torch.stack([even_shares(torch.tensor(totals[0]), 6), *rows]))
+    assert not counts[0].equal(counts[1])
+    by_hand = torch.stack(counts).double().mean(0) / tokens
+    torch.testing.assert_close(found[[0, 9, 49, 98]].flatten(1), by_hand)
+
+
+def test_every_question_keeps_what_is_protected_or_shares_evenly(single):
+    context, _, _, found, _ = single
+    tokens, counts = context.shape[1], found["published"] * context.shape[1]
+    for percent, row in enumerate(counts.flatten(1), start=1):
+        total = round(percent * 6 * tokens / 100)
+        assert float(row.sum()) == pytest.approx(total)
+        assert float(row.min()) >= min(7, total // 6) - 1e-9
+
+
+def test_published_solutions_are_stored_and_say_nothing_about_the_curves(loaded, whole, tmp_path):
+    settings = replace(QUICK, published=True)
+    found = make(loaded, tmp_path / "p", settings=settings)
+    for name, curves in whole[0].curves.items():
+        assert all(found.curves[name][loss].equal(curve) for loss, curve in curves.items())
+        assert found.published[name].shape == (3, 99, 3, 2)
+        assert (found.published[name].diff(dim=1) >= -1e-6).all()
+    found.save(tmp_path / "again")
+    assert_same(Profile.load(tmp_path / "again"), found)
 
 
 def test_the_mean_of_a_domain_is_over_its_contexts(loaded, whole):
     model, tokenizer = loaded
     scorer = SCORERS["keydiff"].make()
-    curves = [
-        measure(model, *encode(tokenizer, example, device="cpu"), [scorer], QUICK)[scorer].float().double()
+    measured = [
+        measure(model, *encode(tokenizer, example, device="cpu"), [scorer], QUICK)[scorer]
         for example in (EXAMPLES[0], EXAMPLES[3])
     ]
-    torch.testing.assert_close(whole[0].curves["keydiff"][0], (sum(curves) / 2).float())
-
-
-def test_marginal_utility_by_hand():
-    importance = torch.tensor([[[9.0, 1.0, 5.0, 2.0, 0.0, 7.0]]])
-    scores = torch.tensor([[[0.0, 0.1, 0.3, 0.2, 0.9, 1.0]]])
-    candidates = torch.tensor([False, True, True, True, True, False])
-    # best first: 0, 5, 2, 1
-    assert marginal_utility(importance, scores, candidates, ranks=4).tolist() == [[[0.0, 5.0, 2.0, 1.0]]]
-    assert marginal_utility(importance, scores, candidates, ranks=2).tolist() == [[[5.0, 3.0]]]
-    assert marginal_utility(importance, scores, candidates, ranks=8).tolist() == [
-        [[0.0, 0.0, 2.5, 2.5, 1.0, 1.0, 0.5, 0.5]]
-    ]
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 3, 1023, 1024, 1025, 3000])
-def test_resampling_keeps_the_sum(tokens):
-    importance, scores = torch.rand(2, 3, tokens), torch.rand(2, 3, tokens)
-    found = marginal_utility(importance, scores, torch.ones(tokens, dtype=torch.bool))
-    assert found.shape == (2, 3, RANKS)
-    torch.testing.assert_close(found.sum(-1), importance.double().sum(-1))
-    assert (found >= -1e-12).all()
+    for loss, curve in whole[0].curves["keydiff"].items():
+        mean = sum(curves[loss].float().double() for curves in measured) / 2
+        torch.testing.assert_close(curve[0], mean.float())
 
 
 def test_settings_matter(loaded, whole, tmp_path):
     for number, settings in enumerate(
-        [replace(QUICK, normalization="none"), replace(QUICK, sampling=Sampling(temperature=3.0, seed=1))]
+        [replace(QUICK, steps=3), replace(QUICK, sampling=Sampling(temperature=3.0, seed=1)), replace(QUICK, sink=4)]
     ):
         other = make(loaded, tmp_path / f"{number}", settings=settings, scorers=["keydiff"])
-        assert not other.curves["keydiff"].allclose(whole[0].curves["keydiff"], rtol=1e-3)
+        for loss, curve in whole[0].curves["keydiff"].items():
+            assert not other.curves["keydiff"][loss][..., -RANKS:].allclose(curve[..., -RANKS:], rtol=1e-3)
         assert other.origin.calibration != whole[0].origin.calibration
 
 
 def test_scorers_do_not_change_each_other(loaded, whole, tmp_path):
     alone = make(loaded, tmp_path / "p", scorers=["expected"])
-    assert alone.curves["expected"].equal(whole[0].curves["expected"])
+    for loss, curve in whole[0].curves["expected"].items():
+        assert alone.curves["expected"][loss].equal(curve)
 
 
 def test_domains_are_weighted_by_their_contexts_or_as_asked(whole):
     found = whole[0]
-    curves = found.curves["keydiff"].double()
-    torch.testing.assert_close(found.curve("keydiff"), (2 * curves[0] + curves[1] + curves[2]) / 4)
-    torch.testing.assert_close(found.curve("keydiff", {"prose": 3.0, "text": 1.0}), (3 * curves[1] + curves[2]) / 4)
+    for loss, curves in found.curves["keydiff"].items():
+        curves = curves.double()
+        expected = (2 * curves[0] + curves[1] + curves[2]) / 4
+        torch.testing.assert_close(found.curve("keydiff", loss=loss), expected)
+        weighted = found.curve("keydiff", {"prose": 3.0, "text": 1.0}, loss=loss)
+        torch.testing.assert_close(weighted, (3 * curves[1] + curves[2]) / 4)
 
 
 @pytest.mark.parametrize("weights", [{"records": 0.0}, {"records": -1.0, "text": 2.0}, {"text": float("nan")}])
@@ -164,6 +229,10 @@ def test_names_that_are_not_in_the_profile(whole):
         whole[0].curve("keydiff", {"code": 1.0})
     with pytest.raises(BadInput, match="of expected, keydiff; it has no scorer 'snapkv'"):
         whole[0].curve("snapkv")
+    with pytest.raises(BadInput, match="choose output, normalised, raw"):
+        whole[0].curve("keydiff", loss="mean")
+    with pytest.raises(BadInput, match="headwise profile --published"):
+        whole[0].published_fractions("keydiff")
 
 
 def test_save_and_load_give_back_every_bit(whole, tmp_path):
@@ -226,7 +295,7 @@ def test_parts_of_another_run_are_not_taken_up(loaded, whole, tmp_path, monkeypa
             model.model.layers[0].self_attn.o_proj.weight.mul_(1.5)
         other = model, tokenizer
     else:
-        options = {"settings": Settings(steps=1)} if change == "settings" else {"scorers": ["keydiff"]}
+        options = {"settings": replace(QUICK, steps=1)} if change == "settings" else {"scorers": ["keydiff"]}
     out = tmp_path / "p"
     interrupted_after(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -291,7 +360,8 @@ def lines(path):
 
 def run_as_processes(folder, data, out):
     """Two real processes; --multi_gpu is accelerate's name for a launch by torch.distributed, on CPUs too."""
-    command = f"-m headwise profile --model {folder} --scorer keydiff,expected --data {data} --steps 2 --out {out}"
+    command = f"-m headwise profile --model {folder} --scorer keydiff,expected --data {data} --out {out} "
+    command += "--steps 2 --sink 1 --window 3"
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
     launch += "--dynamo_backend no --main_process_port 0 "
     return subprocess.run(
@@ -326,10 +396,10 @@ REFUSED = {
     "reads twice": ({"scorers": ["keydiff", "kvzip"]}, "kvzip cannot be profiled"),
     "needs the keep": ({"scorers": ["criticalkv"]}, "criticalkv cannot be profiled"),
     "too long": ({"examples": [EXAMPLES[0], LONG]}, "this model was made for 1024"),
-    "too long with the answer": ({"settings": Settings(steps=1000)}, "1000 decoded tokens need"),
+    "too long with the answer": ({"settings": replace(QUICK, steps=1000)}, "1000 decoded tokens need"),
     "too short": (
         {"examples": [Example(context="the red stone. " * 8)], "scorers": ["snapkv"]},
-        "no longer than the 32",
+        "no longer than the 33 that are protected",
     ),
     "an empty question": ({"examples": [Example(context=WORDS, questions=("? who", " "))]}, "a question is empty"),
 }
@@ -351,7 +421,7 @@ def test_a_folder_is_no_place_for_a_profile(loaded, tmp_path):
 
 def test_no_steps_are_refused(loaded, tmp_path):
     with pytest.raises(BadInput, match="at least one step"):
-        make(loaded, tmp_path / "p", settings=Settings(steps=0))
+        make(loaded, tmp_path / "p", settings=replace(QUICK, steps=0))
     assert not (tmp_path / "p").exists()
 
 
@@ -359,7 +429,7 @@ def test_other_files_are_no_profiles(loaded, whole, tmp_path):
     from headwise.solve import solve
 
     solve(whole[0], "keydiff").save(tmp_path / "b")
-    with pytest.raises(ArtifactMismatch, match="is a budget of format 1, expected a profile"):
+    with pytest.raises(ArtifactMismatch, match="is a budget of format 2, expected a profile of format 2"):
         Profile.load(tmp_path / "b")
 
 
@@ -367,4 +437,4 @@ def test_sliding_layers_have_no_curve():
     model = tiny_model("gemma3_text")
     scorer = SCORERS["keydiff"].make()
     found = measure(model, random_ids(1, 40), (random_ids(1, 3)[0],), [scorer], QUICK)[scorer]
-    assert found.shape == (2, 2, RANKS)
+    assert {curve.shape for curve in found.values()} == {(2, 2, 4 + RANKS)}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch
-from headwise.select import protected_mask, select
+from headwise.select import protected_mask, protection_order, select
 
 CASES = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -22,30 +22,45 @@ def naive_protected(valid, sink, window):
     return torch.tensor(rows)
 
 
-def naive_select(scores, counts, valid, protected):
+def naive_order(valid, sink, window):
+    """First tokens in front, then the last ones backwards; every other token behind them."""
+    order = torch.full(valid.shape, valid.shape[1])
+    for row, real in enumerate(valid.tolist()):
+        tokens = [at for at, is_real in enumerate(real) if is_real]
+        first, rest = tokens[:sink], tokens[sink:]
+        for place, at in enumerate([*first, *rest[::-1][:window]]):
+            order[row, at] = place
+    return order
+
+
+def naive_select(scores, counts, valid, protected, order=None):
+    first = torch.where(protected, 0, 1) if order is None else order
     kept = torch.zeros(scores.shape, dtype=torch.bool)
     for row in range(scores.shape[0]):
         tokens = [at for at in range(scores.shape[2]) if valid[row, at]]
         for head in range(scores.shape[1]):
             values = scores[row, head].tolist()
-            ranked = sorted(tokens, key=lambda at: (not protected[row, at], -values[at], at))
+            ranked = sorted(
+                tokens, key=lambda at: (int(first[row, at]), -values[at] if not protected[row, at] else 0, at)
+            )
             kept[row, head, ranked[: counts[row, head]]] = True
     return kept
 
 
 @st.composite
-def batches(draw):
-    """Scores with many ties, NaN at padding, counts between the protected and all tokens of a row."""
+def batches(draw, soft=False):
+    """Scores with many ties, NaN at padding, counts between the protected (if soft: none) and all tokens of a row."""
     batch, heads, size = (draw(st.integers(1, most)) for most in (3, 3, 16))
     tokens = torch.tensor([draw(st.integers(1, size)) for _ in range(batch)])
     valid = torch.arange(size) >= size - tokens[:, None]
-    protected = protected_mask(valid, draw(st.integers(0, 3)), draw(st.integers(0, 4)))
+    sink, window = draw(st.integers(0, 3)), draw(st.integers(0, 4))
+    protected = protected_mask(valid, sink, window)
     values = st.sampled_from([-torch.inf, -1.0, -0.0, 0.0, 0.5, 2.0])
     scores = torch.tensor([[[draw(values) for _ in range(size)] for _ in range(heads)] for _ in range(batch)])
     scores = scores.masked_fill((protected | ~valid)[:, None], torch.nan)
-    bounds = zip(protected.sum(1).tolist(), tokens.tolist(), strict=True)
+    bounds = zip((protected.sum(1) * (not soft)).tolist(), tokens.tolist(), strict=True)
     counts = torch.tensor([[draw(st.integers(least, most)) for _ in range(heads)] for least, most in bounds])
-    return scores, counts, valid, protected
+    return (scores, counts, valid, protected, *([protection_order(valid, sink, window)] if soft else []))
 
 
 @CASES
@@ -57,6 +72,17 @@ def batches(draw):
 def test_protected_are_the_first_and_last_real_tokens(valid, sink, window):
     mask = torch.tensor(valid)
     assert protected_mask(mask, sink, window).equal(naive_protected(mask, sink, window))
+
+
+@CASES
+@given(
+    st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3),
+    st.integers(0, 7),
+    st.integers(0, 7),
+)
+def test_the_order_of_the_protected_is_first_tokens_then_the_latest_backwards(valid, sink, window):
+    mask = torch.tensor(valid)
+    assert protection_order(mask, sink, window).equal(naive_order(mask, sink, window))
 
 
 def test_short_rows_are_protected_whole():
@@ -76,6 +102,29 @@ def test_select_is_the_naive_oracle(batch):
     kept = select(*batch)
     assert kept.equal(naive_select(*batch))
     assert kept.sum(dim=-1).equal(batch[1])
+
+
+@CASES
+@given(batches(soft=True))
+def test_with_an_order_counts_below_the_protected_are_the_naive_oracle(batch):
+    kept = select(*batch)
+    assert kept.equal(naive_select(*batch))
+    assert kept.sum(dim=-1).equal(batch[1])
+
+
+def test_with_an_order_every_count_adds_one_entry_sinks_first_then_latest_then_scores():
+    """Two rows, one of them with three tokens of padding in front."""
+    valid = torch.arange(8) >= torch.tensor([[0], [3]])
+    scores = torch.tensor([[[0.0, 0, 5, 1, 3, 5, 0, 0]], [[torch.nan] * 4 + [0, 0, 0, 0]]])
+    protected, order = protected_mask(valid, 2, 2), protection_order(valid, 2, 2)
+    added, before = [[], []], torch.zeros(2, 1, 8, dtype=torch.bool)
+    for count in range(1, 9):
+        kept = select(scores, torch.tensor([[count], [min(count, 5)]]), valid, protected, order)
+        for row in range(2):
+            added[row] += (kept[row, 0] & ~before[row, 0]).nonzero()[:, 0].tolist()
+        assert (kept | before).equal(kept)
+        before = kept
+    assert added == [[0, 1, 7, 6, 2, 5, 4, 3], [3, 4, 7, 6, 5]]
 
 
 def test_ties_go_to_the_earlier_position():
@@ -132,6 +181,14 @@ def test_counts_outside_protected_and_tokens_are_refused(count):
     counts[1, 0] = count
     with pytest.raises(BadInput, match=r"protected tokens \[2, 2\] and its tokens \[5, 5\]"):
         select(scores, counts, valid, protected)
+
+
+def test_with_an_order_counts_outside_0_and_tokens_are_refused():
+    scores, counts, valid, protected = arguments()
+    for count in (-1, 6):
+        counts[1, 0] = count
+        with pytest.raises(BadInput, match=r"its tokens \[5, 5\]"):
+            select(scores, counts, valid, protected, protection_order(valid, 1, 1))
 
 
 def test_sizes_that_do_not_fit_are_refused():

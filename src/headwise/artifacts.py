@@ -31,7 +31,8 @@ from headwise.errors import ArtifactMismatch, BadInput, ShapeMismatch
 from headwise.shapes import ModelShape
 
 METADATA_KEY = "headwise"
-FORMAT_VERSIONS = {"budget": 1, "cache": 1, "profile": 1, "part": 1, "gates": 1}
+FORMAT_VERSIONS = {"budget": 2, "cache": 1, "profile": 2, "part": 2, "gates": 1}
+LOSSES = ("output", "normalised", "raw")  # what a profile measures, see losses.py; the first is the default
 _HEADER = ("kind", "format_version", "library_version")
 # What of a configuration shapes keys, values and attention. Not the longest context: users raise it.
 _ARCHITECTURE = (
@@ -71,6 +72,7 @@ class Origin:
     sink: int = 0  # first tokens that are protected besides
     window: int = 0  # last tokens that are protected besides
     calibration: str = ""  # fingerprint of the data or file it was made from
+    loss: str = ""  # of a profile: what a budget was solved for
 
     @classmethod
     def parse(cls, metadata: Mapping[str, Any], path: Path) -> "Origin":
@@ -88,14 +90,17 @@ class Budget:
     """How much every KV head keeps: fractions of the context, in [0, 1], on a grid of retained ratios.
 
     `fractions[r]` are the fractions kept at a total retention of `ratios[r]`; ratios ascend, strictly between 0 (where
-    nothing is kept) and 1 (where everything is). `hull` holds the breakpoints of the loss hulls, for exact solutions
-    between the ratios; its content is the solver's.
+    nothing is kept) and 1 (where everything is). `hull` holds what solves any other ratio exactly: `protected` [heads,
+    sink + window], the utility of each protected token, and `width` and `slope` [heads, steps], the hull of the others.
+    `evidence` holds what it was solved from, for pictures: `curve`, `scorer` and `ideal` [layers, kv_heads, ranks], as
+    in a Profile. Both may be empty.
     """
 
     ratios: Float[Tensor, " ratios"]
     fractions: Float[Tensor, "ratios layers kv_heads"]
     origin: Origin
     hull: Mapping[str, Tensor] = field(default_factory=dict)
+    evidence: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = self.origin.shape
@@ -138,19 +143,22 @@ class Budget:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, at once or not at all."""
-        hull = {f"hull.{name}": tensor for name, tensor in self.hull.items()}
-        tensors = {"ratios": self.ratios, "fractions": self.fractions, **hull}
+        groups = {"hull": self.hull, "evidence": self.evidence}
+        extra = {f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
+        tensors = {"ratios": self.ratios, "fractions": self.fractions, **extra}
         write_tensors(path, "budget", tensors, {"origin": asdict(self.origin)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Budget":
         """Read what `save` wrote. Raises ArtifactMismatch on another kind or format, BadInput on a damaged file."""
         tensors, metadata = read_tensors(path, "budget")
-        hull = {name.removeprefix("hull."): tensor for name, tensor in tensors.items() if name.startswith("hull.")}
+        hull, evidence = _group(tensors, "hull"), _group(tensors, "evidence")
         if not {"ratios", "fractions"} <= tensors.keys():
             raise BadInput(f"{path} holds {sorted(tensors)} but no ratios and fractions; get or make the file again.")
         origin = Origin.parse(metadata, Path(path))
-        return cls(ratios=tensors["ratios"], fractions=tensors["fractions"], origin=origin, hull=hull)
+        return cls(
+            ratios=tensors["ratios"], fractions=tensors["fractions"], origin=origin, hull=hull, evidence=evidence
+        )
 
     @classmethod
     def from_kvpress(
@@ -184,7 +192,7 @@ class Budget:
         shape = self.origin.shape
         removed = np.zeros((99, shape.num_layers, shape.kv_heads))
         removed[:, list(shape.layers)] = 1 - self.at(_percents()).flip(0).double().numpy()
-        with _replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
             np.save(file, removed, allow_pickle=False)
 
     @classmethod
@@ -218,24 +226,49 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Profile:
-    """How much utility every head retains, by how much it keeps, for one or more scorers (LU-KV, arXiv 2602.08585).
+    """What every head gains, by how much it keeps, for one or more scorers (LU-KV, arXiv 2602.08585).
 
-    `curves[scorer][d]` is the mean over the contexts of domain d of the marginal utility by rank, best entry first;
-    over all heads it sums to 1. Ranks are equal shares of the tokens that a scorer does not protect.
+    `curves[scorer][loss]` are means over the contexts of each domain: the marginal utility by rank, best first; first
+    the sink + window protected tokens one by one, then the others in equal shares. Over all heads a curve sums to 1.
+    The losses are those of LOSSES; besides, "ideal" is the raw importance in the order of importance itself.
+    `published[scorer]` are kept fractions solved for every question by itself at 1% to 99% and averaged, as LU-KV's
+    authors do; empty unless asked for.
     """
 
-    curves: Mapping[str, Float[Tensor, "domains layers kv_heads ranks"]]
+    curves: Mapping[str, Mapping[str, Float[Tensor, "domains layers kv_heads ranks"]]]
     domains: tuple[str, ...]
     contexts: tuple[int, ...]  # per domain
     protection: Mapping[str, tuple[int, int]]  # scorer -> sink, window
     parameters: Mapping[str, Mapping[str, Any]]  # scorer -> provenance
     settings: Mapping[str, Any]
     origin: Origin
+    published: Mapping[str, Float[Tensor, "domains ratios layers kv_heads"]] = field(default_factory=dict)
 
-    def curve(self, scorer: str, weights: Mapping[str, float] | None = None) -> Float[Tensor, "layers kv_heads ranks"]:
+    def curve(
+        self, scorer: str, weights: Mapping[str, float] | None = None, *, loss: str = LOSSES[0]
+    ) -> Float[Tensor, "layers kv_heads ranks"]:
         """Marginal utility of a scorer, domains weighted by their contexts or by `weights` (others 0). float64."""
+        self._require(scorer)
+        if loss not in self.curves[scorer]:
+            raise BadInput(f"loss={loss!r}: choose {', '.join(LOSSES)}.")
+        return self._mean(self.curves[scorer][loss], weights)
+
+    def published_fractions(
+        self, scorer: str, weights: Mapping[str, float] | None = None
+    ) -> Float[Tensor, "ratios layers kv_heads"]:
+        """Mean of the solutions of single questions. Raises BadInput if the profile has none."""
+        self._require(scorer)
+        if scorer not in self.published:
+            raise BadInput(
+                "this profile has no solutions of single questions: make it with 'headwise profile --published'."
+            )
+        return self._mean(self.published[scorer], weights)
+
+    def _require(self, scorer: str) -> None:
         if scorer not in self.curves:
             raise BadInput(f"this profile is of {', '.join(self.curves)}; it has no scorer {scorer!r}.")
+
+    def _mean(self, by_domain: Tensor, weights: Mapping[str, float] | None) -> Tensor:
         unknown = set(weights or {}) - set(self.domains)
         if unknown:
             raise BadInput(f"this profile has no domain {sorted(unknown)}; it has {', '.join(self.domains)}.")
@@ -246,27 +279,34 @@ class Profile:
         if not (min(shares) >= 0 and 0 < sum(shares) < float("inf")):
             raise BadInput(f"domain weights {dict(weights or {})} must be finite, at least 0, and not all of them 0.")
         share = torch.tensor(shares, dtype=torch.float64) / sum(shares)
-        return torch.einsum("d,dlhr->lhr", share, self.curves[scorer].double())
+        return torch.einsum("d,d...->...", share, by_domain.double())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, at once or not at all."""
         fields = ("domains", "contexts", "protection", "parameters", "settings")
         metadata = {**{name: getattr(self, name) for name in fields}, "origin": asdict(self.origin)}
-        write_tensors(path, "profile", {f"curve.{n}": t for n, t in self.curves.items()}, metadata)
+        tensors = {f"curve.{s}.{loss}": t for s, losses in self.curves.items() for loss, t in losses.items()}
+        published = {f"published.{scorer}": t for scorer, t in self.published.items()}
+        write_tensors(path, "profile", {**tensors, **published}, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Profile":
         """Read what `save` wrote. Raises ArtifactMismatch on another kind or format, BadInput on a damaged file."""
         tensors, metadata = read_tensors(path, "profile")
+        curves: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in _group(tensors, "curve").items():
+            scorer, _, loss = name.rpartition(".")
+            curves.setdefault(scorer, {})[loss] = tensor
         try:
             return cls(
-                curves={name.removeprefix("curve."): tensor for name, tensor in tensors.items()},
+                curves=curves,
                 domains=tuple(metadata["domains"]),
                 contexts=tuple(metadata["contexts"]),
                 protection={name: (sink, window) for name, (sink, window) in metadata["protection"].items()},
                 parameters=metadata["parameters"],
                 settings=metadata["settings"],
                 origin=Origin.parse(metadata, Path(path)),
+                published=_group(tensors, "published"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{path}: the metadata is incomplete ({error}); get or make the file again.") from error
@@ -282,7 +322,7 @@ def write_tensors(
     assert not set(_HEADER) & metadata.keys(), f"metadata may not hold {_HEADER}"
     header = dict(zip(_HEADER, (kind, FORMAT_VERSIONS[kind], _library_version()), strict=True))
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         save_file(contiguous, temporary, {METADATA_KEY: json.dumps({**header, **metadata})})
 
 
@@ -351,7 +391,7 @@ def _library_version() -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends well, and is removed when not."""
     if not path.parent.is_dir():
         raise BadInput(f"Cannot write {path}: the folder {path.parent} does not exist; create it first.")
@@ -384,6 +424,12 @@ def _record(metadata: Mapping[str, str] | None, path: str | os.PathLike[str]) ->
         return dict(json.loads((metadata or {})[METADATA_KEY]))
     except (TypeError, ValueError) as error:
         raise BadInput(f"{path}: the metadata is damaged ({error}); get or make the file again.") from error
+
+
+def _group(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
+    """Tensors named "group.name", by name."""
+    prefix = f"{group}."
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _percents() -> Float[Tensor, " 99"]:

@@ -237,28 +237,34 @@ def profile(
     scorer: Annotated[str, typer.Option("--scorer", help="Comma-separated; one pass serves all.")] = "snapkv",
     data: Annotated[str, typer.Option(help="FILE.jsonl, FILE.txt, a folder of them, or builtin[:N].")] = "builtin",
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded per question.")] = 64,
-    normalization: Annotated[
-        str, typer.Option(help="layer (the authors' code) or none (the paper's formula).")
-    ] = "layer",
+    sink: Annotated[int, typer.Option(min=0, help="First tokens that every head keeps first.")] = 4,
+    window: Annotated[int, typer.Option(min=0, help="Last tokens that every head keeps next.")] = 32,
     temperature: Annotated[float, typer.Option(min=0, help="0 decodes greedily.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    published: Annotated[
+        bool, typer.Option("--published", help="Also solve every question by itself, as the paper does.")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """LU-KV, offline: how much utility every head retains, by how much it keeps. Also under 'accelerate launch'."""
+    """LU-KV, offline: what every head gains, by how much it keeps. Also under 'accelerate launch'."""
     from headwise.calibration import load_examples
     from headwise.hf.families import view
     from headwise.oracle import Sampling
     from headwise.profile import Settings
     from headwise.profile import profile as run
 
-    if normalization not in {"layer", "none"}:
-        raise BadInput(f"normalization={normalization!r}: choose layer or none.")
     state = _processes(device)
     loaded, tokenizer = _load(model, dtype, device if state is None else str(state.device))
     examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions)
-    sampling = Sampling(temperature=temperature, seed=seed)
+    settings = Settings(
+        steps=steps,
+        sampling=Sampling(temperature=temperature, seed=seed),
+        sink=sink,
+        window=window,
+        published=published,
+    )
     with _progress("contexts") as progress:
         run(
             loaded,
@@ -266,9 +272,7 @@ def profile(
             examples,
             _split(scorer),
             out,
-            settings=Settings(
-                steps=steps, normalization="layer" if normalization == "layer" else "none", sampling=sampling
-            ),
+            settings=settings,
             process=(0, 1) if state is None else (state.process_index, state.num_processes),
             wait=(lambda: None) if state is None else state.wait_for_everyone,
             progress=progress,
@@ -288,6 +292,9 @@ def solve(
     scorer: Annotated[str | None, typer.Option(help="Which scorer; may be left out if the profile has one.")] = None,
     ratios: Annotated[str | None, typer.Option(help="Kept fractions to tabulate, such as 0.0625,0.15,0.25.")] = None,
     domain_weights: Annotated[str | None, typer.Option(help="Such as code=2,text=1; others 0.")] = None,
+    loss: Annotated[
+        str, typer.Option(help="output, normalised (LU-KV's code), raw (its formula), or published (averaged).")
+    ] = "output",
     check: Annotated[bool, typer.Option("--check", help="Compare with exact dynamic programming.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -296,7 +303,7 @@ def solve(
 
     from headwise.artifacts import Profile
     from headwise.keep import parse_keep
-    from headwise.solve import RATIOS
+    from headwise.solve import RATIOS, published
     from headwise.solve import check as compare_with_optimum
     from headwise.solve import solve as run
 
@@ -306,18 +313,26 @@ def solve(
     name = scorer or next(iter(found.curves))
     weights = None if domain_weights is None else dict(_weight(part) for part in _split(domain_weights))
     grid = RATIOS if ratios is None else [float(parse_keep(part).amount) for part in _split(ratios)]
+    averaged = loss == "published"
+    if averaged and (check or ratios is not None):
+        raise BadInput("loss='published' is a table of 99 ratios without curves: leave out --ratios and --check.")
     start = time.perf_counter()
-    budget = run(found, name, ratios=grid, domain_weights=weights)
+    if averaged:
+        budget = published(found, name, domain_weights=weights)
+    else:
+        budget = run(found, name, ratios=grid, domain_weights=weights, loss=loss)
     seconds = time.perf_counter() - start
     budget.save(out)
-    quality = compare_with_optimum(found, name, budget.ratios.tolist(), domain_weights=weights) if check else []
+    points = budget.ratios.tolist()
+    quality = compare_with_optimum(found, name, points, domain_weights=weights, loss=loss) if check else []
     rows = [{**asdict(q), "gap": q.gap} for q in quality]
     if as_json:
         _print_json(
-            {"budget": str(out), "scorer": name, "ratios": budget.ratios.tolist(), "seconds": seconds, "check": rows}
+            {"budget": str(out), "scorer": name, "loss": loss, "ratios": points, "seconds": seconds, "check": rows}
         )
         return
-    print(f"{out}: {name}, {len(budget.ratios)} ratios, solved in {seconds:.2f} s. Use it as {name}+lukv@{out}")
+    use = f"{name}+{'fixed' if averaged else 'lukv'}@{out}"
+    print(f"{out}: {name}, {len(points)} ratios, solved in {seconds:.2f} s. Use it as {use}")
     if rows:
         header = ["ratio", "lukv", "optimum", "uniform", "adakv", "gap"]
         _print_table("share of the utility retained", header, [[f"{row[k]:.4f}" for k in header] for row in rows])
@@ -348,12 +363,23 @@ def methods(as_json: AsJson = False) -> None:
 @app.command(epilog="Example: headwise inspect contract.safetensors")
 def inspect(
     path: Annotated[Path, typer.Argument(help="A file written by headwise: a cache, a budget ...")],
+    plot: Annotated[bool, typer.Option("--plot", help="Draw a budget; needs headwise[plot].")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Plot to write: .png, .svg or .pdf.")] = None,
+    ratio: Annotated[float, typer.Option(help="Kept fraction at which it is drawn.")] = 0.15,
     as_json: AsJson = False,
 ) -> None:
-    """What a saved cache or artifact is, and what it was made for."""
-    from headwise.artifacts import describe
+    """What a saved cache or artifact is, and what it was made for. Draws budgets."""
+    from headwise.artifacts import Budget, describe
 
+    if out is not None and not plot:
+        raise BadInput(f"--out {out} is where a plot goes: add --plot.")
     found = describe(path)
+    if plot:
+        from headwise.report import plot as draw
+
+        target = out or path.with_suffix(".png")
+        draw(Budget.load(path), target, ratio=ratio)
+        found["plot"] = str(target)
     if as_json:
         _print_json(found)
         return

@@ -40,19 +40,27 @@ class Hulls:
         return (covered * self.slope).sum(-1)
 
 
-def concave_hulls(marginal: Float[Tensor, "heads ranks"]) -> Hulls:
-    """Hulls of curves given by the utility of each entry in the scorer's order, best first.
+def concave_hulls(marginal: Float[Tensor, "heads ranks"], width: Float[Tensor, "heads ranks"] | None = None) -> Hulls:
+    """Hulls of curves given by what each rank adds to the utility, best first; a rank covers `width` of the head.
 
-    Their slopes are the non-increasing isotonic regression of the marginal utilities (pool adjacent violators).
+    Without `width` all ranks are equal shares. Slopes are the non-increasing isotonic regression of the marginal
+    utilities per width (pool adjacent violators). Ranks of width 0 must add nothing.
     """
-    rows = [isotonic_regression(row, increasing=False) for row in marginal.double().cpu().numpy()]
-    ranks, steps = marginal.shape[1], max(len(row.blocks) - 1 for row in rows)
-    width, slope = np.zeros((len(rows), steps)), np.zeros((len(rows), steps))
-    for head, row in enumerate(rows):
-        starts = row.blocks[:-1]
-        width[head, : len(starts)] = np.diff(row.blocks) / ranks
-        slope[head, : len(starts)] = row.x[starts] * ranks
-    return Hulls(width=torch.from_numpy(width), slope=torch.from_numpy(slope))
+    gains = marginal.double().cpu().numpy()
+    widths = np.full(gains.shape, 1 / gains.shape[1]) if width is None else width.double().cpu().numpy()
+    found = [_hull(gain[wide > 0], wide[wide > 0]) for gain, wide in zip(gains, widths, strict=True)]
+    steps = max(len(slope) for slope, _ in found)
+    padded = np.zeros((2, len(found), steps))
+    for head, (slope, wide) in enumerate(found):
+        padded[:, head, : len(slope)] = slope, wide
+    return Hulls(width=torch.from_numpy(padded[1]), slope=torch.from_numpy(padded[0]))
+
+
+def _hull(gain: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slope and width of every step of one hull."""
+    fitted = isotonic_regression(gain / width, weights=width, increasing=False)
+    starts = fitted.blocks[:-1]
+    return fitted.x[starts], np.add.reduceat(width, starts)
 
 
 def share(hulls: Hulls, *, entries: int, total: int, floor: int = 0) -> Int[Tensor, " heads"]:

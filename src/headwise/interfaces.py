@@ -123,7 +123,7 @@ class Demand:
     shape: ModelShape
     tokens: tuple[int, ...]  # context length of each row, padding excluded
     totals: tuple[int, ...]  # entries to keep over all L * H heads
-    floors: tuple[int, ...]  # entries every head must keep (sink + window, at least one)
+    floors: tuple[int, ...]  # entries every head must keep: at least one, and the protected ones where they are a floor
 
 
 class AbstractAllocator(ABC):
@@ -134,6 +134,8 @@ class AbstractAllocator(ABC):
     """
 
     scope: ClassVar[Scope] = "layer"
+    # Whether every head keeps all protected tokens. If not, a head may keep fewer: see select.protection_order.
+    keeps_protected: ClassVar[bool] = True
 
     @property
     def sink(self) -> int:

@@ -31,7 +31,10 @@ from headwise.shapes import ModelShape
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """What to keep. Protected tokens are always kept, inside the budget (None: those of the scorer's paper).
+    """What to keep. Protected tokens are kept first, inside the budget (None: those of the scorer's paper).
+
+    Every head keeps all of them, unless the allocator decides how many a head gets (`lukv`); tokens that are named here
+    are kept by every head of every method.
 
     >>> Method.parse("snapkv+adakv")
     >>> Method(scorer=SnapKV(window_size=64), allocator=AdaKV(safeguard=0.05), protect_sink=4)
@@ -51,6 +54,12 @@ class Method:
     def window(self) -> int:
         """Last tokens always kept."""
         return max(self.scorer.window, self.allocator.window) if self.protect_window is None else self.protect_window
+
+    @property
+    def keeps_protected(self) -> bool:
+        """Whether every head keeps all protected tokens."""
+        named = self.protect_sink is not None or self.protect_window is not None
+        return named or self.allocator.keeps_protected
 
     @classmethod
     def parse(cls, name: "str | Method") -> "Method":

@@ -1,10 +1,10 @@
-"""LU-KV, first half: how much long-horizon utility each head would retain, as a function of how much it keeps.
+"""LU-KV, first half: what every head gains, as a function of how much it keeps.
 
 LU-KV (arXiv 2602.08585). For every calibration context: one prefill, in which the scorers see the context only; its
-questions are answered from the full cache, which gives every entry its oracle importance; sorted by a scorer, best
-first, importance becomes the utility curve of that scorer in every head. The importance of an entry is POOLED over the
-questions of a context (its maximum) before anything is solved; averaging solutions per question, as published,
-underfunds the heads that few questions need. Memory: the full cache of one context and a few numbers per entry,
+questions are answered from the full cache, and every decoding step tells what each head would lose if it had kept only
+its best entries by a scorer (losses.py). Questions are POOLED before anything is solved: importance by its maximum,
+changes of the output by their sum. Averaging solutions per question, as published, underfunds the heads that few
+questions need; `published` records those too. Memory: the full cache of one context and a few numbers per entry,
 O(context).
 
 Every context is measured into a file of its own beside the profile, which is why a killed run goes on where it was, why
@@ -19,31 +19,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headwise.artifacts import Origin, Profile, fingerprint, read_tensors, write_tensors
+from headwise.allocate.profiled import published_counts
+from headwise.artifacts import LOSSES, Origin, Profile, fingerprint, read_tensors, write_tensors
 from headwise.calibration import Example, encode
 from headwise.errors import BadInput
 from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
+from headwise.losses import RANKS, OutputLoss, keeping_order, marginal_utility
 from headwise.method import Method
-from headwise.oracle import Normalization, Sampling, entry_importance
+from headwise.oracle import Importance, Sampling, decode
 from headwise.ragged.store import model_fingerprint
-from headwise.reading import Reading, can_watch, read
-from headwise.select import protected_mask
+from headwise.reading import can_watch, read
 
-RANKS = 1024  # resolution of a curve: steps from nothing kept to everything kept
+CURVES = (*LOSSES, "ideal")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How importance is measured; part of the profile's provenance."""
+    """How losses are measured; part of the profile's provenance.
+
+    `sink` first and `window` last tokens are kept first by every head, more where the scorer itself protects more;
+    whether a head gets all of them is solved. `published` solves every question by itself, too.
+    """
 
     steps: int = 64
-    normalization: Normalization = "layer"
     sampling: Sampling = field(default_factory=Sampling)
+    sink: int = 4
+    window: int = 32
+    published: bool = False
+
+    def protection(self, scorer: AbstractScorer) -> tuple[int, int]:
+        """Sink and window of a scorer."""
+        return max(self.sink, scorer.sink), max(self.window, scorer.window)
 
 
 def profile(
@@ -80,8 +91,8 @@ def profile(
     for done, index in enumerate(mine):
         progress(done, len(mine))
         if not files[index].is_file():
-            curves = measure(model, *encoded[index], list(chosen.values()), settings)
-            tensors = {name: curves[scorer].float() for name, scorer in chosen.items()}
+            measured = measure(model, *encoded[index], list(chosen.values()), settings)
+            tensors = {f"{n}.{k}": t.float() for n, s in chosen.items() for k, t in measured[s].items()}
             write_tensors(files[index], "part", tensors, {"run": run, "domain": examples[index].domain})
     progress(len(mine), len(mine))
     wait()
@@ -97,43 +108,46 @@ def measure(
     questions: Sequence[Int[Tensor, " _"]],
     scorers: Sequence[AbstractScorer],
     settings: Settings,
-) -> dict[AbstractScorer, Float[Tensor, "layers kv_heads ranks"]]:
-    """Marginal utility of one context by rank, best entry first, for every scorer; over all heads it sums to 1."""
+) -> dict[AbstractScorer, dict[str, Tensor]]:
+    """For every scorer the curves of one context [layers, kv_heads, sink + window + RANKS], float64.
+
+    They are those of CURVES; over all heads each sums to 1. If settings.published, also "published" [99, layers,
+    kv_heads]: the kept fractions of the questions, each solved by itself, averaged.
+    """
     reading = read(model, context, scorers)
-    importance = entry_importance(
-        model,
-        reading.whole,
-        questions,
-        steps=settings.steps,
-        normalization=settings.normalization,
-        sampling=settings.sampling,
-    ).amax(0)  # pooled over questions: [L, H, N]
-    return {scorer: _curve(reading, scorer, importance) for scorer in reading.scores}
+    protected = {scorer: sum(settings.protection(scorer)) for scorer in scorers}
+    orders = {s: keeping_order(reading.scores[s][:, 0], *settings.protection(s)) for s in scorers}
+    importance = Importance(reading.whole)
+    outputs = {s: OutputLoss(reading.whole, orders[s], protected[s]) for s in scorers}
+    normal = importance.scale[:, None, None]
+    pooled, solved = torch.zeros_like(normal), {scorer: [] for scorer in scorers}
+    listeners = [importance, *outputs.values()]
+    for _ in decode(model, reading.whole, questions, listeners, steps=settings.steps, sampling=settings.sampling):
+        found = importance.take()
+        pooled = torch.maximum(pooled, found.amax(0))
+        if settings.published:
+            for scorer in scorers:
+                curves = marginal_utility(found / normal, orders[scorer].expand_as(found), protected[scorer])
+                solved[scorer] += [published_counts(c, protected[scorer], context.shape[1]) for c in curves]
+    measured: dict[AbstractScorer, dict[str, Tensor]] = {}
+    for scorer in scorers:
+        ideal = keeping_order(pooled, *settings.protection(scorer))
+        curves = {
+            "output": outputs[scorer].marginal(),
+            "normalised": marginal_utility(pooled / normal, orders[scorer], protected[scorer]),
+            "raw": marginal_utility(pooled, orders[scorer], protected[scorer]),
+            "ideal": marginal_utility(pooled, ideal, protected[scorer]),
+        }
+        measured[scorer] = {name: _of_one(curve) for name, curve in curves.items()}
+        if settings.published:
+            measured[scorer]["published"] = torch.stack(solved[scorer]).double().mean(0) / context.shape[1]
+    return measured
 
 
-def marginal_utility(
-    importance: Float[Tensor, "layers kv_heads tokens"],
-    scores: Float[Tensor, "layers kv_heads tokens"],
-    candidates: Bool[Tensor, " tokens"],
-    ranks: int = RANKS,
-) -> Float[Tensor, "layers kv_heads ranks"]:
-    """Importance of the candidates in the scorer's order, best first, resampled to `ranks` equal steps (float64)."""
-    order = scores[..., candidates].argsort(dim=-1, descending=True, stable=True)
-    gained = importance[..., candidates].double().gather(-1, order).cumsum(-1)
-    gained = torch.nn.functional.pad(gained, (1, 0))  # nothing kept, nothing gained
-    at = torch.linspace(0, gained.shape[-1] - 1, ranks + 1, dtype=torch.float64, device=gained.device)
-    below = at.floor().long().clamp(max=gained.shape[-1] - 2)
-    step = gained[..., below + 1] - gained[..., below]
-    return (gained[..., below] + step * (at - below)).diff(dim=-1)
-
-
-def _curve(
-    reading: Reading, scorer: AbstractScorer, importance: Float[Tensor, "layers kv_heads tokens"]
-) -> Float[Tensor, "layers kv_heads ranks"]:
-    protected = protected_mask(reading.valid, scorer.sink, scorer.window)
-    candidates = (reading.valid & ~protected)[0]
-    marginal = marginal_utility(importance, reading.scores[scorer][:, 0], candidates)
-    return marginal / marginal.sum()
+def _of_one(curve: Float[Tensor, "layers kv_heads steps"]) -> Float[Tensor, "layers kv_heads steps"]:
+    """As shares of what there is to gain; a context in which nothing matters has none."""
+    whole = curve.sum()
+    return curve / whole if whole > 0 else torch.zeros_like(curve)
 
 
 def _scorers(names: Sequence[str]) -> dict[str, AbstractScorer]:
@@ -159,11 +173,11 @@ def _fitting(
             f"a calibration context of {context.shape[1]} tokens, its longest question and {settings.steps} decoded "
             f"tokens need {tokens} positions, but this model was made for {limit}: {example.context[:40]!r}."
         )
-    protected = max(scorer.sink + scorer.window for scorer in scorers)
+    protected = max(sum(settings.protection(scorer)) for scorer in scorers)
     if context.shape[1] <= protected:
         raise BadInput(
-            f"a calibration context of {context.shape[1]} tokens is no longer than the {protected} that its scorer "
-            f"protects: {example.context[:40]!r}."
+            f"a calibration context of {context.shape[1]} tokens is no longer than the {protected} that are "
+            f"protected: {example.context[:40]!r}."
         )
     return context, questions
 
@@ -191,16 +205,19 @@ def _merge(
     for file, domain in zip(files, domains, strict=True):
         tensors, _ = read_tensors(file, "part")
         counts[domain] += 1
-        for name in scorers:
-            curve = tensors[name].double()
-            total[name, domain] = total[name, domain] + curve if (name, domain) in total else curve
-    curves = {n: torch.stack([total[n, d] / counts[d] for d in names]).float() for n in scorers}
+        for key, tensor in tensors.items():
+            total[key, domain] = total[key, domain] + tensor if (key, domain) in total else tensor.double()
+
+    def mean(key: str) -> Tensor:
+        return torch.stack([total[key, d] / counts[d] for d in names]).float()
+
     return Profile(
-        curves=curves,
+        curves={name: {curve: mean(f"{name}.{curve}") for curve in CURVES} for name in scorers},
         domains=tuple(names),
         contexts=tuple(counts[d] for d in names),
-        protection={name: (scorer.sink, scorer.window) for name, scorer in scorers.items()},
+        protection={name: settings.protection(scorer) for name, scorer in scorers.items()},
         parameters={name: scorer.provenance() for name, scorer in scorers.items()},
         settings=asdict(settings),
         origin=origin,
+        published={name: mean(f"{name}.published") for name in scorers if settings.published},
     )

@@ -18,27 +18,44 @@ def protected_mask(valid: Bool[Tensor, "batch tokens"], sink: int, window: int) 
     return valid & ((rank <= sink) | (rank > rank[:, -1:] - window))
 
 
+def protection_order(valid: Bool[Tensor, "batch tokens"], sink: int, window: int) -> Int[Tensor, "batch tokens"]:
+    """In which order a head keeps protected tokens if it cannot keep all: the first tokens, then the latest backwards.
+
+    0 for the one that is kept first; other tokens come after all protected ones.
+    """
+    rank = valid.cumsum(dim=-1) - 1  # 0 at the first token of a row
+    behind = rank[:, -1:] - rank  # 0 at the last
+    return torch.where(rank < sink, rank, sink + behind).masked_fill(
+        ~protected_mask(valid, sink, window), valid.shape[1]
+    )
+
+
 def select(
     scores: Float[Tensor, "batch kv_heads tokens"],
     counts: Int[Tensor, "batch kv_heads"],
     valid: Bool[Tensor, "batch tokens"],
     protected: Bool[Tensor, "batch tokens"],
+    order: Int[Tensor, "batch tokens"] | None = None,
 ) -> Bool[Tensor, "batch kv_heads tokens"]:
     """Keep the protected tokens and the best-scored others of each head, `counts` in all, never padding.
 
+    With `order` (of `protection_order`) a count may be smaller than the number of protected tokens.
     Ties go to the earlier position. Scores at padding and at protected tokens are not looked at.
     Raises ShapeMismatch on sizes that do not fit, BadInput on counts that cannot be met, NonFiniteValues on NaN.
     """
     _require_shapes(scores, counts, valid, protected)
     protected = protected & valid
-    _require_values(scores, counts, valid, protected)
+    _require_values(scores, counts, valid, protected, floor=order is None)
     limit = torch.finfo(torch.float32).max
     # Clamped, so that no score ties with the infinities that stand for protected and padding.
     ranked = scores.float().clamp(-limit, limit)
     ranked = ranked.masked_fill(protected.unsqueeze(1), torch.inf).masked_fill(~valid.unsqueeze(1), -torch.inf)
-    order = torch.argsort(ranked, dim=-1, descending=True, stable=True)
+    best = torch.argsort(ranked, dim=-1, descending=True, stable=True)
     winners = torch.arange(scores.shape[-1], device=scores.device) < counts.unsqueeze(-1)
-    return torch.zeros_like(winners).scatter(-1, order, winners)
+    kept = torch.zeros_like(winners).scatter(-1, best, winners)
+    if order is None:
+        return kept
+    return torch.where(protected.unsqueeze(1), order.unsqueeze(1) < counts.unsqueeze(-1), kept)
 
 
 def _require_shapes(scores: Tensor, counts: Tensor, valid: Tensor, protected: Tensor) -> None:
@@ -51,8 +68,8 @@ def _require_shapes(scores: Tensor, counts: Tensor, valid: Tensor, protected: Te
             )
 
 
-def _require_values(scores: Tensor, counts: Tensor, valid: Tensor, protected: Tensor) -> None:
-    least, most = protected.sum(dim=-1, keepdim=True), valid.sum(dim=-1, keepdim=True)
+def _require_values(scores: Tensor, counts: Tensor, valid: Tensor, protected: Tensor, floor: bool) -> None:
+    least, most = protected.sum(dim=-1, keepdim=True) * floor, valid.sum(dim=-1, keepdim=True)
     nan = (scores.isnan() & (valid & ~protected).unsqueeze(1)).any()
     wrong = ((counts < least) | (counts > most)).any()
     found_nan, found_wrong = torch.stack([nan, wrong]).tolist()  # one wait for the device instead of two

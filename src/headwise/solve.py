@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headwise.artifacts import Budget, Profile
+from headwise.artifacts import LOSSES, Budget, Origin, Profile
 from headwise.errors import BadInput
 from headwise.hulls import concave_hulls, share
 
@@ -40,38 +40,70 @@ def solve(
     *,
     ratios: Sequence[float | Fraction] = RATIOS,
     domain_weights: Mapping[str, float] | None = None,
+    loss: str = LOSSES[0],
 ) -> Budget:
-    """The Budget of a scorer: kept fractions at `ratios`, and the hulls that solve any other ratio exactly.
+    """The Budget of a scorer: the hulls that solve any ratio exactly, and kept fractions at `ratios`.
 
-    Raises BadInput for an unknown scorer or domain, or ratios outside (0, 1).
+    The fractions are those of a long context, in which the protected tokens do not count. Raises BadInput for an
+    unknown scorer, loss or domain, or ratios outside (0, 1).
     """
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise BadInput(f"ratios {[float(ratio) for ratio in ratios]} must lie strictly between 0 and 1.")
+    _require_loss(loss)
     exact = sorted({Fraction(str(ratio)) for ratio in ratios})
-    curve = profile.curve(scorer, domain_weights)
-    hulls, shape = concave_hulls(curve.flatten(0, 1)), profile.origin.shape
+    curve, shape = profile.curve(scorer, domain_weights, loss=loss), profile.origin.shape
+    protected, rest = curve.flatten(0, 1).tensor_split([sum(profile.protection[scorer])], dim=-1)
+    hulls = concave_hulls(rest)
     heads = len(hulls.width)
     rows = [share(hulls, entries=GRID, total=int(ratio * GRID * heads)) for ratio in exact]
-    sink, window = profile.protection[scorer]
-    origin = replace(
-        profile.origin, scorer=scorer, scorer_parameters=profile.parameters[scorer], sink=sink, window=window
-    )
+    evidence = {"curve": loss, "scorer": "raw", "ideal": "ideal"}
     return Budget(
         ratios=torch.tensor([float(ratio) for ratio in exact], dtype=torch.float64),
         fractions=torch.stack(rows).unflatten(1, (len(shape.layers), shape.kv_heads)).double() / GRID,
-        origin=origin,
-        hull={"width": hulls.width, "slope": hulls.slope},
+        origin=_origin(profile, scorer, loss),
+        hull={"protected": protected.contiguous(), "width": hulls.width, "slope": hulls.slope},
+        evidence={k: profile.curve(scorer, domain_weights, loss=v).float() for k, v in evidence.items()},
     )
 
 
+def published(profile: Profile, scorer: str, *, domain_weights: Mapping[str, float] | None = None) -> Budget:
+    """LU-KV as its authors do it: kept fractions at 1% to 99%, solved question by question and averaged.
+
+    Has no hulls; use it as `scorer+fixed@FILE`. Raises BadInput if the profile was made without `published`.
+    """
+    return Budget(
+        ratios=torch.arange(1, 100, dtype=torch.float64) / 100,
+        fractions=profile.published_fractions(scorer, domain_weights),
+        origin=_origin(profile, scorer, "published"),
+    )
+
+
+def _origin(profile: Profile, scorer: str, loss: str) -> Origin:
+    sink, window = profile.protection[scorer]
+    made_for = {"scorer": scorer, "scorer_parameters": profile.parameters[scorer], "sink": sink, "window": window}
+    return replace(profile.origin, **made_for, loss=loss)
+
+
+def _require_loss(loss: str) -> None:
+    if loss not in LOSSES:
+        raise BadInput(f"loss={loss!r}: choose {', '.join(LOSSES)} or published.")
+
+
 def check(
-    profile: Profile, scorer: str, ratios: Sequence[float], *, domain_weights: Mapping[str, float] | None = None
+    profile: Profile,
+    scorer: str,
+    ratios: Sequence[float],
+    *,
+    domain_weights: Mapping[str, float] | None = None,
+    loss: str = LOSSES[0],
 ) -> list[Quality]:
     """Compare the greedy on hulls with exact dynamic programming, uniform and AdaKV-like budgets on the same curves.
 
-    Curves are cut to 64 steps per head for it. "adakv" shares each layer's equal part greedily among its heads.
+    Curves (without the protected tokens) are cut to 64 steps per head for it. "adakv" shares each layer's equal part
+    greedily among its heads.
     """
-    curve = profile.curve(scorer, domain_weights)
+    _require_loss(loss)
+    curve = profile.curve(scorer, domain_weights, loss=loss)[..., sum(profile.protection[scorer]) :]
     layers, heads, ranks = curve.shape
     coarse = curve.reshape(layers, heads, CHECK_STEPS, ranks // CHECK_STEPS).sum(-1)
     flat = coarse.flatten(0, 1)

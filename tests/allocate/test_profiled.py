@@ -1,25 +1,28 @@
 """LUKV: counts from a Budget's hulls for any total; what it refuses; from a profile to an evaluation."""
 
+import heapq
 import json
 import shlex
 import sys
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from families import random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.isotonic import IsotonicRegression
 
 import headwise
 from headwise import cli
-from headwise.allocate.profiled import LUKV, ShippedLUKV
+from headwise.allocate.profiled import LUKV, ShippedLUKV, published_counts
 from headwise.artifacts import Budget, Origin
 from headwise.errors import ArtifactMismatch, BadInput, BudgetInfeasible
 from headwise.evals.lexicon import REFERENCE_LEXICON
 from headwise.evals.ruler import generate
 from headwise.hf.families import view
-from headwise.hulls import concave_hulls, share
+from headwise.hulls import concave_hulls
 from headwise.interfaces import Demand
 from headwise.method import SCORERS, Method
 from headwise.reading import read
@@ -30,13 +33,21 @@ SHAPE = ModelShape(num_layers=4, layers=(0, 2, 3), kv_heads=2, query_heads=4, he
 CASES = settings(max_examples=40, deadline=None, derandomize=True)
 
 
-def hulls_for(heads, seed=0):
-    return concave_hulls(torch.rand(heads, 64, generator=torch.Generator().manual_seed(seed)) ** 4)
+RANKS = 64
+PROTECTED = 5  # one sink, a window of four
 
 
-def budget(shape=SHAPE, scorer="keydiff", seed=0, **origin):
+def curves_for(heads, seed=0, protected=PROTECTED):
+    """Marginal utilities of `protected` tokens and of 64 shares; some heads need no protected tokens at all."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.rand(heads, protected, generator=generator, dtype=torch.float64) ** 4 / RANKS
+    first *= torch.rand(heads, 1, generator=generator) < 0.7
+    return first, torch.rand(heads, RANKS, generator=generator, dtype=torch.float64) ** 4 / 8
+
+
+def budget(shape=SHAPE, scorer="keydiff", seed=0, sink=1, window=4, **origin):
     """Hulls that say something, and a table that is no use."""
-    hulls, made = hulls_for(shape.num_heads, seed), SCORERS[scorer].make()
+    (first, rest), made = curves_for(shape.num_heads, seed, sink + window), SCORERS[scorer].make()
     return Budget(
         ratios=torch.tensor([0.5]),
         fractions=torch.full((1, len(shape.layers), shape.kv_heads), 0.5),
@@ -44,47 +55,89 @@ def budget(shape=SHAPE, scorer="keydiff", seed=0, **origin):
             shape=shape,
             scorer=scorer,
             scorer_parameters=made.provenance(),
-            sink=made.sink,
-            window=made.window,
+            sink=sink,
+            window=window,
             **origin,
         ),
-        hull=asdict(hulls),
+        hull={"protected": first, **asdict(concave_hulls(rest))},
     )
 
 
-def counts(allocator, tokens, totals, *, sink=0, window=0, size=None):
-    """Counts [L, B, H] of a left-padded batch, asked layer by layer."""
+def counts(allocator, tokens, totals, *, size=None, hard=False):
+    """Counts [L, B, H] of a left-padded batch, asked layer by layer; if hard, protection is a floor."""
     size = size or max(tokens)
-    valid = torch.arange(size) >= size - torch.tensor(tokens)[:, None]
+    valid, origin = torch.arange(size) >= size - torch.tensor(tokens)[:, None], allocator.budget.origin
     demand = Demand(
-        shape=allocator.budget.origin.shape,
+        shape=origin.shape,
         tokens=tuple(tokens),
         totals=tuple(totals),
-        floors=tuple(max(1, min(length, sink + window)) for length in tokens),
+        floors=tuple(max(1, min(length, origin.sink + origin.window) * hard) for length in tokens),
     )
-    candidates, scores = valid & ~protected_mask(valid, sink, window), torch.zeros(1, len(tokens), 2, size)
+    candidates = valid & ~protected_mask(valid, origin.sink, origin.window)
+    scores = torch.zeros(1, len(tokens), 2, size)
     return torch.cat([allocator.allocate(scores, candidates, [at], demand) for at in range(len(demand.shape.layers))])
+
+
+def by_heap(heads, tokens, total, *, floor=1, seed=0, protected=PROTECTED):
+    """Entry by entry: the largest marginal utility on any head's hull, again and again; the first head wins ties.
+
+    `tokens` beyond the protected ones must be a multiple of the ranks, so that a share is a whole number of entries.
+    """
+    waiting, found, wide = [], [floor] * heads, max(0, tokens - protected) // RANKS
+    for first, rest in zip(*(curves.numpy() for curves in curves_for(heads, seed, protected)), strict=True):
+        entries = np.concatenate([first[:tokens], np.repeat(rest / max(wide, 1), wide)])
+        assert len(entries) == tokens
+        waiting.append(list(IsotonicRegression(increasing=False).fit_transform(np.arange(tokens), entries)))
+    tops = [(-row[floor], head) for head, row in enumerate(waiting) if floor < tokens]
+    heapq.heapify(tops)
+    for _ in range(total - heads * floor):
+        _, head = heapq.heappop(tops)
+        found[head] += 1
+        if found[head] < tokens:
+            heapq.heappush(tops, (-waiting[head][found[head]], head))
+    return found
 
 
 # --- counts ---
 
 
-def test_counts_are_the_share_of_the_candidates_on_top_of_the_protected():
-    found = counts(LUKV(budget=budget()), [500], [700], sink=4, window=16)[:, 0]
-    by_hand = 20 + share(hulls_for(6), entries=480, total=700 - 6 * 20)
-    assert found.flatten().tolist() == by_hand.tolist()
-    assert int(found.min()) == 20
+@pytest.mark.parametrize("shares", [1, 3, 7], ids="{} entries per share".format)
+def test_any_total_is_what_a_heap_on_the_hulls_would_share(shares):
+    """Whatever the length of the context: protected tokens are worth what they are, the others share the profile's."""
+    allocator, tokens = LUKV(budget=budget()), PROTECTED + RANKS * shares
+    least = max(1, tokens // 100)
+    for total in {6 * least, *range(6 * least, 6 * tokens, 1 + 17 * shares), 6 * tokens}:
+        found = counts(allocator, [tokens], [total]).flatten().tolist()
+        assert found == by_heap(6, tokens, total, floor=least)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5])
+def test_in_a_context_that_is_protected_whole_its_tokens_compete_one_by_one(tokens):
+    for total in range(6, 6 * tokens + 1):
+        assert counts(LUKV(budget=budget()), [tokens], [total]).flatten().tolist() == by_heap(6, tokens, total)
+
+
+def test_a_head_may_keep_fewer_than_the_protected():
+    found = counts(LUKV(budget=budget()), [197], [120]).flatten()
+    assert found.min() < PROTECTED < found.max()
+
+
+def test_protection_that_is_named_is_a_floor():
+    found = counts(LUKV(budget=budget()), [197], [120], hard=True).flatten()
+    assert found.min() == PROTECTED
+    assert int(found.sum()) == 120
 
 
 def test_every_head_keeps_one_percent():
-    found = counts(LUKV(budget=budget()), [1000], [120])
-    assert found.flatten().tolist() == share(hulls_for(6), entries=1000, total=120, floor=10).tolist()
-    assert int(found.min()) == 10
-    assert int(found.max()) > 20
+    tokens = PROTECTED + RANKS * 16
+    found = counts(LUKV(budget=budget()), [tokens], [120]).flatten().tolist()
+    assert found == by_heap(6, tokens, 120, floor=10)
+    assert min(found) == 10
+    assert max(found) > 20
 
 
 def test_a_larger_protection_replaces_the_one_percent():
-    assert int(counts(LUKV(budget=budget()), [1000], [240], sink=4, window=16).min()) == 20
+    assert int(counts(LUKV(budget=budget(window=19)), [1000], [240], hard=True).min()) == 20
 
 
 def test_a_budget_of_less_than_one_percent_is_shared_evenly():
@@ -92,14 +145,21 @@ def test_a_budget_of_less_than_one_percent_is_shared_evenly():
 
 
 @CASES
-@given(tokens=st.integers(1, 900), sink=st.integers(0, 3), window=st.integers(0, 9), seed=st.integers(0, 9))
-def test_exact_totals_within_bounds_and_more_never_takes(tokens, sink, window, seed):
+@given(
+    tokens=st.integers(1, 900),
+    sink=st.integers(0, 3),
+    window=st.integers(0, 9),
+    seed=st.integers(0, 9),
+    hard=st.booleans(),
+)
+def test_exact_totals_within_bounds_and_more_never_takes(tokens, sink, window, seed, hard):
     """Nested from the bare floors to everything: floors that grew with the total once took entries back below 1%."""
-    allocator, floor = LUKV(budget=budget(seed=seed)), max(1, min(tokens, sink + window))
+    allocator, floor = LUKV(budget=budget(seed=seed, sink=sink, window=window)), max(1, min(tokens, sink + window))
+    floor = floor if hard else 1
     least, most = 6 * floor, 6 * tokens
     before = torch.full((3, 1, 2), floor)
     for total in sorted({*range(least, min(least + 30, most)), *range(least, most, 1 + most // 40), most}):
-        found = counts(allocator, [tokens], [total], sink=sink, window=window)
+        found = counts(allocator, [tokens], [total], hard=hard)
         assert int(found.sum()) == total
         assert (found >= before).all()
         assert (found <= tokens).all()
@@ -107,7 +167,7 @@ def test_exact_totals_within_bounds_and_more_never_takes(tokens, sink, window, s
 
 
 def test_rows_of_a_batch_do_not_see_each_other():
-    allocator, rows = LUKV(budget=budget()), [(300, 500), (40, 200), (1, 6), (299, 1794)]
+    allocator, rows = LUKV(budget=budget()), [(300, 500), (40, 200), (1, 6), (3, 9), (299, 1794)]
     tokens, totals = zip(*rows, strict=True)
     together = counts(allocator, tokens, totals)
     for row, (length, total) in enumerate(rows):
@@ -115,24 +175,83 @@ def test_rows_of_a_batch_do_not_see_each_other():
 
 
 def test_infeasible_totals_are_refused():
-    for total, words in ((50, "sink and window need 20"), (601, "hold only 600")):
+    for hard, total, words in (
+        (True, 50, "sink and window need 20"),
+        (False, 5, "sink and window need 1"),
+        (False, 601, "hold only 600"),
+    ):
         with pytest.raises(BudgetInfeasible, match=words):
-            counts(LUKV(budget=budget()), [100], [total], sink=4, window=16)
+            counts(LUKV(budget=budget(sink=4, window=16)), [100], [total], hard=hard)
+
+
+# --- in a model ---
+
+
+def method_for(model, scorer="expected", sink=4, window=4, **protection):
+    made = budget(view(model).shape, scorer, sink=sink, window=window, config_hash=view(model).config_hash)
+    return Method(scorer=SCORERS[scorer].make(), allocator=LUKV(budget=made), **protection)
+
+
+def padded_batch(*tokens):
+    ids, mask = random_ids(len(tokens), max(tokens)), torch.ones(len(tokens), max(tokens), dtype=torch.long)
+    for row, length in enumerate(tokens):
+        ids[row, : max(tokens) - length] = mask[row, : max(tokens) - length] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def protected_that_stay(cache, row, tokens, sink, window):
+    """Of each head: how many it keeps, and which protected positions are among them."""
+    protected = {*range(sink), *range(tokens - window, tokens)}
+    layers, _, heads = cache.lengths.shape
+    kept = [cache.positions(layer, row, head).tolist() for layer in range(layers) for head in range(heads)]
+    return [(len(positions), set(positions) & protected) for positions in kept]
 
 
 def test_a_model_s_heads_keep_what_the_hulls_say():
-    """Left padding, sliding layers and protection included."""
-    model, ids, mask = tiny_model("gemma3_text"), random_ids(2, 90), torch.ones(2, 90, dtype=torch.long)
-    ids[1, :30], mask[1, :30] = 0, 0
-    made = budget(view(model).shape, "expected", config_hash=view(model).config_hash)
-    method = Method(scorer=SCORERS["expected"].make(), allocator=LUKV(budget=made))
-    cache = headwise.compress(model, ids, method, keep=0.3, attention_mask=mask)
-    for row, tokens in enumerate((90, 60)):
-        rest = share(hulls_for(4), entries=tokens - 4, total=round(0.3 * tokens * 4) - 16)
-        assert cache.lengths[:, row].flatten().tolist() == (4 + rest).tolist()
-        assert all(cache.positions(1, row, head)[:4].tolist() == [0, 1, 2, 3] for head in range(2))
-    cut = read(model, ids, [method.scorer], attention_mask=mask).cut(method, 0.3)
+    """Left padding and sliding layers included; a head with few entries has first tokens, then the latest."""
+    lengths = (8 + RANKS, 8, 8 + 2 * RANKS)  # the second row is protected whole
+    model, batch = tiny_model("gemma3_text"), padded_batch(*lengths)
+    method, few = method_for(model), 0
+    cache = headwise.compress(model, method=method, keep=0.15, **batch)
+    for row, tokens in enumerate(lengths):
+        total = round(0.15 * tokens * 4)
+        assert cache.lengths[:, row].flatten().tolist() == by_heap(4, tokens, total, protected=8)
+        order = [0, 1, 2, 3, tokens - 1, tokens - 2, tokens - 3, tokens - 4]
+        for count, protected in protected_that_stay(cache, row, tokens, 4, 4):
+            assert protected == set(order[:count])
+            few += count < 8
+    assert 4 < few < 12
+    cut = read(model, batch["input_ids"], [method.scorer], attention_mask=batch["attention_mask"]).cut(method, 0.15)
     assert cut.lengths.equal(cache.lengths)
+    assert all(cut.positions(1, row, head).equal(cache.positions(1, row, head)) for row in range(3) for head in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("protection", "sink", "window"),
+    [({"protect_sink": 4}, 4, 4), ({"protect_window": 6}, 4, 6), ({"protect_sink": 1, "protect_window": 0}, 1, 0)],
+)
+def test_protection_that_a_method_names_is_kept_by_every_head(protection, sink, window):
+    model, batch = tiny_model(), padded_batch(90, 40)
+    cache = headwise.compress(model, method=method_for(model, **protection), keep=0.3, **batch)
+    for row, tokens in enumerate((90, 40)):
+        assert int(cache.lengths[:, row].sum()) == round(0.3 * tokens * 6)
+        for _, protected in protected_that_stay(cache, row, tokens, sink, window):
+            assert len(protected) == sink + window
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "adakv", "pyramid", "global", "fixed"])
+def test_under_every_other_allocator_all_heads_keep_what_is_protected(tmp_path, allocator):
+    model, batch = tiny_model(), padded_batch(90, 60)
+    if allocator == "fixed":
+        starved = replace(method_for(model, "snapkv", 4, 32).allocator.budget, hull={})
+        starved.save(tmp_path / "b")
+        allocator = f"fixed@{tmp_path / 'b'}"
+    cache = headwise.compress(model, method=f"snapkv+{allocator}", keep=0.61, **batch)
+    sink = 4 if allocator.startswith("fixed") else 0
+    for row, tokens in enumerate((90, 60)):
+        assert int(cache.lengths[:, row].sum()) == round(0.61 * tokens * 6)
+        for _, protected in protected_that_stay(cache, row, tokens, sink, 32):
+            assert len(protected) == sink + 32
 
 
 # --- what it refuses ---
@@ -226,9 +345,11 @@ def test_provenance_names_the_hulls_and_not_the_table():
     assert found != LUKV(budget=budget(seed=1)).provenance()
 
 
-def test_protection_comes_from_the_profile():
+def test_protection_comes_from_profile_and_scorer():
     method = Method(scorer=SCORERS["snapkv"].make(), allocator=LUKV(budget=budget(scorer="snapkv")))
-    assert (method.sink, method.window) == (0, 32)
+    assert (method.sink, method.window) == (1, 32)  # the scorer's own window is longer than the budget's
+    assert not method.keeps_protected
+    assert replace(method, protect_window=8).keeps_protected
 
 
 # --- end to end ---
@@ -256,14 +377,28 @@ def test_from_a_profile_to_an_evaluation_on_the_command_line(run, tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps(record))
     (tmp_path / "more.txt").write_text(sample.context[:600])
     made = run(
-        "profile -m {qwen3} --scorer keydiff,snapkv --data {dir} --steps 3 --normalization none --temperature 0.7 "
-        "--seed 5 -o {dir}/p.safetensors --json"
+        "profile -m {qwen3} --scorer keydiff,snapkv --data {dir} --steps 3 --sink 2 --window 8 --temperature 0.7 "
+        "--seed 5 --published -o {dir}/p.safetensors --json"
     )
     assert made == {"profile": str(tmp_path / "p.safetensors"), "contexts": 2, "scorers": ["keydiff", "snapkv"]}
     for scorer in ("keydiff", "snapkv"):
         solved = run(f"solve {{dir}}/p.safetensors --scorer {scorer} -o {{dir}}/{scorer} --check --json")
-        assert all(row["uniform"] <= row["optimum"] and row["gap"] < 0.2 for row in solved["check"])
+        assert all(row["uniform"] <= row["optimum"] for row in solved["check"])
+        assert np.mean([row["gap"] for row in solved["check"]]) < 0.05
+    run("solve {dir}/p.safetensors --scorer snapkv -o {dir}/averaged --loss published --json")
     line = "eval -m {qwen3} --tasks mini-ruler:niah_single --samples 1 --length 200 --keep 0.3 --json --methods "
-    rows = run(line + "keydiff+lukv@{dir}/keydiff,snapkv+lukv@{dir}/snapkv,keydiff+fixed@{dir}/keydiff")
+    rows = run(
+        line + "keydiff+lukv@{dir}/keydiff,snapkv+lukv@{dir}/snapkv,keydiff+fixed@{dir}/keydiff,"
+        "snapkv+fixed@{dir}/averaged"
+    )
+    assert len(rows) == 4
     for row in rows:
         assert row["kv_fraction"] == pytest.approx(0.3, abs=0.005)
+
+
+def test_protected_tokens_that_are_a_floor_are_paid_for():
+    """A head that does not need its protected tokens has them anyway: that must not make it look dear."""
+    rest = torch.tensor([[0.5, 0.1, 0.1, 0, 0, 0, 0, 0], [0.2, 0.2, 0.2, 0.2, 0.2, 0, 0, 0]])
+    first = torch.tensor([[0.0, 0.0], [0.1, 0.1]])
+    found = published_counts(torch.cat([first, rest], dim=-1)[None], 2, 10)
+    assert found[29].tolist() == [[3, 3]]

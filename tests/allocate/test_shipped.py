@@ -30,6 +30,22 @@ def test_the_shipped_budget_is_found_and_exact(reference, scorer):
     assert int(cache.lengths.sum()) == round(0.2 * 24 * 400)
 
 
+def test_heads_give_up_protected_tokens_for_others(reference):
+    """Of 36 protected tokens a head keeps the first ones, then the latest."""
+    model, _ = reference
+    ids = torch.randint(10, 500, (1, 400), generator=torch.Generator().manual_seed(0))
+    cache = headwise.compress(model, ids, "snapkv+lukv", keep=0.1)
+    order, few = [0, 1, 2, 3, *range(399, 367, -1)], 0
+    for layer, head in cache.lengths[:, 0].ge(0).nonzero().tolist():
+        kept = cache.positions(layer, 0, head).tolist()
+        assert set(kept) & set(order) == set(order[: len(kept)])
+        few += len(kept) < 36
+    assert 0 < few < 24
+    assert int(cache.lengths.sum()) == 24 * 40
+    even = headwise.compress(model, ids, "snapkv", keep=0.1)
+    assert all({*range(368, 400)} <= set(even.positions(layer, 0, 0).tolist()) for layer in range(len(even.lengths)))
+
+
 def test_it_beats_the_even_share_at_the_same_bytes(reference):
     """Samples of a seed of their own: neither calibration nor any table in docs/ has them."""
     model, tokenizer = reference

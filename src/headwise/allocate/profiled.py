@@ -3,8 +3,11 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,37 +16,40 @@ from torch import Tensor
 from headwise.allocate.apportion import even_shares, require_feasible
 from headwise.artifacts import Budget, fingerprint
 from headwise.errors import ArtifactMismatch, BadInput
-from headwise.hulls import Hulls, share
+from headwise.hulls import Hulls, concave_hulls, share
 from headwise.interfaces import AbstractAllocator, AbstractScorer, Demand, Provenance
 from headwise.shapes import ModelShape
 
-LEAST_SHARE = 0.01  # of the context: what every head keeps; a budget below that is shared evenly
+LEAST_SHARE = Fraction(1, 100)  # of the context: what every head keeps; a budget below that is shared evenly
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LUKV(AbstractAllocator):
     """Counts by marginal utility on the hulls of a Budget that was solved for this model and scorer.
 
-    LU-KV (arXiv 2602.08585). Every head keeps the protected tokens and at least 1% of the context; what is left goes to
-    the steepest steps of all heads' hulls. Exact at any total and nested: more never takes an entry from a head. Ours
-    differs from the authors' online step, which takes the nearest of 99 tables and rounds within a layer.
+    LU-KV (arXiv 2602.08585). Every head keeps at least 1% of the context; what is left goes to the steepest steps of
+    all heads' hulls. Exact at any total and nested: more never takes an entry from a head. Ours differs from the
+    authors' online step, which takes the nearest of 99 tables and rounds within a layer, and in that protected tokens
+    come first in every head, but how many of them a head keeps is solved like everything else.
     """
+
+    keeps_protected: ClassVar[bool] = False
 
     budget: Budget
 
     @property
     def sink(self) -> int:
-        """First tokens that the profile's scorer protected."""
+        """First tokens that come first in the profile."""
         return self.budget.origin.sink
 
     @property
     def window(self) -> int:
-        """Last tokens that the profile's scorer protected."""
+        """Last tokens that come next in the profile."""
         return self.budget.origin.window
 
     def provenance(self) -> Provenance:
         """Name, and which budget: its origin and a fingerprint of its hulls."""
-        hull = fingerprint(self.budget.hull["width"], self.budget.hull["slope"])
+        hull = fingerprint(*(self.budget.hull[name] for name in ("protected", "width", "slope")))
         return {"name": type(self).__name__, "budget": {**asdict(self.budget.origin), "fingerprint": hull}}
 
     def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> "LUKV":
@@ -68,21 +74,51 @@ class LUKV(AbstractAllocator):
         """Counts from the hulls, whatever the scores. Raises ArtifactMismatch if it is for another ModelShape."""
         self.budget.require(demand.shape)
         require_feasible(demand)
-        hulls = Hulls(width=self.budget.hull["width"], slope=self.budget.hull["slope"])
         protected = (torch.tensor(demand.tokens) - candidates.sum(-1).cpu()).tolist()
-        rows = [self._counts(hulls, demand, row, kept) for row, kept in enumerate(protected)]
+        limits = zip(demand.tokens, protected, demand.totals, demand.floors, strict=True)
+        rows = [_counts(self.budget, *row) for row in limits]
         table = torch.stack(rows, dim=1).unflatten(0, (len(demand.shape.layers), demand.shape.kv_heads))
         return table.transpose(1, 2)[list(layers)].to(scores.device)  # [L, H, B] -> [l, B, H]
 
-    def _counts(self, hulls: Hulls, demand: Demand, row: int, protected: int) -> Int[Tensor, " heads"]:
-        tokens, total, heads = demand.tokens[row], demand.totals[row], demand.shape.num_heads
-        least = max(demand.floors[row], int(LEAST_SHARE * tokens))
-        if total < heads * least:  # a floor that grew with the total would take from the steepest heads again
-            return even_shares(torch.tensor(total), heads)
-        rest = share(
-            hulls, entries=tokens - protected, total=total - heads * protected, floor=max(least - protected, 0)
-        )
-        return protected + rest
+
+@lru_cache(maxsize=64)  # it is asked once per layer
+def _counts(budget: Budget, tokens: int, protected: int, total: int, floor: int) -> Int[Tensor, " heads"]:
+    rest = Hulls(width=budget.hull["width"], slope=budget.hull["slope"])
+    return _solve(budget.hull["protected"], rest, tokens, protected, total, floor)
+
+
+def published_counts(
+    marginal: Float[Tensor, "layers kv_heads steps"], protected: int, tokens: int
+) -> Int[Tensor, "ratios layers kv_heads"]:
+    """What LU-KV's authors solve for one question: counts at 1% to 99% kept, protected tokens kept by every head."""
+    layers, heads, _ = marginal.shape
+    first, rest = marginal.flatten(0, 1).tensor_split([protected], dim=-1)
+    hulls, floor = concave_hulls(rest), max(1, protected)
+    totals = [round(Fraction(percent, 100) * layers * heads * tokens) for percent in range(1, 100)]
+    rows = [_solve(first, hulls, tokens, protected, total, floor) for total in totals]
+    return torch.stack(rows).unflatten(1, (layers, heads))
+
+
+def _solve(
+    first: Float[Tensor, "heads known"], rest: Hulls, tokens: int, protected: int, total: int, floor: int
+) -> Int[Tensor, " heads"]:
+    """Counts in a context of `tokens`: `first` is the utility of the protected ones, `rest` the hulls of the others."""
+    heads, least = len(rest.width), max(floor, int(LEAST_SHARE * tokens))
+    if total < heads * least:  # a floor that grew with the total would take from the steepest heads again
+        return even_shares(torch.tensor(total), heads)
+    if floor >= protected:  # they are paid for, whatever they are worth
+        spent, others = heads * protected, tokens - protected
+        return protected + share(rest, entries=others, total=total - spent, floor=max(least - protected, 0))
+    return share(_joined(first[:, :protected], rest, tokens), entries=tokens, total=total, floor=least)
+
+
+def _joined(first: Float[Tensor, "heads protected"], rest: Hulls, tokens: int) -> Hulls:
+    """Hulls over a whole context: its protected tokens one by one, then the others in the profile's shares."""
+    others = 1 - first.shape[1] / tokens
+    return concave_hulls(
+        torch.cat([first.double(), rest.width * rest.slope * (others > 0)], dim=-1),
+        torch.cat([torch.full_like(first, 1 / tokens).double(), rest.width * others], dim=-1),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

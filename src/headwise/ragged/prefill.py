@@ -20,7 +20,7 @@ from headwise.interfaces import Chunk, Demand, Observation, Statistics
 from headwise.keep import Keep
 from headwise.method import Method
 from headwise.ragged.layer import RaggedLayer
-from headwise.select import protected_mask, select
+from headwise.select import protected_mask, protection_order, select
 from headwise.shapes import ModelShape
 
 TOO_LONG = "Shorten the context, configure rope scaling on the model, or raise config.max_position_embeddings."
@@ -33,6 +33,7 @@ class Plan:
     valid: Bool[Tensor, "batch tokens"]
     positions: Int[Tensor, "batch tokens"]
     protected: Bool[Tensor, "batch tokens"]
+    order: Int[Tensor, "batch tokens"] | None  # of the protected tokens, where a head may keep fewer of them
     demand: Demand
 
 
@@ -253,10 +254,11 @@ def make_plan(
         shape=shape,
         tokens=tuple(tokens),
         totals=tuple(keep.entries(shape=shape, tokens=tokens, entry_bytes=entry_bytes)),
-        floors=tuple(max(1, n) for n in protected.sum(-1).tolist()),
+        floors=tuple(max(1, n * method.keeps_protected) for n in protected.sum(-1).tolist()),
     )
     require_feasible(demand)
-    return Plan(valid=valid, positions=positions, protected=protected, demand=demand)
+    order = None if method.keeps_protected else protection_order(valid, method.sink, method.window)
+    return Plan(valid=valid, positions=positions, protected=protected, order=order, demand=demand)
 
 
 def keep_entries(
@@ -272,7 +274,7 @@ def keep_entries(
         name = type(method.scorer).__name__
         raise ShapeMismatch(f"{name} gave scores {tuple(scores.shape)}; expected [L, B, H, N] = {expected}.")
     counts = method.allocator.allocate(scores, plan.valid & ~plan.protected, layers, demand)
-    return [select(s, c, plan.valid, plan.protected) for s, c in zip(scores, counts, strict=True)]
+    return [select(s, c, plan.valid, plan.protected, plan.order) for s, c in zip(scores, counts, strict=True)]
 
 
 def _last(past: Tensor | None, query: Tensor, window: int) -> Tensor:
