@@ -122,7 +122,7 @@ def test_files_the_page_names_are_there(path):
 
 
 def test_every_scorer_and_allocator_has_its_row_in_how_to_choose():
-    rows = re.findall(r"^\| `(\w+)(?:@FILE)?` \|", (DOCS / "how-to-choose.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([\w-]+)(?:@FILE)?` \|", (DOCS / "how-to-choose.md").read_text(), re.MULTILINE)
     assert sorted(rows) == sorted([*SCORERS, *ALLOCATORS])
 
 

@@ -51,13 +51,15 @@ class Example:
     domain: str = "text"
 
 
-def load_examples(source: str, tokenizer: Any, *, max_positions: int) -> list[Example]:
-    """Examples from a file, a folder or "builtin[:N]". Raises BadInput naming file and line."""
+def load_examples(
+    source: str, tokenizer: Any, *, max_positions: int, split: str = "calibration", default: int = DEFAULT_CONTEXTS
+) -> list[Example]:
+    """Examples from a file, a folder or "builtin[:N]" (made from `split`). Raises BadInput naming file and line."""
     name, _, count = source.partition(":")
     if name == BUILTIN:
         if count and not (count.isdecimal() and int(count) > 0):
             raise BadInput(f"data={source!r}: write {BUILTIN} or {BUILTIN}:N with a number of contexts.")
-        return builtin(tokenizer, int(count or DEFAULT_CONTEXTS), max_positions=max_positions)
+        return builtin(tokenizer, int(count or default), max_positions=max_positions, split=split)
     path = Path(source)
     files = sorted(p for p in path.iterdir() if p.suffix in {".jsonl", ".txt"}) if path.is_dir() else [path]
     examples = [example for file in files for example in _read(file)]
@@ -66,11 +68,20 @@ def load_examples(source: str, tokenizer: Any, *, max_positions: int) -> list[Ex
     return examples
 
 
-def builtin(tokenizer: Any, count: int, *, max_positions: int, seed: int = 0) -> list[Example]:
-    """The demanding mix; contexts of a quarter and half of the model's positions, at most 4096 tokens."""
+def builtin(
+    tokenizer: Any, count: int, *, max_positions: int, seed: int = 0, split: str = "calibration"
+) -> list[Example]:
+    """The demanding mix; contexts of a quarter and half of the model's positions, at most 4096 tokens.
+
+    `split` is "calibration" or "train"; neither shares a seed with the other or with an evaluation.
+    """
+    if split not in ("calibration", "train"):
+        raise BadInput(f"split={split!r}: contexts are made for calibration or train, never from what evaluates.")
     lexicon = lexicon_for(tokenizer)
     lengths = [min(LONGEST, max_positions // 4), min(LONGEST, max_positions // 2)]
-    return [_make(lexicon, number, lengths[number // len(TASKS) % 2], seed, tokenizer) for number in range(count)]
+    return [
+        _make(lexicon, number, lengths[number // len(TASKS) % 2], seed, tokenizer, split) for number in range(count)
+    ]
 
 
 def encode(
@@ -86,11 +97,11 @@ def encode(
     return ids[:, :-1], (ids[0, -1:],)
 
 
-def _make(lexicon: Lexicon, number: int, length: int, seed: int, tokenizer: Any) -> Example:
+def _make(lexicon: Lexicon, number: int, length: int, seed: int, tokenizer: Any, split: str) -> Example:
     task = TASKS[number % len(TASKS)]
     if number % len(TASKS) == len(TASKS) - 2 and _knows_code(tokenizer):
-        return _code(lexicon, number, length, seed)
-    sample = generate(task, lexicon=lexicon, length=length, seed=seed, index=number, split="calibration")
+        return _code(lexicon, number, length, seed, split)
+    sample = generate(task, lexicon=lexicon, length=length, seed=seed, index=number, split=split)
     return Example(context=sample.context, questions=tuple(q.prompt for q in sample.questions), domain=task)
 
 
@@ -99,9 +110,9 @@ def _knows_code(tokenizer: Any) -> bool:
     return tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
 
 
-def _code(lexicon: Lexicon, number: int, length: int, seed: int) -> Example:
+def _code(lexicon: Lexicon, number: int, length: int, seed: int, split: str) -> Example:
     """A module of small functions, and what some of them return."""
-    rng = seeded_generator("calibration", task="code", length=length, seed=seed, index=number)
+    rng = seeded_generator(split, task="code", length=length, seed=seed, index=number)
     lines: list[str] = []
     functions: dict[str, int] = {}
     while lexicon.count_tokens("\n".join(lines)) < length * 7 // 8:

@@ -338,6 +338,74 @@ def solve(
         _print_table("share of the utility retained", header, [[f"{row[k]:.4f}" for k in header] for row in rows])
 
 
+@app.command(epilog="Example: headwise train --model reference --out gates.safetensors")
+def train(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Gates to write; a killed run goes on from OUT.state.")],
+    model: Model = "reference",
+    data: Annotated[str, typer.Option(help="FILE.jsonl, FILE.txt, a folder of them, or builtin[:N].")] = "builtin:240",
+    part: Annotated[str, typer.Option(help="lkv (both), lkv-h (budgets only) or lkv-t (scores only).")] = "lkv",
+    scorer: Annotated[str | None, typer.Option(help="The fixed scorer that budgets alone are trained for.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of joint training.")] = 600,
+    warm_steps: Annotated[int, typer.Option(min=0, help="Steps before it, in which scores learn importance.")] = 1000,
+    contexts: Annotated[int, typer.Option(min=1, help="Contexts per step, over all processes.")] = 4,
+    questions: Annotated[int, typer.Option(min=1, help="Questions of a context, at most.")] = 8,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens the teacher answers, at most.")] = 16,
+    keeps: Annotated[str, typer.Option(help="Smallest and largest keep to train for.")] = "0.03,0.3",
+    sink: Annotated[int, typer.Option(min=0, help="First tokens that every head keeps first.")] = 4,
+    window: Annotated[int, typer.Option(min=0, help="Last tokens that every head keeps next.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same gates.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """LKV: learn how much every head keeps, and which entries. Also under 'accelerate launch'."""
+    from headwise.calibration import load_examples
+    from headwise.hf.families import view
+    from headwise.keep import parse_keep
+    from headwise.train.loop import Settings
+    from headwise.train.run import train as run
+
+    if part not in ("lkv", "lkv-h", "lkv-t"):
+        raise BadInput(f"part={part!r}: choose lkv, lkv-h or lkv-t.")
+    bounds = [float(parse_keep(keep).amount) for keep in _split(keeps)]
+    if len(bounds) != 2:
+        raise BadInput(f"keeps={keeps!r}: write the smallest and the largest, such as 0.03,0.5.")
+    state = _processes(device)
+    loaded, tokenizer = _load(model, dtype, device if state is None else str(state.device))
+    examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions, split="train", default=240)
+    settings = Settings(
+        steps=steps,
+        warm_steps=warm_steps,
+        contexts_per_step=contexts,
+        questions=questions,
+        answer_tokens=answer_tokens,
+        keeps=(bounds[0], bounds[1]),
+        sink=sink,
+        window=window,
+        seed=seed,
+    )
+    with _progress("steps") as progress:
+        run(
+            loaded,
+            tokenizer,
+            examples,
+            out,
+            part=part,
+            scorer=scorer,
+            settings=settings,
+            process=(0, 1) if state is None else (state.process_index, state.num_processes),
+            reduce=(lambda tensor: tensor) if state is None else _summed,
+            progress=progress,
+        )
+    if state is not None and not state.is_main_process:
+        return
+    use = {"lkv": f"lkv@{out}", "lkv-h": f"{scorer}+lkv-h@{out}", "lkv-t": f"lkv-t@{out}"}[part]
+    if as_json:
+        _print_json({"gates": str(out), "log": f"{out}.log.jsonl", "steps": steps, "method": use})
+    else:
+        print(f"{out}: {steps} steps on {len(examples)} contexts. Use it as {use}")
+
+
 @app.command(epilog="Example: headwise methods --json")
 def methods(as_json: AsJson = False) -> None:
     """Every scorer, allocator and short name, with its paper."""
@@ -471,6 +539,13 @@ def _processes(device: str) -> Any:
     return PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
+def _summed(tensor: Any) -> Any:
+    """The sum over all processes."""
+    from accelerate.utils import reduce
+
+    return reduce(tensor, "sum")
+
+
 def _weight(text: str) -> tuple[str, float]:
     name, equals, number = text.partition("=")
     try:
@@ -487,14 +562,15 @@ def _split(text: str) -> list[str]:
 
 
 @contextmanager
-def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, fed with (done, total)."""
+def _progress(unit: str) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, fed with (done, total), and a text behind it if there is one."""
     from tqdm import tqdm
 
     with tqdm(unit=f" {unit}", file=sys.stderr, leave=False, disable=None) as bar:
 
-        def report(done: int, total: int) -> None:
+        def report(done: int, total: int, text: str = "") -> None:
             bar.total = total
+            bar.set_postfix_str(text, refresh=False)
             bar.update(done - bar.n)
 
         yield report

@@ -103,6 +103,10 @@ class AbstractScorer(ABC):
         """Whether scores depend on `Observation.totals`."""
         return False
 
+    def resolve(self, shape: ModelShape, config_hash: str) -> "AbstractScorer":
+        """The scorer to use on this model. Raises ArtifactMismatch if it was made for another."""
+        return self
+
     def accumulate(self, statistics: Statistics, chunk: Chunk) -> Statistics:
         """Fold one chunk into the statistics; the result must not depend on how the context was cut into chunks."""
         return statistics

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from headwise.allocate import LUKV, AdaKV, Fixed, Global, Pyramid, ShippedLUKV, Uniform
+from headwise.allocate import LUKV, AdaKV, Fixed, Global, Pyramid, ShippedLKVH, ShippedLUKV, Uniform, learned_budgets
 from headwise.artifacts import Budget
 from headwise.errors import BadInput
+from headwise.gates import load_gates
 from headwise.interfaces import AbstractAllocator, AbstractScorer
 from headwise.scores import (
     H2O,
@@ -23,8 +24,10 @@ from headwise.scores import (
     Knorm,
     KVzip,
     Random,
+    ShippedLKVT,
     SnapKV,
     Streaming,
+    learned_scorer,
 )
 from headwise.shapes import ModelShape
 
@@ -73,9 +76,7 @@ class Method:
             raise BadInput(
                 f"method={name!r}: give a name such as 'snapkv+adakv', or Method(scorer=..., allocator=...)."
             )
-        scorer, plus, allocator = (part.strip() for part in ALIASES.get(name.strip(), name).partition("+"))
-        if not plus:
-            allocator = "uniform"
+        scorer, allocator = _halves(name.strip())
         return cls(
             scorer=_make(SCORERS, scorer, name, "scorer"),
             allocator=_make(ALLOCATORS, allocator, name, "allocator"),
@@ -83,7 +84,8 @@ class Method:
 
     def for_model(self, shape: ModelShape, config_hash: str) -> "Method":
         """The method to use on this model. Raises ArtifactMismatch if its budget is for another model or scorer."""
-        return replace(self, allocator=self.allocator.resolve(self.scorer, shape, config_hash))
+        scorer = self.scorer.resolve(shape, config_hash)
+        return replace(self, scorer=scorer, allocator=self.allocator.resolve(scorer, shape, config_hash))
 
     def provenance(self) -> dict[str, Any]:
         """Names and parameters, for records and saved caches."""
@@ -119,6 +121,12 @@ SCORERS: Mapping[str, Entry] = MappingProxyType(
         "kvzip": Entry(
             make=KVzip, summary="attention while the model repeats the context (2 passes)", paper="2505.23416"
         ),
+        "lkv-t": Entry(
+            make=lambda path=None: ShippedLKVT() if path is None else learned_scorer(load_gates(path)),
+            summary="learned from keys and values: lkv-t@FILE, or lkv-t where gates are shipped",
+            paper="2605.06676",
+            file="optional",
+        ),
     }
 )
 
@@ -142,6 +150,12 @@ ALLOCATORS: Mapping[str, Entry] = MappingProxyType(
             paper="2602.08585",
             file="optional",
         ),
+        "lkv-h": Entry(
+            make=lambda path=None: ShippedLKVH() if path is None else learned_budgets(load_gates(path)),
+            summary="learned budgets: lkv-h@FILE, or lkv-h where gates are shipped",
+            paper="2605.06676",
+            file="optional",
+        ),
     }
 )
 
@@ -159,6 +173,8 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "kvzip": "kvzip+global",
         "pyramidkv": "snapkv+pyramid",
         "adakv": "snapkv+adakv",
+        "lkv-t": "lkv-t+uniform",
+        "lkv": "lkv-t+lkv-h",
     }
 )
 
@@ -167,6 +183,16 @@ def paper_of(alias: str) -> str:
     """The arXiv id of a short name: its allocator's paper, or else its scorer's; empty if neither has one."""
     scorer, _, allocator = ALIASES[alias].partition("+")
     return ALLOCATORS[allocator].paper or SCORERS[scorer].paper
+
+
+def _halves(name: str) -> tuple[str, str]:
+    """Scorer and allocator, as they are written; a short name for two parts of one file gives it to both: lkv@FILE."""
+    word, at, path = name.partition("@")
+    scorer, _, allocator = ALIASES.get(word, "").partition("+")
+    if at and scorer and SCORERS[scorer].file != "none" and ALLOCATORS[allocator].file != "none":
+        return f"{scorer}@{path}", f"{allocator}@{path}"
+    scorer, plus, allocator = ALIASES.get(name, name).partition("+")
+    return scorer.strip(), allocator.strip() if plus else "uniform"
 
 
 def _make(registry: Mapping[str, Entry], text: str, name: str, kind: str) -> Any:

@@ -83,6 +83,21 @@ def decode(
         yield range(start, start + len(batch))
 
 
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel,
+    whole: RaggedCache,
+    questions: Sequence[Int[Tensor, " _"]],
+    *,
+    steps: int,
+    listeners: Sequence[Listener] = (),
+) -> list[Int[Tensor, " _"]]:
+    """What the model answers from the full cache, greedily: up to `steps` tokens each, an end token included."""
+    require_whole(whole)
+    recorder = _Recorder(listeners, len(questions), whole)
+    return _decode(model, whole, recorder, questions, steps, Sampling(), torch.Generator())
+
+
 def entry_importance(
     model: PreTrainedModel,
     whole: RaggedCache,
@@ -179,7 +194,7 @@ def _decode(
     steps: int,
     sampling: Sampling,
     generator: torch.Generator,
-) -> None:
+) -> list[Int[Tensor, " _"]]:
     """Answer a batch of questions from the full cache; record while decoding, not while reading the question."""
     seen, longest = whole.get_seq_length(), max(len(q) for q in questions)
     ids = questions[0].new_zeros(len(questions), longest)
@@ -191,13 +206,16 @@ def _decode(
     recorder.listen(cache)
     if longest > 1:
         _forward(model, cache, ids[:, :-1], mask[:, :-1])
-    recorder.recording, ids = True, ids[:, -1:]
+    recorder.recording, ids, said, lengths = True, ids[:, -1:], [], 0
     for _ in range(steps):
         ids = _next(_forward(model, cache, ids, mask), sampling, generator)
+        said.append(ids)
+        lengths = lengths + recorder.answering.long()
         recorder.answering = recorder.answering & ~torch.isin(ids[:, 0], ends)
         if not bool(recorder.answering.any()):
-            return
+            break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
+    return [row[:length] for row, length in zip(torch.cat(said, dim=-1), torch.as_tensor(lengths), strict=True)]
 
 
 def _forward(

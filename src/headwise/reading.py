@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from headwise.allocate import Uniform
 from headwise.errors import BadInput
+from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer, Chunk, Observation, Statistics
 from headwise.keep import Keep, parse_keep
 from headwise.layout import Segments
@@ -34,7 +35,7 @@ class _Watchers(AbstractScorer):
     @property
     def query_window(self) -> int:
         """The longest of the windows."""
-        return max(scorer.query_window for scorer in self.scorers)
+        return max((scorer.query_window for scorer in self.scorers), default=0)
 
     def accumulate(self, statistics: Statistics, chunk: Chunk) -> Statistics:
         """Each gathers under its own prefix."""
@@ -48,7 +49,7 @@ class _Watchers(AbstractScorer):
         """Note every scorer's scores."""
         self.scores.append([s.score(self._seen_by(n, s, observation)) for n, s in enumerate(self.scorers)])
         self.tokens.append((observation.valid, observation.positions))
-        return torch.zeros_like(self.scores[-1][0])
+        return torch.zeros(observation.keys.shape[:3], device=observation.keys.device)
 
     def _seen_by(self, number: int, scorer: AbstractScorer, observation: Observation) -> Observation:
         last = observation.queries.shape[2] - scorer.query_window
@@ -75,12 +76,12 @@ class Reading:
 
     def cut(self, method: str | Method, keep: float | str | Keep) -> RaggedCache:
         """The cache that `compress` makes of this context. Raises BadInput if the scorer did not watch."""
-        view, keep = self.whole.view, parse_keep(keep)
-        method = Method.parse(method).for_model(view.shape, view.config_hash)
+        seen, keep = self.whole.view, parse_keep(keep)
+        method = Method.parse(method).for_model(seen.shape, seen.config_hash)
         if method.scorer not in self.scores:
             watched = ", ".join(type(scorer).__name__ for scorer in self.scores)
             raise BadInput(f"{type(method.scorer).__name__} did not watch this reading; {watched} did.")
-        shape, layers = view.shape, self.whole.ragged_layers
+        shape, layers = seen.shape, self.whole.ragged_layers
         plan = make_plan(
             method,
             keep,
@@ -118,6 +119,8 @@ def read(
     for scorer in scorers:
         if not can_watch(scorer):
             raise BadInput(f"{type(scorer).__name__} cannot watch with others: use compress() for it.")
+    seen = view(model)
+    scorers = [scorer.resolve(seen.shape, seen.config_hash) for scorer in scorers]
     watchers = _Watchers(scorers=tuple(dict.fromkeys(scorers)))
     whole = compress(
         model,
@@ -128,7 +131,7 @@ def read(
         prefill_chunk_size=prefill_chunk_size,
         progress=progress,
     )
-    by_scorer = zip(*watchers.scores, strict=True)
+    by_scorer = zip(*watchers.scores, strict=True) if scorers else ()
     scores = {s: torch.stack(layers) for s, layers in zip(watchers.scorers, by_scorer, strict=True)}
     valid, positions = watchers.tokens[0]
     return Reading(whole=whole, valid=valid, positions=positions, scores=scores)

@@ -9,6 +9,7 @@ from functools import cache as once
 import pytest
 import torch
 from families import FAMILIES, random_ids, tiny_model
+from random_gates import method_for
 from transformers import DynamicCache
 
 import headwise
@@ -211,7 +212,8 @@ def test_exported_names():
 
 def selection(scorer):
     """What a scorer and a contest over all heads keep of a context long enough for torch to use its threads."""
-    cache = headwise.compress(tiny_model(), random_ids(2, 500), f"{scorer}+global", keep=0.3)
+    model = tiny_model()
+    cache = headwise.compress(model, random_ids(2, 500), method_for(f"{scorer}+global", model), keep=0.3)
     kept = [[layer.segments.lengths, layer.segments.positions.tolist()] for layer in cache.ragged_layers]
     return hashlib.sha256(repr(kept).encode()).hexdigest()
 

@@ -17,6 +17,7 @@ from dense_oracle import distance, kept_by, masked_dense, model_of, oracle_of, p
 from families import FAMILIES, random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_gates import method_for
 
 import headwise
 from headwise import Method, RaggedCache
@@ -58,7 +59,7 @@ def compare(family, method, keep, lengths, dtype=torch.float32, pieces=TURNS, **
 
 @pytest.mark.parametrize("method", [*ALIASES, *PAIRS])
 def test_every_method(method):
-    assert compare("llama", method, 0.5, (96, 75)) < TOLERANCE
+    assert compare("llama", method_for(method, model_of("llama")), 0.5, (96, 75)) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,6 +2,18 @@
 
 from headwise.allocate.fixed import Fixed
 from headwise.allocate.heuristic import AdaKV, Global, Pyramid, Uniform
+from headwise.allocate.learned import LKVH, ShippedLKVH, learned_budgets
 from headwise.allocate.profiled import LUKV, ShippedLUKV
 
-__all__ = ["LUKV", "AdaKV", "Fixed", "Global", "Pyramid", "ShippedLUKV", "Uniform"]
+__all__ = [
+    "LKVH",
+    "LUKV",
+    "AdaKV",
+    "Fixed",
+    "Global",
+    "Pyramid",
+    "ShippedLKVH",
+    "ShippedLUKV",
+    "Uniform",
+    "learned_budgets",
+]

@@ -84,7 +84,7 @@ class LUKV(AbstractAllocator):
 @lru_cache(maxsize=64)  # it is asked once per layer
 def _counts(budget: Budget, tokens: int, protected: int, total: int, floor: int) -> Int[Tensor, " heads"]:
     rest = Hulls(width=budget.hull["width"], slope=budget.hull["slope"])
-    return _solve(budget.hull["protected"], rest, tokens, protected, total, floor)
+    return lukv_counts(budget.hull["protected"], rest, tokens, protected, total, floor)
 
 
 def published_counts(
@@ -95,11 +95,11 @@ def published_counts(
     first, rest = marginal.flatten(0, 1).tensor_split([protected], dim=-1)
     hulls, floor = concave_hulls(rest), max(1, protected)
     totals = [round(Fraction(percent, 100) * layers * heads * tokens) for percent in range(1, 100)]
-    rows = [_solve(first, hulls, tokens, protected, total, floor) for total in totals]
+    rows = [lukv_counts(first, hulls, tokens, protected, total, floor) for total in totals]
     return torch.stack(rows).unflatten(1, (layers, heads))
 
 
-def _solve(
+def lukv_counts(
     first: Float[Tensor, "heads known"], rest: Hulls, tokens: int, protected: int, total: int, floor: int
 ) -> Int[Tensor, " heads"]:
     """Counts in a context of `tokens`: `first` is the utility of the protected ones, `rest` the hulls of the others."""

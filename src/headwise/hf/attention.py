@@ -86,9 +86,9 @@ def headwise_attention(
     if layer is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if layer.frozen:
+        return layer.attend(query, attention_mask, scale).transpose(1, 2).contiguous(), None
     with torch.no_grad():
-        if layer.frozen:
-            return layer.attend(query, attention_mask, scale).transpose(1, 2).contiguous(), None
         out = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scale, **kwargs)
         layer.observe(query, attention_mask, scale, kwargs.get("position_ids"))
     return out

@@ -178,6 +178,7 @@ class RaggedLayer(CacheLayerMixin):
             self.replayed_keys = None
             self._report()
 
+    @torch.no_grad()
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention [B, Hq, T, D] of new tokens over the kept entries and the tail."""
         self.unattended = False

@@ -2,11 +2,13 @@
 
 from headwise.scores.expected import ExpectedAttention
 from headwise.scores.keys import KeyDiff, Knorm, Random, Streaming
+from headwise.scores.learned import LKVT, ShippedLKVT, learned_scorer
 from headwise.scores.reconstruct import CriticalKV, KVzip
 from headwise.scores.window import H2O, TOVA, SnapKV
 
 __all__ = [
     "H2O",
+    "LKVT",
     "TOVA",
     "CriticalKV",
     "ExpectedAttention",
@@ -14,6 +16,8 @@ __all__ = [
     "KeyDiff",
     "Knorm",
     "Random",
+    "ShippedLKVT",
     "SnapKV",
     "Streaming",
+    "learned_scorer",
 ]

@@ -1,0 +1,241 @@
+"""LKV's training as a verb: from a model and texts to a Gates file; resumes what a killed run left."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from headwise.artifacts import Origin, fingerprint, read_tensors, write_tensors
+from headwise.calibration import Example, encode
+from headwise.errors import BadInput
+from headwise.gates import EntryScores, Gates, HeadBudgets
+from headwise.hf.attention import enable
+from headwise.hf.families import view
+from headwise.interfaces import AbstractScorer
+from headwise.method import Method
+from headwise.ragged.store import model_fingerprint
+from headwise.reading import can_watch
+from headwise.train.loop import Lesson, Reduce, Settings, Trainer, prepare
+from headwise.train.warm import warm_budgets, warm_scores
+
+Part = Literal["lkv", "lkv-h", "lkv-t"]
+SAVE_EVERY = 100  # steps
+POOL = 4 * 2**30  # bytes of lessons that are kept in memory; others are made anew each time
+
+
+class Lessons(Sequence[Lesson]):
+    """Lessons made when they are needed, and kept while there is room."""
+
+    def __init__(self, make: Callable[[int], Lesson], number: int, room: int = POOL):
+        self.make, self.number, self.room = make, number, room
+        self.kept: dict[int, Lesson] = {}
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[Lesson]:
+        return (self[index] for index in range(self.number))
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(self.number))]
+        if index not in self.kept:
+            lesson = self.make(index)
+            if lesson.nbytes > self.room:
+                return lesson
+            self.room -= lesson.nbytes
+            self.kept[index] = lesson
+        return self.kept[index]
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    out: str | os.PathLike[str],
+    *,
+    part: Part = "lkv",
+    scorer: str | None = None,
+    settings: Settings | None = None,
+    process: tuple[int, int] = (0, 1),
+    reduce: Reduce = lambda tensor: tensor,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> None:
+    """Train gates and write them to `out`, with a log in OUT.log.jsonl.
+
+    `part`: "lkv" trains budgets and scores, "lkv-h" budgets for a fixed `scorer`, "lkv-t" scores with equal budgets.
+    Every tenth example is kept for validation; the gates with the best validation loss are written. Several processes
+    share the contexts of a step; `reduce` sums a tensor over them. Raises BadInput before anything is trained.
+    """
+    settings = settings or Settings()
+    seen = view(model)
+    fixed = _fixed_scorer(part, scorer)
+    fixed = None if fixed is None else fixed.resolve(seen.shape, seen.config_hash)
+    held_out = examples[9::10]
+    taught = [e for n, e in enumerate(examples) if n % 10 != 9]
+    _require(model, tokenizer, examples, settings, taught, out)
+    enable(model)
+    torch.manual_seed(settings.seed)
+    budgets = HeadBudgets(seen.shape.num_heads, settings.sink + settings.window) if part != "lkv-t" else None
+    scores = EntryScores(len(seen.shape.layers), seen.shape.kv_heads, seen.shape.head_dim) if part != "lkv-h" else None
+    for module in (budgets, scores):
+        if module is not None:
+            module.to(model.device)
+    trainer = Trainer(
+        model=model,
+        lessons=Lessons(lambda at: prepare(model, tokenizer, taught[at], settings, fixed), len(taught)),
+        settings=settings,
+        budgets=budgets,
+        scores=scores,
+        process=process,
+        reduce=reduce,
+    )
+    tests = Lessons(lambda at: prepare(model, tokenizer, held_out[at], settings, fixed), len(held_out))
+    data = fingerprint(repr([asdict(e) for e in examples]))
+    run = fingerprint(model_fingerprint(model), data, repr((asdict(settings), part, scorer)))
+    state = _State(Path(f"{os.fspath(out)}.state"), trainer, run)
+    start = state.restore()
+    main = process[0] == 0
+    if start is None:
+        start = 0
+        if scores is not None:
+            warm_scores(
+                trainer.lessons, scores, settings, lambda n, x: progress(n, settings.warm_steps, f"warm {x:.3f}")
+            )
+        if budgets is not None:
+            warm_budgets(model, trainer.lessons, scores, budgets, settings)
+        trainer.mean = [parameter.detach().clone() for parameter in trainer.parameters()]
+        state.best, state.best_loss = [mean.clone() for mean in trainer.mean], trainer.validate(tests)
+        state.log.append({"step": -1, "validation": state.best_loss})
+        if main:
+            state.save(0)
+    for number in range(start, settings.steps):
+        loss, agree = trainer.step(number)
+        state.log.append({"step": number, "loss": loss, "agreement": agree})
+        if (number + 1) % SAVE_EVERY == 0 or number + 1 == settings.steps:
+            found = trainer.validate(tests)
+            state.log[-1]["validation"] = found
+            if found < state.best_loss:
+                state.best_loss, state.best = found, [mean.clone() for mean in trainer.mean]
+            if main:
+                state.save(number + 1)
+        progress(number + 1, settings.steps, f"loss {loss:.3f}, agreement {agree:.3f}")
+    trainer.put(state.best)
+    if not main:
+        return
+    name = model.config.name_or_path or ""
+    origin = Origin(
+        shape=seen.shape,
+        model=Path(name).name if Path(name).is_dir() else name,  # gates are shared; where a model lay is not
+        config_hash=seen.config_hash,
+        scorer=scorer or "",
+        scorer_parameters={} if fixed is None else fixed.provenance(),
+        sink=settings.sink,
+        window=settings.window,
+        calibration=run,
+    )
+    log = "".join(json.dumps(row) + "\n" for row in state.log)
+    Path(f"{os.fspath(out)}.log.jsonl").write_text(log, encoding="utf-8")
+    Gates(origin=origin, budgets=budgets, scores=scores, settings={**asdict(settings), "part": part}).save(out)
+    state.path.unlink(missing_ok=True)
+
+
+class _State:
+    """What a resumed run needs: gates, their average, the best so far, the optimizer, the log."""
+
+    def __init__(self, path: Path, trainer: Trainer, run: str):
+        self.path, self.trainer, self.run = path, trainer, run
+        self.log: list[dict[str, float]] = []
+        self.best_loss, self.best = float("inf"), [mean.clone() for mean in trainer.mean]
+
+    def save(self, done: int) -> None:
+        """Write everything after `done` steps, at once or not at all."""
+        groups = {"now": self.trainer.parameters(), "mean": self.trainer.mean, "best": self.best}
+        tensors = {f"{name}.{n}": t.detach().clone() for name, ts in groups.items() for n, t in enumerate(ts)}
+        for number, state in self.trainer.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": tensor.clone() for name, tensor in state.items()}
+        metadata = {"run": self.run, "done": done, "best_loss": self.best_loss, "log": self.log}
+        write_tensors(self.path, "training", tensors, metadata)
+
+    def restore(self) -> int | None:
+        """Steps already done; None if there is no state, or it is of another run."""
+        if not self.path.is_file():
+            return None
+        tensors, metadata = read_tensors(self.path, "training")
+        if metadata["run"] != self.run:
+            return None
+        device, count = self.trainer.model.device, len(self.trainer.mean)
+
+        def group(name: str) -> list[Tensor]:
+            return [tensors[f"{name}.{n}"].to(device) for n in range(count)]
+
+        self.trainer.put(group("now"))
+        self.trainer.mean, self.best = group("mean"), group("best")
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, number, key = name.split(".")
+                state.setdefault(int(number), {})[key] = tensor
+        groups = self.trainer.optimizer.state_dict()["param_groups"]
+        self.trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.log, self.best_loss = metadata["log"], metadata["best_loss"]
+        return int(metadata["done"])
+
+
+def _fixed_scorer(part: Part, scorer: str | None) -> AbstractScorer | None:
+    if part != "lkv-h":
+        if scorer is not None:
+            raise BadInput(f"scorer={scorer!r}: only budgets alone (lkv-h) are trained for a fixed scorer.")
+        return None
+    if scorer is None:
+        raise BadInput("budgets alone (lkv-h) are trained for a fixed scorer: name one, such as keydiff.")
+    found = Method.parse(f"{scorer}+uniform").scorer
+    if not can_watch(found):
+        raise BadInput(
+            f"{scorer} cannot be trained with: it reads the context twice, or its scores depend on the keep."
+        )
+    return found
+
+
+def _require(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    settings: Settings,
+    taught: Sequence[Example],
+    out: str | os.PathLike[str],
+) -> None:
+    if Path(out).is_dir():
+        raise BadInput(f"{out} is a folder; name a file for the gates.")
+    if not Path(out).resolve().parent.is_dir():
+        raise BadInput(f"the folder of {out} does not exist; create it first.")
+    low, high = settings.keeps
+    numbers = {name: getattr(settings, name) for name in ("steps", "contexts_per_step", "questions", "answer_tokens")}
+    if not (0 < low <= high < 1 and min(numbers.values()) > 0):
+        said = ", ".join(f"{name}={value}" for name, value in numbers.items())
+        raise BadInput(f"{said} and keeps={low, high}: at least 1 of each, and keeps in (0, 1).")
+    if len(examples) < 10 or len(taught) < settings.contexts_per_step:
+        raise BadInput(
+            f"{len(examples)} examples are too few: every tenth is kept for validation, and a step takes "
+            f"{settings.contexts_per_step} contexts; give 10 or more."
+        )
+    limit = view(model).max_positions
+    for example in examples:
+        context, questions = encode(tokenizer, example, device="cpu")
+        tokens = context.shape[1] + max(len(q) for q in questions) + settings.answer_tokens
+        if tokens > limit:
+            raise BadInput(
+                f"a context of {context.shape[1]} tokens, its longest question and {settings.answer_tokens} tokens of "
+                f"answer need {tokens} positions, but this model was made for {limit}: {example.context[:40]!r}."
+            )
+        if context.shape[1] <= settings.sink + settings.window:
+            raise BadInput(
+                f"a context of {context.shape[1]} tokens is no longer than the {settings.sink + settings.window} that "
+                f"are protected: {example.context[:40]!r}."
+            )

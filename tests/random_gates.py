@@ -1,0 +1,57 @@
+"""Gates that were never trained: random budgets and scores, so that heads and entries differ widely."""
+
+from dataclasses import replace
+
+import torch
+
+from headwise.allocate import ShippedLKVH, learned_budgets
+from headwise.artifacts import Origin
+from headwise.gates import EntryScores, Gates, HeadBudgets
+from headwise.hf.families import view
+from headwise.method import Method
+from headwise.scores import ShippedLKVT, learned_scorer
+
+PARTS = ("budgets", "scores")
+
+
+@torch.no_grad()
+def scatter(module, seed=0, size=1.0):
+    """Random parameters throughout, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    return module.requires_grad_(False)
+
+
+def make_gates(shape, config_hash="", *, parts=PARTS, seed=0, sink=2, window=5, size=0.5):
+    """Gates with these parts for a ModelShape."""
+    modules = {}
+    if "budgets" in parts:
+        modules["budgets"] = scatter(HeadBudgets(shape.num_heads, sink + window), seed, size)
+    if "scores" in parts:
+        modules["scores"] = scatter(EntryScores(len(shape.layers), shape.kv_heads, shape.head_dim), seed, size)
+    origin = Origin(shape=shape, model="a/b", config_hash=config_hash, sink=sink, window=window, calibration="c")
+    return Gates(origin=origin, settings={"sink": sink, "window": window, "seed": seed}, **modules)
+
+
+def gates_for(model, **options):
+    """Gates for a model."""
+    seen = view(model)
+    return make_gates(seen.shape, seen.config_hash, **options)
+
+
+def gates_file(folder, model, **options):
+    """A file of such gates; a path without "+", which would end a method's scorer."""
+    path = folder / f"gates-{len(list(folder.iterdir()))}.safetensors"
+    gates_for(model, **options).save(path)
+    return path
+
+
+def method_for(name, model):
+    """The method of this name; where its gates would be shipped with headwise, with random ones for the model."""
+    method, gates = Method.parse(name), gates_for(model)
+    if method.scorer == ShippedLKVT():
+        method = replace(method, scorer=learned_scorer(gates))
+    if method.allocator == ShippedLKVH():
+        method = replace(method, allocator=learned_budgets(gates))
+    return method

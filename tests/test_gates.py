@@ -1,0 +1,265 @@
+"""Head budgets, entry scores, what they look at, and the file they are kept in."""
+
+import json
+import os
+
+import pytest
+import torch
+from families import random_ids, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_gates import PARTS, gates_for, make_gates, scatter
+from torch.autograd import gradcheck
+from torch.func import functional_call
+from transformers import DynamicCache
+
+from headwise.allocate import learned_budgets
+from headwise.artifacts import Budget, read_tensors, write_tensors
+from headwise.errors import ArtifactMismatch, BadInput
+from headwise.gates import EntryScores, Gates, HeadBudgets, entry_features, load_gates
+from headwise.hf.families import view
+from headwise.scores import learned_scorer
+from headwise.shapes import ModelShape
+
+SHAPE = ModelShape(num_layers=4, layers=(0, 2, 3), kv_heads=2, query_heads=4, head_dim=8)
+CASES = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+# --- budgets ---
+
+
+@CASES
+@given(
+    keep=st.floats(0.001, 1),
+    tokens=st.one_of(st.integers(1, 60), st.integers(61, 10**6)),
+    protected=st.sampled_from([0, 1, 36]),
+    size=st.sampled_from([0.1, 1.0, 4.0]),
+    seed=st.integers(0, 99),
+)
+def test_the_mean_is_the_keep_and_no_head_keeps_less_than_nothing_or_more_than_all(keep, tokens, protected, size, seed):
+    budgets = scatter(HeadBudgets(6, protected), seed, size)
+    single, double = budgets(keep, tokens), budgets.double()(keep, tokens)
+    for found, tolerance in ((single, 1e-3), (double, 1e-9)):
+        assert ((found >= 0) & (found <= 1)).all()
+        assert float(found.double().mean()) == pytest.approx(keep, rel=tolerance)
+
+
+def test_heads_start_alike_and_keep_everything_when_asked():
+    for keep in (0.01, 0.3, 0.999):
+        torch.testing.assert_close(HeadBudgets(5, 36)(keep, 500), torch.full((5,), keep))
+    with torch.no_grad():
+        assert scatter(HeadBudgets(5, 36))(1.0, 500).tolist() == [1.0] * 5
+
+
+def test_trained_heads_differ_and_follow_the_keep():
+    with torch.no_grad():
+        budgets = scatter(HeadBudgets(6, 36))
+        few, longer = budgets(0.05, 500), budgets(0.05, 5000)
+        free = scatter(HeadBudgets(6, 0))
+        orders = {tuple(free(keep, 500).argsort().tolist()) for keep in (0.01, 0.1, 0.9)}
+    assert few.std() > 0.005
+    assert not few.allclose(longer, rtol=0.05)
+    assert len(orders) > 1  # not the same heads at every keep
+
+
+@pytest.mark.parametrize(("keep", "tokens"), [(0.01, 5000), (0.15, 300), (0.8, 100)])
+def test_gradients_of_the_budgets(keep, tokens):
+    budgets = scatter(HeadBudgets(3, 7)).double()
+    names, parameters = zip(*budgets.named_parameters(), strict=True)
+
+    def fractions(*values):
+        return functional_call(budgets, dict(zip(names, values, strict=True)), (keep, tokens))
+
+    assert gradcheck(fractions, [p.clone().requires_grad_() for p in parameters], fast_mode=True)
+
+
+# --- features ---
+
+
+def states_at(model, ids, positions):
+    """Keys and values of the first layer, tokens at these positions; rotation by position 0 is none."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, position_ids=positions, past_key_values=cache)
+    return cache.layers[0].keys, cache.layers[0].values
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_features_are_unrotated_key_and_value_their_norms_and_the_place(family):
+    """The key as the model makes it for position 0; Phi3 rotates half of a head. Two query heads share each KV head."""
+    model, ids, at = tiny_model(family), random_ids(1, 12), torch.arange(12)[None] + 5
+    plain, values = states_at(model, ids, torch.zeros_like(at))
+    keys, _ = states_at(model, ids, at)
+    found = entry_features(keys, values, at, view(model).rotary(0))
+    assert found.shape[:3] == (1, 2, 12)
+    assert found.dtype == torch.float32
+    key, key_norm, value, value_norm, place = found.split([16, 1, 16, 1, found.shape[-1] - 34], dim=-1)
+    for unit, norm, states in ((key, key_norm, plain), (value, value_norm, values)):
+        size = states.square().mean(-1, keepdim=True).sqrt()
+        torch.testing.assert_close(unit, states / size, rtol=1e-3, atol=1e-4)
+        ratios = (norm - norm[:, :1, :1]).exp()
+        torch.testing.assert_close(ratios, size / size[:, :1, :1], rtol=1e-3, atol=1e-4)
+    from_first, from_last = place[0, 0].unbind(-1)
+    assert from_first[0] == from_last[-1] == 0
+    assert (from_first.diff() > 0).all()
+    torch.testing.assert_close(from_last.flip(0), from_first)
+    assert place[0, 0].equal(place[0, 1])
+
+
+def test_the_same_entry_looks_alike_wherever_the_context_begins():
+    model, ids = tiny_model(), random_ids(1, 12)
+    found = []
+    for start in (0, 300):
+        at = torch.arange(start, start + 12)[None]
+        keys, values = states_at(model, ids, at)
+        found.append(entry_features(keys, values, at, view(model).rotary(0)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+
+
+# --- scores ---
+
+
+def width_of(shape):
+    """Of the features of an entry."""
+    states, positions = torch.zeros(1, shape.kv_heads, 1, shape.head_dim), torch.zeros(1, 1, dtype=torch.long)
+    model = tiny_model(head_dim=shape.head_dim)
+    return entry_features(states, states, positions, view(model).rotary(0)).shape[-1]
+
+
+def test_every_head_has_a_network_of_its_own():
+    features = torch.randn(2, 2, 7, width_of(SHAPE))
+    with torch.no_grad():
+        networks = scatter(EntryScores(3, 2, 8))
+        before = networks(features, 1)
+        for parameter in networks.parameters():
+            parameter[0] += 1.0  # another layer
+            parameter[1, 0] += 1.0  # another head
+        after = networks(features, 1)
+        alone = networks(features[1:, :, 3:5], 1)
+    assert after[:, 1].equal(before[:, 1])
+    assert not after[:, 0].allclose(before[:, 0])
+    torch.testing.assert_close(alone, after[1:, :, 3:5])
+
+
+# --- files ---
+
+
+def tensors_of(gates):
+    modules = {"budgets": gates.budgets, "scores": gates.scores}
+    return {f"{n}.{k}": t for n, m in modules.items() if m is not None for k, t in m.state_dict().items()}
+
+
+@pytest.mark.parametrize("parts", [PARTS, PARTS[:1], PARTS[1:]], ids="+".join)
+def test_save_and_load_give_back_every_bit(tmp_path, parts):
+    made = make_gates(SHAPE, "abc", parts=parts)
+    made.save(tmp_path / "g")
+    found = Gates.load(tmp_path / "g")
+    assert [found.budgets is not None, found.scores is not None] == [part in parts for part in PARTS]
+    assert tensors_of(found).keys() == tensors_of(made).keys()
+    assert all(tensors_of(found)[name].equal(tensor) for name, tensor in tensors_of(made).items())
+    assert (found.origin, found.settings) == (made.origin, made.settings)
+    assert found.provenance() == made.provenance()
+    if "budgets" in parts:
+        assert found.fractions(0.2, 300).equal(made.fractions(0.2, 300))
+    assert not any(p.requires_grad for m in (found.budgets, found.scores) if m is not None for p in m.parameters())
+    assert [path.name for path in tmp_path.iterdir()] == ["g"]
+
+
+def test_provenance_is_json_and_names_the_weights():
+    made = make_gates(SHAPE, "abc").provenance()
+    assert json.loads(json.dumps(made))["config_hash"] == "abc"
+    assert len(json.dumps(made)) < 1000
+    others = [make_gates(SHAPE, "abc", seed=1), make_gates(SHAPE, "abc", parts=("scores",)), make_gates(SHAPE, "abd")]
+    assert all(other.provenance() != made for other in others)
+    assert make_gates(SHAPE, "abc").provenance() == made
+
+
+def test_another_model_is_refused_and_both_are_named():
+    made = make_gates(SHAPE, "abc")
+    made.require(SHAPE, "abc")
+    made.require(SHAPE)
+    other = ModelShape(num_layers=4, layers=(0, 2, 3), kv_heads=1, query_heads=4, head_dim=8)
+    with pytest.raises(ArtifactMismatch, match=r"a/b .*kv_heads=2.*kv_heads=1"):
+        made.require(other)
+    with pytest.raises(ArtifactMismatch, match=r"a/b \(configuration abc\).* is abd"):
+        made.require(SHAPE, "abd")
+
+
+def test_a_part_that_is_missing_is_named():
+    with pytest.raises(BadInput, match=r"hold budgets only: use them as scorer\+lkv-h@FILE"):
+        learned_scorer(make_gates(SHAPE, parts=("budgets",)))
+    with pytest.raises(BadInput, match=r"hold scores only: use them as lkv-t@FILE\+allocator"):
+        learned_budgets(make_gates(SHAPE, parts=("scores",)))
+
+
+def damage(kind, path):
+    """Write gates that are not whole, or hold what no gates hold."""
+    make_gates(SHAPE).save(path)
+    content, (tensors, metadata) = path.read_bytes(), read_tensors(path, "gates")
+    first, odd = next(iter(tensors)), torch.zeros(2)
+    if kind == "cut short":
+        path.write_bytes(content[: len(content) // 2])
+        return
+    tensors, metadata = {
+        "a tensor is missing": ({name: t for name, t in tensors.items() if name != first}, metadata),
+        "a tensor of another shape": ({**tensors, first: odd}, metadata),
+        "a tensor too many": ({**tensors, "scores.more": odd}, metadata),
+        "neither part": ({"more": odd}, metadata),
+        "no origin": (tensors, {"settings": {}}),
+    }[kind]
+    write_tensors(path, "gates", tensors, metadata)
+
+
+DAMAGE = [
+    "cut short",
+    "a tensor is missing",
+    "a tensor of another shape",
+    "a tensor too many",
+    "neither part",
+    "no origin",
+]
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_file_is_named(tmp_path, kind):
+    damage(kind, tmp_path / "g.safetensors")
+    for load in (Gates.load, load_gates):
+        with pytest.raises(BadInput, match=r"g\.safetensors"):
+            load(tmp_path / "g.safetensors")
+
+
+def test_no_file_and_files_of_another_kind_are_refused(tmp_path):
+    fractions = torch.full((1, 3, 2), 0.5)
+    Budget(ratios=torch.tensor([0.5]), fractions=fractions, origin=make_gates(SHAPE).origin).save(tmp_path / "b")
+    make_gates(SHAPE).save(tmp_path / "g")
+    for load in (Gates.load, load_gates):
+        with pytest.raises(BadInput, match="nowhere is not a file"):
+            load(tmp_path / "nowhere")
+        with pytest.raises(ArtifactMismatch, match="is a budget of format 2, expected a gates of format 1"):
+            load(tmp_path / "b")
+    with pytest.raises(ArtifactMismatch, match="is a gates of format 1, expected a budget"):
+        Budget.load(tmp_path / "g")
+
+
+def test_one_file_is_one_object_until_it_changes(tmp_path, monkeypatch):
+    path = tmp_path / "g"
+    make_gates(SHAPE).save(path)
+    first = load_gates(path)
+    monkeypatch.chdir(tmp_path)
+    assert load_gates("g") is load_gates(str(path)) is first
+    os.utime(path)
+    touched = load_gates(path)
+    assert touched.provenance() == first.provenance()
+    make_gates(SHAPE, seed=1).save(path)
+    os.utime(path)  # clocks are coarse
+    assert load_gates(path).provenance() == make_gates(SHAPE, seed=1).provenance()
+    assert learned_scorer(load_gates(path)) == learned_scorer(load_gates(path)) != learned_scorer(first)
+
+
+def test_saved_gates_of_a_model_are_for_that_model():
+    model, other = tiny_model(), tiny_model("qwen3")
+    made = gates_for(model)
+    made.require(view(model).shape, view(model).config_hash)
+    assert view(model).shape == view(other).shape
+    with pytest.raises(ArtifactMismatch, match="this model's"):
+        made.require(view(other).shape, view(other).config_hash)
