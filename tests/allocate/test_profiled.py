@@ -385,6 +385,8 @@ def test_from_a_profile_to_an_evaluation_on_the_command_line(run, tmp_path):
         solved = run(f"solve {{dir}}/p.safetensors --scorer {scorer} -o {{dir}}/{scorer} --check --json")
         assert all(row["uniform"] <= row["optimum"] for row in solved["check"])
         assert np.mean([row["gap"] for row in solved["check"]]) < 0.05
+        paper = run(f"solve {{dir}}/p.safetensors --scorer {scorer} -o {{dir}}/paper --loss normalised --check --json")
+        assert all(row["gap"] < 0.2 for row in paper["check"])
     run("solve {dir}/p.safetensors --scorer snapkv -o {dir}/averaged --loss published --json")
     line = "eval -m {qwen3} --tasks mini-ruler:niah_single --samples 1 --length 200 --keep 0.3 --json --methods "
     rows = run(
