@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.errors import BadInput, ShapeMismatch
-from headwise.hf.families import view
+from headwise.hf.families import given, view
 from headwise.interfaces import Replay
 from headwise.keep import Keep
 from headwise.method import Method
@@ -76,7 +76,7 @@ def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: RaggedCac
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
+        **given(model, cache),
         use_cache=True,
         logits_to_keep=1,
     )

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.errors import BadInput
+from headwise.hf.families import given
 from headwise.kernels import Kernel
 from headwise.layout import Segments
 from headwise.ragged.cache import RaggedCache
@@ -222,7 +223,7 @@ def _forward(
     model: PreTrainedModel, cache: RaggedCache, ids: Tensor, mask: Tensor
 ) -> Float[Tensor, "batch vocabulary"]:
     positions = (mask.cumsum(-1) - 1)[:, -ids.shape[1] :].clamp(min=0)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, **given(model, cache), logits_to_keep=1)
     return out.logits[:, -1]
 
 

@@ -1,5 +1,7 @@
 """What the flow reads from a model is what the model does: its rotation, its sizes, its output projection."""
 
+import warnings
+
 import pytest
 import torch
 from families import COMMON, CONFIGS, FAMILIES, random_ids, tiny_model
@@ -246,3 +248,11 @@ def test_a_model_on_several_devices_is_refused():
     model.get_decoder().layers[0].mlp.to("meta")
     with pytest.raises(UnsupportedModel, match="cpu, meta"):
         hf.view(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cache_is_given_by_the_name_that_this_transformers_wants(family):
+    """Story: 5.24 renamed past_key_values to cache, and every forward pass of ours warned its users."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        headwise.compress(tiny_model(family), random_ids(1, 24), "knorm", keep=0.5)

@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from headwise.errors import BadInput, BudgetInfeasible, UnsupportedModel
 from headwise.evals.document import Tokens
-from headwise.hf.families import view
+from headwise.hf.families import given, view
 from headwise.keep import Keep, parse_keep
 from headwise.method import Method
 from headwise.online import Progress, compress
@@ -57,7 +57,7 @@ class FullMemory:
         self.cache = DynamicCache(config=model.config)
         with torch.no_grad():
             for piece in context.split(chunk_size or context.shape[1], dim=-1):
-                model(piece, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                model(piece, **given(model, self.cache), use_cache=True, logits_to_keep=1)
         layers: Any = self.cache.layers
         for layer in layers:
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # not views of larger tensors
@@ -158,7 +158,7 @@ def answer(
         generated = cast(Any, model).generate(
             ids,
             attention_mask=mask,
-            past_key_values=memory.fork(copies=len(batch)),
+            **given(model, memory.fork(copies=len(batch))),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -190,7 +190,8 @@ def time_decoding(model: PreTrainedModel, memory: Memory, tokens: Tokens) -> flo
     for _ in range(TIMED_STEPS):
         _synchronize(model)
         start = time.perf_counter()
-        ids = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+        logits = model(ids, **given(model, cache), use_cache=True, logits_to_keep=1).logits
+        ids = logits[:, -1].argmax(-1, keepdim=True)
         _synchronize(model)
         times.append(time.perf_counter() - start)
     return 1e3 * sorted(times[2:])[len(times[2:]) // 2]  # the question and a warm-up step apart

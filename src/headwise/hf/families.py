@@ -1,19 +1,21 @@
 """The model families headwise supports, and uniform access to what the flow needs from any of them.
 
-To add a family: check that its attention (1) calls `past_key_values.update` on rotated keys, (2) goes through the
+To add a family: check that its attention (1) calls `update` of the cache on rotated keys, (2) goes through the
 attention interface by name, (3) has `o_proj`, (4) uses neither soft-capping nor attention sinks; then add one line to
 FAMILIES and one tiny configuration to tests/families.py, which runs every invariant on it.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from inspect import signature
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from headwise.artifacts import config_hash
 from headwise.errors import UnsupportedModel
@@ -116,6 +118,16 @@ class ModelRotary:
         angles = positions[..., None].float() * self.frequencies.to(positions.device)
         angles = torch.cat([angles, angles], dim=-1)  # [B, N, rotary_dim]
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+def given(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """A cache as the argument that the model's forward and generate take: `cache` from transformers 5.24 on."""
+    return {_cache_argument(type(model)): cache}
+
+
+@lru_cache(maxsize=64)
+def _cache_argument(kind: type[PreTrainedModel]) -> str:
+    return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"
 
 
 def view(model: PreTrainedModel) -> ModelView:

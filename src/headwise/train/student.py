@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from headwise.hf.attention import tag
+from headwise.hf.families import given
 from headwise.oracle import states_of
 from headwise.ragged.cache import RaggedCache
 
@@ -132,7 +133,7 @@ def student_logits(
     cache = _student_cache(whole, len(ids), shares)
     seen = whole.get_seq_length()
     positions = torch.arange(seen, seen + ids.shape[1], device=ids.device).expand(len(ids), -1)
-    return model(input_ids=ids, position_ids=positions, past_key_values=cache).logits
+    return model(input_ids=ids, position_ids=positions, **given(model, cache)).logits
 
 
 def _student_cache(whole: RaggedCache, rows: int, shares: Tensor | None) -> Cache:
