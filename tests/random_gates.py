@@ -18,7 +18,7 @@ PARTS = ("budgets", "scores")
 def scatter(module, seed=0, size=1.0):
     """Random parameters throughout, in place."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
+    for parameter in (*module.parameters(), *module.buffers()):
         parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     return module.requires_grad_(False)
 
@@ -27,7 +27,7 @@ def make_gates(shape, config_hash="", *, parts=PARTS, seed=0, sink=2, window=5, 
     """Gates with these parts for a ModelShape."""
     modules = {}
     if "budgets" in parts:
-        modules["budgets"] = scatter(HeadBudgets(shape.num_heads, sink + window), seed, size)
+        modules["budgets"] = scatter(HeadBudgets(shape.num_heads), seed, size)
     if "scores" in parts:
         modules["scores"] = scatter(EntryScores(len(shape.layers), shape.kv_heads, shape.head_dim), seed, size)
     origin = Origin(shape=shape, model="a/b", config_hash=config_hash, sink=sink, window=window, calibration="c")

@@ -10,6 +10,7 @@ intrinsic (no queries, no attention). The rest is our design (docs/lkv.md).
 import json
 import math
 import os
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -28,38 +29,50 @@ from headwise.interfaces import Rotary
 from headwise.shapes import ModelShape
 from headwise.soft_topk import soft_topk
 
-LEAST = 0.005  # of the context: what the budgets leave every head
-MOST_HELD = 0.6  # of the budget: what that and the protected tokens may take together
+KNOTS = (0.02, 0.03, 0.045, 0.0625, 0.1, 0.15, 0.25, 0.5)  # keeps
+LEAST = 1e-3  # of the context: the smallest fraction to start from
 EMBEDDING, HIDDEN = 64, 64
-PLACE_FEATURES = 2
+GOLDEN = 40503  # 2^16 over the golden ratio: multiples of it, modulo 2^16, stay as far apart as any can
+PLACE_FEATURES = 3
 
 
 class HeadBudgets(nn.Module):
-    """LKV-H: retained fraction of every head as a function of keep and context length. Their mean is the keep exactly.
+    """LKV-H: retained fraction of every head as a function of keep. Their mean is the keep exactly.
 
-    A head keeps an absolute number of the `protected` tokens (all of them to begin with, if the budget allows; heads
-    learn to give them up), which does not grow with the context, and a share of everything else.
+    Log-odds of a head are those it started with (all alike, or LU-KV's, at a few keeps with straight lines between
+    them in log(keep)), and what a network of the head's embedding and log(keep) adds, which is nothing to begin with.
     """
 
-    def __init__(self, heads: int, protected: int):
+    start: Float[Tensor, "heads knots"]
+
+    def __init__(self, heads: int):
         super().__init__()
-        self.protected = protected
+        self.register_buffer("start", torch.zeros(heads, len(KNOTS)))
         self.embedding = nn.Parameter(torch.randn(heads, EMBEDDING))
         self.hidden = nn.Linear(EMBEDDING + 1, HIDDEN)
-        self.out = nn.Linear(HIDDEN, 2)  # share of everything, share of the protected tokens
-        nn.init.zeros_(self.out.weight)  # all heads start alike
+        self.out = nn.Linear(HIDDEN, 1)
+        nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, keep: float, tokens: int) -> Float[Tensor, " heads"]:
-        """Fractions at one keep in (0, 1] of a context."""
+    def forward(self, keep: float) -> Float[Tensor, " heads"]:
+        """Fractions at one keep in (0, 1]."""
         heads = len(self.embedding)
         if not 0 < keep < 1:
             return self.embedding.new_full((heads,), keep)
         asked = self.embedding.new_full((heads, 1), math.log(keep))
-        z, held = self.out(functional.gelu(self.hidden(torch.cat([self.embedding, asked], -1)))).unbind(-1)
-        base = LEAST + torch.sigmoid(held + 2.0) * min(1 - LEAST, self.protected / tokens)
-        base = base * (keep * MOST_HELD / base.mean()).clamp(max=1)
-        return base + (1 - base) * soft_topk(z, heads * keep - base.sum(), weights=1 - base)
+        learned = self.out(functional.gelu(self.hidden(torch.cat([self.embedding, asked], -1))))[:, 0]
+        return soft_topk(self._started(keep) + learned, self.embedding.new_tensor(heads * keep))
+
+    @torch.no_grad()
+    def start_from(self, fractions: Float[Tensor, "heads knots"]) -> None:
+        """Begin with these fractions at KNOTS."""
+        self.start.copy_(torch.logit(fractions.float().clamp(LEAST, 1 - LEAST)))
+
+    def _started(self, keep: float) -> Float[Tensor, " heads"]:
+        above = min(max(bisect(KNOTS, keep), 1), len(KNOTS) - 1)
+        low, high = KNOTS[above - 1], KNOTS[above]
+        share = min(max(math.log(keep / low) / math.log(high / low), 0.0), 1.0)
+        return torch.lerp(self.start[:, above - 1], self.start[:, above], share)
 
 
 class EntryScores(nn.Module):
@@ -87,7 +100,10 @@ def entry_features(
     rotary: Rotary,
 ) -> Float[Tensor, "batch kv_heads tokens width"]:
     """What EntryScores sees of an entry, float32: key before rotation and value, both scaled to unit mean square, their
-    norms, its distance to the first and the last token.
+    norms, its distance to the first and the last token, and a number that is spread evenly over any stretch of tokens.
+
+    The last one lets a head keep an even sample of what is alike. Heads that average over a context (to know which
+    words are frequent, say) need a fair part of it, and every choice by what an entry holds is unfair.
     """
     parts = []
     for states in (rotary.unrotate(keys, positions), values.float()):
@@ -95,6 +111,8 @@ def entry_features(
         parts += [states * (square + 1e-6).rsqrt(), 0.5 * (square + 1e-12).log()]
     first, last = positions[:, :1], positions[:, -1:]
     place = torch.stack([positions - first, last - positions], dim=-1).clamp(min=0).float().log1p() / 4
+    even = ((positions - first + 1) * GOLDEN % 2**16).float()[..., None] / 2**15 - 1  # in [-1, 1)
+    place = torch.cat([place, even * 3**0.5], dim=-1)
     return torch.cat([*parts, place[:, None].expand(-1, keys.shape[1], -1, -1)], dim=-1)
 
 
@@ -120,11 +138,11 @@ class Gates:
                 f"is {config_hash[:12]}. Train some for it."
             )
 
-    def fractions(self, keep: float, tokens: int) -> Float[Tensor, " heads"]:
-        """What every head keeps of a context at a keep."""
+    def fractions(self, keep: float) -> Float[Tensor, " heads"]:
+        """What every head keeps at a keep."""
         assert self.budgets is not None
         with torch.no_grad():
-            return self.budgets(keep, tokens)
+            return self.budgets(keep)
 
     def provenance(self) -> dict[str, Any]:
         """Origin, and a fingerprint of the weights."""
@@ -151,7 +169,7 @@ class Gates:
         origin = Origin.parse(metadata, Path(path))
         shape, settings = origin.shape, metadata.get("settings", {})
         modules: dict[str, nn.Module] = {
-            "budgets": HeadBudgets(shape.num_heads, origin.sink + origin.window),
+            "budgets": HeadBudgets(shape.num_heads),
             "scores": EntryScores(len(shape.layers), shape.kv_heads, shape.head_dim),
         }
         for name in list(modules):

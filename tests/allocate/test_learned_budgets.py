@@ -50,8 +50,8 @@ def test_exact_totals_within_bounds(tokens, floor, part, size, seed):
 
 def test_counts_are_the_fractions_of_the_context():
     found = counts(BUDGETS, [1000], [900])
-    wanted = 1000 * BUDGETS.gates.fractions(900 / 6000, 1000).view(3, 1, 2)
-    assert (found - wanted).abs().max() < 1
+    wanted = 1000 * BUDGETS.gates.fractions(900 / 6000).view(3, 1, 2)
+    assert (found - wanted.clamp(1)).abs().max() < 3  # every head keeps one, whatever its fraction
     assert wanted.max() > 2 * wanted.min()
 
 

@@ -37,9 +37,8 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _short_start():
-    """The first budgets are learned from one context in a few steps."""
+    """The first budgets are solved from one context."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headwise.train.warm.FIT_STEPS", 3)
         patch.setattr("headwise.train.warm.PROFILED", 1)
         yield
 
@@ -89,7 +88,7 @@ def test_gates_say_what_they_were_made_for_and_how(loaded, whole):
 
 def test_the_log_has_a_row_for_every_step(whole):
     start, *rows = log_of(whole[1])
-    assert (start.keys(), start["step"]) == ({"step", "validation"}, -1)
+    assert (start.keys(), start["step"]) == ({"step", "validation", "validation_agreement"}, -1)
     assert [row["step"] for row in rows] == list(range(5))
     assert [row["step"] for row in rows if "validation" in row] == [1, 3, 4]
     for row in rows:
@@ -130,7 +129,7 @@ def test_the_best_gates_are_kept_not_the_last(loaded, tmp_path, monkeypatch):
 
     def validate(self, lessons):
         means.append([mean.clone() for mean in self.mean])
-        return next(losses)
+        return next(losses), 0.5
 
     monkeypatch.setattr(Trainer, "validate", validate)
     found = make(loaded, tmp_path / "g")

@@ -65,7 +65,7 @@ class LKVH(AbstractAllocator):
 @lru_cache(maxsize=64)  # it is asked once per layer
 def _counts(gates: Gates, tokens: int, total: int, floor: int) -> Int[Tensor, " heads"]:
     heads = gates.origin.shape.num_heads
-    return budget_counts(gates.fractions(total / (tokens * heads), tokens), tokens, total, floor)
+    return budget_counts(gates.fractions(total / (tokens * heads)), tokens, total, floor)
 
 
 def budget_counts(fractions: Float[Tensor, " heads"], tokens: int, total: int, floor: int = 1) -> Int[Tensor, " heads"]:

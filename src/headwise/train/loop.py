@@ -1,10 +1,10 @@
 """LKV's training loop: the frozen model teaches gates what its own answers need (arXiv 2605.06676; our design).
 
 For every context: read it once, answer its questions from the full cache (the teacher), then show the model the same
-questions and answers while entries are weighted by the gates (the student). Loss: KL of the teacher's to the student's
-predictions on the answers, and a little on everything after the context. The first part of training weights entries
-softly; then the forward pass is the hard selection that inference will make and only the gradients are soft, because
-soft masks leak. Every step draws a keep, so that one checkpoint serves all.
+questions and answers while every head sees only what the gates keep (the student): hard, as at inference. What each
+entry was worth to the student (values.py) is weighted with the shares of a soft top-k of the scores, whose sum is the
+budget; the implicit gradient of that soft top-k trains scores and budgets. Every step draws a keep, so that one
+checkpoint serves all.
 
 All randomness of a step comes from (seed, step): a resumed run goes on as if it had not stopped.
 """
@@ -12,7 +12,7 @@ All randomness of a step comes from (seed, step): a resumed run goes on as if it
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,12 +25,12 @@ from headwise.calibration import Example, encode
 from headwise.gates import EntryScores, HeadBudgets, entry_features
 from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
-from headwise.oracle import Importance, answers, states_of
+from headwise.oracle import answers, states_of
 from headwise.ragged.cache import RaggedCache
 from headwise.reading import read
 from headwise.select import protected_mask, protection_order
 from headwise.soft_topk import soft_topk
-from headwise.train.student import student_logits
+from headwise.train.values import Judgement, Teaching, judge
 
 PROTECTED_STEP = 0.1  # between the scores of protected tokens: some of them share the gradient of a budget
 VALIDATION_KEEPS = (0.0625, 0.15)
@@ -43,17 +43,19 @@ class Settings:
 
     steps: int = 600
     contexts_per_step: int = 4  # over all processes
-    questions: int = 8  # of a context, at a time
+    questions: int = 12  # of a context, at a time
     answer_tokens: int = 16
     keeps: tuple[float, float] = (0.03, 0.3)
-    soft_share: float = 0.0  # of the steps
-    temperatures: tuple[float, float] = (0.5, 0.1)
+    temperature: float = 0.2  # of the soft top-k, in units of the scores' spread
+    budget_temperature: float = 0.5  # of the one that trains budgets: more entries speak for or against an edge
     rest_weight: float = 0.1  # of tokens after the context that are no answer
-    warm_steps: int = 1000  # in which scores learn the importance that the teacher's answers show; see warm.py
-    lr_budgets: float = 3e-4
+    warm_steps: int = 500  # before these, in which the scores of every head learn by themselves; see warm.py
+    warm_questions: int = 2  # of a context, in such a step
+    warm_keeps: tuple[float, float] = (0.01, 0.5)  # of a head
+    lr_budgets: float = 2e-3
     lr_scores: float = 1e-3
     warmup: int = 10
-    clip: float = 1.0
+    clip: float = 0.01  # small: contexts differ in how much is at stake, steps do not
     averaging: float = 0.99  # of the gates over the last steps; what is kept in the end
     sink: int = 4
     window: int = 32
@@ -68,17 +70,13 @@ class Lesson:
     features: Float[Tensor, "layers kv_heads tokens width"]
     questions: tuple[Int[Tensor, " _"], ...]
     fixed_scores: Float[Tensor, "layers kv_heads tokens"] | None
-    ids: Int[Tensor, "questions new"]  # question and answer, padded on the right
-    answer: Bool[Tensor, "questions new"]  # positions whose prediction is part of the answer
-    real: Bool[Tensor, "questions new"]  # positions whose prediction is of a real token
-    teacher: Float[Tensor, "questions new vocabulary"]  # log-probabilities
-    importance: Float[Tensor, "layers kv_heads tokens"]  # of LU-KV, pooled over the questions
+    teaching: Teaching
 
     @property
     def nbytes(self) -> int:
         """Bytes it keeps in memory."""
-        tensors = [self.features, self.fixed_scores, self.teacher, self.importance]
-        return self.whole.nbytes + sum(t.nbytes for t in tensors if t is not None)
+        tensors = [self.features, self.fixed_scores]
+        return self.whole.nbytes + self.teaching.nbytes + sum(t.nbytes for t in tensors if t is not None)
 
 
 @torch.no_grad()
@@ -93,9 +91,7 @@ def prepare(
     context, questions = encode(tokenizer, example, device=model.device)
     questions = questions[: settings.questions]
     reading = read(model, context, [scorer] if scorer is not None else [])
-    importance = Importance(reading.whole)
-    said = answers(model, reading.whole, questions, steps=settings.answer_tokens, listeners=[importance])
-    pooled = importance.take().amax(0)
+    said = answers(model, reading.whole, questions, steps=settings.answer_tokens)
     texts = [torch.cat([question, answer]) for question, answer in zip(questions, said, strict=True)]
     ids = pad_sequence(texts, batch_first=True)
     at = torch.arange(ids.shape[1], device=ids.device)
@@ -112,27 +108,13 @@ def prepare(
         features=torch.stack(features),
         questions=questions,
         fixed_scores=None if scorer is None else reading.scores[scorer][:, 0],
-        ids=ids,
-        answer=(at >= starts) & (at < ends),
-        real=at < ends,
-        teacher=student_logits(model, reading.whole, ids, None).float().log_softmax(-1),
-        importance=pooled,
+        teaching=Teaching.of(model, reading.whole, ids, (at >= starts) & (at < ends), at < ends, settings.rest_weight),
     )
 
 
 def raw_scores(lesson: Lesson, scores: EntryScores) -> Float[Tensor, "layers kv_heads tokens"]:
     """Scores as the network gives them."""
     return torch.stack([scores(layer[None], at)[0] for at, layer in enumerate(lesson.features)])
-
-
-def importance_loss(
-    lesson: Lesson, raw: Float[Tensor, "layers kv_heads tokens"], settings: Settings
-) -> Float[Tensor, ""]:
-    """Cross-entropy of the scores of the unprotected entries to their importance, the same weight for every head."""
-    middle = slice(settings.sink, raw.shape[-1] - settings.window)
-    wanted = lesson.importance[..., middle]
-    wanted = wanted / wanted.sum(-1, keepdim=True).clamp(min=1e-30)
-    return -(wanted * raw[..., middle].log_softmax(-1)).sum(-1).mean()
 
 
 def lesson_scores(lesson: Lesson, found: Tensor | None) -> Float[Tensor, "layers kv_heads tokens"]:
@@ -156,52 +138,38 @@ def with_protection(
     return torch.where(protected, above, scores)
 
 
-def hard_shares(
+def hard_choice(
     scores: Float[Tensor, "layers kv_heads tokens"], counts: Int[Tensor, "layers kv_heads"]
-) -> Float[Tensor, "layers kv_heads tokens"]:
-    """1 for the entries that inference would keep, 0 for the others."""
+) -> Bool[Tensor, "layers kv_heads tokens"]:
+    """The entries that inference would keep."""
     best = scores.argsort(dim=-1, descending=True, stable=True)
     winners = torch.arange(scores.shape[-1], device=scores.device) < counts[..., None]
-    return torch.zeros_like(scores).scatter(-1, best, winners.to(scores.dtype))
+    return torch.zeros_like(winners).scatter(-1, best, winners)
 
 
-class _Straight(torch.autograd.Function):
-    """The hard value forward, the soft gradient backward."""
-
-    @staticmethod
-    def forward(ctx: Any, soft: Tensor, hard: Tensor) -> Tensor:
-        return hard
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-def lesson_loss(
+def lesson_step(
     model: PreTrainedModel,
     lesson: Lesson,
-    budgets: Callable[[float, int], Float[Tensor, " heads"]],
+    budgets: Callable[[float], Float[Tensor, " heads"]],
     scores: EntryScores | None,
     *,
     keep: float,
-    temperature: float,
-    hard: bool,
     settings: Settings,
-) -> tuple[Tensor, Tensor]:
-    """Loss, and the share of answer tokens on which teacher and student agree."""
+    draw: torch.Generator | None = None,
+) -> tuple[Tensor, Judgement]:
+    """What a gradient step should lower (0 without a generator), and how the student did."""
     tokens = lesson.features.shape[2]
-    fractions = budgets(keep, tokens)
+    fractions = budgets(keep)
     raw = None if scores is None else raw_scores(lesson, scores)
     ranked = with_protection(lesson_scores(lesson, raw), settings.sink, settings.window)
-    shares = soft_topk(ranked, (fractions * tokens).view(ranked.shape[:2]), temperature).clamp(0, 1)
-    if hard:
-        counts = budget_counts(fractions, tokens, round(keep * tokens * len(fractions))).view(ranked.shape[:2])
-        shares = _Straight.apply(shares, hard_shares(ranked.detach(), counts))
-    student = student_logits(model, lesson.whole, lesson.ids, shares).float().log_softmax(-1)
-    divergence = (lesson.teacher.exp() * (lesson.teacher - student)).sum(-1)
-    loss = divergence[lesson.answer].mean() + settings.rest_weight * divergence[lesson.real].mean()
-    agree = (student.argmax(-1) == lesson.teacher.argmax(-1))[lesson.answer].float().mean()
-    return loss, agree
+    counts = budget_counts(fractions, tokens, round(keep * tokens * len(fractions))).view(ranked.shape[:2])
+    choice = hard_choice(ranked.detach(), counts.to(ranked.device))
+    found = judge(model, lesson.whole, lesson.teaching, choice, draw)
+    if found.values is None:
+        return ranked.new_zeros(()), found
+    chosen = soft_topk(ranked, counts.to(ranked), settings.temperature)
+    granted = soft_topk(ranked.detach(), (fractions * tokens).view(ranked.shape[:2]), settings.budget_temperature)
+    return -(found.values * (chosen + granted)).sum(), found
 
 
 @dataclass(kw_only=True)
@@ -225,11 +193,11 @@ class Trainer:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.mean = [parameter.detach().clone() for parameter in self.parameters()]
 
-    def fractions(self, keep: float, tokens: int) -> Float[Tensor, " heads"]:
+    def fractions(self, keep: float) -> Float[Tensor, " heads"]:
         """Budgets at a keep."""
         if self.budgets is None:
             return torch.full((view(self.model).shape.num_heads,), keep, device=self.model.device)
-        return self.budgets(keep, tokens)
+        return self.budgets(keep)
 
     def parameters(self) -> list[Tensor]:
         """Everything that is trained, in the order of `mean`."""
@@ -239,9 +207,10 @@ class Trainer:
         """One step; mean loss, and mean agreement on answers."""
         s = self.settings
         draw = torch.Generator().manual_seed(s.seed * 1_000_003 + number)
-        soft = round(s.steps * s.soft_share)
-        start, end = s.temperatures
-        temperature = end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, number / max(1, soft))))
+
+        def draw_r(at: int) -> torch.Generator:  # of a context, whichever process it falls to
+            return torch.Generator().manual_seed(((s.seed * 1_000_003 + number) * 1_000_003 + at) % 2**63)
+
         rate = min(1.0, (number + 1) / s.warmup) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * number / s.steps)))
         for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = base * rate
@@ -252,18 +221,11 @@ class Trainer:
         rank, processes = self.process
         seen = torch.zeros(2)
         for at, keep in list(zip(chosen, keeps, strict=True))[rank::processes]:
-            loss, agree = lesson_loss(
-                self.model,
-                self.lessons[at],
-                self.fractions,
-                self.scores,
-                keep=keep,
-                temperature=temperature,
-                hard=number >= soft,
-                settings=s,
+            objective, found = lesson_step(
+                self.model, self.lessons[at], self.fractions, self.scores, keep=keep, settings=s, draw=draw_r(at)
             )
-            (loss / len(chosen)).backward()
-            seen += torch.stack([loss.detach(), agree]).cpu() / len(chosen)
+            (objective / len(chosen)).backward()
+            seen += torch.tensor([found.loss, found.agreement]) / len(chosen)
         for parameter in self.parameters():
             parameter.grad = self.reduce(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         for group in self.optimizer.param_groups:
@@ -276,26 +238,17 @@ class Trainer:
         return loss, agree
 
     @torch.no_grad()
-    def validate(self, lessons: Sequence[Lesson]) -> float:
-        """Mean loss of the averaged gates with hard selections, at two small keeps."""
+    def validate(self, lessons: Sequence[Lesson]) -> tuple[float, float]:
+        """Mean loss and agreement of the averaged gates at small keeps."""
         last = [parameter.clone() for parameter in self.parameters()]
         self.put(self.mean)
-        losses = [
-            lesson_loss(
-                self.model,
-                lesson,
-                self.fractions,
-                self.scores,
-                keep=keep,
-                temperature=self.settings.temperatures[1],
-                hard=True,
-                settings=self.settings,
-            )[0]
+        found = [
+            lesson_step(self.model, lesson, self.fractions, self.scores, keep=keep, settings=self.settings)[1]
             for lesson in lessons
             for keep in VALIDATION_KEEPS
         ]
         self.put(last)
-        return float(torch.stack(losses).mean())
+        return fmean(one.loss for one in found), fmean(one.agreement for one in found)
 
     @torch.no_grad()
     def put(self, values: Sequence[Tensor]) -> None:

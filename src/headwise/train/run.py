@@ -82,7 +82,7 @@ def train(
     _require(model, tokenizer, examples, settings, taught, out)
     enable(model)
     torch.manual_seed(settings.seed)
-    budgets = HeadBudgets(seen.shape.num_heads, settings.sink + settings.window) if part != "lkv-t" else None
+    budgets = HeadBudgets(seen.shape.num_heads) if part != "lkv-t" else None
     scores = EntryScores(len(seen.shape.layers), seen.shape.kv_heads, seen.shape.head_dim) if part != "lkv-h" else None
     for module in (budgets, scores):
         if module is not None:
@@ -111,16 +111,17 @@ def train(
         if budgets is not None:
             warm_budgets(model, trainer.lessons, scores, budgets, settings)
         trainer.mean = [parameter.detach().clone() for parameter in trainer.parameters()]
-        state.best, state.best_loss = [mean.clone() for mean in trainer.mean], trainer.validate(tests)
-        state.log.append({"step": -1, "validation": state.best_loss})
+        state.best_loss, agree = trainer.validate(tests)
+        state.best = [mean.clone() for mean in trainer.mean]
+        state.log.append({"step": -1, "validation": state.best_loss, "validation_agreement": agree})
         if main:
             state.save(0)
     for number in range(start, settings.steps):
         loss, agree = trainer.step(number)
         state.log.append({"step": number, "loss": loss, "agreement": agree})
         if (number + 1) % SAVE_EVERY == 0 or number + 1 == settings.steps:
-            found = trainer.validate(tests)
-            state.log[-1]["validation"] = found
+            found, agree_held_out = trainer.validate(tests)
+            state.log[-1] |= {"validation": found, "validation_agreement": agree_held_out}
             if found < state.best_loss:
                 state.best_loss, state.best = found, [mean.clone() for mean in trainer.mean]
             if main:
@@ -160,6 +161,8 @@ class _State:
         tensors = {f"{name}.{n}": t.detach().clone() for name, ts in groups.items() for n, t in enumerate(ts)}
         for number, state in self.trainer.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": tensor.clone() for name, tensor in state.items()}
+        if self.trainer.budgets is not None:
+            tensors["start"] = self.trainer.budgets.start.clone()
         metadata = {"run": self.run, "done": done, "best_loss": self.best_loss, "log": self.log}
         write_tensors(self.path, "training", tensors, metadata)
 
@@ -177,6 +180,8 @@ class _State:
 
         self.trainer.put(group("now"))
         self.trainer.mean, self.best = group("mean"), group("best")
+        if self.trainer.budgets is not None:
+            self.trainer.budgets.start.copy_(tensors["start"])
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):

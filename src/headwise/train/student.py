@@ -1,18 +1,23 @@
-"""The student: the model itself on a wholly kept context whose entries are weighted, differentiably.
+"""The student: the model itself on a wholly kept context of which every head sees the entries it keeps, and no others.
 
-An entry with share m in [0, 1] counts m times in the softmax, for the tokens after the context only. m = 1 everywhere
-is the teacher, m = 0 an evicted entry. The context's keys and values are constants; gradients reach the shares and
-nothing else that is trained.
+Everything kept is the teacher. The context's keys and values are constants; of all that a gradient could reach only
+what is kept is asked for, and for that the derivative would say little: an entry that holds all of a head's attention
+has a derivative of nearly zero, and so has every entry where the answer is right. So `Kept` learns the whole effect of
+the other choice instead: with Z the sum of exponentials that a query sees, l the entry's logit, and o the output,
 
-Where shares are a hard choice the gradient of an evicted entry's share is that of a finite step, the whole effect of
-keeping it: exp(l) / (Z + exp(l)) (v - o). The plain derivative, exp(l) / Z (v - o), may be a million times that in a
-sharp head. Soft shares and kept entries have the plain derivative.
+    keeping an evicted entry   o <- o + exp(l) / (Z + exp(l)) (v - o)
+    evicting a kept entry      o <- o - exp(l) / (Z - exp(l)) (v - o)
+
+and a loss follows as the gradient of the output times this change, plus a term of second order (see values.py).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
@@ -22,17 +27,59 @@ from headwise.hf.families import given
 from headwise.oracle import states_of
 from headwise.ragged.cache import RaggedCache
 
+_LARGEST = 30.0  # of a logarithm before it is raised
+_LEAST_REST = 1e-3  # of the attention: what is left when an entry is evicted that has all of it
 
-class _WeightedLayer(CacheLayerMixin):
-    """One layer: a constant context with weights, then the new tokens, whose graph is kept."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heard:
+    """What the attention of one layer was given after the context, and what it made of it; float32."""
+
+    query: Float[Tensor, "questions kv_heads group new head_dim"]  # scaled
+    keys: Float[Tensor, "questions kv_heads new head_dim"]
+    values: Float[Tensor, "questions kv_heads new head_dim"]
+    out: Float[Tensor, "questions kv_heads group new head_dim"]
+
+
+@dataclass(kw_only=True)
+class Kept:
+    """What every head keeps of a context, [layers, kv_heads, context]; the gradient of `mask` is an effect of choices.
+
+    Of a loss: by how much it rises if the entry is kept rather than evicted, in first order. With `squared()`: the
+    square of that, taken question by question.
+    """
+
+    mask: Float[Tensor, "layers kv_heads context"]
+    square: bool = False
+
+    @classmethod
+    def of(cls, choice: Bool[Tensor, "layers kv_heads context"]) -> "Kept":
+        """A choice whose effects can be asked for."""
+        return cls(mask=choice.float().requires_grad_())
+
+    @contextmanager
+    def squared(self) -> Iterator[None]:
+        """While it lasts, gradients are squared effects."""
+        self.square = True
+        try:
+            yield
+        finally:
+            self.square = False
+
+
+class _StudentLayer(CacheLayerMixin):
+    """One layer: a constant context of which some is kept, then the new tokens, whose graph is kept."""
 
     is_sliding = False
     is_compileable = False
     frozen = True
 
-    def __init__(self, keys: Tensor, values: Tensor, shares: Tensor | None, seen: int):
+    def __init__(
+        self, keys: Tensor, values: Tensor, kept: Kept | None, heard: list[Heard] | None, layer: int, seen: int
+    ):
         super().__init__()
-        self.context_keys, self.context_values, self.shares, self.seen = keys, values, shares, seen
+        self.heard = heard
+        self.context_keys, self.context_values, self.kept, self.layer, self.seen = keys, values, kept, layer, seen
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -59,24 +106,36 @@ class _WeightedLayer(CacheLayerMixin):
         raise AssertionError("a student's context has been read")
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """Attention [B, Hq, T, D] over weighted context and new tokens; recomputed in the backward pass."""
+        """Attention [B, Hq, T, D] over what is kept and the new tokens; recomputed in the backward pass."""
         assert self.keys is not None and self.values is not None
-        batch, _, new, dim = query.shape
+        (batch, _, new, dim), dtype = query.shape, query.dtype
         heads = len(self.context_keys)
-        shares = query.new_ones(self.context_keys.shape[:2]) if self.shares is None else self.shares
-        out: Tensor = _WeightedAttention.apply(  # pyright: ignore[reportAssignmentType]
-            query.float().reshape(batch, heads, -1, new, dim) * scaling,
-            self.context_keys.float(),
-            self.context_values.float(),
-            self.keys.float(),
-            self.values.float(),
-            shares.float(),
+        mask = (
+            self.context_keys.new_ones(self.context_keys.shape[:2]) if self.kept is None else self.kept.mask[self.layer]
         )
-        return out.reshape(batch, -1, new, dim).to(query.dtype)
+        query = query.float().reshape(batch, heads, -1, new, dim) * scaling
+        own = self.keys.float(), self.values.float()
+        out = kept_attention(query, (self.context_keys, self.context_values), own, mask, self.kept)
+        if self.heard is not None:
+            self.heard.append(Heard(query=query, keys=own[0], values=own[1], out=out))
+        return out.reshape(batch, -1, new, dim).to(dtype)
 
 
-class _WeightedAttention(torch.autograd.Function):
-    """softmax over [m exp(context logits), exp(own logits)]; see the module's docstring for the gradient of m."""
+def kept_attention(
+    query: Float[Tensor, "questions kv_heads group new head_dim"],
+    context: tuple[Float[Tensor, "kv_heads context head_dim"], Float[Tensor, "kv_heads context head_dim"]],
+    own: tuple[Float[Tensor, "questions kv_heads new head_dim"], Float[Tensor, "questions kv_heads new head_dim"]],
+    mask: Float[Tensor, "kv_heads context"],
+    kept: Kept | None,
+) -> Float[Tensor, "questions kv_heads group new head_dim"]:
+    """Softmax attention over kept context and new tokens; the "gradient" of the mask is an effect, see `Kept`."""
+    states = (*(state.float() for state in context), *own)
+    out: Tensor = _KeptAttention.apply(query, *states, mask.float(), kept)  # pyright: ignore[reportAssignmentType]
+    return out
+
+
+class _KeptAttention(torch.autograd.Function):
+    """Softmax attention over kept context and own tokens; the "gradient" of the mask is an effect, see `Kept`."""
 
     @staticmethod
     def forward(
@@ -86,58 +145,70 @@ class _WeightedAttention(torch.autograd.Function):
         context_values: Float[Tensor, "kv_heads context head_dim"],
         keys: Float[Tensor, "batch kv_heads new head_dim"],
         values: Float[Tensor, "batch kv_heads new head_dim"],
-        shares: Float[Tensor, "kv_heads context"],
+        mask: Float[Tensor, "kv_heads context"],
+        kept: Kept | None,
     ) -> Tensor:
-        context, own, whole = _logits(query, context_keys, keys, shares)
-        weighted = context + shares.log()[:, None, None]  # not exp() times 0: the exp may be infinite
-        out = torch.einsum("bhgtn,hnd->bhgtd", (weighted - whole).exp(), context_values)
-        out = out + torch.einsum("bhgts,bhsd->bhgtd", (own - whole).exp(), values)
-        ctx.save_for_backward(query, context_keys, context_values, keys, values, shares, out)
+        context, own = _relative_logits(query, context_keys, keys, mask)
+        out = torch.einsum("bhgtn,hnd->bhgtd", context.exp().where(_seen(mask), 0), context_values)
+        out = out + torch.einsum("bhgts,bhsd->bhgtd", own.exp(), values)
+        ctx.save_for_backward(query, context_keys, context_values, keys, values, mask, out)
+        ctx.kept = kept
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, context_keys, context_values, keys, values, shares, out = ctx.saved_tensors
+        query, context_keys, context_values, keys, values, mask, out = ctx.saved_tensors
         (gradient,) = gradients
-        context, own, whole = _logits(query, context_keys, keys, shares)
+        context, own = _relative_logits(query, context_keys, keys, mask)
+        share, own = context.clamp(max=_LARGEST).exp(), own.exp()  # exp(l) / Z, also of what is not seen
         mean = (gradient * out).sum(-1, keepdim=True)
-        pull = torch.einsum("bhgtd,hnd->bhgtn", gradient, context_values) - mean  # G (v - o)
-        m = shares[:, None, None]
-        towards_shares = (pull / ((whole - context).exp() + (m == 0))).sum((0, 2, 3))
-        by_context = (context + m.log() - whole).exp() * pull
-        weights = (own - whole).exp()
-        by_own = weights * (torch.einsum("bhgtd,bhsd->bhgts", gradient, values) - mean)
+        pull = torch.einsum("bhgtd,hnd->bhgtn", gradient, context_values) - mean  # gradient . (v - o)
+        rest = torch.where(_seen(mask), (1 - share).clamp(min=_LEAST_REST), 1 + share)
+        effect = (share / rest * pull).sum((2, 3))
+        effect = (effect.square() if ctx.kept is not None and ctx.kept.square else effect).sum(0)
+        if not any(ctx.needs_input_grad[:5]):
+            return None, None, None, None, None, effect, None
+        by_context = torch.where(_seen(mask), share * pull, 0)
+        by_own = own * (torch.einsum("bhgtd,bhsd->bhgts", gradient, values) - mean)
         towards_query = torch.einsum("bhgtn,hnd->bhgtd", by_context, context_keys)
         towards_query = towards_query + torch.einsum("bhgts,bhsd->bhgtd", by_own, keys)
         towards_keys = torch.einsum("bhgts,bhgtd->bhsd", by_own, query)
-        towards_values = torch.einsum("bhgts,bhgtd->bhsd", weights, gradient)
-        return towards_query, None, None, towards_keys, towards_values, towards_shares
+        towards_values = torch.einsum("bhgts,bhgtd->bhsd", own, gradient)
+        return towards_query, None, None, towards_keys, towards_values, effect, None
 
 
-def _logits(query: Tensor, context_keys: Tensor, keys: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits at the context and at the new tokens, and the logarithm of the sum, in which shares count."""
+def _seen(mask: Tensor) -> Bool[Tensor, "kv_heads 1 1 context"]:
+    return mask[:, None, None] > 0
+
+
+def _relative_logits(query: Tensor, context_keys: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits at all of the context and at the new tokens, less the log-sum-exp over what is seen."""
     context = torch.einsum("bhgtd,hnd->bhgtn", query, context_keys)
     later = torch.ones(keys.shape[2], keys.shape[2], dtype=torch.bool, device=keys.device).triu(1)
     own = torch.einsum("bhgtd,bhsd->bhgts", query, keys).masked_fill(later, -torch.inf)
-    weighted = context + shares.log()[:, None, None]
-    return context, own, torch.cat([weighted, own], dim=-1).logsumexp(-1, keepdim=True)
+    whole = torch.cat([context.where(_seen(mask), -torch.inf), own], dim=-1).logsumexp(-1, keepdim=True)
+    return context - whole, own - whole
 
 
 def student_logits(
     model: PreTrainedModel,
     whole: RaggedCache,
     ids: Int[Tensor, "rows new"],
-    shares: Float[Tensor, "layers kv_heads context"] | None,
+    kept: Kept | None,
+    heard: list[Heard] | None = None,
 ) -> Float[Tensor, "rows new vocabulary"]:
-    """Logits at every one of `ids` [rows, new] that follow the context, padded on the right; None: the teacher's."""
-    cache = _student_cache(whole, len(ids), shares)
+    """Logits at every one of `ids` [rows, new] that follow the context, padded on the right; None: the teacher's.
+
+    What the attention of every layer was given is appended to `heard`.
+    """
+    cache = _student_cache(whole, len(ids), kept, heard)
     seen = whole.get_seq_length()
     positions = torch.arange(seen, seen + ids.shape[1], device=ids.device).expand(len(ids), -1)
     return model(input_ids=ids, position_ids=positions, **given(model, cache)).logits
 
 
-def _student_cache(whole: RaggedCache, rows: int, shares: Tensor | None) -> Cache:
-    """As `whole.fork(rows)`, but with weighted layers; sliding-window layers are transformers' own."""
+def _student_cache(whole: RaggedCache, rows: int, kept: Kept | None, heard: list[Heard] | None) -> Cache:
+    """As `whole.fork(rows)`, but with layers of which some is kept; sliding-window layers are transformers' own."""
     cache = whole.fork(copies=rows)
     ragged = iter(range(len(whole.ragged_layers)))
     seen, compressible = whole.get_seq_length(), set(map(id, cache.ragged_layers))
@@ -147,6 +218,5 @@ def _student_cache(whole: RaggedCache, rows: int, shares: Tensor | None) -> Cach
             layers.append(layer)
             continue
         at = next(ragged)
-        keys, values = states_of(whole, at)
-        layers.append(_WeightedLayer(keys, values, None if shares is None else shares[at], seen))
+        layers.append(_StudentLayer(*states_of(whole, at), kept, heard, at, seen))
     return Cache(layers=layers)

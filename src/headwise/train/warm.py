@@ -1,35 +1,36 @@
-"""Where LKV's training starts: scores that know the importance of entries, budgets that LU-KV solves for those scores.
+"""Where LKV's training starts: scores that every head learned by itself, budgets that LU-KV solves for those scores.
 
-From a start at random the joint training often ends with heads that have lost entries they need: the gradient of a
-budget sees only the entries at its edge. LU-KV's curves see all of a head. So the scores first learn, head by head, the
-importance that the teacher's answers show (cross-entropy, no pass through the model), then LU-KV (arXiv 2602.08585)
-solves budgets for them, and the budget network learns those by heart, at all keeps.
+From a start at random the joint training often ends with heads that have lost entries they need: the value of a budget
+is seen at its edge only. LU-KV's curves see all of a head. So the scores first learn, head by head and without a pass
+through the model, to leave what a head writes as it is, at any count; then LU-KV (arXiv 2602.08585) solves budgets for
+them, with which the budget network begins.
 """
 
 import math
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.allocate.profiled import lukv_counts
-from headwise.gates import EntryScores, HeadBudgets
+from headwise.gates import KNOTS, EntryScores, HeadBudgets
 from headwise.hulls import concave_hulls
 from headwise.losses import OutputLoss, keeping_order
-from headwise.oracle import decode
-from headwise.train.loop import Lesson, Settings, importance_loss, raw_scores
+from headwise.oracle import decode, states_of
+from headwise.soft_topk import soft_topk
+from headwise.train.loop import Lesson, Settings, hard_choice, lesson_scores, raw_scores, with_protection
+from headwise.train.student import Kept, kept_attention
+from headwise.train.values import values_of
 
 PROFILED = 32  # lessons whose curves the first budgets are solved from
-FIT_STEPS = 600
-FIT_KEEPS = (0.02, 0.5)
 
 
 def warm_scores(
     lessons: Sequence[Lesson], scores: EntryScores, settings: Settings, progress: Callable[[int, float], None]
 ) -> None:
-    """Teach the scores the importance of entries."""
+    """Teach every head by itself which entries its output rests on, at any count."""
     optimizer = torch.optim.AdamW(scores.parameters(), lr=3 * settings.lr_scores, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(settings.warm_steps):
         draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + 500_000 + step)
@@ -40,12 +41,54 @@ def warm_scores(
         optimizer.zero_grad()
         total = 0.0
         for at in chosen:
-            loss = importance_loss(lessons[at], raw_scores(lessons[at], scores), settings) / len(chosen)
-            loss.backward()
-            total += float(loss.detach())
+            objective, lost = alone_step(lessons[at], scores, settings, draw)
+            (objective / len(chosen)).backward()
+            total += lost / len(chosen)
         torch.nn.utils.clip_grad_norm_(scores.parameters(), settings.clip)
         optimizer.step()
         progress(step + 1, total)
+
+
+def alone_step(
+    lesson: Lesson, scores: EntryScores, settings: Settings, draw: torch.Generator
+) -> tuple[Float[Tensor, ""], float]:
+    """What a gradient step should lower, and the change of what heads write, as a share of its spread (mean of heads).
+
+    Every head keeps some share of the context at random; it sees the teacher's queries.
+    """
+    ranked = with_protection(lesson_scores(lesson, raw_scores(lesson, scores)), settings.sink, settings.window)
+    layers, heads, tokens = ranked.shape
+    low, high = (math.log(keep) for keep in settings.warm_keeps)
+    counts = (low + (high - low) * torch.rand(layers, heads, generator=draw)).exp() * tokens
+    counts = counts.round().long().clamp(min(settings.sink + settings.window + 1, tokens), tokens).to(ranked.device)
+    kept = Kept.of(hard_choice(ranked.detach(), counts))
+    weight = lesson.teaching.weight
+    asked = torch.randint(len(weight), (settings.warm_questions,), generator=draw).to(weight.device)
+    lost, projected = [], []
+    for layer in range(layers):
+        change, spread = _written(lesson, layer, asked, kept)  # [questions, H, T, hidden], [H]
+        share = (weight[asked] / weight[asked].sum())[:, None]
+        scale = (share / spread[:, None]).sqrt()[..., None]  # [questions, H, T, 1]
+        random = torch.randn(change.shape, generator=draw).to(change.device)
+        lost.append((scale * change).square().sum())
+        projected.append((scale * random * change).sum())
+    loss = torch.stack(lost).sum()
+    values = values_of(loss, torch.stack(projected).sum(), kept)
+    shares = soft_topk(ranked, counts.to(ranked), settings.temperature)
+    return -(values * shares).sum() / (layers * heads), float(loss.detach()) / (layers * heads)
+
+
+def _written(
+    lesson: Lesson, layer: int, asked: Int[Tensor, " some"], kept: Kept
+) -> tuple[Float[Tensor, "some kv_heads new hidden"], Float[Tensor, " kv_heads"]]:
+    """What keeping less changes in what KV heads write after some questions; spread of what they write after all."""
+    context, given = states_of(lesson.whole, layer), lesson.teaching.heard[layer]
+    weight_out = lesson.whole.view.output_weight(layer).detach().float().unflatten(0, (len(context[0]), -1))
+    out = kept_attention(given.query[asked], context, (given.keys[asked], given.values[asked]), kept.mask[layer], kept)
+    whole = torch.einsum("bhgtd,hgdo->bhto", given.out, weight_out)
+    share = (lesson.teaching.weight / lesson.teaching.weight.sum())[:, None, :, None]
+    spread = (share * (whole - (share * whole).sum((0, 2), keepdim=True)).square()).sum((0, 2, 3))
+    return torch.einsum("bhgtd,hgdo->bhto", out, weight_out) - whole[asked], spread.clamp(min=1e-12)
 
 
 def warm_budgets(
@@ -55,22 +98,13 @@ def warm_budgets(
     budgets: HeadBudgets,
     settings: Settings,
 ) -> None:
-    """Solve budgets for the scores as LU-KV does, and teach them to the budget network."""
+    """Solve budgets for the scores as LU-KV does, and have the budget network begin with them."""
     protected = settings.sink + settings.window
     curve = _mean_curve(model, lessons[:PROFILED], scores, settings).flatten(0, 1)
     first, rest = curve[:, :protected], concave_hulls(curve[:, protected:])
-    draw = torch.Generator().manual_seed(settings.seed)
-    lengths = [lesson.features.shape[2] for lesson in lessons[:PROFILED]]
-    low, high = (math.log(keep) for keep in FIT_KEEPS)
-    optimizer = torch.optim.Adam(budgets.parameters(), lr=3e-3)
-    for _ in range(FIT_STEPS):
-        optimizer.zero_grad()
-        for at in torch.randint(len(lengths), (4,), generator=draw).tolist():
-            keep = math.exp(low + (high - low) * float(torch.rand((), generator=draw)))
-            counts = lukv_counts(first, rest, lengths[at], protected, round(keep * lengths[at] * len(first)), 1)
-            wanted = (counts.float() / lengths[at]).to(budgets.embedding.device)
-            ((budgets(keep, lengths[at]) - wanted).square().mean() / keep).backward()
-        optimizer.step()
+    tokens = max(lesson.features.shape[2] for lesson in lessons[:PROFILED])
+    counts = [lukv_counts(first, rest, tokens, protected, round(keep * tokens * len(first)), 1) for keep in KNOTS]
+    budgets.start_from(torch.stack(counts, dim=-1) / tokens)
 
 
 @torch.no_grad()
