@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .PHONY: demo test test-oldest fixtures clean
 
 demo: $(VENV)/.installed  ## Install, then compare methods on the bundled model and document
-	$(BIN)/headwise compare --model reference --methods full,random,streaming,snapkv,keydiff,pyramidkv,adakv,expected+global,snapkv+lukv,keydiff+lukv --keep 0.15
+	$(BIN)/headwise compare --model reference --methods full,random,streaming,snapkv,keydiff,pyramidkv,adakv,expected+global,snapkv+lukv,keydiff+lukv,lkv --keep 0.15
 
 test: $(VENV)/.tested  ## Everything: style, types, import rules, tests
 	$(BIN)/ruff check .

@@ -342,10 +342,10 @@ def solve(
 def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Gates to write; a killed run goes on from OUT.state.")],
     model: Model = "reference",
-    data: Annotated[str, typer.Option(help="FILE.jsonl, FILE.txt, a folder of them, or builtin[:N].")] = "builtin:240",
+    data: Annotated[str, typer.Option(help="FILE.jsonl, FILE.txt, a folder of them, or builtin[:N].")] = "builtin:160",
     part: Annotated[str, typer.Option(help="lkv (both), lkv-h (budgets only) or lkv-t (scores only).")] = "lkv",
     scorer: Annotated[str | None, typer.Option(help="The fixed scorer that budgets alone are trained for.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of joint training.")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of joint training.")] = 500,
     warm_steps: Annotated[int, typer.Option(min=0, help="Steps before it, in which every head learns alone.")] = 500,
     contexts: Annotated[int, typer.Option(min=1, help="Contexts per step, over all processes.")] = 4,
     questions: Annotated[int, typer.Option(min=1, help="Questions of a context, at most.")] = 12,
@@ -372,7 +372,7 @@ def train(
         raise BadInput(f"keeps={keeps!r}: write the smallest and the largest, such as 0.03,0.5.")
     state = _processes(device)
     loaded, tokenizer = _load(model, dtype, device if state is None else str(state.device))
-    examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions, split="train", default=240)
+    examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions, split="train", default=160)
     settings = Settings(
         steps=steps,
         warm_steps=warm_steps,

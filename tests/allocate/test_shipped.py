@@ -78,3 +78,24 @@ def test_a_budget_of_another_scorer_is_refused(reference):
     method = Method(scorer=Method.parse("keydiff").scorer, allocator=LUKV(budget=budget))
     with pytest.raises(ArtifactMismatch, match="SnapKV"):
         headwise.compress(model, random_ids(1, 60), method, keep=0.9)
+
+
+def test_the_shipped_gates_beat_hand_made_scores_with_solved_budgets(reference):
+    """At the same bytes, on samples of a seed of their own; `lkv` alone finds the file, and it is small."""
+    model, tokenizer = reference
+    records = evaluate(
+        model,
+        tokenizer,
+        tasks=["niah_multikey_dense", "cwe"],
+        methods=["keydiff+lukv", "lkv"],
+        keeps=[0.1],
+        samples=4,
+        seed=901,
+        length=768,
+    )
+    assert all(record.kv_fraction == pytest.approx(0.1, rel=0.01) for record in records)
+    rivals, ours = ([r.accuracy for r in records if r.method == method] for method in ("keydiff+lukv", "lkv"))
+    assert sum(ours) > sum(rivals)
+    assert sum(ours) > 1.6
+    (gates,) = (reference_path() / "gates").glob("*.safetensors")
+    assert gates.stat().st_size < 2**20

@@ -41,7 +41,7 @@ Reduce = Callable[[Tensor], Tensor]  # the sum over processes
 class Settings:
     """How gates are trained; part of their provenance."""
 
-    steps: int = 600
+    steps: int = 500
     contexts_per_step: int = 4  # over all processes
     questions: int = 12  # of a context, at a time
     answer_tokens: int = 16
