@@ -15,10 +15,6 @@ def random_rows(*shape, seed=0, spread=2.0):
     return spread * torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def random_weights(*shape, seed=1):
-    return 0.2 + torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 def number(value):
     return torch.tensor(value, dtype=torch.float64)
 
@@ -32,18 +28,16 @@ def number(value):
     st.floats(0, 1),
     st.sampled_from([0.01, 0.1, 0.5, 1.0, 5.0]),
     st.sampled_from([0.1, 3.0, 100.0]),
-    st.booleans(),
     st.integers(0, 99),
 )
-def test_the_weighted_sum_is_k(n, part, temperature, spread, weighted, seed):
-    scores, weights = random_rows(3, n, seed=seed, spread=spread), random_weights(3, n)
-    weights = weights if weighted else torch.ones_like(weights)
-    k = weights.sum(-1) * torch.tensor([part, part / 3, 1 - part], dtype=torch.float64)
-    shares = soft_topk(scores, k, temperature, weights if weighted else None)
+def test_the_sum_is_k(n, part, temperature, spread, seed):
+    scores = random_rows(3, n, seed=seed, spread=spread)
+    k = n * torch.tensor([part, part / 3, 1 - part], dtype=torch.float64)
+    shares = soft_topk(scores, k, temperature)
     assert ((shares >= 0) & (shares <= 1)).all()
-    torch.testing.assert_close((weights * shares).sum(-1), k, rtol=1e-9, atol=1e-12)
-    single = soft_topk(scores.float(), k.float(), temperature, weights.float())
-    torch.testing.assert_close((weights.float() * single).sum(-1), k.float(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(shares.sum(-1), k, rtol=1e-9, atol=1e-12)
+    single = soft_topk(scores.float(), k.float(), temperature)
+    torch.testing.assert_close(single.sum(-1), k.float(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [1, 2, 13])
@@ -86,13 +80,12 @@ def test_only_differences_of_scores_matter():
 
 
 def test_rows_of_a_batch_do_not_see_each_other():
-    scores, k, weights = random_rows(2, 3, 9), number([[0.0, 9.0, 2.0], [4.5, 1e-3, 1.0]]), random_weights(2, 3, 9)
-    k = k.minimum(weights.sum(-1))
-    together = soft_topk(scores, k, 0.3, weights)
+    scores, k = random_rows(2, 3, 9), number([[0.0, 9.0, 2.0], [4.5, 1e-3, 1.0]])
+    together = soft_topk(scores, k, 0.3)
     for row in range(2):
         for column in range(3):
             at = row, column
-            torch.testing.assert_close(soft_topk(scores[at], k[at], 0.3, weights[at]), together[at])
+            torch.testing.assert_close(soft_topk(scores[at], k[at], 0.3), together[at])
 
 
 # --- the gradients ---
@@ -101,19 +94,14 @@ def test_rows_of_a_batch_do_not_see_each_other():
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 def test_gradients_are_those_of_the_solution(temperature):
     scores, k = random_rows(2, 3, 7), number([[1.0, 2.5, 6.0], [0.5, 3.0, 4.0]])
-    weights = random_weights(2, 3, 7) + 0.8
-    inputs = [tensor.requires_grad_() for tensor in (scores, k, weights)]
-    assert gradcheck(lambda s, k, w: soft_topk(s, k, temperature, w), inputs)
-    assert gradcheck(lambda s, k: soft_topk(s, k, temperature), inputs[:2])
+    inputs = [tensor.requires_grad_() for tensor in (scores, k)]
+    assert gradcheck(lambda s, k: soft_topk(s, k, temperature), inputs)
 
 
-@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
-def test_with_nothing_to_decide_all_or_nothing_is_kept_and_nothing_is_learned(weights):
-    weights = None if weights is None else number(weights)
-    most = 3.0 if weights is None else float(weights.sum())
-    for k, share in ((0.0, 0.0), (most, 1.0)):
+def test_with_nothing_to_decide_all_or_nothing_is_kept_and_nothing_is_learned():
+    for k, share in ((0.0, 0.0), (3.0, 1.0)):
         scores, wanted = number([1.0, -2.0, 1.0]).requires_grad_(), number(k).requires_grad_()
-        shares = soft_topk(scores, wanted, 0.5, weights)
+        shares = soft_topk(scores, wanted, 0.5)
         assert shares.tolist() == [share] * 3
         (shares * number([1.0, 2.0, 3.0])).sum().backward()
         assert scores.grad.tolist() == [0.0] * 3

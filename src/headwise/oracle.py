@@ -91,11 +91,10 @@ def answers(
     questions: Sequence[Int[Tensor, " _"]],
     *,
     steps: int,
-    listeners: Sequence[Listener] = (),
 ) -> list[Int[Tensor, " _"]]:
     """What the model answers from the full cache, greedily: up to `steps` tokens each, an end token included."""
     require_whole(whole)
-    recorder = _Recorder(listeners, len(questions), whole)
+    recorder = _Recorder((), len(questions), whole)
     return _decode(model, whole, recorder, questions, steps, Sampling(), torch.Generator())
 
 
@@ -169,7 +168,7 @@ class _Recorder:
         mask: Tensor | None,
         scaling: float,
     ) -> Tensor:
-        if self.recording:
+        if self.recording and self.listeners:
             now = query[:, :, :, 0].float() * scaling
             keys = _by_head(segments.keys, segments.kv_heads).float()
             tail = torch.einsum("bhgd,bhnd->bhgn", now, tail_keys.float())
