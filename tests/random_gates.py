@@ -6,7 +6,7 @@ import torch
 
 from headwise.allocate import ShippedLKVH, learned_budgets
 from headwise.artifacts import Origin
-from headwise.gates import EntryScores, Gates, HeadBudgets
+from headwise.gates import EntryScores, Gates, HeadBudgets, summary_width
 from headwise.hf.families import view
 from headwise.method import Method
 from headwise.scores import ShippedLKVT, learned_scorer
@@ -27,7 +27,8 @@ def make_gates(shape, config_hash="", *, parts=PARTS, seed=0, sink=2, window=5, 
     """Gates with these parts for a ModelShape."""
     modules = {}
     if "budgets" in parts:
-        modules["budgets"] = scatter(HeadBudgets(shape.num_heads), seed, size)
+        modules["budgets"] = scatter(HeadBudgets(shape.num_heads, summary_width(shape)), seed, size)
+        modules["budgets"].usual[1] = 1.0
     if "scores" in parts:
         modules["scores"] = scatter(EntryScores(len(shape.layers), shape.kv_heads, shape.head_dim), seed, size)
     origin = Origin(shape=shape, model="a/b", config_hash=config_hash, sink=sink, window=window, calibration="c")

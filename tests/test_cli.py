@@ -133,6 +133,15 @@ def test_generate_streams_the_answer_it_reports(run):
     assert succeed(run, line).strip() == found["answer"]
 
 
+def test_generate_saves_the_document_it_has_cut(run, tmp_path):
+    """And `inspect` draws which words every head keeps."""
+    save = tmp_path / "report.safetensors"
+    line = f"generate -m {{base}} -c {{dir}}/text.txt -q '? locker apple' --method keydiff --keep 0.5 --save {save}"
+    succeed(run, f"{line} --max-new-tokens 2")
+    succeed(run, f"inspect {save} --plot --context {{dir}}/text.txt --model {{base}}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.safetensors"]
+
+
 def test_generate_from_the_full_cache(run):
     line = "generate -m {base} -c {dir}/text.txt -q '? locker apple' --method full --max-new-tokens 5 --json"
     assert json.loads(succeed(run, line))["keep"] == 1.0
@@ -233,6 +242,8 @@ WRONG = {
     "compare -m {dir}/empty -c {dir}/text.txt -q who": "is a file",
     "generate -m {base} -c {dir}/text.txt -q who --method nope": "no scorer 'nope'",
     "generate -m {base} -c {dir}/text.txt -q ' '": "a question is empty",
+    "generate -m {base} -c {dir}/text.txt -q who --method full --save x": "a method that compresses",
+    "generate -m {base} -c {dir}/text.txt -q who --save {dir}/nowhere/x": "in a folder that exists",
     "eval -m {base} --tasks mini-ruler:nope": "the tasks are niah_single",
     "eval -m {base} --tasks mini-ruler:": "names no task",
     "eval -m {base} --tasks longbench": "the suite is 'mini-ruler'",

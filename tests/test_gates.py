@@ -16,7 +16,16 @@ from transformers import DynamicCache
 from headwise.allocate import learned_budgets
 from headwise.artifacts import Budget, read_tensors, write_tensors
 from headwise.errors import ArtifactMismatch, BadInput
-from headwise.gates import KNOTS, EntryScores, Gates, HeadBudgets, entry_features, load_gates
+from headwise.gates import (
+    KNOTS,
+    EntryScores,
+    Gates,
+    HeadBudgets,
+    context_summary,
+    entry_features,
+    load_gates,
+    summary_width,
+)
 from headwise.hf.families import view
 from headwise.scores import learned_scorer
 from headwise.shapes import ModelShape
@@ -31,7 +40,7 @@ CASES = settings(max_examples=150, deadline=None, derandomize=True)
 @CASES
 @given(keep=st.floats(0.001, 1), size=st.sampled_from([0.1, 1.0, 4.0]), seed=st.integers(0, 99))
 def test_the_mean_is_the_keep_and_no_head_keeps_less_than_nothing_or_more_than_all(keep, size, seed):
-    budgets = scatter(HeadBudgets(6), seed, size)
+    budgets = scatter(HeadBudgets(6, 4), seed, size)
     single, double = budgets(keep), budgets.double()(keep)
     for found, tolerance in ((single, 1e-3), (double, 1e-9)):
         assert ((found >= 0) & (found <= 1)).all()
@@ -40,15 +49,15 @@ def test_the_mean_is_the_keep_and_no_head_keeps_less_than_nothing_or_more_than_a
 
 def test_heads_start_alike_and_keep_everything_when_asked():
     for keep in (0.01, 0.3, 0.999):
-        torch.testing.assert_close(HeadBudgets(5)(keep), torch.full((5,), keep))
+        torch.testing.assert_close(HeadBudgets(5, 4)(keep), torch.full((5,), keep))
     with torch.no_grad():
-        assert scatter(HeadBudgets(5))(1.0).tolist() == [1.0] * 5
+        assert scatter(HeadBudgets(5, 4))(1.0).tolist() == [1.0] * 5
 
 
 def test_heads_start_from_given_fractions_and_between_them():
     fractions = torch.rand(5, len(KNOTS), generator=torch.Generator().manual_seed(0)) * 0.9 + 0.05
     fractions = fractions / fractions.mean(0) * torch.tensor(KNOTS)
-    budgets = HeadBudgets(5)
+    budgets = HeadBudgets(5, 4)
     budgets.start_from(fractions)
     with torch.no_grad():
         for at, keep in enumerate(KNOTS):
@@ -62,19 +71,34 @@ def test_heads_start_from_given_fractions_and_between_them():
 
 def test_trained_heads_differ_and_follow_the_keep():
     with torch.no_grad():
-        budgets = scatter(HeadBudgets(6))
+        budgets = scatter(HeadBudgets(6, 4))
         orders = {tuple(budgets(keep).argsort().tolist()) for keep in (0.01, 0.1, 0.9)}
         assert budgets(0.05).std() > 0.005
     assert len(orders) > 1  # not the same heads at every keep
 
 
+def test_traits_are_what_sets_a_context_apart_from_those_of_training():
+    """The mean of them has none; a difference that all of them show does not count."""
+    summaries = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)) * 3 + torch.tensor([9.0, 0, -5, 0])
+    summaries[:, 3] = 2.0
+    budgets = scatter(HeadBudgets(5, 4), size=0.3)
+    budgets.get_used_to(summaries)
+    with torch.no_grad():
+        plain, mean = budgets(0.1), budgets(0.1, summaries.mean(0))
+        shifts = torch.stack([budgets(0.1, summary) - plain for summary in summaries])
+    torch.testing.assert_close(mean, plain, rtol=1e-3, atol=1e-5)
+    assert shifts.abs().amax(0).min() > 0.005
+    torch.testing.assert_close(shifts.sum(-1), torch.zeros(20), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("summary", [None, torch.tensor([0.3, -2.0, 1.0, 0.1]).double()], ids=["none", "some"])
 @pytest.mark.parametrize("keep", [0.01, 0.15, 0.8])
-def test_gradients_of_the_budgets(keep):
-    budgets = scatter(HeadBudgets(3)).double()
+def test_gradients_of_the_budgets(keep, summary):
+    budgets = scatter(HeadBudgets(3, 4)).double()
     names, parameters = zip(*budgets.named_parameters(), strict=True)
 
     def fractions(*values):
-        return functional_call(budgets, dict(zip(names, values, strict=True)), (keep,))
+        return functional_call(budgets, dict(zip(names, values, strict=True)), (keep, summary))
 
     assert gradcheck(fractions, [p.clone().requires_grad_() for p in parameters], fast_mode=True)
 
@@ -131,6 +155,22 @@ def test_the_same_entry_looks_alike_wherever_the_context_begins():
         keys, values = states_at(model, ids, at)
         found.append(entry_features(keys, values, at, view(model).rotary(0)))
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_summary_is_the_mean_of_unit_keys_and_values_of_real_tokens():
+    """Wherever the context begins, and whatever the padding holds."""
+    model, ids = tiny_model(), random_ids(2, 12)
+    keys, values = states_at(model, ids, torch.zeros(2, 12, dtype=torch.long))
+    at, valid = torch.arange(12).expand(2, -1) + torch.tensor([[0], [300]]), torch.ones(2, 12, dtype=torch.bool)
+    rotated, _ = states_at(model, ids, at)
+    valid[1, :5] = False
+    rotated[1, :, :5] = float("nan")
+    found = context_summary(rotated, values, at, valid, view(model).rotary(0))
+    assert found.shape == (2, summary_width(view(model).shape))
+    for row, first in enumerate((0, 5)):
+        unit = [x[row, :, first:] / x[row, :, first:].square().mean(-1, keepdim=True).sqrt() for x in (keys, values)]
+        expected = torch.cat([x.mean(1).flatten() for x in unit])
+        torch.testing.assert_close(found[row], expected, rtol=1e-3, atol=1e-3)
 
 
 # --- scores ---
@@ -252,9 +292,9 @@ def test_no_file_and_files_of_another_kind_are_refused(tmp_path):
     for load in (Gates.load, load_gates):
         with pytest.raises(BadInput, match="nowhere is not a file"):
             load(tmp_path / "nowhere")
-        with pytest.raises(ArtifactMismatch, match="is a budget of format 2, expected a gates of format 1"):
+        with pytest.raises(ArtifactMismatch, match="is a budget of format 2, expected a gates of format 2"):
             load(tmp_path / "b")
-    with pytest.raises(ArtifactMismatch, match="is a gates of format 1, expected a budget"):
+    with pytest.raises(ArtifactMismatch, match="is a gates of format 2, expected a budget"):
         Budget.load(tmp_path / "g")
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from families import random_ids, tiny_model
+from random_gates import gates_file
 
+import headwise
 from headwise import profile as module
 from headwise.allocate.apportion import even_shares
 from headwise.artifacts import Profile, describe
@@ -24,6 +26,7 @@ from headwise.method import SCORERS
 from headwise.oracle import Sampling, decode, entry_importance
 from headwise.profile import CURVES, Settings, measure, profile
 from headwise.reading import read
+from headwise.solve import solve
 
 QUICK = Settings(steps=2, sink=1, window=3)
 WORDS = "locker apple red stone. the key was under the old tower, near a river. "
@@ -62,6 +65,23 @@ def assert_same(found, expected):
     assert all(found.published[name].equal(table) for name, table in expected.published.items())
     for name in ("domains", "contexts", "protection", "parameters", "settings", "origin"):
         assert getattr(found, name) == getattr(expected, name)
+
+
+# --- for a learned scorer ---
+
+
+def test_learned_scores_get_budgets_of_their_own(loaded, tmp_path):
+    """lkv-t@FILE+lukv@BUDGET: profiled, solved, and used in a cache; refused for other gates."""
+    model, _ = loaded
+    gates, other = gates_file(tmp_path, model), gates_file(tmp_path, model, seed=1)
+    found = make(loaded, tmp_path / "p", scorers=[f"lkv-t@{gates}"])
+    solve(found, f"lkv-t@{gates}").save(tmp_path / "b.safetensors")
+    ids, heads = random_ids(1, 60), view(model).shape.num_heads
+    cut = headwise.compress(model, ids, f"lkv-t@{gates}+lukv@{tmp_path / 'b.safetensors'}", keep=0.5)
+    assert int(cut.lengths.sum()) == 30 * heads
+    assert cut.lengths.unique().numel() > 2
+    with pytest.raises(ArtifactMismatch):
+        headwise.compress(model, ids, f"lkv-t@{other}+lukv@{tmp_path / 'b.safetensors'}", keep=0.5)
 
 
 # --- what is in it ---

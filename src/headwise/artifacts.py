@@ -31,7 +31,7 @@ from headwise.errors import ArtifactMismatch, BadInput, ShapeMismatch
 from headwise.shapes import ModelShape
 
 METADATA_KEY = "headwise"
-FORMAT_VERSIONS = {"budget": 2, "cache": 1, "profile": 2, "part": 2, "gates": 1, "training": 1}
+FORMAT_VERSIONS = {"budget": 2, "cache": 1, "profile": 2, "part": 2, "gates": 2, "training": 1}
 LOSSES = ("output", "normalised", "raw")  # what a profile measures, see losses.py; the first is the default
 _HEADER = ("kind", "format_version", "library_version")
 # What of a configuration shapes keys, values and attention. Not the longest context: users raise it.

@@ -149,6 +149,7 @@ def generate(
     keep: Keep = "0.15",
     max_new_tokens: NewTokens = 256,
     prefill_chunk_size: Chunk = None,
+    save: Annotated[Path | None, typer.Option(help="Where to save the compressed document, for headwise.load.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -159,9 +160,12 @@ def generate(
     from headwise.evals.answers import FULL, answer, known_methods, read_context, require_possible, room_for_answers
     from headwise.evals.document import tokenize
     from headwise.keep import parse_keep
+    from headwise.ragged.cache import RaggedCache
 
     parsed = parse_keep(keep)
     known_methods([method])
+    if save is not None and (method == FULL or save.is_dir() or not save.resolve().parent.is_dir()):
+        raise BadInput(f"--save {save}: name a file in a folder that exists, and a method that compresses.")
     text, _ = _document(context, [question], None)
     loaded, tokenizer = _load(model, dtype, device)
     tokens = tokenize(tokenizer, text, [question], device=loaded.device)
@@ -172,6 +176,9 @@ def generate(
             loaded, tokens.context, method, parsed, prefill_chunk_size=prefill_chunk_size, progress=progress
         )
     kv_bytes = memory.nbytes
+    if save is not None:
+        assert isinstance(memory, RaggedCache)
+        memory.save(save)
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     found = answer(loaded, tokenizer, memory, tokens, max_new_tokens=max_new_tokens, streamer=streamer)
     if as_json:
@@ -345,14 +352,14 @@ def train(
     data: Annotated[str, typer.Option(help="FILE.jsonl, FILE.txt, a folder of them, or builtin[:N].")] = "builtin:160",
     part: Annotated[str, typer.Option(help="lkv (both), lkv-h (budgets only) or lkv-t (scores only).")] = "lkv",
     scorer: Annotated[str | None, typer.Option(help="The fixed scorer that budgets alone are trained for.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of joint training.")] = 500,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of joint training.")] = 600,
     warm_steps: Annotated[int, typer.Option(min=0, help="Steps before it, in which every head learns alone.")] = 500,
     contexts: Annotated[int, typer.Option(min=1, help="Contexts per step, over all processes.")] = 4,
     questions: Annotated[int, typer.Option(min=1, help="Questions of a context, at most.")] = 12,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens the teacher answers, at most.")] = 16,
     keeps: Annotated[str, typer.Option(help="Smallest and largest keep to train for.")] = "0.03,0.3",
-    sink: Annotated[int, typer.Option(min=0, help="First tokens that every head keeps first.")] = 4,
-    window: Annotated[int, typer.Option(min=0, help="Last tokens that every head keeps next.")] = 32,
+    sink: Annotated[int, typer.Option(min=0, help="First tokens that every head keeps first.")] = 1,
+    window: Annotated[int, typer.Option(min=0, help="Last tokens that every head keeps next.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same gates.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -428,33 +435,49 @@ def methods(as_json: AsJson = False) -> None:
     )
 
 
-@app.command(epilog="Example: headwise inspect contract.safetensors")
+@app.command(epilog="Example: headwise inspect gates.safetensors --plot --beside budget.safetensors")
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A file written by headwise: a cache, a budget ...")],
-    plot: Annotated[bool, typer.Option("--plot", help="Draw a budget; needs headwise[plot].")] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Plot to write: .png, .svg or .pdf.")] = None,
-    ratio: Annotated[float, typer.Option(help="Kept fraction at which it is drawn.")] = 0.15,
+    path: Annotated[Path, typer.Argument(help="A file written by headwise: a cache, a budget, gates ...")],
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Draw a budget or gates (needs headwise[plot]), or what a cache has kept.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Plot to write: .png, .svg or .pdf; of a cache .html.")
+    ] = None,
+    ratio: Annotated[float, typer.Option(help="Kept fraction at which budgets are drawn.")] = 0.15,
+    beside: Annotated[Path | None, typer.Option(help="Of gates: a budget or gates to draw beside them.")] = None,
+    context: Annotated[
+        Path | None, typer.Option("--context", "-c", help="Of a cache: the document it was made from (UTF-8).")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Of a cache: whose tokenizer; left out: that of its model.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a saved cache or artifact is, and what it was made for. Draws budgets."""
-    from headwise.artifacts import Budget, describe
+    """What a saved cache or artifact is, and what it was made for. Draws budgets, gates and caches."""
+    from headwise.report.facts import facts
 
-    if out is not None and not plot:
-        raise BadInput(f"--out {out} is where a plot goes: add --plot.")
-    found = describe(path)
+    options = {"--out": out, "--beside": beside, "--context": context, "--model": model}
+    for name, value in options.items():
+        if value is not None and not plot:
+            raise BadInput(f"{name} {value} is of a plot: add --plot.")
+    found = facts(path)
     if plot:
-        from headwise.report import plot as draw
-
-        target = out or path.with_suffix(".png")
-        draw(Budget.load(path), target, ratio=ratio)
-        found["plot"] = str(target)
+        found["plot"] = str(_plot(found["kind"], path, out, ratio, beside, context, model))
     if as_json:
         _print_json(found)
         return
-    tensors = found.pop("tensors")
-    _print_table(
-        str(path), ["field", "value"], [[k, v if isinstance(v, str) else json.dumps(v)] for k, v in found.items()]
-    )
+    tensors, budgets = found.pop("tensors"), found.pop("budgets", {})
+    _print_table(str(path), ["field", "value"], list(_fields(found)))
+    if budgets:
+        _print_table(
+            "share of the context that a layer's heads keep on average (least to most), by the keep of the whole cache",
+            ["layer", *budgets],
+            [
+                [str(layer), *(_spread(fractions[at]) for fractions in budgets.values())]
+                for at, layer in enumerate(found["origin"]["shape"]["layers"])
+            ],
+        )
     _print_table("tensors", ["name", "dtype", "shape"], [[n, t["dtype"], str(t["shape"])] for n, t in tensors.items()])
 
 
@@ -502,6 +525,53 @@ def plan(
     _print_table(title, ["", "everything kept", f"keep {found.keep}"], rows)
     _print_sliding(found.sliding_kv_bytes)
     print(f"Note: {found.note}.")
+
+
+def _plot(
+    kind: str,
+    path: Path,
+    out: Path | None,
+    ratio: float,
+    beside: Path | None,
+    context: Path | None,
+    model: str | None,
+) -> Path:
+    """Draw a file as its kind is drawn; where it was drawn to."""
+    if beside is not None and kind != "gates":
+        raise BadInput(f"--beside {beside} is drawn beside gates; {path} is a {kind}.")
+    if kind == "cache":
+        from headwise.evals.document import read_text
+        from headwise.report.kept import plot as draw_kept
+
+        if context is None:
+            raise BadInput("the words that a cache keeps are those of its document: name the file with --context.")
+        target = out or path.with_suffix(".html")
+        draw_kept(path, target, context=context, text=read_text(context), model=model)
+        return target
+    if context is not None or model is not None:
+        raise BadInput(f"--context and --model are for the plot of a cache; {path} is a {kind}.")
+    target = out or path.with_suffix(".png")
+    if kind == "gates":
+        from headwise.report.gates import plot as draw_gates
+
+        draw_gates(path, target, ratio=ratio, beside=beside)
+    else:
+        from headwise.artifacts import Budget
+        from headwise.report.budget import plot as draw_budget
+
+        draw_budget(Budget.load(path), target, ratio=ratio)
+    return target
+
+
+def _fields(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Rows of a file's metadata; what is nested is named field.part."""
+    for name, value in found.items():
+        nested = {f"{name}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+        yield from ([key, v if isinstance(v, str) else json.dumps(v)] for key, v in nested.items())
+
+
+def _spread(fractions: Sequence[float]) -> str:
+    return f"{sum(fractions) / len(fractions):.1%} ({min(fractions):.1%} to {max(fractions):.1%})"
 
 
 def _document(context: Path | None, question: Sequence[str] | None, questions: Path | None) -> tuple[str, list[Any]]:

@@ -1,6 +1,7 @@
 """What LKV learns (arXiv 2605.06676), and the file it is kept in: how much each KV head keeps, and which entries.
 
-    HeadBudgets   LKV-H: from an embedding of every head, and the keep, to the fraction each head retains
+    HeadBudgets   LKV-H: from an embedding of every head, the keep, and what the context is like, to the fraction each
+                  head retains
     EntryScores   LKV-T: from an entry's key, value and place to its score, for every head by itself
 
 Known of the paper: both are trained jointly by distillation, budgets come from head embeddings, scores are
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,42 +32,56 @@ from headwise.soft_topk import soft_topk
 
 KNOTS = (0.02, 0.03, 0.045, 0.0625, 0.1, 0.15, 0.25, 0.5)  # keeps
 LEAST = 1e-3  # of the context: the smallest fraction to start from
-EMBEDDING, HIDDEN = 64, 64
+SAME = 1e-3  # differences between contexts that do not count
+EMBEDDING, HIDDEN, TRAITS = 64, 64, 16
 GOLDEN = 40503  # 2^16 over the golden ratio: multiples of it, modulo 2^16, stay as far apart as any can
 PLACE_FEATURES = 3
 
 
 class HeadBudgets(nn.Module):
-    """LKV-H: retained fraction of every head as a function of keep. Their mean is the keep exactly.
+    """LKV-H: retained fraction of every head as a function of keep and context. Their mean is the keep exactly.
 
     Log-odds of a head are those it started with (all alike, or LU-KV's, at a few keeps with straight lines between
-    them in log(keep)), and what a network of the head's embedding and log(keep) adds, which is nothing to begin with.
+    them in log(keep)), and what is learned, which is nothing to begin with: a network of the head's embedding and
+    log(keep), and a weighted sum of a few traits of the context, which are read off its `context_summary` [width].
     """
 
     start: Float[Tensor, "heads knots"]
+    usual: Float[Tensor, "2 width"]  # mean and spread of summaries
 
-    def __init__(self, heads: int):
+    def __init__(self, heads: int, width: int):
         super().__init__()
         self.register_buffer("start", torch.zeros(heads, len(KNOTS)))
+        self.register_buffer("usual", torch.stack([torch.zeros(width), torch.ones(width)]))
         self.embedding = nn.Parameter(torch.randn(heads, EMBEDDING))
         self.hidden = nn.Linear(EMBEDDING + 1, HIDDEN)
         self.out = nn.Linear(HIDDEN, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        self.traits = nn.Linear(width, TRAITS, bias=False)
+        self.leaning = nn.Parameter(torch.zeros(heads, TRAITS))
 
-    def forward(self, keep: float) -> Float[Tensor, " heads"]:
-        """Fractions at one keep in (0, 1]."""
+    def forward(self, keep: float, summary: Float[Tensor, " width"] | None = None) -> Float[Tensor, " heads"]:
+        """Fractions at one keep in (0, 1]; without a summary, those of a context with no traits."""
         heads = len(self.embedding)
         if not 0 < keep < 1:
             return self.embedding.new_full((heads,), keep)
         asked = self.embedding.new_full((heads, 1), math.log(keep))
         learned = self.out(functional.gelu(self.hidden(torch.cat([self.embedding, asked], -1))))[:, 0]
+        if summary is not None:
+            mean, spread = self.usual
+            learned = learned + self.leaning @ torch.tanh(self.traits((summary - mean) / spread))
         return soft_topk(self._started(keep) + learned, self.embedding.new_tensor(heads * keep))
 
     @torch.no_grad()
     def start_from(self, fractions: Float[Tensor, "heads knots"]) -> None:
         """Begin with these fractions at KNOTS."""
         self.start.copy_(torch.logit(fractions.float().clamp(LEAST, 1 - LEAST)))
+
+    @torch.no_grad()
+    def get_used_to(self, summaries: Float[Tensor, "contexts width"]) -> None:
+        """Take these contexts for usual: traits are what sets a context apart from them."""
+        self.usual.copy_(torch.stack([summaries.mean(0), summaries.std(0, correction=0) + SAME]))
 
     def _started(self, keep: float) -> Float[Tensor, " heads"]:
         above = min(max(bisect(KNOTS, keep), 1), len(KNOTS) - 1)
@@ -107,13 +122,37 @@ def entry_features(
     """
     parts = []
     for states in (rotary.unrotate(keys, positions), values.float()):
-        square = states.square().mean(-1, keepdim=True)
-        parts += [states * (square + 1e-6).rsqrt(), 0.5 * (square + 1e-12).log()]
+        parts += [_unit(states), 0.5 * (states.square().mean(-1, keepdim=True) + 1e-12).log()]
     first, last = positions[:, :1], positions[:, -1:]
     place = torch.stack([positions - first, last - positions], dim=-1).clamp(min=0).float().log1p() / 4
     even = ((positions - first + 1) * GOLDEN % 2**16).float()[..., None] / 2**15 - 1  # in [-1, 1)
     place = torch.cat([place, even * 3**0.5], dim=-1)
     return torch.cat([*parts, place[:, None].expand(-1, keys.shape[1], -1, -1)], dim=-1)
+
+
+def context_summary(
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+    values: Float[Tensor, "batch kv_heads tokens head_dim"],
+    positions: Int[Tensor, "batch tokens"],
+    valid: Bool[Tensor, "batch tokens"],
+    rotary: Rotary,
+) -> Float[Tensor, "batch width"]:
+    """What a context is like, float32: the means over its tokens of key (before rotation) and value in every head of a
+    layer, both scaled to unit mean square. In the first layer they say which tokens a context is made of.
+    """
+    share = (valid / valid.sum(-1, keepdim=True))[:, None, :, None]
+    states = rotary.unrotate(keys, positions), values.float()
+    means = [(share * _unit(x).where(share > 0, 0)).sum(2).flatten(1) for x in states]  # padding may hold anything
+    return torch.cat(means, dim=-1)
+
+
+def summary_width(shape: ModelShape) -> int:
+    """Of a `context_summary`."""
+    return 2 * shape.kv_heads * shape.head_dim
+
+
+def _unit(states: Tensor) -> Tensor:
+    return states * (states.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -138,11 +177,12 @@ class Gates:
                 f"is {config_hash[:12]}. Train some for it."
             )
 
-    def fractions(self, keep: float) -> Float[Tensor, " heads"]:
-        """What every head keeps at a keep."""
+    def fractions(self, keep: float, summary: Float[Tensor, " width"] | None = None) -> Float[Tensor, " heads"]:
+        """What every head keeps at a keep, of a context with this summary or of one without traits; on the CPU."""
         assert self.budgets is not None
         with torch.no_grad():
-            return self.budgets(keep)
+            budgets = self.budgets.cpu()
+            return budgets(keep, None if summary is None else summary.cpu())
 
     def provenance(self) -> dict[str, Any]:
         """Origin, and a fingerprint of the weights."""
@@ -169,7 +209,7 @@ class Gates:
         origin = Origin.parse(metadata, Path(path))
         shape, settings = origin.shape, metadata.get("settings", {})
         modules: dict[str, nn.Module] = {
-            "budgets": HeadBudgets(shape.num_heads),
+            "budgets": HeadBudgets(shape.num_heads, summary_width(shape)),
             "scores": EntryScores(len(shape.layers), shape.kv_heads, shape.head_dim),
         }
         for name in list(modules):

@@ -128,6 +128,7 @@ class Demand:
     tokens: tuple[int, ...]  # context length of each row, padding excluded
     totals: tuple[int, ...]  # entries to keep over all L * H heads
     floors: tuple[int, ...]  # entries every head must keep: at least one, and the protected ones where they are a floor
+    summary: Float[Tensor, "batch width"] | None = None  # what the allocator's `summarise` said of the context
 
 
 class AbstractAllocator(ABC):
@@ -158,6 +159,10 @@ class AbstractAllocator(ABC):
     def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> "AbstractAllocator":
         """The allocator to use with this scorer on this model. Raises ArtifactMismatch if it was made for others."""
         return self
+
+    def summarise(self, first: Observation) -> Float[Tensor, "batch width"] | None:
+        """What it wants to know of a context, from the first compressible layer (`Demand.summary`); None: nothing."""
+        return None
 
     @abstractmethod
     def allocate(

@@ -1,7 +1,8 @@
 """Frozen storage of one layer: the kept entries of every head, head after head, in two flat tensors.
 
 Nothing is padded: a head with 3 entries takes 3 rows. Attention reads the storage in pages of equal size; `PageTable`
-says which head owns which rows of which page. Storage is never changed once made, so any number of caches can share it.
+says which head owns which rows of which page. A GPU reads it in chunks, none of which crosses a head (`ChunkTable`).
+Storage is never changed once made, so any number of caches can share it.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,12 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 MIN_PAGE, MAX_PAGE = 16, 256
+MIN_CHUNK, MAX_CHUNK = 128, 2048
+CHUNKS_PER_PROCESSOR = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +33,26 @@ class PageTable:
     extra_owner: Int[Tensor, " extras"]
     extra_index: Int[Tensor, "extras size"]  # rows of the storage
     extra_bias: Float[Tensor, "extras size"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkTable:
+    """How segments are split into chunks of nearly equal length, at most `size` rows, in storage order."""
+
+    size: int
+    segment: Int[Tensor, " chunks"]
+    start: Int[Tensor, " chunks"]  # first row in the storage, int64
+    stop: Int[Tensor, " chunks"]
+    first: Int[Tensor, " offsets"]  # number of the first chunk of every segment; at the end, of chunks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Readers:
+    """Which rows of a batch read which context: row b is number `slot[b]` of those that read its context."""
+
+    slots: int
+    row: Int[Tensor, "contexts slots"]  # -1 where a context has fewer readers
+    slot: Int[Tensor, " batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +87,25 @@ class Segments:
         """The page table, made on first use."""
         return page_table(self.lengths, self.keys.device, self.keys.dtype)
 
+    @cached_property
+    def chunks(self) -> ChunkTable:
+        """The chunk table, made on first use."""
+        return chunk_table(self.lengths, self.keys.device)
+
+    @cached_property
+    def _readers(self) -> WeakTensorKeyDictionary:
+        return WeakTensorKeyDictionary()
+
+    def readers_of(self, rows: Int[Tensor, " batch"]) -> Readers:
+        """Who reads what when row b of a batch continues context `rows[b]`; remembered for as long as `rows` lives.
+
+        To ask a GPU for the rows means to wait for it, which a decode step should not.
+        """
+        found = self._readers.get(rows)
+        if found is None:
+            found = self._readers[rows] = readers(rows, self.batch)
+        return found
+
     def slice(self, segment: int) -> slice:
         """Rows of a segment."""
         return slice(self.starts[segment], self.starts[segment] + self.lengths[segment])
@@ -73,11 +117,13 @@ class Segments:
 
     @property
     def index_nbytes(self) -> int:
-        """Bytes of what describes the storage: positions and, once made, the page table."""
-        table = self.__dict__.get("pages")
+        """Bytes of what describes the storage: positions and, once made, the tables of pages and chunks."""
+        table, chunks = self.__dict__.get("pages"), self.__dict__.get("chunks")
         tensors = [self.positions]
         if table is not None:
             tensors += [table.owner, table.bias, table.extra_owner, table.extra_index, table.extra_bias]
+        if chunks is not None:
+            tensors += [chunks.segment, chunks.start, chunks.stop, chunks.first]
         return sum(t.nbytes for t in tensors)
 
 
@@ -122,6 +168,49 @@ def page_table(lengths: tuple[int, ...], device: torch.device, dtype: torch.dtyp
         extra_owner=segment[~main].to(device),
         extra_index=index[~main].to(device),
         extra_bias=_bias((row < (stop - first)[:, None])[~main], device, dtype),
+    )
+
+
+def chunk_table(lengths: tuple[int, ...], device: torch.device) -> ChunkTable:
+    """Split segments into enough chunks for every processor of the device, as long as chunks have 128 to 2048 rows."""
+    wanted = max(1, sum(lengths) // (CHUNKS_PER_PROCESSOR * _num_processors(device)))
+    size = min(MAX_CHUNK, max(MIN_CHUNK, 1 << (wanted.bit_length() - 1)))
+    return split_into_chunks(lengths, size, device)
+
+
+def split_into_chunks(lengths: tuple[int, ...], size: int, device: torch.device) -> ChunkTable:
+    """Split segments into as few chunks of at most `size` rows as there can be."""
+    length = torch.tensor(lengths)
+    count = (length + size - 1) // size
+    segment = torch.repeat_interleave(torch.arange(len(length)), count)
+    nth = torch.arange(len(segment)) - (count.cumsum(0) - count)[segment]
+    begin = (length.cumsum(0) - length)[segment]
+    first = functional.pad(count.cumsum(0), (1, 0))
+    return ChunkTable(
+        size=size,
+        segment=segment.to(device, torch.int32),
+        start=(begin + length[segment] * nth // count[segment]).to(device),
+        stop=(begin + length[segment] * (nth + 1) // count[segment]).to(device),
+        first=first.to(device, torch.int32),
+    )
+
+
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def readers(rows: Int[Tensor, " batch"], contexts: int) -> Readers:
+    """Number the rows that read each context."""
+    slot, members = [], [[] for _ in range(contexts)]
+    for row, context in enumerate(rows.tolist()):
+        slot.append(len(members[context]))
+        members[context].append(row)
+    slots = max(len(listed) for listed in members)
+    padded = [listed + [-1] * (slots - len(listed)) for listed in members]
+    return Readers(
+        slots=slots,
+        row=torch.tensor(padded, dtype=torch.int32, device=rows.device),
+        slot=torch.tensor(slot, dtype=torch.int32, device=rows.device),
     )
 
 

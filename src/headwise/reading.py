@@ -30,7 +30,7 @@ class _Watchers(AbstractScorer):
 
     scorers: tuple[AbstractScorer, ...]
     scores: list[list[Tensor]] = field(default_factory=list, compare=False)  # [layer][scorer]
-    tokens: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False)  # valid and positions, per layer
+    first: list[Observation] = field(default_factory=list, compare=False)  # of the first layer
 
     @property
     def query_window(self) -> int:
@@ -48,7 +48,8 @@ class _Watchers(AbstractScorer):
     def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
         """Note every scorer's scores."""
         self.scores.append([s.score(self._seen_by(n, s, observation)) for n, s in enumerate(self.scorers)])
-        self.tokens.append((observation.valid, observation.positions))
+        if observation.layer == 0:
+            self.first.append(observation)
         return torch.zeros(observation.keys.shape[:3], device=observation.keys.device)
 
     def _seen_by(self, number: int, scorer: AbstractScorer, observation: Observation) -> Observation:
@@ -70,8 +71,7 @@ class Reading:
     """A context in memory, whole, with the scores of every scorer that watched. Made by `read`."""
 
     whole: RaggedCache
-    valid: Tensor
-    positions: Tensor
+    first: Observation  # of the first layer
     scores: dict[AbstractScorer, Float[Tensor, "layers batch kv_heads tokens"]]
 
     def cut(self, method: str | Method, keep: float | str | Keep) -> RaggedCache:
@@ -87,16 +87,16 @@ class Reading:
             keep,
             shape=shape,
             entry_bytes=shape.entry_bytes(layers[0].dtype.itemsize),
-            valid=self.valid,
-            positions=self.positions,
-        )
+            valid=self.first.valid,
+            positions=self.first.positions,
+        ).summarised(method, self.first)
         kept = keep_entries(method, self.scores[method.scorer], range(len(layers)), plan)
         cache = self.whole.fork()
         cache.method, cache.keep = method, keep
         cache.provenance = {"method": method.provenance(), "keep": str(keep)}
         for layer, layer_kept in zip(cache.ragged_layers, kept, strict=True):
             assert layer.segments is not None
-            layer.segments = _subset(layer.segments, layer_kept, self.valid)
+            layer.segments = _subset(layer.segments, layer_kept, self.first.valid)
         cache.meter.peak = self.whole.nbytes + cache.nbytes
         return cache
 
@@ -133,8 +133,7 @@ def read(
     )
     by_scorer = zip(*watchers.scores, strict=True) if scorers else ()
     scores = {s: torch.stack(layers) for s, layers in zip(watchers.scorers, by_scorer, strict=True)}
-    valid, positions = watchers.tokens[0]
-    return Reading(whole=whole, valid=valid, positions=positions, scores=scores)
+    return Reading(whole=whole, first=watchers.first[0], scores=scores)
 
 
 def _subset(whole: Segments, kept: Tensor, valid: Tensor) -> Segments:

@@ -9,11 +9,14 @@ from families import random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_gates import gates_file, gates_for, make_gates
+from transformers import DynamicCache
 
 import headwise
 from headwise.allocate import LKVH, ShippedLKVH, Uniform, learned_budgets
 from headwise.allocate.learned import budget_counts
 from headwise.errors import ArtifactMismatch, BadInput, BudgetInfeasible
+from headwise.gates import context_summary, summary_width
+from headwise.hf.families import view
 from headwise.interfaces import Demand
 from headwise.method import Method
 from headwise.reading import read
@@ -25,10 +28,11 @@ CASES = settings(max_examples=100, deadline=None, derandomize=True)
 BUDGETS = learned_budgets(make_gates(SHAPE))
 
 
-def counts(allocator, tokens, totals, floors=None, layers=(0, 1, 2)):
+def counts(allocator, tokens, totals, floors=None, layers=(0, 1, 2), summary=None):
     """[layers, batch, heads], asked layer by layer as the flow does."""
     size, batch = max(tokens), len(tokens)
-    demand = Demand(shape=SHAPE, tokens=tuple(tokens), totals=tuple(totals), floors=tuple(floors or (1,) * batch))
+    floors = tuple(floors or (1,) * batch)
+    demand = Demand(shape=SHAPE, tokens=tuple(tokens), totals=tuple(totals), floors=floors, summary=summary)
     scores, candidates = torch.zeros(1, batch, 2, size), torch.ones(batch, size, dtype=torch.bool)
     return torch.cat([allocator.allocate(scores, candidates, [layer], demand) for layer in layers])
 
@@ -58,9 +62,21 @@ def test_counts_are_the_fractions_of_the_context():
 def test_rows_of_a_batch_do_not_see_each_other():
     rows = [(300, 500), (40, 200), (1, 6), (3, 9), (299, 1794)]
     tokens, totals = zip(*rows, strict=True)
-    together = counts(BUDGETS, tokens, totals)
-    for row, (length, total) in enumerate(rows):
-        assert counts(BUDGETS, [length], [total]).equal(together[:, row : row + 1])
+    for summary in (None, torch.randn(5, summary_width(SHAPE), generator=torch.Generator().manual_seed(0))):
+        together = counts(BUDGETS, tokens, totals, summary=summary)
+        for row, (length, total) in enumerate(rows):
+            own = None if summary is None else summary[row : row + 1]
+            assert counts(BUDGETS, [length], [total], summary=own).equal(together[:, row : row + 1])
+
+
+def test_what_a_context_is_like_moves_budgets_between_heads():
+    """The total stays; the usual context gets what one without a summary does."""
+    one, other = torch.randn(2, 1, summary_width(SHAPE), generator=torch.Generator().manual_seed(0))
+    usual = BUDGETS.gates.budgets.usual[:1]
+    found = [counts(BUDGETS, [1000], [900], summary=summary) for summary in (None, usual, one, other)]
+    assert [int(each.sum()) for each in found] == [900] * 4
+    assert found[0].equal(found[1])
+    assert (found[2] - found[3]).abs().max() > 50
 
 
 def test_a_total_below_one_entry_per_head_is_shared_evenly():
@@ -169,6 +185,27 @@ def test_gates_of_another_model_are_refused(both):
 
 
 # --- in a model ---
+
+
+def test_a_cache_is_cut_by_what_its_own_first_layer_says():
+    """Not by the text of its neighbours: budgets of gates whose traits are read off the summary of the first layer."""
+    model = tiny_model()
+    gates = gates_for(model, size=0.3)
+    method = Method(scorer=SnapKV(), allocator=learned_budgets(gates))
+    ids = torch.cat([random_ids(1, 80, seed=1), random_ids(1, 80, seed=2) % 7])
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    cut = headwise.compress(model, ids, method, keep=0.5)
+    layer, at, seen = cache.layers[0], torch.arange(80).expand(2, -1), view(model)
+    summary = context_summary(layer.keys, layer.values, at, torch.ones_like(at, dtype=torch.bool), seen.rotary(0))
+    heads = seen.shape.num_heads
+    for row in range(2):
+        wanted = 80 * gates.fractions(0.5, summary[row]).view(-1, 2)
+        assert (cut.lengths[:, row] - wanted).abs().max() <= 1.5
+    assert int((cut.lengths[:, 0] - cut.lengths[:, 1]).abs().max()) > 5
+    assert cut.lengths.sum((0, 2)).tolist() == [40 * heads] * 2
+
 
 NAMES = ["lkv@{}", "snapkv+lkv-h@{}", "lkv-t@{}+uniform", "lkv-t@{}+adakv"]
 

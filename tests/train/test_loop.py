@@ -17,7 +17,7 @@ import headwise
 from headwise.allocate import learned_budgets
 from headwise.allocate.learned import budget_counts
 from headwise.calibration import Example, encode
-from headwise.gates import EntryScores, HeadBudgets
+from headwise.gates import EntryScores, HeadBudgets, summary_width
 from headwise.hf.families import view
 from headwise.method import SCORERS, Method
 from headwise.reading import read
@@ -171,10 +171,12 @@ def test_soft_shares_become_the_hard_selection_as_they_cool():
     _, found = lesson()
     with torch.no_grad():
         ranked = with_protection(lesson_scores(found, raw_scores(found, gates().scores)), QUICK.sink, QUICK.window)
-        counts = budget_counts(gates().budgets(0.3), ranked.shape[-1], round(0.3 * 6 * ranked.shape[-1])).view(3, 2)
+        counts = budget_counts(
+            gates().budgets(0.3, found.summary), ranked.shape[-1], round(0.3 * 6 * ranked.shape[-1])
+        ).view(3, 2)
         hard = hard_choice(ranked, counts).float()
         distances = [
-            float((soft_topk(ranked, counts.float(), warm) - hard).abs().mean()) for warm in (1.0, 0.1, 1e-2, 1e-4)
+            float((soft_topk(ranked, counts.float(), warm) - hard).abs().mean()) for warm in (1.0, 0.1, 1e-2, 1e-5)
         ]
     assert distances == sorted(distances, reverse=True)
     assert distances[0] > 0.05 and distances[-1] < 1e-4
@@ -202,7 +204,7 @@ def trainer(model, lessons, *, scorer=None, part="lkv", changes=None, seed=0):
         model=model,
         lessons=lessons,
         settings=made,
-        budgets=None if part == "lkv-t" else HeadBudgets(shape.num_heads),
+        budgets=None if part == "lkv-t" else HeadBudgets(shape.num_heads, summary_width(shape)),
         scores=None if part == "lkv-h" else EntryScores(len(shape.layers), shape.kv_heads, shape.head_dim),
     )
 

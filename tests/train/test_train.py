@@ -139,8 +139,11 @@ def test_the_best_gates_are_kept_not_the_last(loaded, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("part", "scorer"), [("lkv-h", "keydiff"), ("lkv-h", "snapkv"), ("lkv-t", None)])
 def test_one_part_alone(loaded, tmp_path, part, scorer):
+    """What a fixed scorer protects is protected in training, as it will be in use."""
     out = tmp_path / "g.safetensors"
-    found = make(loaded, out, part=part, scorer=scorer)
+    examples = [replace(example, context=f"{example.context} {WORDS * 2}") for example in EXAMPLES]
+    found = make(loaded, out, examples, part=part, scorer=scorer)
+    assert (found.origin.sink, found.origin.window) == (QUICK.sink, 32 if scorer == "snapkv" else QUICK.window)
     assert (found.budgets is None, found.scores is None) == (part == "lkv-t", part == "lkv-h")
     assert found.origin.scorer == (scorer or "")
     assert found.origin.scorer_parameters == ({} if scorer is None else SCORERS[scorer].make().provenance())

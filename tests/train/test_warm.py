@@ -104,7 +104,7 @@ def test_budgets_start_as_lu_kv_s(taught, kind):
     model, *both = taught
     lessons = both[kind == "a fixed scorer"][:1]
     scores = scatter(EntryScores(3, 2, 16)) if kind == "trained scores" else None
-    budgets, (lesson,) = HeadBudgets(6), lessons
+    budgets, (lesson,) = HeadBudgets(6, len(lessons[0].summary)), lessons
     warm_budgets(model, lessons, scores, budgets, QUICK)
     found = lesson.fixed_scores if scores is None else raw_scores(lesson, scores)
     loss = OutputLoss(lesson.whole, keeping_order(found, 1, 3), 4)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from headwise.allocate.apportion import apportion, even_shares, require_feasible
 from headwise.errors import BadInput
-from headwise.gates import Gates, shipped_gates
-from headwise.interfaces import AbstractAllocator, AbstractScorer, Demand, Provenance
+from headwise.gates import Gates, context_summary, shipped_gates
+from headwise.interfaces import AbstractAllocator, AbstractScorer, Demand, Observation, Provenance
 from headwise.shapes import ModelShape
 
 
@@ -20,7 +20,7 @@ from headwise.shapes import ModelShape
 class LKVH(AbstractAllocator):
     """Counts from budgets that were trained for this model: LKV (arXiv 2605.06676).
 
-    One checkpoint serves every keep; totals are exact. Known before the first layer is read.
+    One checkpoint serves every keep; totals are exact. Known as soon as the first layer has been read.
     """
 
     keeps_protected: ClassVar[bool] = False
@@ -46,6 +46,10 @@ class LKVH(AbstractAllocator):
         self.gates.require(shape, config_hash)
         return self
 
+    def summarise(self, first: Observation) -> Float[Tensor, "batch width"]:
+        """What the context is like."""
+        return context_summary(first.keys, first.values, first.positions, first.valid, first.rotary)
+
     def allocate(
         self,
         scores: Float[Tensor, "layers batch kv_heads tokens"],
@@ -54,18 +58,18 @@ class LKVH(AbstractAllocator):
         demand: Demand,
     ) -> Int[Tensor, "layers batch kv_heads"]:
         """Counts from the budgets, whatever the scores. Raises ArtifactMismatch if they are for another ModelShape."""
-        self.gates.require(demand.shape)
-        require_feasible(demand)
-        limits = zip(demand.tokens, demand.totals, demand.floors, strict=True)
-        table = torch.stack([_counts(self.gates, *row) for row in limits], dim=1)
-        table = table.unflatten(0, (len(demand.shape.layers), demand.shape.kv_heads))
-        return table.transpose(1, 2)[list(layers)].to(scores.device)  # [L, H, B] -> [l, B, H]
+        return _counts(self.gates, demand)[list(layers)].to(scores.device)
 
 
-@lru_cache(maxsize=64)  # it is asked once per layer
-def _counts(gates: Gates, tokens: int, total: int, floor: int) -> Int[Tensor, " heads"]:
-    heads = gates.origin.shape.num_heads
-    return budget_counts(gates.fractions(total / (tokens * heads)), tokens, total, floor)
+@lru_cache(maxsize=4)  # it is asked once per layer
+def _counts(gates: Gates, demand: Demand) -> Int[Tensor, "layers batch kv_heads"]:
+    gates.require(demand.shape)
+    require_feasible(demand)
+    heads, rows = demand.shape.num_heads, []
+    for row, (tokens, total, floor) in enumerate(zip(demand.tokens, demand.totals, demand.floors, strict=True)):
+        summary = None if demand.summary is None else demand.summary[row]
+        rows.append(budget_counts(gates.fractions(total / (tokens * heads), summary), tokens, total, floor))
+    return torch.stack(rows).unflatten(1, (len(demand.shape.layers), demand.shape.kv_heads)).transpose(0, 1)
 
 
 def budget_counts(fractions: Float[Tensor, " heads"], tokens: int, total: int, floor: int = 1) -> Int[Tensor, " heads"]:

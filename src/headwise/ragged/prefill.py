@@ -36,6 +36,10 @@ class Plan:
     order: Int[Tensor, "batch tokens"] | None  # of the protected tokens, where a head may keep fewer of them
     demand: Demand
 
+    def summarised(self, method: Method, first: Observation) -> "Plan":
+        """With what the method's allocator wants to know of the first layer."""
+        return replace(self, demand=replace(self.demand, summary=method.allocator.summarise(first)))
+
 
 @dataclass(kw_only=True)
 class _Trace:
@@ -206,6 +210,8 @@ class Prefill:
             totals=self.plan.demand.totals,
         )
         self.traces[layer.index] = replace(trace, statistics={}, queries=None)
+        if layer.index == 0:
+            self.plan = self.plan.summarised(self.method, observation)
         return self.method.scorer.score(observation)
 
     def _cut(self, layers: Sequence[RaggedLayer]) -> None:

@@ -10,7 +10,7 @@ All randomness of a step comes from (seed, step): a resumed run goes on as if it
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from headwise.allocate.learned import budget_counts
 from headwise.calibration import Example, encode
-from headwise.gates import EntryScores, HeadBudgets, entry_features
+from headwise.gates import EntryScores, HeadBudgets, context_summary, entry_features
 from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
 from headwise.oracle import answers, states_of
@@ -41,7 +41,7 @@ Reduce = Callable[[Tensor], Tensor]  # the sum over processes
 class Settings:
     """How gates are trained; part of their provenance."""
 
-    steps: int = 500
+    steps: int = 600
     contexts_per_step: int = 4  # over all processes
     questions: int = 12  # of a context, at a time
     answer_tokens: int = 16
@@ -53,12 +53,12 @@ class Settings:
     warm_questions: int = 2  # of a context, in such a step
     warm_keeps: tuple[float, float] = (0.01, 0.5)  # of a head
     lr_budgets: float = 2e-3
-    lr_scores: float = 1e-3
+    lr_scores: float = 2e-3
     warmup: int = 10
     clip: float = 0.01  # small: contexts differ in how much is at stake, steps do not
     averaging: float = 0.99  # of the gates over the last steps; what is kept in the end
-    sink: int = 4
-    window: int = 32
+    sink: int = 1
+    window: int = 4  # few: at a small keep a protected token in every head costs more than it gives
     seed: int = 0
 
 
@@ -68,6 +68,7 @@ class Lesson:
 
     whole: RaggedCache
     features: Float[Tensor, "layers kv_heads tokens width"]
+    summary: Float[Tensor, " of_context"]
     questions: tuple[Int[Tensor, " _"], ...]
     fixed_scores: Float[Tensor, "layers kv_heads tokens"] | None
     teaching: Teaching
@@ -103,9 +104,11 @@ def prepare(
         entry_features(keys[None], values[None], positions, seen.rotary(layer))[0]
         for layer, (keys, values) in enumerate(states)
     ]
+    first, everything = reading.first, torch.ones_like(positions, dtype=torch.bool)
     return Lesson(
         whole=reading.whole,
         features=torch.stack(features),
+        summary=context_summary(first.keys, first.values, positions, everything, first.rotary)[0],
         questions=questions,
         fixed_scores=None if scorer is None else reading.scores[scorer][:, 0],
         teaching=Teaching.of(model, reading.whole, ids, (at >= starts) & (at < ends), at < ends, settings.rest_weight),
@@ -150,7 +153,7 @@ def hard_choice(
 def lesson_step(
     model: PreTrainedModel,
     lesson: Lesson,
-    budgets: Callable[[float], Float[Tensor, " heads"]],
+    budgets: Callable[[float, Float[Tensor, " width"]], Float[Tensor, " heads"]],
     scores: EntryScores | None,
     *,
     keep: float,
@@ -159,7 +162,7 @@ def lesson_step(
 ) -> tuple[Tensor, Judgement]:
     """What a gradient step should lower (0 without a generator), and how the student did."""
     tokens = lesson.features.shape[2]
-    fractions = budgets(keep)
+    fractions = budgets(keep, lesson.summary)
     raw = None if scores is None else raw_scores(lesson, scores)
     ranked = with_protection(lesson_scores(lesson, raw), settings.sink, settings.window)
     counts = budget_counts(fractions, tokens, round(keep * tokens * len(fractions))).view(ranked.shape[:2])
@@ -170,6 +173,17 @@ def lesson_step(
     chosen = soft_topk(ranked, counts.to(ranked), settings.temperature)
     granted = soft_topk(ranked.detach(), (fractions * tokens).view(ranked.shape[:2]), settings.budget_temperature)
     return -(found.values * (chosen + granted)).sum(), found
+
+
+def draw_for(settings: Settings, number: int, at: int) -> torch.Generator:
+    """Of a context in a step, whichever process it falls to."""
+    return torch.Generator().manual_seed(((settings.seed * 1_000_003 + number) * 1_000_003 + at) % 2**63)
+
+
+def add_up(parameters: Iterable[Tensor], reduce: Reduce) -> None:
+    """Sum gradients over processes."""
+    for parameter in parameters:
+        parameter.grad = reduce(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
 
 @dataclass(kw_only=True)
@@ -193,11 +207,11 @@ class Trainer:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.mean = [parameter.detach().clone() for parameter in self.parameters()]
 
-    def fractions(self, keep: float) -> Float[Tensor, " heads"]:
-        """Budgets at a keep."""
+    def fractions(self, keep: float, summary: Float[Tensor, " width"] | None = None) -> Float[Tensor, " heads"]:
+        """Budgets of a context, or of one without traits, at a keep."""
         if self.budgets is None:
             return torch.full((view(self.model).shape.num_heads,), keep, device=self.model.device)
-        return self.budgets(keep)
+        return self.budgets(keep, summary)
 
     def parameters(self) -> list[Tensor]:
         """Everything that is trained, in the order of `mean`."""
@@ -207,10 +221,6 @@ class Trainer:
         """One step; mean loss, and mean agreement on answers."""
         s = self.settings
         draw = torch.Generator().manual_seed(s.seed * 1_000_003 + number)
-
-        def draw_r(at: int) -> torch.Generator:  # of a context, whichever process it falls to
-            return torch.Generator().manual_seed(((s.seed * 1_000_003 + number) * 1_000_003 + at) % 2**63)
-
         rate = min(1.0, (number + 1) / s.warmup) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * number / s.steps)))
         for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = base * rate
@@ -222,12 +232,17 @@ class Trainer:
         seen = torch.zeros(2)
         for at, keep in list(zip(chosen, keeps, strict=True))[rank::processes]:
             objective, found = lesson_step(
-                self.model, self.lessons[at], self.fractions, self.scores, keep=keep, settings=s, draw=draw_r(at)
+                self.model,
+                self.lessons[at],
+                self.fractions,
+                self.scores,
+                keep=keep,
+                settings=s,
+                draw=draw_for(s, number, at),
             )
             (objective / len(chosen)).backward()
             seen += torch.tensor([found.loss, found.agreement]) / len(chosen)
-        for parameter in self.parameters():
-            parameter.grad = self.reduce(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        add_up(self.parameters(), self.reduce)
         for group in self.optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], s.clip)
         self.optimizer.step()

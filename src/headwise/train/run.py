@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from headwise.artifacts import Origin, fingerprint, read_tensors, write_tensors
 from headwise.calibration import Example, encode
 from headwise.errors import BadInput
-from headwise.gates import EntryScores, Gates, HeadBudgets
+from headwise.gates import EntryScores, Gates, HeadBudgets, summary_width
 from headwise.hf.attention import enable
 from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
@@ -26,6 +26,7 @@ from headwise.train.warm import warm_budgets, warm_scores
 
 Part = Literal["lkv", "lkv-h", "lkv-t"]
 SAVE_EVERY = 100  # steps
+_SHOWN = 0.15  # the keep whose budgets progress tells of
 POOL = 4 * 2**30  # bytes of lessons that are kept in memory; others are made anew each time
 
 
@@ -76,13 +77,17 @@ def train(
     settings = settings or Settings()
     seen = view(model)
     fixed = _fixed_scorer(part, scorer)
-    fixed = None if fixed is None else fixed.resolve(seen.shape, seen.config_hash)
+    if fixed is not None:
+        fixed = fixed.resolve(seen.shape, seen.config_hash)
+        settings = replace(
+            settings, sink=max(settings.sink, fixed.sink), window=max(settings.window, fixed.window)
+        )  # what inference will protect
     held_out = examples[9::10]
     taught = [e for n, e in enumerate(examples) if n % 10 != 9]
     _require(model, tokenizer, examples, settings, taught, out)
     enable(model)
     torch.manual_seed(settings.seed)
-    budgets = HeadBudgets(seen.shape.num_heads) if part != "lkv-t" else None
+    budgets = HeadBudgets(seen.shape.num_heads, summary_width(seen.shape)) if part != "lkv-t" else None
     scores = EntryScores(len(seen.shape.layers), seen.shape.kv_heads, seen.shape.head_dim) if part != "lkv-h" else None
     for module in (budgets, scores):
         if module is not None:
@@ -105,11 +110,13 @@ def train(
     if start is None:
         start = 0
         if scores is not None:
-            warm_scores(
-                trainer.lessons, scores, settings, lambda n, x: progress(n, settings.warm_steps, f"warm {x:.3f}")
-            )
+
+            def report(number: int, change: float) -> None:
+                progress(number, settings.warm_steps, f"every head alone: {change:.3f} of its output changed")
+
+            warm_scores(trainer.lessons, scores, settings, report, process, reduce)
         if budgets is not None:
-            warm_budgets(model, trainer.lessons, scores, budgets, settings)
+            warm_budgets(model, trainer.lessons, scores, budgets, settings, process, reduce)
         trainer.mean = [parameter.detach().clone() for parameter in trainer.parameters()]
         state.best_loss, agree = trainer.validate(tests)
         state.best = [mean.clone() for mean in trainer.mean]
@@ -126,7 +133,7 @@ def train(
                 state.best_loss, state.best = found, [mean.clone() for mean in trainer.mean]
             if main:
                 state.save(number + 1)
-        progress(number + 1, settings.steps, f"loss {loss:.3f}, agreement {agree:.3f}")
+        progress(number + 1, settings.steps, _told(loss, agree, trainer, state))
     trainer.put(state.best)
     if not main:
         return
@@ -162,7 +169,7 @@ class _State:
         for number, state in self.trainer.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": tensor.clone() for name, tensor in state.items()}
         if self.trainer.budgets is not None:
-            tensors["start"] = self.trainer.budgets.start.clone()
+            tensors |= {f"buffer.{name}": buffer.clone() for name, buffer in self.trainer.budgets.named_buffers()}
         metadata = {"run": self.run, "done": done, "best_loss": self.best_loss, "log": self.log}
         write_tensors(self.path, "training", tensors, metadata)
 
@@ -181,7 +188,8 @@ class _State:
         self.trainer.put(group("now"))
         self.trainer.mean, self.best = group("mean"), group("best")
         if self.trainer.budgets is not None:
-            self.trainer.budgets.start.copy_(tensors["start"])
+            for name, buffer in self.trainer.budgets.named_buffers():
+                buffer.copy_(tensors[f"buffer.{name}"])
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
@@ -191,6 +199,17 @@ class _State:
         self.trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.log, self.best_loss = metadata["log"], metadata["best_loss"]
         return int(metadata["done"])
+
+
+@torch.no_grad()
+def _told(loss: float, agree: float, trainer: Trainer, state: _State) -> str:
+    """Of a step: how it went, what validation found last, and how unlike heads are."""
+    found = trainer.fractions(_SHOWN)
+    validation = next(row["validation_agreement"] for row in reversed(state.log) if "validation" in row)
+    return (
+        f"loss {loss:.3f}, agreement {agree:.3f} (held out {validation:.3f}), heads keep {float(found.min()):.3f} to "
+        f"{float(found.max()):.3f} at {_SHOWN}"
+    )
 
 
 def _fixed_scorer(part: Part, scorer: str | None) -> AbstractScorer | None:

@@ -20,33 +20,52 @@ from headwise.hulls import concave_hulls
 from headwise.losses import OutputLoss, keeping_order
 from headwise.oracle import decode, states_of
 from headwise.soft_topk import soft_topk
-from headwise.train.loop import Lesson, Settings, hard_choice, lesson_scores, raw_scores, with_protection
+from headwise.train.loop import (
+    Lesson,
+    Reduce,
+    Settings,
+    add_up,
+    draw_for,
+    hard_choice,
+    lesson_scores,
+    raw_scores,
+    with_protection,
+)
 from headwise.train.student import Kept, kept_attention
 from headwise.train.values import values_of
 
 PROFILED = 32  # lessons whose curves the first budgets are solved from
+WARM = 500_000  # number of the first step, beyond those of the joint training: random draws differ
 
 
 def warm_scores(
-    lessons: Sequence[Lesson], scores: EntryScores, settings: Settings, progress: Callable[[int, float], None]
+    lessons: Sequence[Lesson],
+    scores: EntryScores,
+    settings: Settings,
+    progress: Callable[[int, float], None] = lambda step, change: None,
+    process: tuple[int, int] = (0, 1),
+    reduce: Reduce = lambda tensor: tensor,
 ) -> None:
     """Teach every head by itself which entries its output rests on, at any count."""
+    rank, processes = process
     optimizer = torch.optim.AdamW(scores.parameters(), lr=3 * settings.lr_scores, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(settings.warm_steps):
-        draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + 500_000 + step)
+        number = WARM + step
+        draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
         chosen = torch.randint(len(lessons), (settings.contexts_per_step,), generator=draw).tolist()
         rate = min(1.0, (step + 1) / 20) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / settings.warm_steps)))
         for group in optimizer.param_groups:
             group["lr"] = 3 * settings.lr_scores * rate
         optimizer.zero_grad()
-        total = 0.0
-        for at in chosen:
-            objective, lost = alone_step(lessons[at], scores, settings, draw)
+        change = torch.zeros(1)
+        for place in range(len(chosen))[rank::processes]:
+            objective, lost = alone_step(lessons[chosen[place]], scores, settings, draw_for(settings, number, place))
             (objective / len(chosen)).backward()
-            total += lost / len(chosen)
+            change += lost / len(chosen)
+        add_up(scores.parameters(), reduce)
         torch.nn.utils.clip_grad_norm_(scores.parameters(), settings.clip)
         optimizer.step()
-        progress(step + 1, total)
+        progress(step + 1, float(reduce(change.to(scores.weight_in.device))))
 
 
 def alone_step(
@@ -97,23 +116,32 @@ def warm_budgets(
     scores: EntryScores | None,
     budgets: HeadBudgets,
     settings: Settings,
+    process: tuple[int, int] = (0, 1),
+    reduce: Reduce = lambda tensor: tensor,
 ) -> None:
     """Solve budgets for the scores as LU-KV does, and have the budget network begin with them."""
     protected = settings.sink + settings.window
-    curve = _mean_curve(model, lessons[:PROFILED], scores, settings).flatten(0, 1)
+    curve = _mean_curve(model, lessons[:PROFILED], scores, settings, process, reduce).flatten(0, 1)
     first, rest = curve[:, :protected], concave_hulls(curve[:, protected:])
     tokens = max(lesson.features.shape[2] for lesson in lessons[:PROFILED])
     counts = [lukv_counts(first, rest, tokens, protected, round(keep * tokens * len(first)), 1) for keep in KNOTS]
     budgets.start_from(torch.stack(counts, dim=-1) / tokens)
+    budgets.get_used_to(torch.stack([lesson.summary for lesson in lessons]))
 
 
 @torch.no_grad()
 def _mean_curve(
-    model: PreTrainedModel, lessons: Sequence[Lesson], scores: EntryScores | None, settings: Settings
+    model: PreTrainedModel,
+    lessons: Sequence[Lesson],
+    scores: EntryScores | None,
+    settings: Settings,
+    process: tuple[int, int] = (0, 1),
+    reduce: Reduce = lambda tensor: tensor,
 ) -> Float[Tensor, "layers kv_heads steps"]:
     """LU-KV's curve of the scores, every lesson counting the same; on the CPU."""
-    curves = []
-    for lesson in lessons:
+    rank, processes = process
+    total = torch.zeros(())
+    for lesson in lessons[rank::processes]:
         found = lesson.fixed_scores if scores is None else raw_scores(lesson, scores)
         assert found is not None
         order = keeping_order(found, settings.sink, settings.window)
@@ -121,5 +149,5 @@ def _mean_curve(
         for _ in decode(model, lesson.whole, lesson.questions, [loss], steps=settings.answer_tokens):
             pass
         curve = loss.marginal().cpu()
-        curves.append(curve / curve.sum().clamp(min=1e-30))
-    return torch.stack(curves).mean(0)
+        total = total + curve / curve.sum().clamp(min=1e-30)
+    return reduce(total.to(model.device)).cpu() / len(lessons)

@@ -1,40 +1,29 @@
 """A Budget as one page: what every head keeps, the curves it was solved from, and where its scorer errs.
 
-Drawn for `headwise inspect --plot`. First the numbers, then the drawing; needs matplotlib, which is optional.
+Drawn for `headwise inspect --plot`. First the numbers, then the drawing.
 """
 
 import os
-from pathlib import Path
 from textwrap import fill
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from headwise.artifacts import Budget, replacing
-from headwise.errors import BadInput, HeadwiseError
+from headwise.artifacts import Budget
+from headwise.errors import BadInput
+from headwise.report.drawing import (
+    BLUE,
+    ORANGE,
+    Figure,
+    SubFigure,
+    draw_map,
+    map_height,
+    percent,
+    require_ratio,
+    write_page,
+)
 
-try:
-    import matplotlib
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-except ImportError as error:
-    raise HeadwiseError(f"plots need matplotlib ({error}): pip install 'headwise[plot]'.") from error
-
-FORMATS = (".png", ".svg", ".pdf")
 PANELS = 6  # heads whose curves are drawn
-WRITTEN = 12  # layers and heads up to which a map has its numbers written in
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "figure.titlesize": 11,
-    "figure.labelsize": 8.5,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.parse_math": False,  # a model's name may hold a dollar sign
-}
 NOTES = (
     "a: the first {sink} and last {window} tokens are protected, kept first and not counted here; in d they are where "
     "a curve\nstarts. b, c: importance is attention times what a value writes (LU-KV). Compared are the scorer's order "
@@ -43,13 +32,11 @@ NOTES = (
     "d: utility is what keeping more takes off the loss {loss!r}, for which the budget was solved."
 )
 NO_CURVES = "No curves: this budget was imported or averaged,\nnot solved from curves by 'headwise solve'."
-BLUE, ORANGE = "#0072b2", "#d55e00"
 
 
 def kept_at(budget: Budget, ratio: float) -> Float[np.ndarray, "layers kv_heads"]:
     """Kept fractions at one ratio. Raises BadInput unless it is within (0, 1)."""
-    if not 0 < ratio < 1:
-        raise BadInput(f"ratio {ratio} must lie strictly between 0 and 1.")
+    require_ratio(ratio)
     return budget.at(budget.ratios.new_tensor([ratio]))[0].double().numpy()
 
 
@@ -110,26 +97,18 @@ def plot(budget: Budget, path: str | os.PathLike[str], *, ratio: float = 0.15) -
 
     A budget without evidence (imported, or averaged as published) gets the map of kept fractions only.
     """
-    out = Path(path)
-    if out.suffix.lower() not in FORMATS:
-        raise BadInput(f"{out}: a plot is a {', '.join(FORMATS)} file; name one.")
-    if out.is_dir():
-        raise BadInput(f"{out} is a folder; name a file for the plot.")
-    kept = kept_at(budget, ratio)
-    with matplotlib.rc_context(STYLE), replacing(out) as temporary:
-        figure = _page(budget, kept, ratio)
-        figure.savefig(temporary, format=out.suffix.lower()[1:], dpi=150, facecolor="white")
+    write_page(path, lambda: _page(budget, kept_at(budget, ratio), ratio))
 
 
 def _page(budget: Budget, kept: Float[np.ndarray, "layers kv_heads"], ratio: float) -> Figure:
-    origin, height = budget.origin, float(np.clip(0.32 * len(kept), 1.8, 7.5)) + 1.3
+    origin, height = budget.origin, map_height(len(kept))
     solved = {"curve", "scorer", "ideal", "width", "slope"} <= {*budget.evidence, *budget.hull}
     figure = Figure(figsize=(10.5, height + 5.4) if solved else (5.5, height + 0.9), layout="constrained")
     name = f"{origin.model or 'model unknown'}, {origin.scorer or 'scorer unknown'}, {ratio:.4g} of the KV cache kept"
     figure.suptitle(fill(name, 85 if solved else 45), fontweight="bold")
     title = "a  Share of a long context\nthat each head keeps"
     if not solved:
-        _map(figure, figure.subplots(), origin.shape.layers, kept, title, 1.0)
+        draw_map(figure, figure.subplots(), origin.shape.layers, kept, title, 1.0)
         figure.supxlabel(NO_CURVES)
         return figure
     (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[height, 4.2])
@@ -143,39 +122,10 @@ def _page(budget: Budget, kept: Float[np.ndarray, "layers kv_heads"], ratio: flo
         ),
     }
     for axes, (heading, (values, most)) in zip(top.subplots(1, 3), maps.items(), strict=True):
-        _map(top, axes, origin.shape.layers, values, heading, most)
+        draw_map(top, axes, origin.shape.layers, values, heading, most)
     _curves(bottom, budget, kept, ratio)
     figure.supxlabel(NOTES.format(sink=origin.sink, window=origin.window, loss=origin.loss), x=0.01, ha="left")
     return figure
-
-
-def _map(
-    figure: Figure | SubFigure,
-    axes: Axes,
-    layers: tuple[int, ...],
-    values: Float[np.ndarray, "layers kv_heads"],
-    title: str,
-    most: float,
-) -> None:
-    """Layers down, heads across; the numbers are written in where there is room."""
-    most = max(most, 1e-3)  # nothing at all would have no scale
-    axes.set_facecolor("#dddddd")
-    image = axes.imshow(values, cmap="magma_r", vmin=0, vmax=most, aspect="auto", interpolation="nearest")
-    axes.set(title=title, xlabel="KV head", ylabel="layer")
-    rows, columns = (range(0, size, -(-size // 20)) for size in values.shape)
-    axes.set_yticks(rows, [str(layers[row]) for row in rows])
-    axes.set_xticks(columns)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    ticks = MaxNLocator(5, steps=[1, 2, 5, 10])
-    bar = figure.colorbar(image, ax=axes, location="bottom", format=_percent(), ticks=ticks, aspect=30, pad=0.02)
-    bar.outline.set_visible(False)
-    if max(values.shape) <= WRITTEN:
-        decimals = 0 if most > 0.1 else 1 if most > 0.01 else 2
-        for (row, column), value in np.ndenumerate(np.nan_to_num(values, nan=-1)):
-            text = f"{100 * value:.{decimals}f}" if value >= 0 else ""
-            colour = "white" if value > 0.5 * most else "black"
-            axes.text(column, row, text, color=colour, ha="center", va="center", fontsize=8)
 
 
 def _curves(figure: SubFigure, budget: Budget, kept: Float[np.ndarray, "layers kv_heads"], ratio: float) -> None:
@@ -194,8 +144,8 @@ def _curves(figure: SubFigure, budget: Budget, kept: Float[np.ndarray, "layers k
         axes.plot(points, _parts(curves[head], scale), color="black", linewidth=0.9, label="measured")
         axes.plot(fractions[head], _parts(at, scale), "o", color=ORANGE, label=f"budget at {ratio:.4g}", clip_on=False)
         axes.set_title(f"layer {shape.layers[layer]}, head {column}: {share[head]:.1%} of all utility")
-        axes.xaxis.set_major_formatter(_percent())
-        axes.yaxis.set_major_formatter(_percent())
+        axes.xaxis.set_major_formatter(percent())
+        axes.yaxis.set_major_formatter(percent())
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     low, high = grid[0, 0].get_ylim()
@@ -204,7 +154,3 @@ def _curves(figure: SubFigure, budget: Budget, kept: Float[np.ndarray, "layers k
     title = "d  Utility retained, of the head's own: the largest budgets, then the smallest"
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     figure.supxlabel("share kept of the tokens that are not protected")
-
-
-def _percent() -> FuncFormatter:
-    return FuncFormatter(lambda value, _: f"{100 * value:.3g}%")

@@ -1,0 +1,248 @@
+"""The kernel for decoding on a GPU: split-KV attention, written in Triton.
+
+A segment is split into chunks (`layout.ChunkTable`), the tail of every row and head into chunks of its own. One launch
+attends to all chunks, each for all queries that read it; a second one combines the chunks of every query by their
+log-sum-exp. Nothing waits for the GPU once the tables exist, and a fixed set of tensors can be captured in a CUDA
+graph: give a tail of full capacity, and a mask of what is in it.
+
+Only imported where Triton is installed. With TRITON_INTERPRET=1 it runs, slowly, on the CPU.
+"""
+
+# ruff: noqa: N803 - capitals are constants at compile time
+
+from dataclasses import dataclass
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from headwise.errors import BadInput
+from headwise.kernels import pages
+from headwise.layout import Segments
+
+MAX_QUERIES = 512  # that read one segment; for more, matrix products are the better way
+MAX_HEAD_DIM = 256
+TAIL_CHUNK = 256  # tokens
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tiles:
+    """What one program holds at a time: `queries` x `tokens`; and how it is run."""
+
+    queries: int
+    tokens: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @classmethod
+    def of(cls, num_queries: int, head_dim: int, itemsize: int) -> "Tiles":
+        """16 KiB of keys at a time; tiles of queries are no smaller than a matrix product takes."""
+        return cls(
+            queries=min(64, max(16, triton.next_power_of_2(num_queries))),
+            tokens=max(16, 16384 // itemsize // triton.next_power_of_2(head_dim)),
+            num_warps=4 if itemsize == 2 else 8,  # float32 is multiplied without tensor cores, in registers
+        )
+
+
+def attend(
+    query: Tensor,
+    segments: Segments,
+    rows: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Attention over frozen segments and tail; see `reference.attend` for the shapes.
+
+    `rows` must not be changed in place between calls. What it is not made for (many queries, float64) goes to `pages`.
+    Raises BadInput for tensors that are not on a GPU.
+    """
+    _require_gpu(query)
+    num_folded = segments.readers_of(rows).slots * query.shape[2] * query.shape[3]
+    fits = num_folded <= MAX_QUERIES and query.shape[4] <= MAX_HEAD_DIM
+    if not fits or query.dtype not in DTYPES or query.dtype != segments.keys.dtype:
+        return pages.attend(query, segments, rows, tail_keys, tail_values, mask, scaling)
+    tiles = Tiles.of(num_folded, query.shape[4], query.itemsize)
+    return attend_split(query, segments, rows, tail_keys, tail_values, mask, scaling, tiles)
+
+
+def attend_split(
+    query: Tensor,
+    segments: Segments,
+    rows: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    tiles: Tiles,
+) -> Tensor:
+    """The two launches."""
+    batch, heads, group, num_new, dim = query.shape
+    chunks, readers = segments.chunks, segments.readers_of(rows)
+    query, tail_keys, tail_values = _packed(query, 1), _packed(tail_keys, 2), _packed(tail_values, 2)
+    tail = tail_keys.shape[2]
+    tail_chunks = triton.cdiv(tail, TAIL_CHUNK)
+    own, folded, num_frozen = group * num_new, readers.slots * group * num_new, len(chunks.segment)
+    num_parts = num_frozen + batch * heads * tail_chunks
+    part_out = torch.empty(num_parts, folded, dim, dtype=torch.float32, device=query.device)
+    part_lse = torch.empty(num_parts, folded, dtype=torch.float32, device=query.device)
+    seen = part_lse if mask is None else mask.view(torch.uint8)  # never read without a mask
+    block_dim = triton.next_power_of_2(dim)
+    _attend_chunks[(num_parts, triton.cdiv(folded, tiles.queries))](
+        query, segments.keys, segments.values, tail_keys, tail_values, seen,
+        chunks.segment, chunks.start, chunks.stop, readers.row, part_out, part_lse,
+        scaling * 1.4426950408889634, num_frozen, tail, tail_chunks, heads, readers.slots, own, num_new,
+        *query.stride()[:4], *tail_keys.stride()[:2], *tail_values.stride()[:2],
+        *((0, 0, 0) if mask is None else mask.stride()),
+        D=dim, BLOCK_D=block_dim, BLOCK_M=tiles.queries, BLOCK_N=tiles.tokens, TAIL_CHUNK=TAIL_CHUNK,
+        MASKED=mask is not None, UPCAST=interpreted(),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue] - of the launch
+    )  # fmt: skip
+    # The interpreter rounds to bfloat16 by cutting bits off.
+    out = torch.empty(query.shape, dtype=torch.float32 if interpreted() else query.dtype, device=query.device)
+    _combine_chunks[(batch * heads, own)](
+        part_out, part_lse, rows, readers.slot, chunks.first, out, num_frozen, tail_chunks, heads, folded, own,
+        D=dim, BLOCK_D=block_dim, BLOCK_C=32,
+    )  # fmt: skip
+    return out.to(query.dtype)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return bool(knobs.runtime.interpret)
+
+
+def _require_gpu(query: Tensor) -> None:
+    if query.device.type != "cuda" and not interpreted():
+        raise BadInput(
+            f"kernel='triton' needs tensors on a GPU; these are on {query.device}. Move the model to a GPU, or use "
+            "kernel='auto' (or set TRITON_INTERPRET=1 before Python starts, to test it slowly)."
+        )
+
+
+def _packed(states: Tensor, axes: int) -> Tensor:
+    """Contiguous in its last `axes` axes; the others may have any stride."""
+    packed = states.stride(-1) == 1 and (axes == 1 or states.stride(-2) == states.shape[-1])
+    return states if packed else states.contiguous()
+
+
+@triton.jit(do_not_specialize=["num_frozen", "tail", "tail_chunks", "heads", "slots", "own", "num_new"])
+@no_type_check
+def _attend_chunks(
+    query, keys, values, tail_keys, tail_values, seen,
+    chunk_segment, chunk_start, chunk_stop, reader_row, part_out, part_lse,
+    scale, num_frozen, tail, tail_chunks, heads, slots, own, num_new,
+    query_row, query_head, query_group, query_new, tail_key_row, tail_key_head, tail_value_row, tail_value_head,
+    seen_row, seen_new, seen_token,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_CHUNK: tl.constexpr,
+    MASKED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One chunk, for BLOCK_M of the queries that read it: mean of the values, and log-sum-exp in base 2.
+
+    `own` = G * T queries are those of one row and head; a frozen chunk is read by those of `slots` rows.
+    """
+    part = tl.program_id(0)
+    fold = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token, dim = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    folded = slots * own
+    frozen = part < num_frozen
+    if frozen:
+        segment = tl.load(chunk_segment + part)
+        head = segment % heads
+        row = tl.load(reader_row + segment // heads * slots + fold // own, mask=fold < folded, other=-1)
+        real = row >= 0
+        start = tl.load(chunk_start + part)
+        length = (tl.load(chunk_stop + part) - start).to(tl.int32)
+        key_at, value_at, seen_at = keys + start * D, values + start * D, seen
+        masked = fold < 0  # none: later tokens see all that is frozen
+    else:
+        owner = (part - num_frozen) // tail_chunks
+        head = owner % heads
+        row = tl.zeros([BLOCK_M], tl.int32) + owner // heads
+        real = fold < own
+        begin = (part - num_frozen) % tail_chunks * TAIL_CHUNK
+        length = tl.minimum(tail - begin, TAIL_CHUNK)
+        length = tl.where(tl.program_id(1) * BLOCK_M < own, length, 0)
+        owner_row = (owner // heads).to(tl.int64)
+        key_at = tail_keys + owner_row * tail_key_row + head * tail_key_head + begin * D
+        value_at = tail_values + owner_row * tail_value_row + head * tail_value_head + begin * D
+        seen_at = seen + owner_row * seen_row + begin * seen_token
+        masked = real
+    group, new = fold % own // num_new, fold % num_new
+    query_at = query + row * query_row + head * query_head + group * query_group + new * query_new
+    wanted = real[:, None] & (dim < D)[None, :]
+    queries = tl.load(query_at[:, None] + dim[None, :], mask=wanted, other=0.0)
+    if UPCAST:  # the interpreter's products are wrong in bfloat16
+        queries = queries.to(tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, length, BLOCK_N):
+        inside = first + token < length
+        offset = (first + token)[:, None] * D + dim[None, :]
+        there = inside[:, None] & (dim < D)[None, :]
+        key = tl.load(key_at + offset, mask=there, other=0.0)
+        if UPCAST:
+            key = key.to(tl.float32)
+        logits = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
+        visible = inside[None, :]
+        if MASKED:
+            seen_offset = new[:, None] * seen_new + (first + token)[None, :] * seen_token
+            visible = visible & (tl.load(seen_at + seen_offset, mask=visible & masked[:, None], other=1) != 0)
+        logits = tl.where(visible, logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: no inf - inf
+        weight = tl.exp2(logits - base[:, None])
+        decay = tl.exp2(top - base)
+        total = total * decay + tl.sum(weight, 1)
+        value = tl.load(value_at + offset, mask=there, other=0.0)
+        if UPCAST:
+            value = value.to(tl.float32)
+        out = out * decay[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        top = new_top
+    divisor = tl.where(total > 0, total, 1.0)
+    place = part.to(tl.int64) * folded + fold
+    tl.store(part_out + place[:, None] * D + dim[None, :], out / divisor[:, None], mask=wanted)
+    tl.store(part_lse + place, tl.where(total > 0, top + tl.log2(divisor), float("-inf")), mask=real)
+
+
+@triton.jit(do_not_specialize=["num_frozen", "tail_chunks", "heads", "folded", "own"])
+@no_type_check
+def _combine_chunks(
+    part_out, part_lse, rows, reader_slot, chunk_first, out, num_frozen, tail_chunks, heads, folded, own,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One query of one row and head: the mean of its chunks' outputs, weighted by exp2 of their log-sum-exp."""
+    owner, query = tl.program_id(0), tl.program_id(1)
+    row, head = owner // heads, owner % heads
+    segment = tl.load(rows + row) * heads + head
+    first = tl.load(chunk_first + segment)
+    num_own = tl.load(chunk_first + segment + 1) - first
+    fold = tl.load(reader_slot + row) * own + query
+    chunk, dim = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
+    top = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    mean = tl.zeros([BLOCK_D], tl.float32)
+    for begin in range(0, num_own + tail_chunks, BLOCK_C):
+        nth = begin + chunk
+        there, frozen = nth < num_own + tail_chunks, nth < num_own
+        part = tl.where(frozen, first + nth, num_frozen + owner * tail_chunks + nth - num_own)
+        at = part.to(tl.int64) * folded + tl.where(frozen, fold, query)
+        lse = tl.load(part_lse + at, mask=there, other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(lse - base)
+        decay = tl.exp2(top - base)
+        part_mean = tl.load(
+            part_out + at[:, None] * D + dim[None, :], mask=there[:, None] & (dim < D)[None, :], other=0.0
+        )
+        mean = mean * decay + tl.sum(part_mean * weight[:, None], 0)
+        total = total * decay + tl.sum(weight, 0)
+        top = new_top
+    mean = mean / tl.where(total > 0, total, 1.0)
+    tl.store(out + (owner.to(tl.int64) * own + query) * D + dim, mean.to(out.dtype.element_ty), mask=dim < D)

@@ -1,0 +1,85 @@
+"""The Triton kernel: in the interpreter, compiled for a GPU that need not be there, and where it cannot run."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernels import make_segments
+
+from headwise import kernels
+from headwise.errors import BadInput
+from headwise.kernels import get_kernel
+from headwise.layout import readers, split_into_chunks
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@needs_triton
+def test_in_the_interpreter():
+    """In a process of its own: the interpreter must be asked for before anything imports Triton."""
+    command = [sys.executable, "-m", "pytest", "-x", str(HERE / "triton_cases.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@needs_triton
+def test_compiles_for_a_gpu(tmp_path):
+    from triton import knobs
+
+    try:
+        knobs.nvidia.ptxas  # noqa: B018
+    except RuntimeError as error:
+        pytest.skip(f"no assembler: {error}")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(HERE / "compile_triton.py"), "bf16 128 all", "fp16 96 masked", "fp32 128 all"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@needs_triton
+def test_tensors_on_the_cpu_are_refused():
+    from headwise.kernels import triton_decode
+
+    if triton_decode.interpreted():
+        pytest.skip("TRITON_INTERPRET is set")
+    query, segments = torch.zeros(1, 1, 1, 1, 16), make_segments([3], torch.float32, heads=1)
+    with pytest.raises(BadInput, match="needs tensors on a GPU"):
+        get_kernel("triton")(query, segments, torch.tensor([0]), query[:, :, 0], query[:, :, 0], None, 1.0)
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
+    with pytest.raises(BadInput, match="not installed"):
+        get_kernel("triton")
+    assert get_kernel("auto")
+
+
+def test_auto_on_the_cpu_is_pages(monkeypatch):
+    monkeypatch.setattr(kernels.pages, "attend", lambda query, *arguments: query + sum(arguments))
+    assert get_kernel("auto")(torch.zeros(1), 1, 2) == 3
+
+
+@pytest.mark.parametrize("size", [1, 3, 128])
+def test_chunks_cover_every_segment_in_order(size):
+    lengths = (5, 0, 1, 300, 128)
+    table = split_into_chunks(lengths, size, torch.device("cpu"))
+    covered = [
+        (int(s), row) for s, a, b in zip(table.segment, table.start, table.stop, strict=True) for row in range(a, b)
+    ]
+    owners = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths)).tolist()
+    assert covered == list(zip(owners, range(sum(lengths)), strict=True))
+    assert (table.stop - table.start).max() <= size
+    assert table.first.tolist() == [int((table.segment < s).sum()) for s in range(6)]
+
+
+def test_readers():
+    found = readers(torch.tensor([1, 0, 1, 1]), 3)
+    assert found.row.tolist() == [[1, -1, -1], [0, 2, 3], [-1, -1, -1]]
+    assert found.slot.tolist() == [0, 0, 1, 2]

@@ -1,0 +1,133 @@
+"""The Triton kernel in Triton's interpreter; `test_triton.py` runs this file in a process of its own."""
+
+import pytest
+import torch
+
+from headwise.kernels import get_kernel, pages, reference, triton_decode
+from headwise.layout import Segments, split_into_chunks
+
+HEADS = 2
+LENGTHS = [300, 0, 1, 130]  # of two contexts, two heads each
+CASES = [  # dtype, dim, group, new tokens, rows, tail, masked
+    ("float32", 64, 1, 1, [0, 1], 5, False),
+    ("bfloat16", 128, 4, 1, [0, 1], 64, False),
+    ("float16", 64, 8, 1, [1, 0], 3, True),
+    ("bfloat16", 96, 3, 3, [0, 1, 0], 70, True),
+    ("float32", 128, 4, 3, [1, 0, 1], 260, True),
+    ("float16", 96, 3, 1, [0], 17, False),
+    ("bfloat16", 64, 8, 3, [1, 1], 9, True),
+    ("float32", 16, 3, 1, [1, 0], 260, True),
+]
+
+
+def randn(*shape, dtype):
+    return torch.randn(*shape).to(dtype)
+
+
+def make_segments(lengths, dim, dtype):
+    total = sum(lengths)
+    return Segments(
+        keys=randn(total, dim, dtype=dtype),
+        values=randn(total, dim, dtype=dtype),
+        positions=torch.arange(total, dtype=torch.int32),
+        lengths=tuple(lengths),
+        kv_heads=HEADS,
+    )
+
+
+def make_arguments(case, lengths=LENGTHS):
+    """What a kernel is called with; as in a model, queries are transposed and the tail is part of its capacity."""
+    dtype, dim, group, num_new, rows, tail, masked = case
+    dtype, batch = getattr(torch, dtype), len(rows)
+    query = 2 * randn(batch, num_new, HEADS, group, dim, dtype=dtype).permute(0, 2, 3, 1, 4)
+    tail_keys, tail_values = (randn(batch, HEADS, tail + 7, dim, dtype=dtype)[:, :, :tail] for _ in range(2))
+    mask = None
+    if masked:
+        mask = torch.rand(batch, num_new, tail + 2)[:, :, 2:] < 0.7
+        mask[0, :, : tail // 2] = False  # left padding
+        mask[..., -1] = True
+    return query, make_segments(lengths, dim, dtype), torch.tensor(rows), tail_keys, tail_values, mask, dim**-0.5
+
+
+def exactly(query, segments, rows, tail_keys, tail_values, mask, scaling):
+    exact = Segments(
+        keys=segments.keys.double(),
+        values=segments.values.double(),
+        positions=segments.positions,
+        lengths=segments.lengths,
+        kv_heads=segments.kv_heads,
+    )
+    return reference.attend(query.double(), exact, rows, tail_keys.double(), tail_values.double(), mask, scaling)
+
+
+def plainly(query, segments, rows, tail_keys, tail_values, mask, scaling):
+    """PyTorch's own attention in the same precision, one head at a time."""
+    out = torch.empty_like(query)
+    for row, context in enumerate(rows.tolist()):
+        for head in range(HEADS):
+            part = segments.slice(context * HEADS + head)
+            visible = torch.ones(query.shape[3], part.stop - part.start + tail_keys.shape[2], dtype=torch.bool)
+            if mask is not None:
+                visible[:, part.stop - part.start :] = mask[row]
+            keys = torch.cat([segments.keys[part], tail_keys[row, head]]).expand(query.shape[2], -1, -1)
+            values = torch.cat([segments.values[part], tail_values[row, head]]).expand(query.shape[2], -1, -1)
+            out[row, head] = torch.nn.functional.scaled_dot_product_attention(
+                query[row, head], keys, values, attn_mask=visible, scale=scaling
+            )
+    return out
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """Memory that was never written must not be read."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_is_at_most_twice_that_of_plain_attention(case):
+    arguments = make_arguments(case)
+    exact = exactly(*arguments)
+    found = get_kernel("triton")(*arguments)
+    assert found.dtype == arguments[0].dtype
+    assert (found.double() - exact).norm() <= 2 * (plainly(*arguments).double() - exact).norm()
+
+
+def test_more_chunks_than_are_combined_at_once():
+    arguments = make_arguments(("float32", 16, 2, 1, [0], 3, False), [4200, 3])
+    segments = arguments[1]
+    segments.__dict__["chunks"] = split_into_chunks(segments.lengths, 128, torch.device("cpu"))
+    assert len(segments.chunks.segment) > 32
+    torch.testing.assert_close(get_kernel("triton")(*arguments), reference.attend(*arguments), rtol=1e-5, atol=1e-6)
+
+
+def test_a_query_that_sees_nothing_of_the_tail_sees_the_frozen_part():
+    query, segments, rows, tail_keys, tail_values, mask, scaling = make_arguments(CASES[4], [5, 6, 7, 8])
+    mask[:] = False
+    arguments = (query, segments, rows, tail_keys, tail_values, mask, scaling)
+    torch.testing.assert_close(get_kernel("triton")(*arguments), reference.attend(*arguments), rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_tail():
+    arguments = make_arguments(("float32", 16, 3, 1, [0, 1], 0, False), [5, 6, 7, 8])
+    torch.testing.assert_close(get_kernel("triton")(*arguments), reference.attend(*arguments), rtol=1e-5, atol=1e-5)
+
+
+def test_more_queries_than_a_tile_holds():
+    arguments = make_arguments(("float32", 16, 4, 6, [0, 1, 0, 0], 9, True), [40, 3, 2, 50])
+    assert arguments[1].readers_of(arguments[2]).slots * 4 * 6 > triton_decode.Tiles.of(72, 16, 4).queries
+    torch.testing.assert_close(get_kernel("triton")(*arguments), reference.attend(*arguments), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [("float64", 16, 2, 1, [0], 3, False), ("float32", 16, 2, 300, [0], 300, True)])
+def test_what_it_is_not_made_for_goes_to_pages(case, monkeypatch):
+    monkeypatch.setattr(triton_decode, "attend_split", None)
+    arguments = make_arguments(case, [40, 3])
+    torch.testing.assert_close(get_kernel("triton")(*arguments), pages.attend(*arguments))
+
+
+def test_rows_are_asked_for_once(monkeypatch):
+    arguments = make_arguments(CASES[0])
+    get_kernel("triton")(*arguments)
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    get_kernel("triton")(*arguments)
