@@ -56,6 +56,7 @@ def run(model_folders, folder, monkeypatch, capsys):
 
     def call(line: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["headwise", *(part.format(**names) for part in shlex.split(line))])
+        capsys.readouterr()  # what the test itself has printed
         with pytest.raises(SystemExit) as caught:
             cli.main()
         return int(caught.value.code or 0), *capsys.readouterr()
