@@ -17,7 +17,7 @@ from headwise.losses import OutputLoss, keeping_order
 from headwise.method import SCORERS
 from headwise.oracle import decode, states_of
 from headwise.train.loop import Settings, hard_choice, lesson_scores, prepare, raw_scores, with_protection
-from headwise.train.warm import alone_step, warm_budgets, warm_scores
+from headwise.train.warm import _mean_curve, alone_step, warm_budgets, warm_scores
 
 QUICK = Settings(warm_steps=40, contexts_per_step=2, questions=3, answer_tokens=4, sink=1, window=3, lr_scores=3e-3)
 WORDS = "locker apple red stone. the key was under the old tower, near a river. "
@@ -114,3 +114,12 @@ def test_budgets_start_as_lu_kv_s(taught, kind):
     with torch.no_grad():
         after = budgets(0.25)
     torch.testing.assert_close(after, wanted.float().clamp(1e-3), rtol=0.03, atol=1e-3)  # 0.25 is a knot
+
+
+def test_processes_share_the_curves_also_when_there_are_more_of_them_than_lessons(taught):
+    """Every process brings a curve of the same shape to the sum."""
+    model, _, lessons = taught
+    parts = [_mean_curve(model, lessons, None, QUICK, (rank, 3)) for rank in range(3)]
+    assert parts[0].shape == parts[2].shape
+    assert float(parts[2].abs().sum()) == 0
+    torch.testing.assert_close(sum(parts), _mean_curve(model, lessons, None, QUICK))

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from headwise.allocate.profiled import lukv_counts
 from headwise.gates import KNOTS, EntryScores, HeadBudgets
+from headwise.hf.families import view
 from headwise.hulls import concave_hulls
-from headwise.losses import OutputLoss, keeping_order
+from headwise.losses import RANKS, OutputLoss, keeping_order
 from headwise.oracle import decode, states_of
 from headwise.soft_topk import soft_topk
 from headwise.train.loop import (
@@ -139,8 +140,9 @@ def _mean_curve(
     reduce: Reduce = lambda tensor: tensor,
 ) -> Float[Tensor, "layers kv_heads steps"]:
     """LU-KV's curve of the scores, every lesson counting the same; on the CPU."""
-    rank, processes = process
-    total = torch.zeros(())
+    (rank, processes), shape = process, view(model).shape
+    # Whole also where a process has no lesson.
+    total = torch.zeros(len(shape.layers), shape.kv_heads, settings.sink + settings.window + RANKS)
     for lesson in lessons[rank::processes]:
         found = lesson.fixed_scores if scores is None else raw_scores(lesson, scores)
         assert found is not None
