@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import random_ids, tiny_model
 from random_gates import gates_file
+from ranks import Rank
 
 import headwise
 from headwise import profile as module
@@ -356,19 +357,11 @@ def test_progress_is_told_from_nothing_to_everything(loaded, tmp_path):
 
 def test_processes_share_the_contexts(loaded, whole, tmp_path, monkeypatch):
     """Rank 1 measures every second context and leaves writing to rank 0, which measures the others."""
-    out, waits = tmp_path / "p", []
+    out, second = tmp_path / "p", Rank(1, 2)
     calls = interrupted_after(99, monkeypatch)
-    profile(
-        *loaded,
-        EXAMPLES,
-        ["keydiff", "expected"],
-        out,
-        settings=QUICK,
-        process=(1, 2),
-        wait=lambda: waits.append(len(calls)),
-    )
-    assert (waits, out.exists()) == ([2, 2], False)
-    assert_same(make(loaded, out, process=(0, 2)), whole[0])
+    profile(*loaded, EXAMPLES, ["keydiff", "expected"], out, settings=QUICK, processes=second)
+    assert (len(calls), second.waits, out.exists()) == (2, 2, False)
+    assert_same(make(loaded, out, processes=Rank(0, 2)), whole[0])
     assert len(calls) == 4
 
 

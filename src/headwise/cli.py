@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 it could not be done, 2 the command line or an input is wr
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -262,8 +261,7 @@ def profile(
     from headwise.profile import Settings
     from headwise.profile import profile as run
 
-    state = _processes(device)
-    loaded, tokenizer = _load(model, dtype, device if state is None else str(state.device))
+    processes, loaded, tokenizer = _load_launched(model, dtype, device)
     examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions)
     settings = Settings(
         steps=steps,
@@ -280,11 +278,10 @@ def profile(
             _split(scorer),
             out,
             settings=settings,
-            process=(0, 1) if state is None else (state.process_index, state.num_processes),
-            wait=(lambda: None) if state is None else state.wait_for_everyone,
+            processes=processes,
             progress=progress,
         )
-    if state is not None and not state.is_main_process:
+    if processes.rank > 0:
         return
     if as_json:
         _print_json({"profile": str(out), "contexts": len(examples), "scorers": _split(scorer)})
@@ -377,8 +374,7 @@ def train(
     bounds = [float(parse_keep(keep).amount) for keep in _split(keeps)]
     if len(bounds) != 2:
         raise BadInput(f"keeps={keeps!r}: write the smallest and the largest, such as 0.03,0.5.")
-    state = _processes(device)
-    loaded, tokenizer = _load(model, dtype, device if state is None else str(state.device))
+    processes, loaded, tokenizer = _load_launched(model, dtype, device)
     examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions, split="train", default=160)
     settings = Settings(
         steps=steps,
@@ -400,11 +396,10 @@ def train(
             part=part,
             scorer=scorer,
             settings=settings,
-            process=(0, 1) if state is None else (state.process_index, state.num_processes),
-            reduce=(lambda tensor: tensor) if state is None else _summed,
+            processes=processes,
             progress=progress,
         )
-    if state is not None and not state.is_main_process:
+    if processes.rank > 0:
         return
     use = {"lkv": f"lkv@{out}", "lkv-h": f"{scorer}+lkv-h@{out}", "lkv-t": f"lkv-t@{out}"}[part]
     if as_json:
@@ -596,24 +591,17 @@ def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     return load(model, dtype=dtype, device=device)
 
 
-def _processes(device: str) -> Any:
-    """The process group of 'accelerate launch' or torchrun, or None."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    from datetime import timedelta
+def _load_launched(model: str, dtype: str, device: str) -> tuple[Any, Any, Any]:
+    """This process among those of 'accelerate launch' or torchrun; model and tokenizer, where they belong."""
+    from headwise.processes import Launched, Sharded, launched
 
-    import torch
-    from accelerate import PartialState
-
-    # Without cpu=True accelerate takes processes without a GPU for independent ones. The shares may differ in length.
-    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
-
-
-def _summed(tensor: Any) -> Any:
-    """The sum over all processes."""
-    from accelerate.utils import reduce
-
-    return reduce(tensor, "sum")
+    processes = launched(device)
+    if isinstance(processes, Launched):
+        device = "cpu" if isinstance(processes, Sharded) else str(processes.device)
+    loaded, tokenizer = _load(model, dtype, device)
+    if isinstance(processes, Sharded):
+        processes.adopt(loaded)
+    return processes, loaded, tokenizer
 
 
 def _weight(text: str) -> tuple[str, float]:

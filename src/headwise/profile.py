@@ -32,6 +32,7 @@ from headwise.interfaces import AbstractScorer
 from headwise.losses import RANKS, OutputLoss, keeping_order, marginal_utility
 from headwise.method import Method
 from headwise.oracle import Importance, Sampling, decode
+from headwise.processes import Processes
 from headwise.ragged.store import model_fingerprint
 from headwise.reading import can_watch, read
 
@@ -65,15 +66,13 @@ def profile(
     out: str | os.PathLike[str],
     *,
     settings: Settings | None = None,
-    process: tuple[int, int] = (0, 1),
-    wait: Callable[[], None] = lambda: None,
+    processes: Processes | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Measure every example for every scorer and write the Profile `out`; resumes what a killed run left.
 
-    `process` is (rank, number) when several processes share the examples and `out`; `wait` is then their barrier.
-    Raises BadInput before anything is measured; ArtifactMismatch or BadInput for parts that are damaged. Parts of
-    another model, other settings or other scorers are not taken up.
+    Several `processes` share the examples, and `out`. Raises BadInput before anything is measured; ArtifactMismatch or
+    BadInput for parts that are damaged. Parts of another model, other settings or other scorers are not taken up.
     """
     settings, parts = settings or Settings(), Path(f"{os.fspath(out)}.parts")
     chosen = _scorers(scorers)
@@ -86,8 +85,8 @@ def profile(
     run = fingerprint(model_fingerprint(model), repr((asdict(settings), parameters, RANKS)))
     files = [parts / f"{fingerprint(run, context, *questions)[:24]}.safetensors" for context, questions in encoded]
     parts.mkdir(parents=True, exist_ok=True)
-    rank, number = process
-    mine = range(rank, len(examples), number)
+    processes = processes or Processes()
+    mine = processes.share(len(examples))
     for done, index in enumerate(mine):
         progress(done, len(mine))
         if not files[index].is_file():
@@ -95,11 +94,12 @@ def profile(
             tensors = {f"{n}.{k}": t.float() for n, s in chosen.items() for k, t in measured[s].items()}
             write_tensors(files[index], "part", tensors, {"run": run, "domain": examples[index].domain})
     progress(len(mine), len(mine))
-    wait()
-    if rank == 0:
+    processes.catch_up()
+    processes.wait()
+    if processes.rank == 0:
         _merge(files, [e.domain for e in examples], chosen, _origin(model, run, files), settings).save(out)
         shutil.rmtree(parts)
-    wait()
+    processes.wait()
 
 
 def measure(

@@ -11,6 +11,7 @@ from folders import word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_gates import make_gates
+from ranks import Rank
 from transformers import DynamicCache
 
 import headwise
@@ -266,19 +267,12 @@ def test_validation_is_of_the_averaged_gates_and_leaves_the_latest():
 def test_processes_that_share_a_step_see_all_of_it_once():
     """Two ranks, one after the other: their sums are those of one process alone."""
     model, lessons = lessons_of()
-    seen = []
-
-    def note(tensor):
-        seen.append(tensor.detach().clone())
-        return tensor
-
     sums = []
-    for rank, ranks in ((0, 1), (0, 2), (1, 2)):
+    for rank, number in ((0, 1), (0, 2), (1, 2)):
         made = trainer(model, lessons)
-        made.process, made.reduce = (rank, ranks), note
+        made.processes = Rank(rank, number)
         made.step(0)
-        sums.append(list(seen))
-        seen.clear()
+        sums.append(made.processes.summed)
     for alone, first, second in zip(*sums, strict=True):
         torch.testing.assert_close(first + second, alone, rtol=1e-4, atol=1e-6)
     assert any((first != 0).any() for first in sums[1]) and any((second != 0).any() for second in sums[2])

@@ -279,13 +279,13 @@ def lines(path):
     return path
 
 
-COMMAND = "train --model {folder} --data {data} --out {out} --steps 4 --warm-steps 2 --contexts 3 --questions 2 "
+COMMAND = "train --model {folder} --data {data} --out {out} --steps 4 --warm-steps 2 --contexts 4 --questions 2 "
 COMMAND += "--answer-tokens 3 --keeps 0.1,0.4 --sink 1 --window 3 --seed 2 --device cpu --json"
 
 
-def run_as_processes(command, processes):
+def run_as_processes(command, processes, how="--multi_gpu"):
     """Real processes; --multi_gpu is accelerate's name for a launch by torch.distributed, on CPUs too."""
-    launch = f"-m accelerate.commands.launch --multi_gpu --num_processes {processes} --num_machines 1 "
+    launch = f"-m accelerate.commands.launch {how} --num_processes {processes} --num_machines 1 "
     launch += "--mixed_precision no --dynamo_backend no --main_process_port 0 "
     done = subprocess.run(
         [sys.executable, *(launch.split() if processes > 1 else []), "-m", "headwise", *shlex.split(command)],

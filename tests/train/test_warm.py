@@ -7,6 +7,7 @@ import torch
 from families import tiny_model
 from folders import word_tokenizer
 from random_gates import scatter
+from ranks import Rank
 
 import headwise
 from headwise.allocate.profiled import lukv_counts
@@ -16,6 +17,7 @@ from headwise.hulls import concave_hulls
 from headwise.losses import OutputLoss, keeping_order
 from headwise.method import SCORERS
 from headwise.oracle import decode, states_of
+from headwise.processes import Processes
 from headwise.train.loop import Settings, hard_choice, lesson_scores, prepare, raw_scores, with_protection
 from headwise.train.warm import _mean_curve, alone_step, warm_budgets, warm_scores
 
@@ -48,7 +50,9 @@ def test_scores_learn_what_a_head_s_output_rests_on(taught):
         return sum(alone_step(lessons[n % 2], scores, QUICK, draw)[1] for n, draw in enumerate(draws)) / len(draws)
 
     before = lost()
-    warm_scores(lessons, scores, replace(QUICK, warm_steps=100), lambda step, loss: told.append((step, loss)))
+    warm_scores(
+        lessons, scores, replace(QUICK, warm_steps=100), Processes(), lambda step, loss: told.append((step, loss))
+    )
     assert 0 < lost() < 0.8 * before
     assert [step for step, _ in told] == list(range(1, 101))
     assert all(loss > 0 for _, loss in told)
@@ -93,7 +97,7 @@ def test_the_same_seed_warms_alike(taught):
     found = []
     for _ in range(2):
         scores = scatter(EntryScores(3, 2, 16)).requires_grad_()
-        warm_scores(lessons, scores, QUICK, lambda step, loss: None)
+        warm_scores(lessons, scores, QUICK, Processes(), lambda step, loss: None)
         found.append(raw_scores(lessons[0], scores).detach())
         torch.rand(3)
     assert found[0].equal(found[1])
@@ -105,7 +109,7 @@ def test_budgets_start_as_lu_kv_s(taught, kind):
     lessons = both[kind == "a fixed scorer"][:1]
     scores = scatter(EntryScores(3, 2, 16)) if kind == "trained scores" else None
     budgets, (lesson,) = HeadBudgets(6, len(lessons[0].summary)), lessons
-    warm_budgets(model, lessons, scores, budgets, QUICK)
+    warm_budgets(model, lessons, scores, budgets, QUICK, Processes())
     found = lesson.fixed_scores if scores is None else raw_scores(lesson, scores)
     loss = OutputLoss(lesson.whole, keeping_order(found, 1, 3), 4)
     list(decode(model, lesson.whole, lesson.questions, [loss], steps=4))
@@ -119,7 +123,7 @@ def test_budgets_start_as_lu_kv_s(taught, kind):
 def test_processes_share_the_curves_also_when_there_are_more_of_them_than_lessons(taught):
     """Every process brings a curve of the same shape to the sum."""
     model, _, lessons = taught
-    parts = [_mean_curve(model, lessons, None, QUICK, (rank, 3)) for rank in range(3)]
+    parts = [_mean_curve(model, lessons, None, QUICK, Rank(rank, 3)) for rank in range(3)]
     assert parts[0].shape == parts[2].shape
     assert float(parts[2].abs().sum()) == 0
-    torch.testing.assert_close(sum(parts), _mean_curve(model, lessons, None, QUICK))
+    torch.testing.assert_close(sum(parts), _mean_curve(model, lessons, None, QUICK, Processes()))

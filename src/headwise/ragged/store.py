@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from headwise.artifacts import config_hash, fingerprint, read_tensors, write_tensors
@@ -21,6 +22,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """Hash of the configuration and of a sample of every weight (as float32, so that the dtype does not matter)."""
     parts: list[str | Tensor] = [config_hash(model.config.get_text_config().to_dict())]
     for name, weight in model.get_decoder().named_parameters():
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight  # shared out among processes
         step = max(1, weight.numel() // _SAMPLE)
         parts += [name, weight.detach().flatten()[::step][:_SAMPLE].to("cpu", torch.bfloat16).float()]
     return fingerprint(*parts)

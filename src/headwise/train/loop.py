@@ -11,8 +11,7 @@ All randomness of a step comes from (seed, step): a resumed run goes on as if it
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from statistics import fmean
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,6 +25,7 @@ from headwise.gates import EntryScores, HeadBudgets, context_summary, entry_feat
 from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
 from headwise.oracle import answers, states_of
+from headwise.processes import Processes
 from headwise.ragged.cache import RaggedCache
 from headwise.reading import read
 from headwise.select import protected_mask, protection_order
@@ -34,7 +34,6 @@ from headwise.train.values import Judgement, Teaching, judge
 
 PROTECTED_STEP = 0.1  # between the scores of protected tokens: some of them share the gradient of a budget
 VALIDATION_KEEPS = (0.0625, 0.15)
-Reduce = Callable[[Tensor], Tensor]  # the sum over processes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,10 +179,10 @@ def draw_for(settings: Settings, number: int, at: int) -> torch.Generator:
     return torch.Generator().manual_seed(((settings.seed * 1_000_003 + number) * 1_000_003 + at) % 2**63)
 
 
-def add_up(parameters: Iterable[Tensor], reduce: Reduce) -> None:
+def add_up(parameters: Iterable[Tensor], processes: Processes) -> None:
     """Sum gradients over processes."""
     for parameter in parameters:
-        parameter.grad = reduce(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        parameter.grad = processes.sum(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
 
 @dataclass(kw_only=True)
@@ -195,8 +194,7 @@ class Trainer:
     settings: Settings
     budgets: HeadBudgets | None
     scores: EntryScores | None
-    process: tuple[int, int] = (0, 1)
-    reduce: Reduce = lambda tensor: tensor
+    processes: Processes = field(default_factory=Processes)
 
     def __post_init__(self) -> None:
         s = self.settings
@@ -228,28 +226,30 @@ class Trainer:
         low, high = (math.log(keep) for keep in s.keeps)
         keeps = (low + (high - low) * torch.rand(len(chosen), generator=draw)).exp().tolist()
         self.optimizer.zero_grad()
-        rank, processes = self.process
         seen = torch.zeros(2)
-        for at, keep in list(zip(chosen, keeps, strict=True))[rank::processes]:
+        for place in self.processes.share(len(chosen)):
+            at = chosen[place]
+            lesson = self.lessons[at]
+            self.processes.catch_up()
             objective, found = lesson_step(
                 self.model,
-                self.lessons[at],
+                lesson,
                 self.fractions,
                 self.scores,
-                keep=keep,
+                keep=keeps[place],
                 settings=s,
                 draw=draw_for(s, number, at),
             )
             (objective / len(chosen)).backward()
             seen += torch.tensor([found.loss, found.agreement]) / len(chosen)
-        add_up(self.parameters(), self.reduce)
+        add_up(self.parameters(), self.processes)
         for group in self.optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], s.clip)
         self.optimizer.step()
         with torch.no_grad():
             for mean, parameter in zip(self.mean, self.parameters(), strict=True):
                 mean.lerp_(parameter, 1 - min(s.averaging, (number + 1) / (number + 10)))
-        loss, agree = self.reduce(seen.to(self.model.device)).tolist()
+        loss, agree = self.processes.sum(seen.to(self.model.device)).tolist()
         return loss, agree
 
     @torch.no_grad()
@@ -257,13 +257,18 @@ class Trainer:
         """Mean loss and agreement of the averaged gates at small keeps."""
         last = [parameter.clone() for parameter in self.parameters()]
         self.put(self.mean)
-        found = [
-            lesson_step(self.model, lesson, self.fractions, self.scores, keep=keep, settings=self.settings)[1]
-            for lesson in lessons
-            for keep in VALIDATION_KEEPS
-        ]
+        found: list[Tensor] = []
+        for lesson in (lessons[at] for at in self.processes.share(len(lessons))):
+            judged = [
+                lesson_step(self.model, lesson, self.fractions, self.scores, keep=keep, settings=self.settings)[1]
+                for keep in VALIDATION_KEEPS
+            ]
+            found.append(torch.tensor([[one.loss, one.agreement] for one in judged]))
         self.put(last)
-        return fmean(one.loss for one in found), fmean(one.agreement for one in found)
+        self.processes.catch_up()
+        template = torch.zeros(len(VALIDATION_KEEPS), 2, device=self.model.device)
+        loss, agree = self.processes.gather(found, len(lessons), template).double().flatten(0, 1).mean(0).tolist()
+        return loss, agree
 
     @torch.no_grad()
     def put(self, values: Sequence[Tensor]) -> None:

@@ -19,9 +19,10 @@ from headwise.hf.attention import enable
 from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
 from headwise.method import Method
+from headwise.processes import Processes
 from headwise.ragged.store import model_fingerprint
 from headwise.reading import can_watch
-from headwise.train.loop import Lesson, Reduce, Settings, Trainer, prepare
+from headwise.train.loop import Lesson, Settings, Trainer, prepare
 from headwise.train.warm import warm_budgets, warm_scores
 
 Part = Literal["lkv", "lkv-h", "lkv-t"]
@@ -64,17 +65,16 @@ def train(
     part: Part = "lkv",
     scorer: str | None = None,
     settings: Settings | None = None,
-    process: tuple[int, int] = (0, 1),
-    reduce: Reduce = lambda tensor: tensor,
+    processes: Processes | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> None:
     """Train gates and write them to `out`, with a log in OUT.log.jsonl.
 
     `part`: "lkv" trains budgets and scores, "lkv-h" budgets for a fixed `scorer`, "lkv-t" scores with equal budgets.
-    Every tenth example is kept for validation; the gates with the best validation loss are written. Several processes
-    share the contexts of a step; `reduce` sums a tensor over them. Raises BadInput before anything is trained.
+    Every tenth example is kept for validation; the gates with the best validation loss are written. Several `processes`
+    share the contexts of a step. Raises BadInput before anything is trained.
     """
-    settings = settings or Settings()
+    settings, processes = settings or Settings(), processes or Processes()
     seen = view(model)
     fixed = _fixed_scorer(part, scorer)
     if fixed is not None:
@@ -85,6 +85,7 @@ def train(
     held_out = examples[9::10]
     taught = [e for n, e in enumerate(examples) if n % 10 != 9]
     _require(model, tokenizer, examples, settings, taught, out)
+    processes.require_equal_shares(settings.contexts_per_step)
     enable(model)
     torch.manual_seed(settings.seed)
     budgets = HeadBudgets(seen.shape.num_heads, summary_width(seen.shape)) if part != "lkv-t" else None
@@ -98,15 +99,14 @@ def train(
         settings=settings,
         budgets=budgets,
         scores=scores,
-        process=process,
-        reduce=reduce,
+        processes=processes,
     )
     tests = Lessons(lambda at: prepare(model, tokenizer, held_out[at], settings, fixed), len(held_out))
     data = fingerprint(repr([asdict(e) for e in examples]))
     run = fingerprint(model_fingerprint(model), data, repr((asdict(settings), part, scorer)))
     state = _State(Path(f"{os.fspath(out)}.state"), trainer, run)
     start = state.restore()
-    main = process[0] == 0
+    main = processes.rank == 0
     if start is None:
         start = 0
         if scores is not None:
@@ -114,9 +114,9 @@ def train(
             def report(number: int, change: float) -> None:
                 progress(number, settings.warm_steps, f"every head alone: {change:.3f} of its output changed")
 
-            warm_scores(trainer.lessons, scores, settings, report, process, reduce)
+            warm_scores(trainer.lessons, scores, settings, processes, report)
         if budgets is not None:
-            warm_budgets(model, trainer.lessons, scores, budgets, settings, process, reduce)
+            warm_budgets(model, trainer.lessons, scores, budgets, settings, processes)
         trainer.mean = [parameter.detach().clone() for parameter in trainer.parameters()]
         state.best_loss, agree = trainer.validate(tests)
         state.best = [mean.clone() for mean in trainer.mean]

@@ -20,10 +20,10 @@ from headwise.hf.families import view
 from headwise.hulls import concave_hulls
 from headwise.losses import RANKS, OutputLoss, keeping_order
 from headwise.oracle import decode, states_of
+from headwise.processes import Processes
 from headwise.soft_topk import soft_topk
 from headwise.train.loop import (
     Lesson,
-    Reduce,
     Settings,
     add_up,
     draw_for,
@@ -43,12 +43,10 @@ def warm_scores(
     lessons: Sequence[Lesson],
     scores: EntryScores,
     settings: Settings,
+    processes: Processes,
     progress: Callable[[int, float], None] = lambda step, change: None,
-    process: tuple[int, int] = (0, 1),
-    reduce: Reduce = lambda tensor: tensor,
 ) -> None:
     """Teach every head by itself which entries its output rests on, at any count."""
-    rank, processes = process
     optimizer = torch.optim.AdamW(scores.parameters(), lr=3 * settings.lr_scores, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(settings.warm_steps):
         number = WARM + step
@@ -59,14 +57,15 @@ def warm_scores(
             group["lr"] = 3 * settings.lr_scores * rate
         optimizer.zero_grad()
         change = torch.zeros(1)
-        for place in range(len(chosen))[rank::processes]:
+        for place in processes.share(len(chosen)):
             objective, lost = alone_step(lessons[chosen[place]], scores, settings, draw_for(settings, number, place))
             (objective / len(chosen)).backward()
             change += lost / len(chosen)
-        add_up(scores.parameters(), reduce)
+        processes.catch_up()
+        add_up(scores.parameters(), processes)
         torch.nn.utils.clip_grad_norm_(scores.parameters(), settings.clip)
         optimizer.step()
-        progress(step + 1, float(reduce(change.to(scores.weight_in.device))))
+        progress(step + 1, float(processes.sum(change.to(scores.weight_in.device))))
 
 
 def alone_step(
@@ -117,17 +116,18 @@ def warm_budgets(
     scores: EntryScores | None,
     budgets: HeadBudgets,
     settings: Settings,
-    process: tuple[int, int] = (0, 1),
-    reduce: Reduce = lambda tensor: tensor,
+    processes: Processes,
 ) -> None:
     """Solve budgets for the scores as LU-KV does, and have the budget network begin with them."""
     protected = settings.sink + settings.window
-    curve = _mean_curve(model, lessons[:PROFILED], scores, settings, process, reduce).flatten(0, 1)
+    curve = _mean_curve(model, lessons[:PROFILED], scores, settings, processes).flatten(0, 1)
     first, rest = curve[:, :protected], concave_hulls(curve[:, protected:])
     tokens = max(lesson.features.shape[2] for lesson in lessons[:PROFILED])
     counts = [lukv_counts(first, rest, tokens, protected, round(keep * tokens * len(first)), 1) for keep in KNOTS]
     budgets.start_from(torch.stack(counts, dim=-1) / tokens)
-    budgets.get_used_to(torch.stack([lesson.summary for lesson in lessons]))
+    summaries = [lessons[at].summary for at in processes.share(len(lessons))]
+    processes.catch_up()
+    budgets.get_used_to(processes.gather(summaries, len(lessons), budgets.usual[0]))
 
 
 @torch.no_grad()
@@ -136,14 +136,13 @@ def _mean_curve(
     lessons: Sequence[Lesson],
     scores: EntryScores | None,
     settings: Settings,
-    process: tuple[int, int] = (0, 1),
-    reduce: Reduce = lambda tensor: tensor,
+    processes: Processes,
 ) -> Float[Tensor, "layers kv_heads steps"]:
     """LU-KV's curve of the scores, every lesson counting the same; on the CPU."""
-    (rank, processes), shape = process, view(model).shape
+    shape = view(model).shape
     # Whole also where a process has no lesson.
     total = torch.zeros(len(shape.layers), shape.kv_heads, settings.sink + settings.window + RANKS)
-    for lesson in lessons[rank::processes]:
+    for lesson in (lessons[at] for at in processes.share(len(lessons))):
         found = lesson.fixed_scores if scores is None else raw_scores(lesson, scores)
         assert found is not None
         order = keeping_order(found, settings.sink, settings.window)
@@ -152,4 +151,5 @@ def _mean_curve(
             pass
         curve = loss.marginal().cpu()
         total = total + curve / curve.sum().clamp(min=1e-30)
-    return reduce(total.to(model.device)).cpu() / len(lessons)
+    processes.catch_up()
+    return processes.sum(total.to(model.device)).cpu() / len(lessons)
