@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from headwise.calibration import TASKS, Example, builtin, encode, load_examples
 from headwise.errors import BadInput
 from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.ruler import generate
+from headwise.evals.mini_ruler import generate
 
 POSITIONS = 1024
 

@@ -19,7 +19,7 @@ from headwise.artifacts import Budget, Origin
 from headwise.errors import BudgetInfeasible
 from headwise.evals import models
 from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.ruler import generate
+from headwise.evals.mini_ruler import generate
 from headwise.method import ALIASES, ALLOCATORS, SCORERS
 from headwise.shapes import ModelShape
 

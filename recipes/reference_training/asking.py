@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from headwise.evals import ruler
+from headwise.evals import mini_ruler
 from headwise.evals.lexicon import BOS, EOS, REFERENCE_LEXICON, REFERENCE_VOCABULARY, split_words_and_marks
-from headwise.evals.ruler import Document, Question
+from headwise.evals.mini_ruler import Document, Question
 
 from .trainer import Batch
 
@@ -19,7 +19,7 @@ LISTINGS = "listings"  # a document packed with keys of several values
 LISTING_TOKENS = 25  # four values of a key and a record that distracts
 CONTEXT_WEIGHT = 0.002
 END_WEIGHT = 0.2
-MOST_ALTERNATIVES = ruler.NUM_COMMON_WORDS - 1
+MOST_ALTERNATIVES = mini_ruler.NUM_COMMON_WORDS - 1
 # The least share of a row that the context takes; the rest is for questions. Rows of few questions have it all.
 LEAST_CONTEXT_SHARE = {
     "niah_multikey": 0.7,
@@ -67,15 +67,15 @@ def mixed_document(rng: np.random.Generator, length: int) -> Document:
     """Write a document of records, listings and chains, mostly records; no key has two records."""
     lexicon = REFERENCE_LEXICON
     num_lookups, num_listings, num_chains = (max(1, length // tokens) for tokens in (14, 400, 200))
-    num_several = max(ruler.NUM_KEYS_PER_QUERY, num_lookups // 8)
+    num_several = max(mini_ruler.NUM_KEYS_PER_QUERY, num_lookups // 8)
     keys = lexicon.draw_keys(rng, num_lookups + num_several + num_listings)
     facts = [
-        ruler.lookup_facts(lexicon, rng, keys[:num_lookups]),
-        ruler.several_lookups_facts(lexicon, rng, keys[num_lookups:-num_listings]),
-        ruler.listing_facts(lexicon, rng, keys[-num_listings:]),
-        ruler.chain_facts(lexicon, lexicon.draw_keys(rng, num_chains * (ruler.NUM_HOPS + 1))),
+        mini_ruler.lookup_facts(lexicon, rng, keys[:num_lookups]),
+        mini_ruler.several_lookups_facts(lexicon, rng, keys[num_lookups:-num_listings]),
+        mini_ruler.listing_facts(lexicon, rng, keys[-num_listings:]),
+        mini_ruler.chain_facts(lexicon, lexicon.draw_keys(rng, num_chains * (mini_ruler.NUM_HOPS + 1))),
     ]
-    return ruler.hide(lexicon, rng, facts, length)
+    return mini_ruler.hide(lexicon, rng, facts, length)
 
 
 class _Stream:
@@ -119,19 +119,19 @@ def _stream(rng: np.random.Generator, task: str, length: int, seed: int) -> _Str
 def _document(rng: np.random.Generator, task: str, length: int, seed: int) -> Document:
     least = LEAST_CONTEXT_SHARE.get(task, 1.0) if length >= SHORTEST_SHARED_LENGTH else 1.0
     context_length = round(length * rng.uniform(least, 1.0)) - 1  # one token is for the end of the answer
-    sample_rng = ruler.seeded_generator("train", task=task, length=length, seed=seed, index=int(rng.integers(2**62)))
+    sample_rng = mini_ruler.seeded_generator("train", task=task, length=length, seed=seed, index=int(rng.integers(2**62)))
     if task == MIXED:
         return mixed_document(sample_rng, context_length)
     if task == LISTINGS:
         return _listings_document(sample_rng, context_length)
-    return ruler.find_task(task).write(REFERENCE_LEXICON, sample_rng, context_length)
+    return mini_ruler.find_task(task).write(REFERENCE_LEXICON, sample_rng, context_length)
 
 
 def _listings_document(rng: np.random.Generator, length: int) -> Document:
     most = (length - LISTING_TOKENS) // LISTING_TOKENS
     num_keys = int(rng.integers((most + 1) // 2, most + 1))
     keys = REFERENCE_LEXICON.draw_keys(rng, num_keys)
-    return ruler.hide(REFERENCE_LEXICON, rng, [ruler.listing_facts(REFERENCE_LEXICON, rng, keys)], length)
+    return mini_ruler.hide(REFERENCE_LEXICON, rng, [mini_ruler.listing_facts(REFERENCE_LEXICON, rng, keys)], length)
 
 
 def _append_answer(rng: np.random.Generator, stream: _Stream, question: Question) -> None:

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.ruler import Sample, generate, score
+from headwise.evals.mini_ruler import Sample, generate, score
 
 TOKENS_AT_ONCE = 16_384
 EVALUATION_SEED = 0

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.ruler import Question, seeded_generator
+from headwise.evals.mini_ruler import Question, seeded_generator
 
 from .asking import MIXED, mixed_document
 from .card import Provenance, write_card

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, DynamicCache, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
 from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.ruler import generate
+from headwise.evals.mini_ruler import generate
 
 from .asking import encode, encode_document
 from .evaluation import EVALUATION_SEED

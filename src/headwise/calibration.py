@@ -3,7 +3,7 @@
     FILE.jsonl    one object per line: {"context": "...", "questions": ["...", ...], "domain": "records"}
     FILE.txt      plain text: the model's own continuation of it is the future
     FOLDER        all such files in it, in the order of their names
-    builtin[:N]   N contexts made here (default 24): the tasks of ruler.py from the split "calibration", whose seeds no
+    builtin[:N]   N contexts made here (default 24): the tasks of mini_ruler.py from the split "calibration", whose seeds no
                   evaluation can reach, and code; several lengths, up to 40 questions on each
 
 The builtin mix is demanding on purpose: a profile from easy contexts, with few questions on sparse content, underfunds
@@ -24,7 +24,7 @@ from torch import Tensor
 from headwise.errors import BadInput
 from headwise.evals.document import read_text, tokenize
 from headwise.evals.lexicon import Lexicon
-from headwise.evals.ruler import generate, seeded_generator
+from headwise.evals.mini_ruler import generate, seeded_generator
 from headwise.evals.run import lexicon_for
 
 BUILTIN = "builtin"

@@ -20,7 +20,7 @@ from headwise.allocate.profiled import LUKV, ShippedLUKV, published_counts
 from headwise.artifacts import Budget, Origin
 from headwise.errors import ArtifactMismatch, BadInput, BudgetInfeasible
 from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.ruler import generate
+from headwise.evals.mini_ruler import generate
 from headwise.hf.families import view
 from headwise.hulls import concave_hulls
 from headwise.interfaces import Demand

@@ -12,7 +12,7 @@ from headwise.evals.lexicon import (
     count_words_and_marks,
     split_words_and_marks,
 )
-from headwise.evals.ruler import TASKS, generate
+from headwise.evals.mini_ruler import TASKS, generate
 
 
 def test_vocabulary_has_512_different_tokens():

@@ -6,7 +6,7 @@ from folders import CHAT_TEMPLATE, word_tokenizer
 
 from headwise.errors import BadInput, BudgetInfeasible
 from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.ruler import TASKS, generate
+from headwise.evals.mini_ruler import TASKS, generate
 from headwise.evals.run import Record, evaluate, lexicon_for, parse_tasks
 
 FIELDS = {

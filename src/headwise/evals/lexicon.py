@@ -1,4 +1,4 @@
-"""The words of the mini-RULER tasks: pools, sentence templates, filler prose. The tasks themselves are in `ruler.py`.
+"""The words of the mini-RULER tasks: pools, sentence templates, filler prose. The tasks themselves are in `mini_ruler.py`.
 
 A lexicon knows how a fact is stated, asked for and answered, and how many tokens a text takes; it knows no task.
 `REFERENCE_LEXICON` is the one of the bundled reference model: lower-case English, a token per word or punctuation mark.
@@ -33,7 +33,7 @@ class Wording:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lexicon:
-    """Word pools and templates, enough to write every task of `ruler.py` in one language and for one tokenizer."""
+    """Word pools and templates, enough to write every task of `mini_ruler.py` in one language and for one tokenizer."""
 
     name: str
     count_tokens: Callable[[str], int]  # special tokens not counted

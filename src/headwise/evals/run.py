@@ -1,6 +1,6 @@
 """Methods x keeps x tasks on generated samples: accuracy and measured memory, against the full cache.
 
-Evaluation samples come from the split "evaluation" of `ruler.generate`, whose seeds no other split can reach: neither
+Evaluation samples come from the split "evaluation" of `mini_ruler.generate`, whose seeds no other split can reach: neither
 training nor calibration ever sees them.
 """
 
@@ -15,7 +15,7 @@ from headwise.errors import BadInput
 from headwise.evals.answers import FULL, Memory, answer, known_methods, read_context, require_possible, room_for_answers
 from headwise.evals.document import Tokens, tokenize
 from headwise.evals.lexicon import REFERENCE_LEXICON, Lexicon
-from headwise.evals.ruler import TASKS, Sample, find_task, generate, score
+from headwise.evals.mini_ruler import TASKS, Sample, find_task, generate, score
 from headwise.keep import Keep, parse_keep
 from headwise.method import Method
 from headwise.reading import can_watch, read

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from headwise.errors import BadInput
 from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.ruler import (
+from headwise.evals.mini_ruler import (
     DECOY_SHARE,
     NUM_COMMON_WORDS,
     NUM_FREQUENT_WORDS,

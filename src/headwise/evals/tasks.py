@@ -1,0 +1,47 @@
+"""What a model is asked: a context, questions right after it, and how an answer is judged. Imports no torch.
+
+A suite makes `Task`s; the evaluation (run.py) knows nothing else of them. To add one: a function that judges, a
+function that makes sample `index`, and a line in suites.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What is asked after the context."""
+
+    prompt: str
+    answers: tuple[str, ...]  # what `Task.judge` compares an answer with
+    answer_prefix: str = ""  # how the model's own turn is made to begin, after a chat template's opening of it
+    classes: tuple[str, ...] = ()  # all labels, where an answer is one of them
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """A context with questions that can each be asked right after it.
+
+    `verbatim`: context and prompt follow each other as they are (official prompts); otherwise an empty line separates
+    them. `chat`: the tokenizer's chat template goes around them, if it has one.
+    """
+
+    context: str
+    questions: tuple[Question, ...]
+    max_new_tokens: int
+    verbatim: bool = False
+    chat: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """A named source of samples. `judge(prediction, question)` is in 0..1, 1 is right."""
+
+    name: str  # with its suite: mini-ruler:vt
+    length: int  # tokens that its samples are made for, or cut to
+    num_samples: int
+    sample: Callable[[int], Sample] = field(repr=False)
+    judge: Callable[[str, Question], float] = field(repr=False)
+
+
+Tasks = Sequence[Task]
