@@ -119,7 +119,8 @@ def _stream(rng: np.random.Generator, task: str, length: int, seed: int) -> _Str
 def _document(rng: np.random.Generator, task: str, length: int, seed: int) -> Document:
     least = LEAST_CONTEXT_SHARE.get(task, 1.0) if length >= SHORTEST_SHARED_LENGTH else 1.0
     context_length = round(length * rng.uniform(least, 1.0)) - 1  # one token is for the end of the answer
-    sample_rng = mini_ruler.seeded_generator("train", task=task, length=length, seed=seed, index=int(rng.integers(2**62)))
+    index = int(rng.integers(2**62))
+    sample_rng = mini_ruler.seeded_generator("train", task=task, length=length, seed=seed, index=index)
     if task == MIXED:
         return mixed_document(sample_rng, context_length)
     if task == LISTINGS:

@@ -1,4 +1,4 @@
-"""The words of the mini-RULER tasks: pools, sentence templates, filler prose. The tasks themselves are in `mini_ruler.py`.
+"""The words of the mini-RULER tasks: pools, sentence templates, filler prose. The tasks are in `mini_ruler.py`.
 
 A lexicon knows how a fact is stated, asked for and answered, and how many tokens a text takes; it knows no task.
 `REFERENCE_LEXICON` is the one of the bundled reference model: lower-case English, a token per word or punctuation mark.

@@ -1,7 +1,7 @@
 """Methods x keeps x tasks on generated samples: accuracy and measured memory, against the full cache.
 
-Evaluation samples come from the split "evaluation" of `mini_ruler.generate`, whose seeds no other split can reach: neither
-training nor calibration ever sees them.
+Evaluation samples come from the split "evaluation" of `mini_ruler.generate`, whose seeds no other split can reach:
+neither training nor calibration ever sees them.
 """
 
 from collections.abc import Callable, Sequence
