@@ -28,6 +28,7 @@ def test_a_cut_of_a_reading_is_what_compress_makes(family):
             for name in ("keys", "values", "positions"):
                 assert torch.equal(getattr(layer.segments, name), getattr(other.segments, name)), method
         assert (cut.nbytes, cut.provenance) == (own.nbytes, own.provenance)
+        assert cut.peak_nbytes == own.peak_nbytes
         whole, whole_mask = torch.cat([ids, ids[:, -5:]], dim=-1), torch.cat([mask, mask[:, -5:]], dim=-1)
         options = {"attention_mask": whole_mask, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
         a = model.generate(whole, past_key_values=cut.fork(), **options)
@@ -42,12 +43,24 @@ def test_the_whole_cache_of_a_reading_is_everything():
 
 def test_scorers_that_need_more_than_one_prefill_are_refused():
     model, ids = tiny_model(), random_ids(1, 50)
-    for name in ("kvzip", "criticalkv"):
+    kvzip, keydiff, criticalkv = (Method.parse(name).scorer for name in ("kvzip", "keydiff", "criticalkv"))
+    for scorers in ([criticalkv], [kvzip, keydiff]):
         with pytest.raises(BadInput, match="compress"):
-            read(model, ids, [Method.parse(name).scorer])
+            read(model, ids, scorers)
     reading = read(model, ids, [Method.parse("keydiff").scorer])
     with pytest.raises(BadInput, match="KeyDiff did"):
         reading.cut("knorm", 0.5)
+
+
+def test_one_repetition_of_the_context_serves_every_keep():
+    model, ids = tiny_model(), random_ids(1, 60)
+    reading = read(model, ids, [Method.parse("kvzip").scorer])
+    for method, keep in (("kvzip", 0.3), ("kvzip", 0.6), ("kvzip+uniform", 0.3)):
+        cut, own = reading.cut(method, keep), headwise.compress(model, ids, method, keep=keep)
+        assert torch.equal(cut.lengths, own.lengths)
+        assert (cut.nbytes, cut.peak_nbytes) == (own.nbytes, own.peak_nbytes)
+        for layer, other in zip(cut.ragged_layers, own.ragged_layers, strict=True):
+            assert torch.equal(layer.segments.positions, other.segments.positions)
 
 
 def a_plan(method):

@@ -3,8 +3,8 @@
     FILE.jsonl    one object per line: {"context": "...", "questions": ["...", ...], "domain": "records"}
     FILE.txt      plain text: the model's own continuation of it is the future
     FOLDER        all such files in it, in the order of their names
-    builtin[:N]   N contexts made here (default 24): the tasks of mini_ruler.py from the split "calibration", whose seeds
-                  no evaluation can reach, and code; several lengths, up to 40 questions on each
+    builtin[:N]   N contexts made here (default 24): the tasks of mini_ruler.py from the split "calibration", whose
+                  seeds no evaluation can reach, and code; several lengths, up to 40 questions on each
 
 The builtin mix is demanding on purpose: a profile from easy contexts, with few questions on sparse content, underfunds
 the heads that dense retrieval needs.

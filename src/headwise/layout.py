@@ -5,6 +5,7 @@ says which head owns which rows of which page. A GPU reads it in chunks, none of
 Storage is never changed once made, so any number of caches can share it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -141,6 +142,17 @@ def gather(
         positions=positions[row, token].to(torch.int32),
         lengths=tuple(kept.sum(-1).flatten().tolist()),
         kv_heads=kept.shape[1],
+    )
+
+
+def join(parts: Sequence[Segments]) -> Segments:
+    """Contexts of several storages in one, in their order; copied."""
+    return Segments(
+        keys=torch.cat([part.keys for part in parts]),
+        values=torch.cat([part.values for part in parts]),
+        positions=torch.cat([part.positions for part in parts]),
+        lengths=tuple(length for part in parts for length in part.lengths),
+        kv_heads=parts[0].kv_heads,
     )
 
 

@@ -6,6 +6,7 @@ cache stays in memory meanwhile, so this is for comparing methods, not for savin
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,13 +16,14 @@ from transformers import PreTrainedModel
 from headwise.allocate import Uniform
 from headwise.errors import BadInput
 from headwise.hf.families import view
-from headwise.interfaces import AbstractScorer, Chunk, Observation, Statistics
+from headwise.interfaces import AbstractScorer, Chunk, Observation, Replay, Statistics
 from headwise.keep import Keep, parse_keep
 from headwise.layout import Segments
 from headwise.method import Method
 from headwise.online import Progress, compress
 from headwise.ragged.cache import RaggedCache
-from headwise.ragged.prefill import keep_entries, make_plan
+from headwise.ragged.layer import Meter
+from headwise.ragged.prefill import defers, keep_entries, make_plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,12 +35,19 @@ class _Watchers(AbstractScorer):
     first: list[Observation] = field(default_factory=list, compare=False)  # of the first layer
 
     @property
+    def replay(self) -> Replay | None:
+        """Of a scorer that reads the context twice, which watches alone."""
+        return self.scorers[0].replay if self.scorers else None
+
+    @property
     def query_window(self) -> int:
         """The longest of the windows."""
         return max((scorer.query_window for scorer in self.scorers), default=0)
 
     def accumulate(self, statistics: Statistics, chunk: Chunk) -> Statistics:
-        """Each gathers under its own prefix."""
+        """Each gathers under its own prefix; one that watches alone also needs the marks of its second reading."""
+        if self.replay is not None:
+            return self.scorers[0].accumulate(statistics, chunk)
         gathered: Statistics = {}
         for number, scorer in enumerate(self.scorers):
             found = scorer.accumulate(_own(statistics, number), chunk)
@@ -57,7 +66,7 @@ class _Watchers(AbstractScorer):
         return replace(
             observation,
             queries=observation.queries[:, :, max(0, last) :],
-            statistics=_own(observation.statistics, number),
+            statistics=observation.statistics if self.replay is not None else _own(observation.statistics, number),
         )
 
 
@@ -97,13 +106,31 @@ class Reading:
         for layer, layer_kept in zip(cache.ragged_layers, kept, strict=True):
             assert layer.segments is not None
             layer.segments = _subset(layer.segments, layer_kept, self.first.valid)
-        cache.meter.peak = self.whole.nbytes + cache.nbytes
+        cache.meter = self._as_if_compressed(cache.layers, whole_first=defers(method))
         return cache
+
+    def _as_if_compressed(self, cut: Sequence[Any], whole_first: bool) -> Meter:
+        """What `compress` would have held: each layer whole, then with what is copied out of it, then that alone."""
+        meter, compressible = self.whole.meter.fork(), {layer.model_index for layer in self.whole.ragged_layers}
+        meter.held, meter.peak = {}, meter.uncut_peak
+        full = 2 * self.first.keys.numel() * self.whole.ragged_layers[0].dtype.itemsize  # padding included
+        for index in compressible if whole_first else ():
+            meter.report(index, full)
+        for layer in cut:
+            held = full if layer.model_index in compressible else 0
+            for nbytes in (held, held + layer.nbytes, layer.nbytes):
+                meter.report(layer.model_index, nbytes)
+        return meter
 
 
 def can_watch(scorer: AbstractScorer) -> bool:
     """Whether a scorer's scores depend on nothing but one prefill: neither on a second one nor on the budget."""
     return scorer.replay is None and not scorer.needs_budget
+
+
+def can_watch_alone(scorer: AbstractScorer) -> bool:
+    """Whether one reading serves every allocator and keep, though no other scorer."""
+    return scorer.replay is not None and not scorer.needs_budget
 
 
 def read(
@@ -115,9 +142,12 @@ def read(
     prefill_chunk_size: int | None = None,
     progress: Progress | None = None,
 ) -> Reading:
-    """Read a context once while `scorers` watch. Raises BadInput for one that cannot, and what `compress` raises."""
+    """Read a context once while `scorers` watch (twice for one that needs it and watches alone).
+
+    Raises BadInput for one that cannot, and what `compress` raises.
+    """
     for scorer in scorers:
-        if not can_watch(scorer):
+        if not can_watch(scorer) and not (len(scorers) == 1 and can_watch_alone(scorer)):
             raise BadInput(f"{type(scorer).__name__} cannot watch with others: use compress() for it.")
     seen = view(model)
     scorers = [scorer.resolve(seen.shape, seen.config_hash) for scorer in scorers]

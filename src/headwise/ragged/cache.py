@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -143,6 +144,25 @@ class RaggedCache(Cache):
         if copies > 1:
             twin.batch_repeat_interleave(copies)
         return twin
+
+    @staticmethod
+    def join(caches: Sequence["RaggedCache"]) -> "RaggedCache":
+        """One cache whose batch is the rows of all of them: to continue the same context, cut in many ways, at once.
+
+        Copies what they keep. All must have seen equally many tokens and nothing after their context: raises BadInput.
+        """
+        if not caches:
+            raise BadInput("there is no cache to join.")
+        for cache in caches:
+            cache._require_compressed()
+        seen = {cache.get_seq_length() for cache in caches}
+        if len(seen) > 1 or any(layer.tail_length for cache in caches for layer in cache.ragged_layers):
+            raise BadInput(f"caches of {sorted(seen)} tokens, or with tokens after their context, cannot be joined.")
+        whole, *others = (cache.fork() for cache in caches)
+        stacks: Any = zip(whole.layers, *(other.layers for other in others), strict=True)
+        whole.meter, whole.tokens_fingerprint = Meter(), None
+        whole.layers = [first.joined(rest, whole.meter) for first, *rest in stacks]
+        return whole
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; give minus their number. All layers or none: raises UnsupportedGeneration."""

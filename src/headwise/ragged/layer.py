@@ -5,7 +5,7 @@ frozen    the kept entries (`segments`, shared by forks) and a tail [B, H, capac
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -43,16 +43,21 @@ class Meter:
     def __init__(self) -> None:
         self.held: dict[int, int] = {}
         self.peak = 0
+        self.uncut_peak = 0  # before anything was cut
 
     def report(self, layer: int, nbytes: int) -> None:
         """A layer (by its index in the model) now holds so many bytes."""
         self.held[layer] = nbytes
         self.peak = max(self.peak, sum(self.held.values()))
 
+    def start_cutting(self) -> None:
+        """A layer is about to be cut."""
+        self.uncut_peak = self.uncut_peak or self.peak
+
     def fork(self) -> "Meter":
         """For a cache that goes on from here."""
         twin = Meter()
-        twin.held, twin.peak = dict(self.held), self.peak
+        twin.held, twin.peak, twin.uncut_peak = dict(self.held), self.peak, self.uncut_peak
         return twin
 
 
@@ -200,6 +205,7 @@ class RaggedLayer(CacheLayerMixin):
     def freeze(self, kept: Bool[Tensor, "batch kv_heads tokens"], positions: Int[Tensor, "batch tokens"]) -> None:
         """Copy the kept entries out and let go of everything else."""
         assert self.keys is not None and self.values is not None
+        self.meter.start_cutting()
         self.segments = layout.gather(self.keys, self.values, kept, positions)
         self.rows = torch.arange(kept.shape[0], device=kept.device)
         self._report()
@@ -218,6 +224,19 @@ class RaggedLayer(CacheLayerMixin):
         if self.tail_keys is not None and self.tail_values is not None:
             twin.tail_keys, twin.tail_values = self.tail_keys.clone(), self.tail_values.clone()
         return twin
+
+    def joined(self, others: Sequence["RaggedLayer"], meter: Meter) -> "RaggedLayer":
+        """A layer whose batch is the rows of this one, then those of the others; none may have a tail."""
+        whole = self.fork(meter)
+        segments, rows, contexts = [], [], 0
+        for part in (self, *others):
+            assert part.segments is not None and part.rows is not None
+            segments.append(part.segments)
+            rows.append(part.rows + contexts)
+            contexts += part.segments.batch
+        whole.segments, whole.rows = layout.join(segments), torch.cat(rows)
+        whole._report()
+        return whole
 
     def _report(self, *fresh: Tensor) -> None:
         """Tell the meter what is held, besides `fresh` states that are not stored yet."""
@@ -315,6 +334,20 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         self.keys, self.values = _own(self.keys), _own(self.values)
         self.meter.report(self.model_index, self.nbytes)
         return states
+
+    def joined(self, others: Sequence["SlidingLayer"], meter: Meter) -> "SlidingLayer":
+        """A layer whose batch is the rows of this one, then those of the others."""
+        whole = self.fork(meter)
+        whole.keys, whole.values = (
+            torch.cat([self._states(name), *(other._states(name) for other in others)]) for name in ("keys", "values")
+        )
+        meter.report(self.model_index, whole.nbytes)
+        return whole
+
+    def _states(self, name: str) -> Tensor:
+        found = getattr(self, name)
+        assert found is not None
+        return found
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; give minus their number. Raises what `require_croppable` does."""

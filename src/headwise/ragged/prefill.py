@@ -61,7 +61,7 @@ class Prefill:
         self.prompt_length = prompt_length
         self.layers: Sequence[RaggedLayer] = ()
         self.traces = [_Trace() for _ in view.shape.layers]
-        self.deferred = method.allocator.scope == "model" or method.scorer.replay is not None
+        self.deferred = defers(method)
         self.plan: Plan | None = None
         self._valid: Tensor | None = None
         self._positions: Tensor | None = None
@@ -238,6 +238,11 @@ class Prefill:
                     f"the {name} of model layer {self.view.shape.layers[layer.index]} are not finite at "
                     f"{int(bad.sum())} entries. Check the weights and the dtype (float16 overflows; try bfloat16)."
                 )
+
+
+def defers(method: Method) -> bool:
+    """Whether every layer stays whole until the last has been read."""
+    return method.allocator.scope == "model" or method.scorer.replay is not None
 
 
 def make_plan(
