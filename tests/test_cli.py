@@ -167,6 +167,35 @@ def test_eval_prints_exactly_the_agreed_fields(run):
     assert "niah_single" in out
 
 
+def test_eval_writes_records_and_goes_on_where_it_was(run, tmp_path):
+    line = f"eval -m {{base}} --tasks mini-ruler:vt --keep 0.25 --samples 1 --length 160 --out {tmp_path / 'run'}"
+    first = json.loads(succeed(run, f"{line} --methods keydiff --json"))
+    lines = (tmp_path / "run" / "records.jsonl").read_text().splitlines()
+    assert [json.loads(record)["method"] for record in lines] == ["full", "keydiff"]
+    both = json.loads(succeed(run, f"{line} --methods keydiff,knorm --json"))
+    assert both[0] == first[0]
+    assert (tmp_path / "run" / "records.jsonl").read_text().splitlines()[:2] == lines
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["command"].startswith("headwise eval -m ")
+    assert told["methods"] == ["full", "keydiff", "knorm"]
+
+
+def test_eval_of_own_documents_and_texts(run, tmp_path):
+    words = " ".join(REFERENCE_LEXICON.keys[:40])
+    document = {"context": f"{words}. " * 3, "question": "? who", "answers": ["nobody"], "metric": "f1"}
+    (tmp_path / "my.jsonl").write_text(json.dumps(document))
+    (tmp_path / "my.txt").write_text(f"{words}. " * 9)
+    line = f"eval -m {{base}} --tasks file:{tmp_path}/my.jsonl,perplexity:{tmp_path}/my.txt --methods keydiff "
+    out = succeed(run, f"{line} --keep 0.5 --length 120")
+    assert "file:my.jsonl" in out
+    assert "ppl " in out
+    rows = json.loads(succeed(run, f"{line} --keep 0.5 --length 120 --json"))
+    assert [(row["task"], row["accuracy"] is None) for row in rows] == [
+        ("file:my.jsonl", False),
+        ("perplexity:my.txt", True),
+    ]
+
+
 # --- methods, inspect, plan ---
 
 
@@ -247,7 +276,10 @@ WRONG = {
     "generate -m {base} -c {dir}/text.txt -q who --save {dir}/nowhere/x": "in a folder that exists",
     "eval -m {base} --tasks mini-ruler:nope": "the tasks are niah_single",
     "eval -m {base} --tasks mini-ruler:": "names no task",
-    "eval -m {base} --tasks longbench": "the suite is 'mini-ruler'",
+    "eval -m {base} --tasks longbanch": "'longbanch' is no suite; choose mini-ruler, ruler, longbench",
+    "eval -m {base} --tasks file:nope.jsonl": "cannot read the document nope.jsonl",
+    "eval -m {base} --tasks ruler:qa_1 --length 4096": "squad.json",
+    "eval -m {base} --protocol aware": "choose query-agnostic or query-aware",
     "eval -m {base} --keep ''": "is an empty list",
     "eval -m {base} --methods full,nope": "no scorer 'nope'",
     "eval -m {base} --tasks mini-ruler:vt --length 4": "too short",

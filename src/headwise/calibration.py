@@ -25,7 +25,7 @@ from headwise.errors import BadInput
 from headwise.evals.document import read_text, tokenize
 from headwise.evals.lexicon import Lexicon
 from headwise.evals.mini_ruler import generate, seeded_generator
-from headwise.evals.run import lexicon_for
+from headwise.evals.suites import lexicon_for
 
 BUILTIN = "builtin"
 DEFAULT_CONTEXTS = 24

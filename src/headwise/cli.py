@@ -4,6 +4,8 @@ Exit codes: 0 done, 1 it could not be done, 2 the command line or an input is wr
 """
 
 import json
+import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -187,53 +189,88 @@ def generate(
 
 @app.command(
     name="eval",
-    epilog="Example: headwise eval --tasks mini-ruler:niah_multikey_dense --methods keydiff --keep 0.15,0.25",
+    epilog="Example: headwise eval --tasks mini-ruler:niah_multikey_dense --methods keydiff --keep 0.15,0.25 --out run",
 )
 def evaluate(
     model: Model = "reference",
-    tasks: Annotated[str, typer.Option(help="mini-ruler, or mini-ruler:task,task.")] = "mini-ruler",
+    tasks: Annotated[
+        str,
+        typer.Option(help="Suites or suite:task,task of mini-ruler, ruler, longbench; file:X.jsonl; perplexity:X.txt."),
+    ] = "mini-ruler",
     methods: Methods = "full,snapkv,keydiff,adakv,expected+global",
     keep: Annotated[str, typer.Option("--keep", "-k", help="Comma-separated: 0.15,0.25.")] = "0.15",
     samples: Annotated[int, typer.Option(min=1, help="Documents per task.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Of the evaluation split; no training data has it.")] = 0,
     length: Annotated[int, typer.Option(min=1, help="Tokens of document, question and answer.")] = 512,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for records; a killed run goes on there.")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="query-agnostic, or query-aware.")] = "query-agnostic",
+    data_dir: Annotated[Path | None, typer.Option(help="Where RULER's and LongBench's data lie.")] = None,
+    fidelity: Annotated[bool, typer.Option(help="Also KL and agreement with the full cache.")] = True,
+    timed: Annotated[int, typer.Option(min=0, help="Samples per task of which single steps are timed.")] = 1,
+    rows: Annotated[int, typer.Option(min=1, help="Sequences decoded together, at most.")] = 256,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy and measured memory of methods on generated tasks, against the full cache."""
+    """Quality and measured memory of methods on tasks, against the full cache. Also under 'accelerate launch'."""
     from headwise.evals.answers import known_methods
+    from headwise.evals.records import RunFolder
+    from headwise.evals.run import Evaluation, manifest, summarise
     from headwise.evals.run import evaluate as run
-    from headwise.evals.run import parse_tasks
+    from headwise.evals.suites import Sizes, make_tasks, parse_tasks
     from headwise.keep import parse_keep
 
-    chosen, keeps, names = parse_tasks(tasks), [parse_keep(k) for k in _split(keep)], _split(methods)
+    named, keeps, names = parse_tasks(tasks), tuple(parse_keep(k) for k in _split(keep)), _split(methods)
     known_methods(names)
-    loaded, tokenizer = _load(model, dtype, device)
+    processes, loaded, tokenizer = _load_launched(model, dtype, device)
+    made = make_tasks(named, tokenizer, Sizes(samples=samples, length=length, seed=seed, data_dir=data_dir))
+    evaluation = Evaluation(
+        tasks=tuple(made),
+        methods=tuple(names),
+        keeps=keeps,
+        seed=seed,
+        protocol=protocol,
+        fidelity=fidelity,
+        timed=timed,
+        rows=rows,
+    )
+    folder = None
+    if out is not None:
+        told = manifest(loaded, model, evaluation, length, shlex.join(["headwise", *sys.argv[1:]]))
+        folder = RunFolder(out, told, rank=processes.rank if processes.number > 1 else None)
     with _progress("samples") as progress:
-        records = run(
-            loaded,
-            tokenizer,
-            tasks=chosen,
-            methods=names,
-            keeps=keeps,
-            samples=samples,
-            seed=seed,
-            length=length,
-            progress=progress,
-        )
+        records = run(loaded, tokenizer, evaluation, folder=folder, processes=processes, progress=progress)
+    if processes.rank > 0:
+        return
+    summaries = [s for s in summarise(records) if s.method in names]
     if as_json:
-        same = {"seed", "protocol"}  # for all records
-        _print_json([{k: v for k, v in asdict(record).items() if k not in same} for record in records])
+        agreed = ("method", "keep", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction")
+        rows_of = [{**asdict(summary), "task": summary.task.removeprefix("mini-ruler:")} for summary in summaries]
+        _print_json([{name: row[name] for name in agreed} for row in rows_of])
         return
     _print_table(
-        f"{_count(range(samples), 'sample')} per task, {length} tokens, seed {seed}, query-agnostic. Model: {model}",
-        ["task", "method", "keep", "KV of full", "accuracy", "full cache"],
+        f"Up to {_count(range(samples), 'sample')} per task, {length} tokens, seed {seed}, {protocol}. Model: {model}",
+        ["task", "method", "keep", "KV of full", "accuracy", "full cache", "KL", "agreement"],
         [
-            [r.task, r.method, str(r.keep), f"{r.kv_fraction:.1%}", f"{r.accuracy:.3f}", f"{r.full_accuracy:.3f}"]
-            for r in records
+            [
+                s.task,
+                s.method,
+                str(s.keep),
+                f"{s.kv_fraction:.1%}",
+                _number(s.accuracy) if s.nll is None or s.accuracy is not None else f"ppl {math.exp(s.nll):.3f}",
+                _number(s.full_accuracy),
+                _number(s.kl),
+                _number(s.agreement),
+            ]
+            for s in summaries
         ],
     )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 @app.command(epilog="Example: headwise profile --model reference --scorer snapkv,keydiff --out profile.safetensors")

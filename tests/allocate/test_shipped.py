@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from evaluated import evaluated
 from families import random_ids, tiny_model
 
 import headwise
@@ -9,7 +10,6 @@ from headwise.allocate import LUKV
 from headwise.artifacts import Budget
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.evals.models import load, reference_path
-from headwise.evals.run import evaluate
 from headwise.method import Method
 
 SCORERS = ("snapkv", "keydiff", "expected")
@@ -49,15 +49,8 @@ def test_heads_give_up_protected_tokens_for_others(reference):
 def test_it_beats_the_even_share_at_the_same_bytes(reference):
     """Samples of a seed of their own: neither calibration nor any table in docs/ has them."""
     model, tokenizer = reference
-    records = evaluate(
-        model,
-        tokenizer,
-        tasks=["niah_multikey_dense"],
-        methods=["snapkv", "snapkv+lukv"],
-        keeps=[0.2],
-        samples=3,
-        seed=901,
-        length=512,
+    records = evaluated(
+        model, tokenizer, "mini-ruler:niah_multikey_dense", ["snapkv", "snapkv+lukv"], [0.2], samples=3, seed=901
     )
     even, solved = (record.accuracy for record in records)
     assert records[0].kv_fraction == records[1].kv_fraction
@@ -83,12 +76,12 @@ def test_a_budget_of_another_scorer_is_refused(reference):
 def test_the_shipped_gates_beat_hand_made_scores_with_solved_budgets(reference):
     """At the same bytes, on samples of a seed of their own; `lkv` alone finds the file, and it is small."""
     model, tokenizer = reference
-    records = evaluate(
+    records = evaluated(
         model,
         tokenizer,
-        tasks=["niah_multikey_dense", "cwe"],
-        methods=["keydiff+lukv", "lkv"],
-        keeps=[0.1],
+        "mini-ruler:niah_multikey_dense,cwe",
+        ["keydiff+lukv", "lkv"],
+        [0.1],
         samples=4,
         seed=901,
         length=768,

@@ -60,9 +60,9 @@ def test_padding_pushes_nothing_out_of_a_sliding_window(model, tokenizer, tokens
     """Beside a long question a short one was once answered as if its window were narrower by the padding."""
     order = [question for question in tokens.questions for _ in range(2)]
     asked = Tokens(context=tokens.context, questions=(*order, tokens.questions[0].flip(0)))
-    sizes, join = [], answers._join
+    sizes, join = [], answers.follow
     monkeypatch.setattr(
-        answers, "_join", lambda context, batch, pad: sizes.append(len(batch)) or join(context, batch, pad)
+        answers, "follow", lambda context, batch, pad: sizes.append(len(batch)) or join(context, batch, pad)
     )
     found = answer(model, tokenizer, read_context(model, tokens.context, "streaming", 0.4), asked, max_new_tokens=4)
     assert sizes == ([3, 2, 2] if model.config.model_type == "gemma3_text" else [7])

@@ -141,23 +141,43 @@ def answer(
     batch_size: int = 64,
     streamer: Any = None,
 ) -> list[str]:
-    """Greedy answers to every question, each asked right after the context, `batch_size` at a time.
+    """Greedy answers to every question, as text; see `answer_tokens`."""
+    (answers,) = answer_tokens(
+        model, tokenizer, memory, tokens, max_new_tokens=max_new_tokens, batch_size=batch_size, streamer=streamer
+    )
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
-    The questions of a batch share the compressed context; only what comes after it is stored per question. (The full
-    cache is copied for each, so as many are asked at a time as COPIED_BYTES allow.) On a model with sliding-window
-    layers only questions of one length are asked together: padding would push tokens of the context out of the window.
-    An answer ends at the model's last position at the latest. Raises BadInput where a question leaves no room for one.
+
+def answer_tokens(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    memory: Memory,
+    tokens: Tokens,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    contexts: int = 1,
+    streamer: Any = None,
+) -> list[list[Int[Tensor, " _"]]]:
+    """Greedy answers to every question, each asked right after the context, at most `batch_size` at a time.
+
+    `memory` may be several of `contexts` joined, which are all asked the same; answers come context by context. The
+    questions of a batch share the compressed context; only what comes after it is stored per question. (The full cache
+    is copied for each, so as many are asked at a time as COPIED_BYTES allow.) On a model with sliding-window layers
+    only questions of one length are asked together: padding would push tokens of the context out of the window.
+    An answer ends with its end token, or at the model's last position. Raises BadInput where a question leaves no room
+    for one.
     """
     max_new_tokens = min(max_new_tokens, room_for_answers(model, tokens))
     if isinstance(memory, FullMemory):
         batch_size = max(1, min(batch_size, COPIED_BYTES // memory.nbytes))
-    pad = _padding(tokenizer)
-    answers: dict[int, str] = {}
-    for batch in _batches(model, tokens, batch_size):
-        ids, mask = _join(tokens.context, [tokens.questions[i] for i in batch], pad)
+    pad, ends = padding_token(tokenizer), end_tokens(model)
+    answers: list[dict[int, Tensor]] = [{} for _ in range(contexts)]
+    for batch in question_batches(model, tokens, max(1, batch_size // contexts)):
+        ids, mask = follow(tokens.context, [tokens.questions[i] for i in batch], pad)
         generated = cast(Any, model).generate(
-            ids,
-            attention_mask=mask,
+            ids.repeat(contexts, 1),
+            attention_mask=mask.repeat(contexts, 1),
             **given(model, memory.fork(copies=len(batch))),
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -165,9 +185,22 @@ def answer(
             pad_token_id=pad,
             streamer=streamer,
         )
-        texts = tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
-        answers |= zip(batch, texts, strict=True)
-    return [answers[i].strip() for i in range(len(tokens.questions))]
+        rows = [_until_end(row, ends) for row in generated[:, ids.shape[1] :]]
+        for number, found in enumerate(answers):
+            found |= zip(batch, rows[number * len(batch) :], strict=False)
+    return [[found[i] for i in range(len(tokens.questions))] for found in answers]
+
+
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """What generate() ends an answer with."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return [ends] if isinstance(ends, int) else list(ends or [])
+
+
+def _until_end(ids: Int[Tensor, " new"], ends: Sequence[int]) -> Int[Tensor, " _"]:
+    """Up to and with the first end token."""
+    stops = torch.isin(ids, torch.tensor(ends, device=ids.device)).nonzero()
+    return ids[: int(stops[0]) + 1] if len(stops) else ids
 
 
 def room_for_answers(model: PreTrainedModel, tokens: Tokens) -> int:
@@ -197,7 +230,7 @@ def time_decoding(model: PreTrainedModel, memory: Memory, tokens: Tokens) -> flo
     return 1e3 * sorted(times[2:])[len(times[2:]) // 2]  # the question and a warm-up step apart
 
 
-def _batches(model: PreTrainedModel, tokens: Tokens, batch_size: int) -> list[list[int]]:
+def question_batches(model: PreTrainedModel, tokens: Tokens, batch_size: int) -> list[list[int]]:
     """Which questions are asked together."""
     shape = view(model).shape
     groups: dict[int, list[int]] = {}
@@ -208,12 +241,12 @@ def _batches(model: PreTrainedModel, tokens: Tokens, batch_size: int) -> list[li
     ]
 
 
-def _padding(tokenizer: Any) -> int:
+def padding_token(tokenizer: Any) -> int:
     """A token to fill rows with: masked before a question, not shown after an answer."""
     return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
-def _join(context: Tensor, questions: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
+def follow(context: Tensor, questions: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
     """[context | padding | question] for every question, and its attention mask."""
     longest = max(len(question) for question in questions)
     ids = context.new_full((len(questions), longest), pad)

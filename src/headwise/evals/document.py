@@ -1,6 +1,7 @@
 """A document with questions: reading it from files, and turning it into tokens, chat template included."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -84,20 +85,32 @@ def _parse_question(line: str, place: str) -> Asked:
     raise BadInput(f'{place} is no question; write {{"question": "Who ...?", "answers": ["Ada"]}} on one line.')
 
 
-def tokenize(tokenizer: Any, context: str, questions: list[str], *, device: torch.device | str = "cpu") -> Tokens:
-    """Tokens of a document and its questions, in the tokenizer's chat template if it has one.
+def tokenize(
+    tokenizer: Any,
+    context: str,
+    questions: Sequence[str],
+    *,
+    device: torch.device | str = "cpu",
+    separator: str = "\n\n",
+    prefixes: Sequence[str] | None = None,
+    chat: bool = True,
+) -> Tokens:
+    """Tokens of a document and its questions, in the tokenizer's chat template if it has one and `chat` is set.
 
-    The message is the context, an empty line and the question. The split lies after the context, so the template's
-    opening is part of what is compressed, and its end, which starts the model's turn, is part of each question. Models
-    that can think before they answer are asked not to. Raises BadInput, also where the
-    tokenizer does not know the words.
+    The message is the context, a separator (an empty line) and the question. The split lies after the context, so the
+    template's opening is part of what is compressed, and its end, which starts the model's turn, is part of each
+    question, and so is what the answer is made to begin with (`prefixes`). Models that can think before they answer are
+    asked not to. Raises BadInput, also where the tokenizer does not know the words.
     """
     if not questions or any(not question.strip() for question in questions):
         raise BadInput("a question is empty." if questions else "there is no question to ask.")
-    templated = getattr(tokenizer, "chat_template", None) is not None
+    templated = chat and getattr(tokenizer, "chat_template", None) is not None
     write = partial(_message, tokenizer) if templated else str
     opening = write(f"{context}{_MARK}").partition(_MARK)[0]
-    endings = [write(f"{_MARK}\n\n{question}").partition(_MARK)[2] for question in questions]
+    endings = [
+        write(f"{_MARK}{separator}{question}").partition(_MARK)[2] + prefix
+        for question, prefix in zip(questions, prefixes or [""] * len(questions), strict=True)
+    ]
     head = tokenizer(opening, add_special_tokens=not templated)["input_ids"]
     if not templated and head and head[-1] == tokenizer.eos_token_id:
         head = head[:-1]  # some tokenizers close every text, but this one goes on

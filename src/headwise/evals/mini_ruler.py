@@ -10,7 +10,6 @@ Splits cannot overlap, by construction: all randomness of a sample comes from on
 """
 
 import itertools
-import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import numpy as np
 
 from headwise.errors import BadInput
 from headwise.evals.lexicon import Lexicon, Wording
+from headwise.evals.metrics import answers_found
 
 SPLITS = ("train", "calibration", "evaluation", "demo")
 
@@ -132,9 +132,7 @@ def seeded_generator(split: str, *, task: str, length: int, seed: int, index: in
 
 def score(prediction: str, question: Question) -> float:
     """Return the share of the question's answers that the generated text contains, as whole words, in any case."""
-    text = " ".join(prediction.lower().split())
-    found = [re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", text) for answer in question.answers]
-    return sum(match is not None for match in found) / len(found)
+    return answers_found(prediction, question.answers)
 
 
 def lookup_facts(lexicon: Lexicon, rng: np.random.Generator, keys: Sequence[str]) -> Facts:

@@ -1,31 +1,38 @@
-"""Methods x keeps x tasks on generated samples: accuracy and measured memory, against the full cache.
+"""Tasks x methods x keeps: what each answers, what it holds, how faithful it is to the full cache.
 
-Evaluation samples come from the split "evaluation" of `mini_ruler.generate`, whose seeds no other split can reach:
-neither training nor calibration ever sees them.
+Samples are the same for all methods, and a sample is read once for all that can share a reading (session.py). Samples
+of generated tasks come from the split "evaluation", whose seeds no other split can reach: neither training nor
+calibration ever sees them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from headwise.errors import BadInput
-from headwise.evals.answers import FULL, Memory, answer, known_methods, read_context, require_possible, room_for_answers
-from headwise.evals.document import Tokens, tokenize
-from headwise.evals.lexicon import REFERENCE_LEXICON, Lexicon
-from headwise.evals.mini_ruler import TASKS, Sample, find_task, generate, score
+from headwise.evals.answers import FULL, known_methods, require_possible
+from headwise.evals.document import Tokens
+from headwise.evals.records import Record, RunFolder
+from headwise.evals.session import WHOLE, Outcome, Pair, Session
+from headwise.evals.tasks import Sample, Task
+from headwise.hf.families import view
 from headwise.keep import Keep, parse_keep
-from headwise.method import Method
-from headwise.reading import can_watch, read
+from headwise.processes import Processes
+from headwise.ragged.cache import RaggedCache
 
-SUITE = "mini-ruler"
-PROTOCOL = "query-agnostic"
+PROTOCOLS = ("query-agnostic", "query-aware")
+LONGEST_MAP = 2048  # tokens of a context that is drawn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Record:
+class Summary:
     """One method at one keep on one task; means over samples (and their questions)."""
 
     method: str
@@ -33,123 +40,264 @@ class Record:
     task: str
     length: int
     samples: int
-    accuracy: float
-    full_accuracy: float
+    accuracy: float | None
+    full_accuracy: float | None
+    kl: float | None
+    agreement: float | None
+    nll: float | None
     kv_fraction: float  # measured bytes over the full cache's bytes
     seed: int
-    protocol: str = PROTOCOL
+    protocol: str
 
 
-def parse_tasks(text: str) -> list[str]:
-    """Task names from "mini-ruler" (all) or "mini-ruler:niah_single,vt". Raises BadInput."""
-    suite, colon, names = text.partition(":")
-    if suite != SUITE:
-        raise BadInput(f"tasks={text!r}: the suite is {SUITE!r}; write {SUITE} or {SUITE}:task,task.")
-    chosen = [name.strip() for name in names.split(",") if name.strip()] if colon else list(TASKS)
-    if not chosen:
-        raise BadInput(f"tasks={text!r} names no task; the tasks are {', '.join(TASKS)}.")
-    for name in chosen:
-        find_task(name)
-    return chosen
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What is to be measured, and how. `timed`: samples of every task of which single steps are timed, too."""
+
+    tasks: tuple[Task, ...]
+    methods: tuple[str, ...]
+    keeps: tuple[Keep, ...]
+    seed: int = 0
+    protocol: str = "query-agnostic"
+    fidelity: bool = True
+    timed: int = 1
+    rows: int = 256  # sequences that are decoded together, at most
+
+    def __post_init__(self) -> None:
+        if not self.tasks or not self.keeps:
+            raise BadInput("there is nothing to evaluate: give at least one task and one keep.")
+        if self.protocol not in PROTOCOLS:
+            raise BadInput(f"protocol={self.protocol!r}: choose {' or '.join(PROTOCOLS)}.")
+        if min(self.rows, self.timed + 1, self.seed + 1) < 1:
+            raise BadInput(f"rows={self.rows} must be at least 1, timed={self.timed} and seed={self.seed} at least 0.")
+        known_methods(self.methods)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Every method at every keep, each once; the full cache has none."""
+        return list(dict.fromkeys((m, k) for m in self.methods for k in ([WHOLE[1]] if m == FULL else self.keeps)))
+
+    @property
+    def units(self) -> list[tuple[Task, int]]:
+        """Every sample of every task."""
+        return [(task, index) for task in self.tasks for index in range(task.num_samples)]
 
 
 def evaluate(
     model: PreTrainedModel,
     tokenizer: Any,
+    evaluation: Evaluation,
     *,
-    tasks: Sequence[str],
-    methods: Sequence[str],
-    keeps: Sequence[float | str | Keep],
-    samples: int,
-    seed: int = 0,
-    length: int = 512,
+    folder: RunFolder | None = None,
+    processes: Processes | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Record]:
-    """Accuracy of every method at every keep on every task, query-agnostic.
+    """Measure everything that `folder` does not hold yet; all records of the evaluation, its samples in order.
 
-    A sample is read once for all scorers that can watch one prefill. One record for each method, keep and task, however
-    often they are named; "full" has one per task, with keep 1. Raises BadInput, and what `require_possible` raises for
-    the first sample of any task, before any work.
+    Several `processes` share the samples. Raises BadInput, and what `require_possible` raises for the first sample of
+    any task, before any work.
     """
-    _require_sizes(samples=samples, seed=seed, length=length)
-    known_methods(methods)
-    tasks, parsed = list(dict.fromkeys(tasks)), [parse_keep(keep) for keep in keeps]
-    if not tasks or not parsed:
-        raise BadInput("there is nothing to evaluate: give at least one task and one keep.")
-    lexicon, records = lexicon_for(tokenizer), []
-    for task in tasks:
-        first = generate(task, lexicon=lexicon, length=length, seed=seed, index=0)
-        require_possible(model, methods, parsed, _tokens(model, tokenizer, first))
-    pairs = list(dict.fromkeys((m, k) for m in methods for k in ([parse_keep(1.0)] if m == FULL else parsed)))
-    for number, task in enumerate(tasks):
-        outcomes: dict[tuple[str, Keep], list[tuple[float, float]]] = {pair: [] for pair in pairs}
-        full: list[float] = []
-        for index in range(samples):
-            progress(number * samples + index, len(tasks) * samples)
-            sample = generate(task, lexicon=lexicon, length=length, seed=seed, index=index)
-            session = _Session(model, tokenizer, sample, [m for m in methods if m != FULL])
-            right, full_bytes = session.measure(FULL, parse_keep(1.0))
-            full.append(right)
-            for method, keep in pairs:
-                measured = (right, full_bytes) if method == FULL else session.measure(method, keep)
-                outcomes[method, keep].append((measured[0], measured[1] / full_bytes))
-        records += [
-            Record(
-                method=method,
-                keep=keep.value,
-                task=task,
-                length=length,
-                samples=samples,
-                accuracy=fmean(right for right, _ in found),
-                full_accuracy=fmean(full),
-                kv_fraction=fmean(fraction for _, fraction in found),
-                seed=seed,
-            )
-            for (method, keep), found in outcomes.items()
-        ]
-    progress(len(tasks) * samples, len(tasks) * samples)
-    return records
+    processes = processes or Processes()
+    session = Session(
+        model=model,
+        tokenizer=tokenizer,
+        query_aware=evaluation.protocol == "query-aware",
+        fidelity=evaluation.fidelity,
+        rows=evaluation.rows,
+    )
+    for task in evaluation.tasks:
+        for tokens in session.tokens(task.sample(0)):
+            require_possible(model, evaluation.methods, evaluation.keeps, tokens)
+    made = list(_resumed(folder, evaluation, processes))
+    have = {(record.unit, record.method, record.keep) for record in made}
+    units, share = evaluation.units, processes.share(len(evaluation.units))
+    for done, (task, index) in enumerate(units[at] for at in share):
+        progress(done, len(share))
+        missing = [p for p in [WHOLE, *evaluation.pairs] if ((task.name, index), p[0], _written(p)) not in have]
+        if missing:
+            found, maps = _measure(session, task, index, list(dict.fromkeys(missing)), evaluation)
+            made += found
+            if folder is not None:
+                folder.append(found, maps)
+    progress(len(share), len(share))
+    processes.catch_up()
+    processes.wait()
+    if folder is not None:
+        if processes.rank == 0:
+            folder.merge()
+        processes.wait()
+        made = folder.records()
+    return _asked_for(made, evaluation)
 
 
-def lexicon_for(tokenizer: Any) -> Lexicon:
-    """The bundled lexicon, counting tokens as this tokenizer does."""
-    return replace(
-        REFERENCE_LEXICON,
-        count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
-        num_special_tokens=tokenizer.num_special_tokens_to_add(),
+def _resumed(folder: RunFolder | None, evaluation: Evaluation, processes: Processes) -> list[Record]:
+    """What earlier runs have written."""
+    if folder is None:
+        return []
+    if processes.rank == 0:
+        folder.open()
+    processes.wait()
+    found = folder.records()
+    processes.wait()  # nobody writes before all have read
+    return found
+
+
+def _measure(
+    session: Session, task: Task, index: int, pairs: Sequence[Pair], evaluation: Evaluation
+) -> tuple[list[Record], list[dict[str, Any]]]:
+    """Records of one sample for these pairs, and maps of what heads kept if it is a task's first."""
+    sample, maps = task.sample(index), _Maps(task, index, session.tokenizer, evaluation.keeps)
+    outcomes = session.measure(sample, pairs, timed=index < evaluation.timed, show=maps.note)
+    full_bytes = outcomes[WHOLE].kv_bytes
+    records = [_record(task, index, sample, pair, outcomes[pair], full_bytes, evaluation) for pair in pairs]
+    return records, maps.made
+
+
+def _record(
+    task: Task,
+    index: int,
+    sample: Sample,
+    pair: Pair,
+    outcome: Outcome,
+    full_bytes: int,
+    evaluation: Evaluation,
+) -> Record:
+    judge, scores = task.judge, ()
+    if judge is not None:
+        scores = tuple(judge(p, q) for p, q in zip(outcome.predictions, sample.questions, strict=True))
+    return Record(
+        task=task.name,
+        index=index,
+        length=task.length,
+        method=pair[0],
+        keep=_written(pair),
+        protocol=evaluation.protocol,
+        seed=evaluation.seed,
+        predictions=outcome.predictions if judge is not None else (),
+        answers=tuple(question.answers for question in sample.questions),
+        scores=scores,
+        score=fmean(scores) if scores else None,
+        kl=outcome.fidelity.kl,
+        agreement=outcome.fidelity.agreement,
+        nll=outcome.fidelity.nll,
+        context_tokens=outcome.context_tokens,
+        kv_bytes=outcome.kv_bytes,
+        full_kv_bytes=full_bytes,
+        sliding_kv_bytes=outcome.sliding_kv_bytes,
+        peak_kv_bytes=outcome.peak_kv_bytes,
+        prefill_seconds=outcome.prefill_seconds,
+        prefill_shared_by=outcome.prefill_shared_by,
+        decode_seconds=outcome.decode_seconds,
+        decode_rows=outcome.decode_rows,
+        step_ms=outcome.step_ms,
+        kept=outcome.kept,
+        versions=versions(),
     )
 
 
-def _require_sizes(*, samples: int, seed: int, length: int) -> None:
-    if samples < 1 or length < 1 or seed < 0:
-        raise BadInput(f"samples={samples} and length={length} must be at least 1, seed={seed} at least 0.")
+class _Maps:
+    """Which tokens of a task's first context each head kept, at the keep in the middle."""
+
+    def __init__(self, task: Task, index: int, tokenizer: Any, keeps: Sequence[Keep]):
+        self.task, self.index, self.tokenizer = task.name, index, tokenizer
+        self.keep, self.made = keeps[len(keeps) // 2], []
+
+    def note(self, pair: Pair, tokens: Tokens, cache: RaggedCache) -> None:
+        """Take down what a cut cache holds."""
+        if self.index > 0 or pair[1] != self.keep or tokens.context.shape[1] > LONGEST_MAP:
+            return
+        shape = cache.view.shape
+        kept = {
+            f"{layer},{head}": cache.positions(layer, 0, head).tolist()
+            for layer in range(len(shape.layers))
+            for head in range(shape.kv_heads)
+        }
+        texts = [self.tokenizer.decode([token]) for token in tokens.context[0].tolist()]
+        found = {"task": self.task, "index": self.index, "method": pair[0], "keep": _written(pair)}
+        self.made.append({**found, "tokens": texts, "kept": kept})
 
 
-def _tokens(model: PreTrainedModel, tokenizer: Any, sample: Sample) -> Tokens:
-    prompts = [question.prompt for question in sample.questions]
-    tokens = tokenize(tokenizer, sample.context, prompts, device=model.device)
-    room_for_answers(model, tokens)
-    return tokens
+def _written(pair: Pair) -> str:
+    return str(pair[1])
 
 
-class _Session:
-    """One sample, read once for all the methods whose scorers can watch the same prefill."""
+def _asked_for(records: Sequence[Record], evaluation: Evaluation) -> list[Record]:
+    """Those of this evaluation: a folder may hold more."""
+    units = {(task.name, index): at for at, (task, index) in enumerate(evaluation.units)}
+    pairs = {(pair[0], _written(pair)): at for at, pair in enumerate(dict.fromkeys([WHOLE, *evaluation.pairs]))}
+    found = [r for r in records if r.unit in units and (r.method, r.keep) in pairs]
+    return sorted(found, key=lambda r: (units[r.unit], pairs[r.method, r.keep]))
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, sample: Sample, methods: Sequence[str]):
-        self.model, self.tokenizer, self.sample = model, tokenizer, sample
-        self.tokens = _tokens(model, tokenizer, sample)
-        scorers = [Method.parse(method).scorer for method in methods]
-        watchers = [scorer for scorer in scorers if can_watch(scorer)]
-        self.reading = read(model, self.tokens.context, watchers) if watchers else None
 
-    def measure(self, method: str, keep: Keep) -> tuple[float, int]:
-        """Mean score over the sample's questions, and the bytes its context took."""
-        memory = self._memory(method, keep)
-        kv_bytes, limit = memory.nbytes, self.sample.max_new_tokens
-        texts = answer(self.model, self.tokenizer, memory, self.tokens, max_new_tokens=limit)
-        return fmean(score(text, asked) for text, asked in zip(texts, self.sample.questions, strict=True)), kv_bytes
+def summarise(records: Sequence[Record]) -> Iterator[Summary]:
+    """Means over samples, task by task, in the order of the records; the full cache only where it was asked for."""
+    grouped: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        grouped.setdefault((record.task, record.method, record.keep), []).append(record)
+    for (task, method, keep), found in grouped.items():
+        full = grouped[task, FULL, _written(WHOLE)]
+        yield Summary(
+            method=method,
+            keep=parse_keep(keep).value,
+            task=task,
+            length=found[0].length,
+            samples=len(found),
+            accuracy=_mean([record.score for record in found]),
+            full_accuracy=_mean([record.score for record in full]),
+            kl=_mean([record.kl for record in found]),
+            agreement=_mean([record.agreement for record in found]),
+            nll=_mean([record.nll for record in found]),
+            kv_fraction=fmean(record.kv_bytes / record.full_kv_bytes for record in found),
+            seed=found[0].seed,
+            protocol=found[0].protocol,
+        )
 
-    def _memory(self, method: str, keep: Keep) -> Memory:
-        if method == FULL or self.reading is None or not can_watch(Method.parse(method).scorer):
-            return read_context(self.model, self.tokens.context, method, keep)
-        return self.reading.cut(method, keep)
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return fmean(found) if found else None
+
+
+def manifest(model: PreTrainedModel, name: str, evaluation: Evaluation, length: int, command: str) -> dict[str, Any]:
+    """What run.json says of an evaluation."""
+    seen = view(model)
+    shape = seen.shape
+    return {
+        "model": name,
+        "config_hash": seen.config_hash,
+        "shape": {
+            "num_layers": shape.num_layers,
+            "layers": list(shape.layers),
+            "kv_heads": shape.kv_heads,
+            "query_heads": shape.query_heads,
+            "head_dim": shape.head_dim,
+        },
+        "tasks": [task.name for task in evaluation.tasks],
+        "methods": list(dict.fromkeys([FULL, *evaluation.methods])),
+        "keeps": [str(keep) for keep in dict.fromkeys(evaluation.keeps)],
+        "samples": max(task.num_samples for task in evaluation.tasks),
+        "latest": [[pair[0], _written(pair)] for pair in dict.fromkeys([WHOLE, *evaluation.pairs])],
+        "protocol": evaluation.protocol,
+        "fidelity": evaluation.fidelity,
+        "seed": evaluation.seed,
+        "length": length,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "hardware": hardware(model.device),
+        "versions": versions(),
+        "command": command,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    return {name: version(name) for name in ("headwise", "torch", "transformers")} | {
+        "python": platform.python_version()
+    }
+
+
+def hardware(device: torch.device) -> str:
+    """What the model runs on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"

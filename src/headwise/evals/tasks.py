@@ -4,7 +4,7 @@ A suite makes `Task`s; the evaluation (run.py) knows nothing else of them. To ad
 function that makes sample `index`, and a line in suites.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -23,7 +23,8 @@ class Sample:
     """A context with questions that can each be asked right after it.
 
     `verbatim`: context and prompt follow each other as they are (official prompts); otherwise an empty line separates
-    them. `chat`: the tokenizer's chat template goes around them, if it has one.
+    them. `chat`: the tokenizer's chat template goes around them, if it has one. `continues`: the prompt is how the
+    context goes on; it is predicted, not answered.
     """
 
     context: str
@@ -31,17 +32,15 @@ class Sample:
     max_new_tokens: int
     verbatim: bool = False
     chat: bool = True
+    continues: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """A named source of samples. `judge(prediction, question)` is in 0..1, 1 is right."""
+    """A named source of samples. `judge(prediction, question)` is in 0..1, 1 is right; None: nothing is answered."""
 
     name: str  # with its suite: mini-ruler:vt
     length: int  # tokens that its samples are made for, or cut to
     num_samples: int
     sample: Callable[[int], Sample] = field(repr=False)
-    judge: Callable[[str, Question], float] = field(repr=False)
-
-
-Tasks = Sequence[Task]
+    judge: Callable[[str, Question], float] | None = field(repr=False)

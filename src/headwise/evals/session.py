@@ -1,0 +1,258 @@
+"""One sample, all methods and keeps: read once, cut many ways, asked together, measured.
+
+What can share a reading of the context does (reading.py); what was cut is continued as one batch (RaggedCache.join), so
+a sweep costs little more than its slowest answer. The full cache is transformers' own and answers by itself.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from headwise.evals.answers import (
+    FULL,
+    FullMemory,
+    Memory,
+    answer_tokens,
+    read_context,
+    room_for_answers,
+    time_decoding,
+)
+from headwise.evals.document import Tokens, tokenize
+from headwise.evals.fidelity import LOGITS_BYTES, Continuations, Fidelity, Yardstick
+from headwise.evals.tasks import Sample
+from headwise.hf.families import view
+from headwise.interfaces import AbstractScorer
+from headwise.keep import Keep, parse_keep
+from headwise.method import Method
+from headwise.ragged.cache import RaggedCache
+from headwise.reading import can_watch, can_watch_alone, read
+
+Pair = tuple[str, Keep]  # a method and a keep
+WHOLE: Pair = (FULL, parse_keep(1.0))
+CUT_BYTES = 2 * 2**30  # of caches that are asked together
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What was measured of one pair on one sample. Bytes are of keys and values; `kept` are entries per layer and head.
+
+    `prefill_seconds` is the time of the reading that served `prefill_shared_by` pairs; `decode_seconds` that of asking
+    all questions of `decode_rows` sequences together; `step_ms` one decoding step of one sequence, if it was timed.
+    """
+
+    predictions: tuple[str, ...]
+    fidelity: Fidelity
+    context_tokens: int
+    kv_bytes: int
+    sliding_kv_bytes: int
+    peak_kv_bytes: int
+    prefill_seconds: float
+    prefill_shared_by: int
+    decode_seconds: float
+    decode_rows: int
+    step_ms: float | None
+    kept: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """How a sample is put to the model. `rows`: sequences that are decoded together, at most."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    query_aware: bool = False
+    fidelity: bool = True
+    rows: int = 256
+
+    def tokens(self, sample: Sample) -> list[Tokens]:
+        """What is compressed and what is asked then: all questions after the context, or each with its own.
+
+        Query-aware, a question is compressed with the context, but for its last token, which starts the answer.
+        """
+        found = tokenize(
+            self.tokenizer,
+            sample.context,
+            [question.prompt for question in sample.questions],
+            device=self.model.device,
+            separator="" if sample.verbatim else "\n\n",
+            prefixes=[question.answer_prefix for question in sample.questions],
+            chat=sample.chat,
+        )
+        room_for_answers(self.model, found)
+        if not self.query_aware:
+            return [found]
+        return [
+            Tokens(context=torch.cat([found.context, question[None, :-1]], dim=-1), questions=(question[-1:],))
+            for question in found.questions
+        ]
+
+    def measure(
+        self,
+        sample: Sample,
+        pairs: Sequence[Pair],
+        *,
+        timed: bool = False,
+        show: Callable[[Pair, Tokens, RaggedCache], None] = lambda pair, tokens, cache: None,
+    ) -> dict[Pair, Outcome]:
+        """Outcomes of all pairs, and of the full cache. `show` is given every cut cache of the first reading."""
+        parts = self.tokens(sample)
+        measured = [
+            _Asking(self, tokens, sample, timed=timed and part == 0, show=show if part == 0 else None).measure(pairs)
+            for part, tokens in enumerate(parts)
+        ]
+        return {pair: _together([part[pair] for part in measured]) for pair in measured[0]}
+
+
+class _Asking:
+    """One context and its questions."""
+
+    def __init__(
+        self,
+        session: Session,
+        tokens: Tokens,
+        sample: Sample,
+        timed: bool,
+        show: Callable[[Pair, Tokens, RaggedCache], None] | None,
+    ):
+        self.session, self.tokens, self.timed, self.show = session, tokens, timed, show
+        self.model, self.tokenizer = session.model, session.tokenizer
+        self.limit = sample.max_new_tokens
+        self.targets = [question[1:] for question in tokens.questions] if sample.continues else None
+        self.yardstick: Yardstick | None = None
+
+    def measure(self, pairs: Sequence[Pair]) -> dict[Pair, Outcome]:
+        """The full cache first: what it answers is what the others are compared with."""
+        start = time.perf_counter()
+        full = FullMemory(self.model, self.tokens.context)
+        (found,) = self._outcomes([(WHOLE, full, time.perf_counter() - start, 1)])
+        outcomes, full_bytes = {WHOLE: found}, full.nbytes
+        del full
+        others = [pair for pair in pairs if pair[0] != FULL]
+        for some in self._groups(others, full_bytes):
+            outcomes |= zip([pair for pair, *_ in some], self._outcomes(some), strict=True)
+        return outcomes
+
+    def _groups(self, pairs: Sequence[Pair], full_bytes: int) -> Iterator[list[tuple[Pair, Memory, float, int]]]:
+        """Cut caches, as many at a time as may be asked together."""
+        group: list[tuple[Pair, Memory, float, int]] = []
+        longest = max([self.limit, *map(len, self.targets or ())])
+        logits_bytes = 4 * longest * self.model.config.get_text_config().vocab_size
+        most = max(1, min(self.session.rows // len(self.tokens.questions), 4 * LOGITS_BYTES // logits_bytes))
+        for found in self._cuts(pairs):
+            group.append(found)
+            if len(group) == most or sum(memory.nbytes for _, memory, *_ in group) + full_bytes > CUT_BYTES:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _cuts(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Memory, float, int]]:
+        """Every pair's cache, the seconds its reading took, and how many pairs that reading serves."""
+        by_reading: dict[tuple[AbstractScorer, ...], list[Pair]] = {}
+        shared = tuple(dict.fromkeys(s for s in (_scorer(method) for method, _ in pairs) if can_watch(s)))
+        for pair in pairs:
+            scorer = _scorer(pair[0])
+            by_reading.setdefault(shared if can_watch(scorer) else (scorer,), []).append(pair)
+        for scorers, served in by_reading.items():
+            yield from self._cuts_of(scorers, served)
+
+    def _cuts_of(
+        self, scorers: tuple[AbstractScorer, ...], pairs: Sequence[Pair]
+    ) -> Iterator[tuple[Pair, Memory, float, int]]:
+        start = time.perf_counter()
+        if not (can_watch(scorers[0]) or can_watch_alone(scorers[0])):  # its scores depend on the keep
+            for pair in pairs:
+                start = time.perf_counter()
+                yield pair, read_context(self.model, self.tokens.context, *pair), time.perf_counter() - start, 1
+            return
+        reading = read(self.model, self.tokens.context, scorers)
+        seconds = time.perf_counter() - start
+        for pair in pairs:
+            yield pair, reading.cut(*pair), seconds, len(pairs)
+
+    def _outcomes(self, group: Sequence[tuple[Pair, Memory, float, int]]) -> list[Outcome]:
+        memories = [memory for _, memory, *_ in group]
+        memory = memories[0] if len(memories) == 1 else RaggedCache.join(cast(list[RaggedCache], memories))
+        start = time.perf_counter()
+        answers = self._answers(memory, len(group))
+        seconds = time.perf_counter() - start
+        fidelity = self._fidelity(memory, answers)
+        found: list[Outcome] = []
+        for (pair, own, prefill_seconds, shared), said, faithful in zip(group, answers, fidelity, strict=True):
+            if self.show is not None and isinstance(own, RaggedCache):
+                self.show(pair, self.tokens, own)
+            texts = self.tokenizer.batch_decode(said, skip_special_tokens=True)
+            outcome = Outcome(
+                predictions=tuple(text.strip() for text in texts),
+                fidelity=faithful,
+                context_tokens=self.tokens.context.shape[1],
+                kv_bytes=own.nbytes,
+                sliding_kv_bytes=own.sliding_nbytes,
+                peak_kv_bytes=own.peak_nbytes,
+                prefill_seconds=prefill_seconds,
+                prefill_shared_by=shared,
+                decode_seconds=seconds,
+                decode_rows=len(group) * len(self.tokens.questions),
+                step_ms=time_decoding(self.model, own, self.tokens) if self.timed else None,
+                kept=self._kept(own),
+            )
+            found.append(outcome)
+        return found
+
+    def _answers(self, memory: Memory, contexts: int) -> list[list[torch.Tensor]]:
+        """Token ids per context and question; none where the text that follows is given."""
+        if self.targets is not None:
+            return [[]] * contexts
+        return answer_tokens(
+            self.model,
+            self.tokenizer,
+            memory,
+            self.tokens,
+            max_new_tokens=self.limit,
+            batch_size=self.session.rows,
+            contexts=contexts,
+        )
+
+    def _fidelity(self, memory: Memory, answers: list[list[torch.Tensor]]) -> list[Fidelity]:
+        """How each context predicts what the full cache said (or the text that is given)."""
+        if not self.session.fidelity and self.targets is None:
+            return [Fidelity()] * len(answers)
+        if self.yardstick is None:
+            texts = self.targets if self.targets is not None else answers[0]
+            asked = [q[:1] for q in self.tokens.questions] if self.targets is not None else self.tokens.questions
+            following = Continuations.of(asked, texts)
+            self.yardstick = Yardstick(self.model, self.tokenizer, memory, self.tokens.context, following)
+        return self.yardstick.measure(memory, len(answers))
+
+    def _kept(self, memory: Memory) -> tuple[tuple[float, ...], ...]:
+        shape = view(self.model).shape
+        if isinstance(memory, RaggedCache):
+            return tuple(tuple(float(count) for count in layer) for layer in memory.lengths[:, 0].tolist())
+        return ((float(self.tokens.context.shape[1]),) * shape.kv_heads,) * len(shape.layers)
+
+
+def _scorer(method: str) -> AbstractScorer:
+    return Method.parse(method).scorer
+
+
+def _together(parts: Sequence[Outcome]) -> Outcome:
+    """Of a sample whose questions were compressed with the context one by one: means, and sums of seconds."""
+    if len(parts) == 1:
+        return parts[0]
+    layers = zip(*(part.kept for part in parts), strict=True)
+    return replace(
+        parts[0],
+        predictions=tuple(text for part in parts for text in part.predictions),
+        fidelity=Fidelity.mean([part.fidelity for part in parts]),
+        context_tokens=round(fmean(part.context_tokens for part in parts)),
+        kv_bytes=round(fmean(part.kv_bytes for part in parts)),
+        peak_kv_bytes=max(part.peak_kv_bytes for part in parts),
+        prefill_seconds=sum(part.prefill_seconds for part in parts),
+        decode_seconds=sum(part.decode_seconds for part in parts),
+        kept=tuple(tuple(map(fmean, zip(*layer, strict=True))) for layer in layers),
+    )

@@ -1,0 +1,133 @@
+"""Names of tasks, and tasks from a user's own files."""
+
+import json
+
+import pytest
+from folders import word_tokenizer
+
+from headwise.errors import BadInput
+from headwise.evals.mini_ruler import TASKS, generate
+from headwise.evals.suites import SUITES, Sizes, lexicon_for, make_tasks, parse_tasks
+from headwise.evals.tasks import Question
+
+WORDS = "locker apple red stone. the key was under the old tower, near a river. "
+
+
+def made(text, **sizes):
+    return make_tasks(parse_tasks(text), word_tokenizer(), Sizes(**{"samples": 3, "length": 160, **sizes}))
+
+
+def test_a_suite_alone_is_all_of_its_tasks():
+    assert parse_tasks("mini-ruler") == [("mini-ruler", name) for name in TASKS]
+    assert len(parse_tasks("ruler")) == 13
+    assert len(parse_tasks("longbench")) == 21
+    assert len(parse_tasks("longbench-e")) == 13
+
+
+def test_names_follow_their_suite_until_the_next():
+    text = "mini-ruler:vt, cwe,ruler:vt,vt,file:a.jsonl,b.jsonl,mini-ruler:vt,perplexity:c.txt,"
+    assert parse_tasks(text) == [
+        ("mini-ruler", "vt"),
+        ("mini-ruler", "cwe"),
+        ("ruler", "vt"),
+        ("file", "a.jsonl"),
+        ("file", "b.jsonl"),
+        ("perplexity", "c.txt"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' is no suite"),
+        ("vt", "'vt' is no suite; choose mini-ruler, ruler"),
+        ("mini-ruler:", "names no task"),
+        ("mini-ruler:vt,nope", "unknown task 'nope' of mini-ruler; the tasks are niah_single"),
+        ("file", "names no task"),
+    ],
+)
+def test_names_that_are_none(text, message):
+    with pytest.raises(BadInput, match=message):
+        parse_tasks(text)
+
+
+def test_every_suite_is_documented():
+    import headwise.evals.suites as module
+
+    assert all(f"    {name}" in module.__doc__ or f"{name} for" in module.__doc__ for name in SUITES)
+
+
+def test_mini_ruler_samples_are_those_of_the_evaluation_split():
+    (task,) = made("mini-ruler:niah_multikey", seed=4)
+    lexicon = lexicon_for(word_tokenizer())
+    expected = generate("niah_multikey", lexicon=lexicon, length=160, seed=4, index=2, split="evaluation")
+    sample = task.sample(2)
+    assert (task.name, task.num_samples, task.length) == ("mini-ruler:niah_multikey", 3, 160)
+    assert (sample.context, sample.max_new_tokens) == (expected.context, expected.max_new_tokens)
+    assert [(q.prompt, q.answers) for q in sample.questions] == [(q.prompt, q.answers) for q in expected.questions]
+    assert task.judge(" ".join(expected.questions[0].answers), sample.questions[0]) == 1
+    assert task.judge("nothing", sample.questions[0]) == 0
+
+
+# --- own documents ---
+
+
+def test_own_documents(tmp_path):
+    records = [
+        {"context": WORDS, "question": "? who", "answers": ["the tower"], "metric": "f1", "max_new_tokens": 7},
+        {"context": WORDS * 2, "questions": [{"question": "? a", "answers": ["b", "c"]}] * 2, "metric": "f1"},
+    ]
+    path = tmp_path / "my.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, records)) + "\n")
+    (task,) = made(f"file:{path}")
+    assert (task.name, task.num_samples) == ("file:my.jsonl", 2)
+    first, second = task.sample(0), task.sample(1)
+    assert (first.context, first.max_new_tokens, len(second.questions)) == (WORDS, 7, 2)
+    assert first.questions == (Question(prompt="? who", answers=("the tower",)),)
+    assert task.judge("The tower!", first.questions[0]) == 1
+    assert task.judge("c or b or d", second.questions[0]) == pytest.approx(2 / 6)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("not json", "line 1 is no JSON"),
+        ([1], "line 1 has no context"),
+        ({"question": "? a", "answers": ["b"]}, "line 1 has no context"),
+        ({"context": WORDS, "question": "? a", "answers": []}, "at least one answer"),
+        ({"context": WORDS, "question": "? a", "answers": [""]}, "at least one answer"),
+        ({"context": WORDS, "question": " ", "answers": ["b"]}, "every question needs text"),
+        ({"context": WORDS, "questions": []}, "has no questions"),
+        ({"context": WORDS, "question": "? a", "answers": ["b"], "metric": "bleu"}, "choose contains, exact, f1"),
+        ({"context": WORDS, "question": "? a", "answers": ["b"], "max_new_tokens": 0}, "max_new_tokens=0"),
+    ],
+)
+def test_documents_that_are_none(tmp_path, record, message):
+    path = tmp_path / "my.jsonl"
+    path.write_text(record if isinstance(record, str) else json.dumps(record))
+    with pytest.raises(BadInput, match=message):
+        made(f"file:{path}")
+
+
+def test_documents_of_several_metrics(tmp_path):
+    path, own = tmp_path / "my.jsonl", {"context": WORDS, "question": "? a", "answers": ["b"]}
+    path.write_text("\n".join(json.dumps({**own, "metric": metric}) for metric in ("f1", "exact")))
+    with pytest.raises(BadInput, match=r"several metrics \(exact, f1\)"):
+        made(f"file:{path}")
+
+
+def test_a_text_in_pieces_with_their_continuations(tmp_path):
+    tokenizer, path = word_tokenizer(), tmp_path / "my.txt"
+    path.write_text(WORDS * 20)
+    (task,) = made(f"perplexity:{path}", length=65)
+    number = len(tokenizer(WORDS * 20, add_special_tokens=False)["input_ids"])
+    assert (task.name, task.num_samples, task.judge) == ("perplexity:my.txt", 3, None)
+    samples = [task.sample(index) for index in range(3)]
+    sizes = [
+        [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (s.context, s.questions[0].prompt)]
+        for s in samples
+    ]
+    assert sizes == [[56, 8]] * 3
+    assert number // 64 > 3
+    with pytest.raises(BadInput, match="makes no piece of 2000"):
+        made(f"perplexity:{path}", length=2000)
