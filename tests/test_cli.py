@@ -180,6 +180,17 @@ def test_eval_writes_records_and_goes_on_where_it_was(run, tmp_path):
     assert told["methods"] == ["full", "keydiff", "knorm"]
 
 
+def test_report_of_an_evaluation(run, tmp_path):
+    folder, page = tmp_path / "run", tmp_path / "report.html"
+    line = "eval -m {base} --tasks mini-ruler:vt,cwe --methods keydiff --keep 0.25,0.5 --samples 2 --length 160"
+    succeed(run, f"{line} --out {folder}")
+    said = json.loads(succeed(run, f"report {folder} -o {page} --json"))
+    assert said == {"written": [str(page.with_suffix(end)) for end in (".html", ".csv", ".md", ".png")]}
+    text = page.read_text()
+    assert "keydiff" in text and "mini-ruler:cwe" in text and "headwise eval -m" in text
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_eval_of_own_documents_and_texts(run, tmp_path):
     words = " ".join(REFERENCE_LEXICON.keys[:40])
     document = {"context": f"{words}. " * 3, "question": "? who", "answers": ["nobody"], "metric": "f1"}

@@ -1,13 +1,11 @@
 """Sharing a work: who does what, and processes that hold a share of the weights each."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import SHARDED, launch
 from ranks import Rank
 
 from headwise.errors import BadInput
@@ -63,19 +61,8 @@ def test_unequal_shares_of_gradients_are_refused():
 
 @pytest.mark.slow
 def test_processes_hold_half_of_the_weights_and_may_make_unequal_numbers_of_passes():
-    launch = "-m accelerate.commands.launch --use_fsdp --fsdp_version 2 --num_processes 2 --num_machines 1 "
-    launch += (
-        f"--mixed_precision no --dynamo_backend no --main_process_port 0 {Path(__file__).parent}/sharded_passes.py"
-    )
-    done = subprocess.run(
-        [sys.executable, *launch.split(), "4", "1"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    found = sorted((json.loads(line) for line in done.stdout.splitlines()), key=lambda one: one["rank"])
+    said = launch(f"{Path(__file__).parent}/sharded_passes.py 4 1", how=SHARDED)
+    found = sorted(map(json.loads, said.splitlines()), key=lambda one: one["rank"])
     assert [one["rank"] for one in found] == [0, 1]
     for one in found:
         assert one["made"] == 4  # the second ran along for three

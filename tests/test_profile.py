@@ -1,15 +1,13 @@
 """Profiles: what is pooled and summed, resuming, sharing the work between processes, and what is refused."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from families import random_ids, tiny_model
+from launching import launch
 from random_gates import gates_file
 from ranks import Rank
 
@@ -371,28 +369,15 @@ def lines(path):
     return path
 
 
-def run_as_processes(folder, data, out):
-    """Two real processes; --multi_gpu is accelerate's name for a launch by torch.distributed, on CPUs too."""
-    command = f"-m headwise profile --model {folder} --scorer keydiff,expected --data {data} --out {out} "
-    command += "--steps 2 --sink 1 --window 3"
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-    launch += "--dynamo_backend no --main_process_port 0 "
-    return subprocess.run(
-        [sys.executable, *launch.split(), *command.split(), "--device", "cpu", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-    )
-
-
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(model_folders, whole, tmp_path):
     """Without a GPU accelerate once took both for the only one: each did all the work and wrote the file."""
     out = tmp_path / "p.safetensors"
-    done = run_as_processes(model_folders["qwen3"], lines(tmp_path / "data.jsonl"), out)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"profile": str(out), "contexts": 4, "scorers": ["keydiff", "expected"]}
+    command = (
+        f"-m headwise profile --model {model_folders['qwen3']} --data {lines(tmp_path / 'data.jsonl')} --out {out} "
+    )
+    said = launch(f"{command} --scorer keydiff,expected --steps 2 --sink 1 --window 3 --device cpu --json")
+    assert json.loads(said) == {"profile": str(out), "contexts": 4, "scorers": ["keydiff", "expected"]}
     assert_same(Profile.load(out), whole[0])
     assert not out.with_name("p.safetensors.parts").exists()
 

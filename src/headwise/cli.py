@@ -269,6 +269,24 @@ def evaluate(
     )
 
 
+@app.command(epilog="Example: headwise report run -o report.html")
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders written by 'headwise eval --out'.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Page to write; .csv, .md and .png go beside it.")] = Path(
+        "report.html"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Quality against measured bytes, task by task, with intervals: a web page, a table, a summary and a picture."""
+    from headwise.report.results import write_report
+
+    written = [str(path) for path in write_report(folders, out)]
+    if as_json:
+        _print_json({"written": written})
+    else:
+        print(", ".join(written))
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 

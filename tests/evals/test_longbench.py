@@ -10,10 +10,12 @@ import tarfile
 import warnings
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jieba
 import pytest
+from families import tiny_model
 from folders import CHAT_TEMPLATE, word_tokenizer
 from rouge import Rouge
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -33,7 +35,9 @@ from headwise.evals.longbench import (
 from headwise.evals.longbench_data import Row
 from headwise.evals.longbench_metrics import METRICS
 from headwise.evals.models import reference_path
+from headwise.evals.run import Evaluation, evaluate
 from headwise.evals.tasks import Question
+from headwise.keep import parse_keep
 
 ARCHIVE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "longbench_en.tar.xz"
 
@@ -644,3 +648,29 @@ def test_a_download_that_fails_says_what_to_do(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.cached_assets_path", lambda **names: tmp_path / "assets")
     with pytest.raises(BadInput, match="cannot download LongBench"):
         load_rows("qasper")
+
+
+# --- through a model -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_model_runs_one_sample_of_every_task(longbench, bpe):
+    """Real text, tokenizer, Qwen3 and all: prompts that are cut, compressed, answered and judged. Answers are short."""
+    model = tiny_model("qwen3", vocab_size=len(bpe), max_position_embeddings=4096)
+    tasks = longbench_tasks(list(LONGBENCH_TASKS), tokenizer=bpe, length=3000, num_samples=1, data_dir=longbench)
+
+    def short(task):
+        return replace(task, sample=lambda index: replace(task.sample(index), max_new_tokens=4))
+
+    evaluation = Evaluation(
+        tasks=tuple(map(short, tasks)), methods=("snapkv+adakv", "keydiff"), keeps=(parse_keep(0.2),), timed=0
+    )
+    records = evaluate(model, bpe, evaluation)
+    assert [(r.task, r.method) for r in records] == [
+        (f"longbench:{name}", method) for name in LONGBENCH_TASKS for method in ("full", "snapkv+adakv", "keydiff")
+    ]
+    for record in records:
+        assert 0 <= record.score <= 1
+        assert len(record.predictions) == 1
+        assert record.context_tokens <= 3000
+        assert record.kv_bytes / record.full_kv_bytes == pytest.approx(1 if record.method == "full" else 0.2, abs=0.01)

@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import shlex
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from launching import SHARDED, launch
 from random_gates import gates_file, gates_for
 
 import headwise
@@ -283,21 +282,6 @@ COMMAND = "train --model {folder} --data {data} --out {out} --steps 4 --warm-ste
 COMMAND += "--answer-tokens 3 --keeps 0.1,0.4 --sink 1 --window 3 --seed 2 --device cpu --json"
 
 
-def run_as_processes(command, processes, how="--multi_gpu"):
-    """Real processes; --multi_gpu is accelerate's name for a launch by torch.distributed, on CPUs too."""
-    launch = f"-m accelerate.commands.launch {how} --num_processes {processes} --num_machines 1 "
-    launch += "--mixed_precision no --dynamo_backend no --main_process_port 0 "
-    done = subprocess.run(
-        [sys.executable, *(launch.split() if processes > 1 else []), "-m", "headwise", *shlex.split(command)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def command_line(line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["headwise", *shlex.split(line)])
     with pytest.raises(SystemExit) as caught:
@@ -308,18 +292,21 @@ def command_line(line, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(model_folders, tmp_path):
-    data, outs = lines(tmp_path / "data.jsonl"), [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
-    for processes, out in enumerate(outs, start=1):
-        line = COMMAND.format(folder=model_folders["qwen3"], data=data, out=out) + " --part lkv-t"
-        said = run_as_processes(line, processes)
-        assert said == {"gates": str(out), "log": f"{out}.log.jsonl", "steps": 4, "method": f"lkv-t@{out}"}
+    """Each with the whole model, or each with half of its weights."""
+    data, outs = lines(tmp_path / "data.jsonl"), [tmp_path / f"{name}.safetensors" for name in ("one", "two", "halves")]
+    for out, how in zip(outs, [(1,), (2,), (2, SHARDED)], strict=True):
+        line = COMMAND.format(folder=model_folders["qwen3"], data=data, out=out)
+        said = json.loads(launch(f"-m headwise {line}", *how))
+        assert said == {"gates": str(out), "log": f"{out}.log.jsonl", "steps": 4, "method": f"lkv@{out}"}
         assert not out.with_name(f"{out.name}.state").exists()
-    for alone, together in zip(*map(log_of, outs), strict=True):
-        assert together == pytest.approx(alone, rel=1e-3)
-    one, two = map(Gates.load, outs)
-    assert one.settings == two.settings
-    for alone, together in zip(one.scores.parameters(), two.scores.parameters(), strict=True):
-        torch.testing.assert_close(together, alone, rtol=1e-2, atol=1e-3)
+    for alone, *together in zip(*map(log_of, outs), strict=True):
+        assert all(found == pytest.approx(alone, rel=1e-3) for found in together)
+    one, *others = map(Gates.load, outs)
+    for other in others:
+        assert (one.settings, one.origin) == (other.settings, other.origin)
+        for kind in ("scores", "budgets"):
+            learned = [dict(getattr(gates, kind).named_parameters()) for gates in (one, other)]
+            torch.testing.assert_close(*learned, rtol=1e-2, atol=1e-3)
 
 
 # --- what is refused, before anything is trained or written ---

@@ -9,6 +9,8 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
 from importlib.metadata import version
 from statistics import fmean
 from typing import Any
@@ -286,9 +288,11 @@ def manifest(model: PreTrainedModel, name: str, evaluation: Evaluation, length: 
         "hardware": hardware(model.device),
         "versions": versions(),
         "command": command,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
 
+@cache
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
     return {name: version(name) for name in ("headwise", "torch", "transformers")} | {

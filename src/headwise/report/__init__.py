@@ -1,8 +1,12 @@
-"""What `headwise inspect` says and draws of a file.
+"""What `headwise inspect` says and draws of a file, and `headwise report` of evaluations.
 
 facts    what it is, for the terminal: nothing to install for it
 budget   a Budget as a page: LU-KV
 gates    Gates as a page: LKV
 kept     a saved cache as a web page: which words every head has kept
 drawing  what both pages are drawn with: matplotlib, which is optional
+
+results  `headwise report`: folders of `headwise eval` in, a page, CSV, Markdown and a picture out
+records  reads and checks them; statistics, cells and summary count
+page     the page; tables, markup, notes, charts and svg are its parts, picture the PNG
 """

@@ -1,0 +1,149 @@
+"""What is drawn of a Summary: quality against measured bytes, a line for every method. The numbers only.
+
+svg.py draws them on the page, picture.py as a picture. Both tell many lines apart by colour, dash and marker at once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, floor, log10
+from operator import attrgetter
+from statistics import fmean
+
+from headwise.report.cells import Overall, Task
+from headwise.report.statistics import Estimate, Setting
+from headwise.report.summary import Summary
+
+BANDED = 6  # lines up to which all bands are drawn: more of them hide each other
+LOGARITHMIC = 4.0  # from such a ratio of bytes on
+BYTES = "KV bytes, % of the full cache's, measured"
+Measure = Callable[[Overall], Estimate | None]
+# For people who see colours otherwise: Okabe and Ito's, without their yellow and black, which are lost on some page.
+COLOURS, DASHES, MARKERS = 6, 4, 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """A setting: its share of the bytes, and its quality, in percent where that is a share."""
+
+    keep: str
+    x: float
+    y: Estimate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """A method. Its number says how it is drawn, the same in all charts of a model."""
+
+    method: str
+    number: int
+    points: tuple[Point, ...]
+
+    @property
+    def style(self) -> tuple[int, int, int]:
+        """Numbers of colour, dash and marker; no two of a hundred lines share all of them."""
+        return self.number % COLOURS, self.number // COLOURS % DASHES, self.number % MARKERS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chart:
+    """Lines, the best first, and the full cache's value."""
+
+    title: str
+    unit: str
+    lines: tuple[Line, ...]
+    full: Estimate | None
+
+    @property
+    def banded(self) -> bool:
+        """Whether there is room for all intervals."""
+        return len(self.lines) <= BANDED
+
+    @property
+    def x_range(self) -> tuple[float, float]:
+        """A little more than the points take."""
+        xs = [point.x for line in self.lines for point in line.points]
+        low, high = min(xs), max(xs)
+        if self.logarithmic:
+            return low / 1.06, high * 1.06
+        margin = max(0.04 * (high - low), (0.2 * high - (high - low)) / 2)  # no microscope on settings of one keep
+        return low - margin, high + margin
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether the axis of bytes is: keeps are usually halved."""
+        xs = [point.x for line in self.lines for point in line.points]
+        return min(xs) > 0 and max(xs) >= LOGARITHMIC * min(xs)
+
+    @property
+    def y_range(self) -> tuple[float, float]:
+        """A little more than the points and their intervals take."""
+        found = [point.y for line in self.lines for point in line.points]
+        found += [self.full] if self.full else []
+        ys = [end for one in found for end in (one.value, one.low, one.high) if end is not None]
+        margin = 0.04 * (max(ys) - min(ys)) or 0.05 * abs(max(ys)) or 1.0
+        return min(ys) - margin, max(ys) + margin
+
+
+def charts(summary: Summary) -> list[Chart]:
+    """Mean score, the same of the full cache's, and mean perplexity: those that are known."""
+    scored, predicted = summary.scored, summary.predicted
+    found = [
+        Chart(
+            title=f"Mean score {_over(scored)}, %",
+            unit="%",
+            lines=_lines(summary, scored, attrgetter("score"), 100.0),
+            full=_of_full_cache(summary, attrgetter("score"), 100.0),
+        ),
+        Chart(
+            title="The same, % of the full cache's score",
+            unit="% of the full cache's score",
+            lines=_lines(summary, scored, attrgetter("of_full"), 100.0),
+            full=_of_full_cache(summary, attrgetter("of_full"), 100.0),
+        ),
+        Chart(
+            title=f"Perplexity {_over(predicted)} (less is better)",
+            unit="perplexity",
+            lines=_lines(summary, predicted, attrgetter("perplexity"), 1.0)[::-1],
+            full=_of_full_cache(summary, attrgetter("perplexity"), 1.0),
+        ),
+    ]
+    return [chart for chart in found if chart.lines]
+
+
+def _over(tasks: Sequence[Task]) -> str:
+    return f"over {len(tasks)} tasks" if len(tasks) > 1 else "on one task"
+
+
+def _of_full_cache(summary: Summary, get: Measure, factor: float) -> Estimate | None:
+    found = get(summary.full) if summary.full else None
+    return found.times(factor) if found else None
+
+
+def _lines(summary: Summary, tasks: Sequence[Task], get: Measure, factor: float) -> tuple[Line, ...]:
+    """From the highest to the lowest."""
+    lines = []
+    for number, method in enumerate(summary.methods):
+        points = []
+        for setting in (Setting(method, keep) for keep in summary.keeps):
+            found = get(summary.overall[setting]) if setting in summary.overall else None
+            if found:
+                x = 100 * summary.kv_fraction(setting, tasks)
+                points.append(Point(keep=setting.keep, x=x, y=found.times(factor)))
+        if points:
+            points.sort(key=lambda point: point.x)
+            lines.append(Line(method=method, number=number, points=tuple(points)))
+    return tuple(sorted(lines, key=lambda line: -fmean(point.y.value for point in line.points)))
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers within a range, at most so many."""
+    rough = (high - low) / most
+    power = 10.0 ** floor(log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    return [number * step for number in range(ceil(low / step), floor(high / step) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 of every decade within a range."""
+    decades = range(floor(log10(low)), ceil(log10(high)) + 1)
+    return [digit * 10.0**decade for decade in decades for digit in (1, 2, 5) if low <= digit * 10.0**decade <= high]

@@ -1,0 +1,129 @@
+"""`headwise report`: folders of `headwise eval` in, a web page, a table, a summary and a picture out.
+
+records.py reads, summary.py counts, page.py, picture.py and this module write.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from uuid import uuid4
+
+from headwise.errors import BadInput
+from headwise.report import tables
+from headwise.report.cells import Cell, Task
+from headwise.report.markup import plain
+from headwise.report.notes import explanations, warnings
+from headwise.report.page import page
+from headwise.report.records import Results, load
+from headwise.report.statistics import Setting
+from headwise.report.summary import Summary, summarise
+
+FORMATS = (".html", ".htm")
+BESIDE = (".csv", ".md", ".png")
+
+
+def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
+    """Write the page `out` (.html), and beside it the same as .csv, .md and .png. Returns their paths, the page first.
+
+    All of them are written, or none. Raises BadInput for folders that `headwise eval` has not written, for damaged or
+    missing records, for a page that cannot be written there, and where matplotlib is missing.
+    """
+    paths = _paths(out)
+    from headwise.report.picture import draw  # matplotlib, which is optional
+
+    results = load(folders)
+    summaries = named(results)
+    texts = [page(summaries, results.duplicates), table(summaries), markdown(summaries, results.duplicates)]
+    contents = [*(text.encode(errors="replace") for text in texts), draw(summaries)]  # half a character is no text
+    with ExitStack() as stack:
+        for path, content in zip(paths, contents, strict=True):
+            stack.enter_context(_replacing(path)).write_bytes(content)
+    return paths
+
+
+def named(results: Results) -> dict[str, Summary]:
+    """Summaries of all sections, each under a name that no other has."""
+    found = {}
+    for section in results.sections:
+        model, config_hash, dtype, protocol = section.identity
+        name = f"{model}, {dtype}, {protocol}"
+        alike = [x for x in results.sections if x.identity._replace(config_hash=config_hash) == section.identity]
+        found[f"{name}, configuration {config_hash}" if len(alike) > 1 else name] = summarise(section)
+    return found
+
+
+def table(summaries: Mapping[str, Summary]) -> str:
+    """As CSV: a row for every method, keep and task."""
+    file = io.StringIO()
+    rows = [_row(summary, *key, cell) for summary in summaries.values() for key, cell in summary.cells.items()]
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _row(summary: Summary, setting: Setting, task: Task, cell: Cell) -> dict[str, str | float | None]:
+    identity, quality = summary.section.identity, cell.quality
+    return {
+        **{name: getattr(identity, name) for name in ("model", "config_hash", "dtype", "protocol")},
+        "task": task.name,
+        "length": task.length,
+        **setting._asdict(),
+        "n": cell.samples,
+        "score": None if task.perplexity else quality.value,
+        "perplexity": quality.value if task.perplexity else None,
+        "lo": quality.low,
+        "hi": quality.high,
+        "kl": cell.kl and cell.kl.value,
+        "agreement": cell.agreement and cell.agreement.value,
+        **asdict(cell.cost),
+    }
+
+
+def markdown(summaries: Mapping[str, Summary], duplicates: int) -> str:
+    """What was run, the best, and the tables."""
+    lines = ["# headwise eval", ""]
+    if duplicates:
+        lines += [f"{duplicates:,} records that repeat a sample at the same method and keep are left out.", ""]
+    for name, summary in summaries.items():
+        lines += [f"## {plain(name)}", "", *(f"Mind: {plain(warning)}\n" for warning in warnings(summary))]
+        for run in summary.section.runs:
+            versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+            when = f"{run.started}, " if run.started else ""
+            said = f"{when}{run.hardware} ({run.device}), {run.samples} samples, seed {run.seed}; {versions}"
+            lines += [plain(said), "", f"    {' '.join(run.command.split())}", ""]
+        found = [tables.headline(summary), *(tables.quality(summary, keep) for keep in summary.keeps)]
+        found += [*tables.fidelity(summary), *(tables.cost(summary, keep) for keep in summary.keeps)]
+        lines += [one.markdown() for one in found]
+        lines += [*(f"- {plain(note)}" for note in explanations(summary)), ""]
+    return "\n".join(lines)
+
+
+def _paths(out: Path) -> list[Path]:
+    """The page's and those beside it, where all of them can be."""
+    if out.suffix.lower() not in FORMATS:
+        raise BadInput(f"{out}: a report is a web page; name an .html file.")
+    if not out.parent.is_dir():
+        raise BadInput(f"cannot write {out}: the folder {out.parent} does not exist; create it first.")
+    paths = [out, *(out.with_suffix(suffix) for suffix in BESIDE)]
+    for path in paths:
+        if path.is_dir():
+            raise BadInput(f"cannot write {path}: it is a folder; name another file.")
+    return paths
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """As artifacts.replacing, which imports torch: a temporary file that takes the place of `path` if all ends well."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise BadInput(f"cannot write {path} ({error.strerror}); name another file.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
