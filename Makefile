@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-oldest fixtures clean
+.PHONY: demo test test-oldest test-lm-eval fixtures clean
 
 demo: $(VENV)/.installed  ## Install, then compare methods on the bundled model and document
 	$(BIN)/headwise compare --model reference --methods full,random,streaming,snapkv,keydiff,pyramidkv,adakv,expected+global,snapkv+lukv,keydiff+lukv,lkv --keep 0.15
@@ -32,5 +32,11 @@ $(VENV)/.tested: $(VENV)/.installed
 	$(PIP) -e '.[test]'
 	touch $@
 
+test-lm-eval:  ## Through the real lm-evaluation-harness: 420 MB more to install, so not part of `make test`
+	$(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lm-eval]'
+	.venv-lm-eval/bin/python -m pytest tests/evals/test_lm_eval.py
+
 clean:
-	rm -rf $(VENV) .venv-oldest
+	rm -rf $(VENV) .venv-oldest .venv-lm-eval
