@@ -37,7 +37,7 @@ try:
 except ImportError as error:
     _MISSING = f"this needs the lm-evaluation-harness ({error}): pip install 'headwise[lm-eval]'."
     if __name__ != "__main__":
-        raise BadInput(_MISSING) from error
+        raise ModuleNotFoundError(_MISSING, name="lm_eval") from error
     print(f"headwise: {_MISSING}", file=sys.stderr)
     sys.exit(2)
 
