@@ -224,7 +224,7 @@ def evaluate(
 
     named, keeps, names = parse_tasks(tasks), tuple(parse_keep(k) for k in _split(keep)), _split(methods)
     known_methods(names)
-    processes, loaded, tokenizer = _load_launched(model, dtype, device)
+    processes, loaded, tokenizer = _load_launched(model, dtype, device, shared_out=False)
     made = make_tasks(named, tokenizer, Sizes(samples=samples, length=length, seed=seed, data_dir=data_dir))
     evaluation = Evaluation(
         tasks=tuple(made),
@@ -646,11 +646,13 @@ def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     return load(model, dtype=dtype, device=device)
 
 
-def _load_launched(model: str, dtype: str, device: str) -> tuple[Any, Any, Any]:
+def _load_launched(model: str, dtype: str, device: str, *, shared_out: bool = True) -> tuple[Any, Any, Any]:
     """This process among those of 'accelerate launch' or torchrun; model and tokenizer, where they belong."""
     from headwise.processes import Launched, Sharded, launched
 
     processes = launched(device)
+    if isinstance(processes, Sharded) and not shared_out:  # generate() then counts its steps across processes by itself
+        raise BadInput("eval needs the whole model in every process: launch it with --multi_gpu, not with --use_fsdp.")
     if isinstance(processes, Launched):
         device = "cpu" if isinstance(processes, Sharded) else str(processes.device)
     loaded, tokenizer = _load(model, dtype, device)
