@@ -1,5 +1,7 @@
 """Cutting a shared reading gives the very caches that `compress` makes."""
 
+from itertools import product
+
 import pytest
 import torch
 from families import random_ids, tiny_model
@@ -14,6 +16,7 @@ from headwise.reading import read
 from headwise.scores import KeyDiff
 
 METHODS = ["snapkv", "tova", "h2o+adakv", "expected+global", "keydiff+pyramid", "knorm+adakv", "streaming", "random"]
+METHODS += ["criticalkv", "criticalkv+adakv"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -21,8 +24,8 @@ def test_a_cut_of_a_reading_is_what_compress_makes(family):
     model, ids, mask = tiny_model(family), random_ids(2, 70), torch.ones(2, 70, dtype=torch.long)
     ids[1, :9], mask[1, :9] = 0, 0
     reading = read(model, ids, [Method.parse(m).scorer for m in METHODS], attention_mask=mask)
-    for method in METHODS:
-        cut, own = reading.cut(method, 0.7), headwise.compress(model, ids, method, keep=0.7, attention_mask=mask)
+    for method, keep in product(METHODS, (0.55, 0.7)):
+        cut, own = reading.cut(method, keep), headwise.compress(model, ids, method, keep=keep, attention_mask=mask)
         for layer, other in zip(cut.ragged_layers, own.ragged_layers, strict=True):
             assert layer.segments.lengths == other.segments.lengths
             for name in ("keys", "values", "positions"):
@@ -41,12 +44,14 @@ def test_the_whole_cache_of_a_reading_is_everything():
     assert bool((reading.whole.lengths == 50).all())
 
 
-def test_scorers_that_need_more_than_one_prefill_are_refused():
+def test_a_scorer_that_reads_twice_watches_alone():
     model, ids = tiny_model(), random_ids(1, 50)
-    kvzip, keydiff, criticalkv = (Method.parse(name).scorer for name in ("kvzip", "keydiff", "criticalkv"))
-    for scorers in ([criticalkv], [kvzip, keydiff]):
-        with pytest.raises(BadInput, match="compress"):
-            read(model, ids, scorers)
+    with pytest.raises(BadInput, match="KVzip reads the context twice"):
+        read(model, ids, [Method.parse(name).scorer for name in ("kvzip", "keydiff")])
+
+
+def test_a_scorer_that_did_not_watch_cannot_cut():
+    model, ids = tiny_model(), random_ids(1, 50)
     reading = read(model, ids, [Method.parse("keydiff").scorer])
     with pytest.raises(BadInput, match="KeyDiff did"):
         reading.cut("knorm", 0.5)

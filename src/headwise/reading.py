@@ -28,10 +28,11 @@ from headwise.ragged.prefill import defers, keep_entries, make_plan
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Watchers(AbstractScorer):
-    """Scorers that watch one prefill side by side; their scores are gathered, and everything is kept."""
+    """Scorers that watch one prefill side by side; what they see of each layer is gathered, and everything is kept."""
 
     scorers: tuple[AbstractScorer, ...]
-    scores: list[list[Tensor]] = field(default_factory=list, compare=False)  # [layer][scorer]
+    seen: dict[AbstractScorer, list[Observation]] = field(default_factory=dict, compare=False)  # of all layers
+    scores: dict[AbstractScorer, list[Tensor]] = field(default_factory=dict, compare=False)
     first: list[Observation] = field(default_factory=list, compare=False)  # of the first layer
 
     @property
@@ -55,8 +56,13 @@ class _Watchers(AbstractScorer):
         return gathered
 
     def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
-        """Note every scorer's scores."""
-        self.scores.append([s.score(self._seen_by(n, s, observation)) for n, s in enumerate(self.scorers)])
+        """Note every scorer's scores; of one whose scores depend on the budget, what it will make them from."""
+        for number, scorer in enumerate(self.scorers):
+            seen = self._seen_by(number, scorer, observation)
+            if scorer.needs_budget:
+                self.seen.setdefault(scorer, []).append(seen)
+            else:
+                self.scores.setdefault(scorer, []).append(scorer.score(seen))
         if observation.layer == 0:
             self.first.append(observation)
         return torch.zeros(observation.keys.shape[:3], device=observation.keys.device)
@@ -77,18 +83,22 @@ def _own(statistics: Statistics, number: int) -> Statistics:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """A context in memory, whole, with the scores of every scorer that watched. Made by `read`."""
+    """A context in memory, whole, with the scores of every scorer that watched. Made by `read`.
+
+    Scores that depend on the budget are made by `cut`, from what their scorer has `seen`, layer by layer.
+    """
 
     whole: RaggedCache
     first: Observation  # of the first layer
     scores: dict[AbstractScorer, Float[Tensor, "layers batch kv_heads tokens"]]
+    seen: dict[AbstractScorer, list[Observation]]
 
     def cut(self, method: str | Method, keep: float | str | Keep) -> RaggedCache:
         """The cache that `compress` makes of this context. Raises BadInput if the scorer did not watch."""
         seen, keep = self.whole.view, parse_keep(keep)
         method = Method.parse(method).for_model(seen.shape, seen.config_hash)
-        if method.scorer not in self.scores:
-            watched = ", ".join(type(scorer).__name__ for scorer in self.scores)
+        if method.scorer not in self.scores and method.scorer not in self.seen:
+            watched = ", ".join(type(scorer).__name__ for scorer in (*self.scores, *self.seen))
             raise BadInput(f"{type(method.scorer).__name__} did not watch this reading; {watched} did.")
         shape, layers = seen.shape, self.whole.ragged_layers
         plan = make_plan(
@@ -99,7 +109,8 @@ class Reading:
             valid=self.first.valid,
             positions=self.first.positions,
         ).summarised(method, self.first)
-        kept = keep_entries(method, self.scores[method.scorer], range(len(layers)), plan)
+        scores = self._scores(method.scorer, plan.demand.totals)
+        kept = keep_entries(method, scores, range(len(layers)), plan)
         cache = self.whole.fork()
         cache.method, cache.keep = method, keep
         cache.provenance = {"method": method.provenance(), "keep": str(keep)}
@@ -108,6 +119,11 @@ class Reading:
             layer.segments = _subset(layer.segments, layer_kept, self.first.valid)
         cache.meter = self._as_if_compressed(cache.layers, whole_first=defers(method))
         return cache
+
+    def _scores(self, scorer: AbstractScorer, totals: tuple[int, ...]) -> Float[Tensor, "layers batch kv_heads tokens"]:
+        if scorer in self.scores:
+            return self.scores[scorer]
+        return torch.stack([scorer.score(replace(seen, totals=totals)) for seen in self.seen[scorer]])
 
     def _as_if_compressed(self, cut: Sequence[Any], whole_first: bool) -> Meter:
         """What `compress` would have held: each layer whole, then with what is copied out of it, then that alone."""
@@ -123,14 +139,14 @@ class Reading:
         return meter
 
 
+def can_share(scorer: AbstractScorer) -> bool:
+    """Whether a scorer can watch a reading together with others: it needs no second pass."""
+    return scorer.replay is None
+
+
 def can_watch(scorer: AbstractScorer) -> bool:
     """Whether a scorer's scores depend on nothing but one prefill: neither on a second one nor on the budget."""
-    return scorer.replay is None and not scorer.needs_budget
-
-
-def can_watch_alone(scorer: AbstractScorer) -> bool:
-    """Whether one reading serves every allocator and keep, though no other scorer."""
-    return scorer.replay is not None and not scorer.needs_budget
+    return can_share(scorer) and not scorer.needs_budget
 
 
 def read(
@@ -142,13 +158,15 @@ def read(
     prefill_chunk_size: int | None = None,
     progress: Progress | None = None,
 ) -> Reading:
-    """Read a context once while `scorers` watch (twice for one that needs it and watches alone).
+    """Read a context once while `scorers` watch; twice for one that needs it, which watches alone.
 
-    Raises BadInput for one that cannot, and what `compress` raises.
+    Raises BadInput for such a one among others, and what `compress` raises.
     """
     for scorer in scorers:
-        if not can_watch(scorer) and not (len(scorers) == 1 and can_watch_alone(scorer)):
-            raise BadInput(f"{type(scorer).__name__} cannot watch with others: use compress() for it.")
+        if len(scorers) > 1 and not can_share(scorer):
+            raise BadInput(
+                f"{type(scorer).__name__} reads the context twice and cannot watch with others: read it alone."
+            )
     seen = view(model)
     scorers = [scorer.resolve(seen.shape, seen.config_hash) for scorer in scorers]
     watchers = _Watchers(scorers=tuple(dict.fromkeys(scorers)))
@@ -161,9 +179,8 @@ def read(
         prefill_chunk_size=prefill_chunk_size,
         progress=progress,
     )
-    by_scorer = zip(*watchers.scores, strict=True) if scorers else ()
-    scores = {s: torch.stack(layers) for s, layers in zip(watchers.scorers, by_scorer, strict=True)}
-    return Reading(whole=whole, first=watchers.first[0], scores=scores)
+    scores = {scorer: torch.stack(layers) for scorer, layers in watchers.scores.items()}
+    return Reading(whole=whole, first=watchers.first[0], scores=scores, seen=watchers.seen)
 
 
 def _subset(whole: Segments, kept: Tensor, valid: Tensor) -> Segments:

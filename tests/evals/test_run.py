@@ -99,6 +99,15 @@ def test_few_rows_at_a_time_give_the_same(model, records):
         assert few.decode_rows <= max(3, len(few.answers))
 
 
+def test_who_agrees_with_the_full_cache_all_along_need_not_decode(model):
+    """Its answer is known from the comparison; without the comparison everyone decodes, and says the same."""
+    keeps = [0.5, 0.97]
+    compared, decoded = (records_of(model, keeps=keeps, fidelity=fidelity) for fidelity in (True, False))
+    assert [r.predictions for r in decoded] == [r.predictions for r in compared]
+    agreeing = [r.agreement == 1 for r in compared if r.method != "full"]
+    assert any(agreeing) and not all(agreeing)
+
+
 def test_full_is_the_yardstick(records):
     for record in (r for r in records if r.method == "full"):
         assert (record.kl, record.agreement, record.kv_bytes) == (0, 1, record.full_kv_bytes)
@@ -314,7 +323,7 @@ def test_maps_say_which_tokens_heads_kept(model, whole):
     ],
 )
 def test_a_budget_that_some_task_cannot_meet_is_refused_before_any_work(model, monkeypatch, changes, message):
-    for name in ("read_context", "read", "FullMemory"):
+    for name in ("read", "FullMemory"):
         monkeypatch.setattr(f"headwise.evals.session.{name}", lambda *a, **k: pytest.fail("work was done"))
     with pytest.raises(BudgetInfeasible, match=message):
         records_of(model, **changes)

@@ -106,6 +106,18 @@ class Yardstick:
     def __init__(self, model: PreTrainedModel, tokenizer: Any, memory: Memory, context: Tensor, asked: Continuations):
         self.model, self.tokenizer, self.context, self.asked = model, tokenizer, context, asked
         self.full = {number: found[0] for number, found in predictions(model, tokenizer, memory, context, asked)}
+        self._repeated = all(  # but for rounding, where the texts are its own greedy answers
+            torch.equal(found.argmax(-1), asked.texts[number]) for number, found in self.full.items()
+        )
+
+    @property
+    def texts(self) -> tuple[Int[Tensor, " _"], ...]:
+        """What follows each question."""
+        return self.asked.texts
+
+    def is_said_by(self, fidelity: Fidelity) -> bool:
+        """Whether a context that was measured would say all the texts itself: each token is its first choice."""
+        return self._repeated and fidelity.agreement == 1
 
     def measure(self, memory: Memory, contexts: int) -> list[Fidelity]:
         """Fidelity of each of the contexts that `memory` joins."""

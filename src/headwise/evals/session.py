@@ -6,7 +6,7 @@ a sweep costs little more than its slowest answer. The full cache is transformer
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, cast
 
@@ -18,7 +18,6 @@ from headwise.evals.answers import (
     FullMemory,
     Memory,
     answer_tokens,
-    read_context,
     room_for_answers,
     time_decoding,
 )
@@ -30,7 +29,7 @@ from headwise.interfaces import AbstractScorer
 from headwise.keep import Keep, parse_keep
 from headwise.method import Method
 from headwise.ragged.cache import RaggedCache
-from headwise.reading import can_watch, can_watch_alone, read
+from headwise.reading import can_share, read
 
 Pair = tuple[str, Keep]  # a method and a keep
 WHOLE: Pair = (FULL, parse_keep(1.0))
@@ -41,8 +40,9 @@ CUT_BYTES = 2 * 2**30  # of caches that are asked together
 class Outcome:
     """What was measured of one pair on one sample. Bytes are of keys and values; `kept` are entries per layer and head.
 
-    `prefill_seconds` is the time of the reading that served `prefill_shared_by` pairs; `decode_seconds` that of asking
-    all questions of `decode_rows` sequences together; `step_ms` one decoding step of one sequence, if it was timed.
+    `prefill_seconds` is the time of the reading that served `prefill_shared_by` pairs; `decode_seconds` that of
+    finding the answers to the questions of `decode_rows` sequences together: by decoding, or by one pass over the full
+    cache's answers for contexts that agree with all of them. `step_ms`: one decoding step of one sequence, if timed.
     """
 
     predictions: tuple[str, ...]
@@ -108,6 +108,16 @@ class Session:
         return {pair: _together([part[pair] for part in measured]) for pair in measured[0]}
 
 
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """Answers of one context, the seconds of the passes they came from, and how many contexts shared those."""
+
+    answers: Sequence[torch.Tensor]
+    seconds: float
+    contexts: int
+    fidelity: Fidelity = field(default_factory=Fidelity)
+
+
 class _Asking:
     """One context and its questions."""
 
@@ -154,86 +164,91 @@ class _Asking:
     def _cuts(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Memory, float, int]]:
         """Every pair's cache, the seconds its reading took, and how many pairs that reading serves."""
         by_reading: dict[tuple[AbstractScorer, ...], list[Pair]] = {}
-        shared = tuple(dict.fromkeys(s for s in (_scorer(method) for method, _ in pairs) if can_watch(s)))
+        shared = tuple(dict.fromkeys(s for s in (_scorer(method) for method, _ in pairs) if can_share(s)))
         for pair in pairs:
             scorer = _scorer(pair[0])
-            by_reading.setdefault(shared if can_watch(scorer) else (scorer,), []).append(pair)
+            by_reading.setdefault(shared if can_share(scorer) else (scorer,), []).append(pair)
         for scorers, served in by_reading.items():
-            yield from self._cuts_of(scorers, served)
-
-    def _cuts_of(
-        self, scorers: tuple[AbstractScorer, ...], pairs: Sequence[Pair]
-    ) -> Iterator[tuple[Pair, Memory, float, int]]:
-        start = time.perf_counter()
-        if not (can_watch(scorers[0]) or can_watch_alone(scorers[0])):  # its scores depend on the keep
-            for pair in pairs:
-                start = time.perf_counter()
-                yield pair, read_context(self.model, self.tokens.context, *pair), time.perf_counter() - start, 1
-            return
-        reading = read(self.model, self.tokens.context, scorers)
-        seconds = time.perf_counter() - start
-        for pair in pairs:
-            yield pair, reading.cut(*pair), seconds, len(pairs)
+            start = time.perf_counter()
+            reading = read(self.model, self.tokens.context, scorers)
+            seconds = time.perf_counter() - start
+            for pair in served:
+                yield pair, reading.cut(*pair), seconds, len(served)
 
     def _outcomes(self, group: Sequence[tuple[Pair, Memory, float, int]]) -> list[Outcome]:
         memories = [memory for _, memory, *_ in group]
-        memory = memories[0] if len(memories) == 1 else RaggedCache.join(cast(list[RaggedCache], memories))
-        start = time.perf_counter()
-        answers = self._answers(memory, len(group))
-        seconds = time.perf_counter() - start
-        fidelity = self._fidelity(memory, answers)
+        said = self._said(memories)
         found: list[Outcome] = []
-        for (pair, own, prefill_seconds, shared), said, faithful in zip(group, answers, fidelity, strict=True):
+        for (pair, own, prefill_seconds, shared), one in zip(group, said, strict=True):
             if self.show is not None and isinstance(own, RaggedCache):
                 self.show(pair, self.tokens, own)
-            texts = self.tokenizer.batch_decode(said, skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode(one.answers, skip_special_tokens=True)
             outcome = Outcome(
                 predictions=tuple(text.strip() for text in texts),
-                fidelity=faithful,
+                fidelity=one.fidelity,
                 context_tokens=self.tokens.context.shape[1],
                 kv_bytes=own.nbytes,
                 sliding_kv_bytes=own.sliding_nbytes,
                 peak_kv_bytes=own.peak_nbytes,
                 prefill_seconds=prefill_seconds,
                 prefill_shared_by=shared,
-                decode_seconds=seconds,
-                decode_rows=len(group) * len(self.tokens.questions),
+                decode_seconds=one.seconds,
+                decode_rows=one.contexts * len(self.tokens.questions),
                 step_ms=time_decoding(self.model, own, self.tokens) if self.timed else None,
                 kept=self._kept(own),
             )
             found.append(outcome)
         return found
 
-    def _answers(self, memory: Memory, contexts: int) -> list[list[torch.Tensor]]:
-        """Token ids per context and question; none where the text that follows is given."""
-        if self.targets is not None:
-            return [[]] * contexts
-        return answer_tokens(
+    def _said(self, memories: Sequence[Memory]) -> list[_Said]:
+        """What each answers, and how faithful it is. Compared first: who agrees with all of an answer says it."""
+        if self.targets is not None or self.yardstick is None:
+            said = self._answered(memories)
+            if self.targets is None and not self.session.fidelity:
+                return said
+            if self.yardstick is None:
+                self.yardstick = self._yardstick(memories[0], said[0].answers)
+            faithful = self.yardstick.measure(_joined(memories), len(memories))
+            return [replace(one, fidelity=fidelity) for one, fidelity in zip(said, faithful, strict=True)]
+        start = time.perf_counter()
+        faithful = self.yardstick.measure(_joined(memories), len(memories))
+        same = _Said(self.yardstick.texts, time.perf_counter() - start, len(memories))
+        others = [i for i, fidelity in enumerate(faithful) if not self.yardstick.is_said_by(fidelity)]
+        found = dict(zip(others, self._answered([memories[i] for i in others]), strict=True))
+        return [replace(found.get(i, same), fidelity=fidelity) for i, fidelity in enumerate(faithful)]
+
+    def _answered(self, memories: Sequence[Memory]) -> list[_Said]:
+        """Token ids per question, decoded together; none where the text that follows is given."""
+        if self.targets is not None or not memories:
+            return [_Said([], 0.0, len(memories)) for _ in memories]
+        start = time.perf_counter()
+        answers = answer_tokens(
             self.model,
             self.tokenizer,
-            memory,
+            _joined(memories),
             self.tokens,
             max_new_tokens=self.limit,
             batch_size=self.session.rows,
-            contexts=contexts,
+            contexts=len(memories),
         )
+        seconds = time.perf_counter() - start
+        return [_Said(answer, seconds, len(memories)) for answer in answers]
 
-    def _fidelity(self, memory: Memory, answers: list[list[torch.Tensor]]) -> list[Fidelity]:
-        """How each context predicts what the full cache said (or the text that is given)."""
-        if not self.session.fidelity and self.targets is None:
-            return [Fidelity()] * len(answers)
-        if self.yardstick is None:
-            texts = self.targets if self.targets is not None else answers[0]
-            asked = [q[:1] for q in self.tokens.questions] if self.targets is not None else self.tokens.questions
-            following = Continuations.of(asked, texts)
-            self.yardstick = Yardstick(self.model, self.tokenizer, memory, self.tokens.context, following)
-        return self.yardstick.measure(memory, len(answers))
+    def _yardstick(self, full: Memory, answers: Sequence[torch.Tensor]) -> Yardstick:
+        """Made of what the full cache said, or of the text that is given."""
+        texts = self.targets if self.targets is not None else answers
+        asked = [q[:1] for q in self.tokens.questions] if self.targets is not None else self.tokens.questions
+        return Yardstick(self.model, self.tokenizer, full, self.tokens.context, Continuations.of(asked, texts))
 
     def _kept(self, memory: Memory) -> tuple[tuple[float, ...], ...]:
         shape = view(self.model).shape
         if isinstance(memory, RaggedCache):
             return tuple(tuple(float(count) for count in layer) for layer in memory.lengths[:, 0].tolist())
         return ((float(self.tokens.context.shape[1]),) * shape.kv_heads,) * len(shape.layers)
+
+
+def _joined(memories: Sequence[Memory]) -> Memory:
+    return memories[0] if len(memories) == 1 else RaggedCache.join(cast(list[RaggedCache], memories))
 
 
 def _scorer(method: str) -> AbstractScorer:

@@ -149,10 +149,14 @@ class KVzip(AbstractScorer):
         index = columns[:, None, :, None].expand(-1, chunk.keys.shape[1], -1, chunk.keys.shape[3])
         keys = chunk.keys.gather(2, index)
         largest = []
-        for rows in torch.arange(chunk.offset, chunk.keys.shape[2], device=columns.device).split(_QUERY_BLOCK):
-            queries = chunk.queries[:, :, rows - chunk.offset]
-            visible = seen.unsqueeze(1) & chunk.valid[:, rows, None] & (columns.unsqueeze(1) <= rows[:, None])
-            weights = attention(queries, keys, visible, scaling=chunk.scaling)
+        tokens = chunk.keys.shape[2]
+        for first in range(chunk.offset, tokens, _QUERY_BLOCK):
+            stop = min(tokens, first + _QUERY_BLOCK)
+            rows = torch.arange(first, stop, device=columns.device)
+            queries = chunk.queries[:, :, first - chunk.offset : stop - chunk.offset]
+            known = columns.shape[1] - (tokens - stop)  # the replay's later tokens apart
+            visible = seen[:, None, :known] & chunk.valid[:, rows, None] & (columns[:, None, :known] <= rows[:, None])
+            weights = attention(queries, keys[:, :, :known], visible, scaling=chunk.scaling)
             largest.append(weights[..., self.sink : self.sink + end - start].amax((2, 3)))
         return torch.stack(largest).amax(0)
 
