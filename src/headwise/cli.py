@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -483,6 +484,48 @@ def methods(as_json: AsJson = False) -> None:
         ["kind", "name", "what it does", "arXiv"],
         [[row["kind"], row["name"], row["summary"], row["paper"]] for row in rows],
     )
+
+
+@app.command(epilog="Example: headwise doctor --json")
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine has: versions, devices, and which attention kernels can be used and are."""
+    import torch
+
+    from headwise.evals.run import hardware, versions
+    from headwise.kernels import survey
+
+    devices = [hardware(torch.device("cpu"))]
+    devices += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found = {
+        "versions": versions(),
+        "devices": devices,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": [asdict(kernel) for kernel in survey()],
+    }
+    if as_json:
+        _print_json(found)
+        return
+    print(", ".join(f"{name} {version}" for name, version in found["versions"].items()))
+    print("; ".join(devices) + f"; PyTorch uses {found['cpu_capability']}")
+    _print_table(
+        "Attention kernels. 'auto' takes the one that is used on the model's device.",
+        ["kernel", "usable", "used on", "about"],
+        [[k["name"], _yes(k["usable"]), k["used_on"] or "", k["about"]] for k in found["kernels"]],
+    )
+
+
+@app.command("build-kernels", epilog="Example: headwise build-kernels")
+def build_kernels(as_json: AsJson = False) -> None:
+    """Compile the C++ kernel now, instead of at first use."""
+    from headwise.kernels import native
+
+    start = time.perf_counter()
+    made = native.load()
+    seconds = time.perf_counter() - start
+    if as_json:
+        _print_json({"path": str(made.path), "features": made.features, "built": made.built, "seconds": seconds})
+    else:
+        print(f"{made.path}: {'built in' if made.built else 'was there, loaded in'} {seconds:.1f} s ({made.features})")
 
 
 @app.command(epilog="Example: headwise inspect gates.safetensors --plot --beside budget.safetensors")

@@ -7,7 +7,8 @@
     ├── UnsupportedModel                  a model family or attention layout we cannot compress
     ├── UnsupportedGeneration             a generation mode or cache operation that cannot work on a ragged cache
     ├── ArtifactMismatch                  a saved file made for another model, shape or format
-    └── NonFiniteValues (ArithmeticError) NaN or infinity in keys, values or scores
+    ├── NonFiniteValues (ArithmeticError) NaN or infinity in keys, values or scores
+    └── KernelUnavailable                 a kernel that was asked for cannot be built or run here
 
 Messages say what was found, what was expected and what to do next.
 """
@@ -43,3 +44,7 @@ class ArtifactMismatch(HeadwiseError):
 
 class NonFiniteValues(HeadwiseError, ArithmeticError):
     """NaN or infinity where finite numbers are needed."""
+
+
+class KernelUnavailable(HeadwiseError):
+    """The kernel cannot be built or run on this machine."""

@@ -84,6 +84,11 @@ class Segments:
         return tuple(starts)
 
     @cached_property
+    def spans(self) -> Int[Tensor, "2 segments"]:
+        """First row and number of rows of every segment, int64, where the storage is."""
+        return torch.tensor([self.starts, self.lengths], device=self.keys.device)
+
+    @cached_property
     def pages(self) -> PageTable:
         """The page table, made on first use."""
         return page_table(self.lengths, self.keys.device, self.keys.dtype)
@@ -118,9 +123,11 @@ class Segments:
 
     @property
     def index_nbytes(self) -> int:
-        """Bytes of what describes the storage: positions and, once made, the tables of pages and chunks."""
-        table, chunks = self.__dict__.get("pages"), self.__dict__.get("chunks")
+        """Bytes of what describes the storage: positions and, once made, spans and the tables of pages and chunks."""
+        table, chunks, spans = (self.__dict__.get(name) for name in ("pages", "chunks", "spans"))
         tensors = [self.positions]
+        if spans is not None:
+            tensors.append(spans)
         if table is not None:
             tensors += [table.owner, table.bias, table.extra_owner, table.extra_index, table.extra_bias]
         if chunks is not None:

@@ -61,11 +61,6 @@ def test_without_triton(monkeypatch):
     assert get_kernel("auto")
 
 
-def test_auto_on_the_cpu_is_pages(monkeypatch):
-    monkeypatch.setattr(kernels.pages, "attend", lambda query, *arguments: query + sum(arguments))
-    assert get_kernel("auto")(torch.zeros(1), 1, 2) == 3
-
-
 @pytest.mark.parametrize("size", [1, 3, 128])
 def test_chunks_cover_every_segment_in_order(size):
     lengths = (5, 0, 1, 300, 128)

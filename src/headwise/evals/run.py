@@ -26,6 +26,7 @@ from headwise.evals.session import WHOLE, Outcome, Pair, Session
 from headwise.evals.tasks import Sample, Task
 from headwise.hf.families import view
 from headwise.keep import Keep, parse_keep
+from headwise.kernels import fastest
 from headwise.processes import Processes
 from headwise.ragged.cache import RaggedCache
 
@@ -286,6 +287,7 @@ def manifest(model: PreTrainedModel, name: str, evaluation: Evaluation, length: 
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "hardware": hardware(model.device),
+        "kernel": fastest(model.device),
         "versions": versions(),
         "command": command,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),

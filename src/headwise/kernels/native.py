@@ -1,0 +1,215 @@
+"""The kernel for decoding on a CPU: C++, one call per layer, compiled for the machine it runs on.
+
+The compiler of the system ($CXX, or c++, g++, clang++) makes it at first use, in a few seconds; the library is kept in
+$HEADWISE_CACHE, or headwise/ in the user's cache folder, under a name that changes with source, compiler and CPU.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.errors import KernelUnavailable
+from headwise.kernels import pages
+from headwise.layout import Segments
+
+SOURCE = Path(__file__).with_name("ragged.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+COMPILERS = ("c++", "g++", "clang++")
+TIMEOUT = 120  # seconds
+MAX_QUERIES = 128  # that read one segment; for more, matrix products are the better way,
+SHORT = 512  # except where segments are as short on average
+MAX_HEAD_DIM = 256
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Native:
+    """The compiled library."""
+
+    path: Path
+    features: str  # of the CPU that it makes use of
+    function: Any
+    built: bool  # just now, not found in the cache
+
+
+def attend(
+    query: Tensor,
+    segments: Segments,
+    rows: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Attention over frozen segments and tail; see `reference.attend` for the shapes.
+
+    What it is not made for (many queries, float64, odd head sizes) goes to `pages`. Raises KernelUnavailable where it
+    cannot be compiled.
+    """
+    if not serves(query, segments):
+        return pages.attend(query, segments, rows, tail_keys, tail_values, mask, scaling)
+    load()
+    spans = segments.spans
+    return torch.ops.headwise.attend_ragged(
+        query, segments.keys, segments.values, spans, rows, tail_keys, tail_values, mask, scaling
+    )
+
+
+def serves(query: Tensor, segments: Segments) -> bool:
+    """Whether these tensors are what the kernel is made for."""
+    batch, _, group, num_new, dim = query.shape
+    per_segment = -(-batch // segments.batch) * group * num_new
+    return (
+        query.device.type == "cpu"
+        and query.dtype in DTYPES
+        and query.dtype == segments.keys.dtype
+        and dim % 16 == 0
+        and dim <= MAX_HEAD_DIM
+        and (per_segment <= MAX_QUERIES or len(segments.keys) <= SHORT * len(segments.lengths))
+    )
+
+
+@cache
+def load() -> Native:
+    """The library, compiled if it was not yet. Raises KernelUnavailable."""
+    compiler = find_compiler()
+    path = cache_folder() / f"ragged-{_name(compiler)}.so"
+    built = not path.exists()
+    if built:
+        _compile(compiler, path)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelUnavailable(f"{path} cannot be loaded ({error}): delete it, and it is built anew.") from error
+    function = library.headwise_attend
+    function.argtypes = (ctypes.c_char_p, ctypes.c_double, ctypes.c_int)
+    library.headwise_features.restype = ctypes.c_char_p
+    return Native(path=path, features=library.headwise_features().decode(), function=function, built=built)
+
+
+def find_compiler() -> str:
+    """Path of the C++ compiler. Raises KernelUnavailable if there is none."""
+    chosen = os.environ.get("CXX")
+    for name in (chosen,) if chosen else COMPILERS:
+        found = shutil.which(name)
+        if found:
+            return found
+    wanted = f"CXX={chosen!r} is not there" if chosen else f"none of {', '.join(COMPILERS)} is installed"
+    raise KernelUnavailable(f"the C++ kernel needs a compiler, and {wanted}: install g++ or clang++, or set CXX.")
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("HEADWISE_CACHE") or Path(base) / "headwise")
+
+
+def _name(compiler: str) -> str:
+    """Changes with everything that the result depends on."""
+    version = _run([compiler, "--version"]).stdout
+    parts = (SOURCE.read_text(encoding="utf-8"), compiler, version, *FLAGS, platform.platform(), _cpu())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """What -march=native looks at, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    wanted = ("model name", "flags", "Features", "CPU part")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else [platform.processor()]
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Compile next to the goal, then move there: a second process sees the whole library or none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            done = _run([compiler, *FLAGS, str(SOURCE), "-o", str(made)])
+            if done.returncode != 0:
+                raise KernelUnavailable(f"{compiler} did not compile the kernel: {_last_line(done.stderr)}")
+            made.replace(path)
+    except OSError as error:
+        raise KernelUnavailable(
+            f"the compiled kernel cannot be stored in {path.parent} ({error}): set HEADWISE_CACHE to a folder that "
+            "can be written to."
+        ) from error
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelUnavailable(f"{' '.join(command[:2])} failed: {error}") from error
+
+
+def _last_line(text: str) -> str:
+    errors = [line for line in text.splitlines() if "error" in line] or text.splitlines() or ["it gave no reason."]
+    return errors[0]
+
+
+_CALL = struct.Struct("29q")
+_library = torch.library.Library("headwise", "DEF")
+_library.define(
+    "attend_ragged(Tensor query, Tensor keys, Tensor values, Tensor spans, Tensor rows, Tensor tail_keys, "
+    "Tensor tail_values, Tensor? mask, float scaling) -> Tensor"
+)
+
+
+def _attend_ragged(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    spans: Tensor,
+    rows: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """The op. `spans` [2, segments]: first row and number of rows of every segment; all other shapes as elsewhere."""
+    batch, heads, group, num_new, dim = query.shape
+    tail = tail_keys.shape[2]
+    query, tail_keys, tail_values = _dense(query, 1), _dense(tail_keys, 2), _dense(tail_values, 2)
+    out = torch.empty((batch, heads, group, num_new, dim), dtype=query.dtype)
+    call = _CALL.pack(
+        query.data_ptr(), keys.data_ptr(), values.data_ptr(), spans.data_ptr(), spans[1].data_ptr(), rows.data_ptr(),
+        tail_keys.data_ptr(), tail_values.data_ptr(), 0 if mask is None else mask.data_ptr(), out.data_ptr(),
+        batch, heads, group, num_new, dim, spans.shape[1] // heads, tail,
+        *query.stride()[:4], *tail_keys.stride()[:2], *tail_values.stride()[:2],
+        *((0, 0, 0) if mask is None else mask.stride()),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    error = load().function(call, scaling, DTYPES[query.dtype])
+    if error == 1:
+        raise MemoryError("there is no memory for the parts of ragged attention.")
+    if error:
+        raise KernelUnavailable(f"the C++ kernel was built for a CPU without {query.dtype}: use kernel='pages'.")
+    return out
+
+
+def _dense(states: Tensor, axes: int) -> Tensor:
+    """Contiguous in its last `axes` axes; the others may have any stride."""
+    dense = states.stride(-1) == 1 and (axes == 1 or states.stride(-2) == states.shape[-1])
+    return states if dense else states.contiguous()
+
+
+_library.impl("attend_ragged", _attend_ragged, "CPU")
+
+
+@torch.library.register_fake("headwise::attend_ragged")
+def _fake(query: Tensor, *arguments: Any) -> Tensor:
+    return query.new_empty(query.shape)

@@ -1,0 +1,458 @@
+// Attention of new tokens over ragged storage and a dense tail, on the CPU, in one call.
+//
+// The tokens of every segment are cut into chunks of nearly equal size, which threads take one after the other: a head
+// with many tokens keeps all threads busy. A chunk is read once, TILE tokens at a time, for all queries that read its
+// segment (online softmax). Parts are merged by their running maximum and sum at the end. All sums are float32.
+//
+// No header but the standard library's: native.py compiles this file with -march=native and calls it through ctypes.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;  // the compiler splits them where registers are shorter
+#endif
+constexpr int TILE = 64;          // tokens whose logits are held at a time
+constexpr int AHEAD = 16;         // tokens
+constexpr int64_t MIN_CHUNK = 256, CHUNKS_PER_THREAD = 8;
+constexpr float UNSEEN = -1e30f;  // finite: a query that sees nothing of the tail gets no NaN
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+template <class To, class From> inline To read_as(const From* from) {
+  To to;
+  std::memcpy(&to, from, sizeof(To));
+  return to;
+}
+
+inline Floats load(const float* from) { return read_as<Floats>(from); }
+
+inline Floats load(const BFloat16* from) {
+  return (Floats)(__builtin_convertvector(read_as<Halves>(from), Words) << 16);
+}
+
+inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+
+inline void put(float* to, float x) { *to = x; }
+
+inline void put(BFloat16* to, float x) {
+  uint32_t bits = read_as<uint32_t>(&x);
+  const bool nan = x != x;
+  to->bits = nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#if defined(__F16C__)
+#define HAS_FLOAT16 1
+#if defined(__AVX512F__)
+inline Floats load(const Float16* from) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+#else
+inline Floats load(const Float16* from) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+#endif
+inline void put(Float16* to, float x) { to->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__ARM_FP16_FORMAT_IEEE)
+#define HAS_FLOAT16 1
+typedef __fp16 Fp16s __attribute__((vector_size(2 * LANES)));
+inline Floats load(const Float16* from) { return __builtin_convertvector(read_as<Fp16s>(from), Floats); }
+inline void put(Float16* to, float x) {
+  const __fp16 half = x;
+  std::memcpy(to, &half, sizeof half);
+}
+#else
+#define HAS_FLOAT16 0
+#endif
+
+// e to the x, for x <= 0 (Cephes' expf); 0 where the result would be no normal number.
+inline Floats exp_of(Floats x) {
+  const Floats whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
+  const Floats r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Ints exponent = (__builtin_convertvector(whole, Ints) + 127) << 23;
+  const Floats found = p * (Floats)exponent;
+  return x < -87.0f ? Floats{} : found;
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
+
+// Lane i of the result is the sum of the lanes of a[i].
+inline Floats sums_of(const Floats* a) {
+#if defined(__AVX512F__)
+  Floats b[8], c[4], d[2];
+  for (int i = 0; i < 8; i++)
+    b[i] = SHUFFLE(a[2 * i], a[2 * i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           SHUFFLE(a[2 * i], a[2 * i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  for (int i = 0; i < 4; i++)
+    c[i] = SHUFFLE(b[2 * i], b[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           SHUFFLE(b[2 * i], b[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  for (int i = 0; i < 2; i++)
+    d[i] = SHUFFLE(c[2 * i], c[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           SHUFFLE(c[2 * i], c[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  return SHUFFLE(d[0], d[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         SHUFFLE(d[0], d[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+#else
+  Floats b[4], c[2];
+  for (int i = 0; i < 4; i++)
+    b[i] = SHUFFLE(a[2 * i], a[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13) +
+           SHUFFLE(a[2 * i], a[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  for (int i = 0; i < 2; i++)
+    c[i] = SHUFFLE(b[2 * i], b[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+           SHUFFLE(b[2 * i], b[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+  return SHUFFLE(c[0], c[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         SHUFFLE(c[0], c[1], 4, 5, 6, 7, 12, 13, 14, 15);
+#endif
+}
+
+template <class T> inline void prefetch_row(const T* row, int dim) {
+  const char* from = (const char*)row;
+  for (size_t at = 0; at < dim * sizeof(T); at += 64) __builtin_prefetch(from + at);
+}
+
+// What queries are multiplied with keys as: float32, or bfloat16 where the CPU has its dot product.
+template <class T> struct Multiplied {
+  using Query = float;
+  static constexpr int STEP = LANES;
+  using Vector = Floats;
+  static Vector key(const T* from) { return load(from); }
+  static Vector query(const float* from) { return load(from); }
+  static void multiply(Floats& sum, Vector key, Vector query) { sum += key * query; }
+  static bool fits(int) { return true; }
+};
+
+#if defined(__AVX512BF16__)
+struct DotProducts {
+  using Query = BFloat16;
+  static constexpr int STEP = 2 * LANES;
+  using Vector = __m512bh;
+  static Vector key(const BFloat16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+  static Vector query(const BFloat16* from) { return key(from); }
+  static void multiply(Floats& sum, Vector key, Vector query) {
+    sum = (Floats)_mm512_dpbf16_ps((__m512)sum, key, query);
+  }
+  static bool fits(int dim) { return dim % STEP == 0; }
+};
+#endif
+
+// logits[t][q] of QUERIES queries and `tokens` keys.
+template <class How, int QUERIES, class T>
+inline void multiply_keys(const typename How::Query* queries, const T* keys, const T* values, int tokens, int dim,
+                          float* logits) {
+  constexpr int TOKENS = LANES / QUERIES;
+  for (int t = 0; t < tokens; t += TOKENS) {
+    const int last = tokens - 1;
+    const T* rows[TOKENS];
+    for (int j = 0; j < TOKENS; j++) {
+      rows[j] = keys + int64_t(std::min(t + j, last)) * dim;  // logits beyond the last token are overwritten
+      prefetch_row(rows[j] + int64_t(AHEAD) * dim, dim);
+      prefetch_row(values + int64_t(t + j) * dim, dim);
+    }
+    Floats sums[LANES] = {};
+    for (int d = 0; d < dim; d += How::STEP) {
+      typename How::Vector q[QUERIES];
+#pragma GCC unroll 4
+      for (int g = 0; g < QUERIES; g++) q[g] = How::query(queries + g * dim + d);
+#pragma GCC unroll 16
+      for (int j = 0; j < TOKENS; j++) {
+        const typename How::Vector k = How::key(rows[j] + d);
+#pragma GCC unroll 4
+        for (int g = 0; g < QUERIES; g++) How::multiply(sums[j * QUERIES + g], k, q[g]);
+      }
+    }
+    store(logits + t * QUERIES, sums_of(sums));
+  }
+}
+
+// out[q][d] += sum over t of weights[t][q] values[t][d], for VECTORS vectors of d at a time.
+template <int QUERIES, int VECTORS, class T>
+inline void add_values(const float* weights, const T* values, int tokens, int dim, int from, float* out) {
+  for (; from + VECTORS * LANES <= dim; from += VECTORS * LANES) {
+    Floats sums[QUERIES][VECTORS];
+    for (int g = 0; g < QUERIES; g++)
+      for (int i = 0; i < VECTORS; i++) sums[g][i] = load(out + g * dim + from + i * LANES);
+    for (int t = 0; t < tokens; t++) {
+      const T* row = values + int64_t(t) * dim + from;
+      Floats v[VECTORS];
+#pragma GCC unroll 8
+      for (int i = 0; i < VECTORS; i++) v[i] = load(row + i * LANES);
+#pragma GCC unroll 4
+      for (int g = 0; g < QUERIES; g++) {
+        const float weight = weights[t * QUERIES + g];
+#pragma GCC unroll 8
+        for (int i = 0; i < VECTORS; i++) sums[g][i] += v[i] * weight;
+      }
+    }
+    for (int g = 0; g < QUERIES; g++)
+      for (int i = 0; i < VECTORS; i++) store(out + g * dim + from + i * LANES, sums[g][i]);
+  }
+  if constexpr (VECTORS > 1) {
+    if (from < dim) add_values<QUERIES, VECTORS / 2>(weights, values, tokens, dim, from, out);
+  }
+}
+
+// Where a part of the tokens is seen from: running maximum, sum of weights, weighted sum of values.
+struct Part {
+  float *top, *sum, *out;
+  Part from(int64_t query, int dim) const { return {top + query, sum + query, out + query * dim}; }
+};
+
+struct Mask {
+  const uint8_t* seen;  // null: everything is
+  int64_t new_stride, token_stride;
+  int64_t new_tokens;
+};
+
+// One tile of tokens, seen by QUERIES queries; `first` is their number among those of their row and head.
+template <class How, int QUERIES, class T>
+void see_tile(const typename How::Query* queries, const T* keys, const T* values, int tokens, int dim, float scaling,
+              const Mask& mask, int64_t first, int64_t token, Part part) {
+  alignas(64) float weights[(TILE + LANES) * QUERIES];
+  multiply_keys<How, QUERIES>(queries, keys, values, tokens, dim, weights);
+  const int count = tokens * QUERIES, padded = (count + LANES - 1) / LANES * LANES;
+  for (int i = count; i < padded; i++) weights[i] = -std::numeric_limits<float>::infinity();
+  if (mask.seen)
+    for (int g = 0; g < QUERIES; g++) {
+      const uint8_t* seen = mask.seen + (first + g) % mask.new_tokens * mask.new_stride + token * mask.token_stride;
+      for (int t = 0; t < tokens; t++)
+        if (!seen[t * mask.token_stride]) weights[t * QUERIES + g] = UNSEEN / scaling;
+    }
+  Floats most = load(weights) * scaling;
+  for (int i = 0; i < padded; i += LANES) {
+    const Floats x = load(weights + i) * scaling;
+    store(weights + i, x);
+    most = most > x ? most : x;
+  }
+  float top[QUERIES], shrunk[QUERIES];
+  bool changed = false;
+  for (int g = 0; g < QUERIES; g++) {
+    top[g] = most[g];
+    for (int i = g + QUERIES; i < LANES; i += QUERIES) top[g] = std::max(top[g], most[i]);
+    top[g] = std::max(part.top[g], top[g]);
+    shrunk[g] = part.top[g] == top[g] ? 1.0f : std::exp(part.top[g] - top[g]);
+    changed |= part.top[g] != top[g];
+    part.top[g] = top[g];
+  }
+  if (changed)
+    for (int g = 0; g < QUERIES; g++)
+      for (int d = 0; d < dim; d += LANES) store(part.out + g * dim + d, load(part.out + g * dim + d) * shrunk[g]);
+  Floats tops, total = {};
+  for (int i = 0; i < LANES; i++) tops[i] = top[i % QUERIES];
+  for (int i = 0; i < padded; i += LANES) {
+    const Floats weight = exp_of(load(weights + i) - tops);
+    store(weights + i, weight);
+    total += weight;
+  }
+  for (int g = 0; g < QUERIES; g++) {
+    float sum = 0;
+    for (int i = g; i < LANES; i += QUERIES) sum += total[i];
+    part.sum[g] = part.sum[g] * shrunk[g] + sum;
+  }
+  add_values<QUERIES, (LANES == 16 ? 16 : 8) / QUERIES>(weights, values, tokens, dim, 0, part.out);
+}
+
+template <class How, class T>
+void see(const typename How::Query* queries, int64_t num_queries, const T* keys, const T* values, int64_t tokens,
+         int dim, float scaling, const Mask& mask, Part part) {
+  std::fill(part.top, part.top + num_queries, -std::numeric_limits<float>::infinity());
+  std::fill(part.sum, part.sum + num_queries, 0.0f);
+  std::fill(part.out, part.out + num_queries * dim, 0.0f);
+  for (int64_t t = 0; t < tokens; t += TILE) {
+    const int count = int(std::min<int64_t>(TILE, tokens - t));
+    const T *k = keys + t * dim, *v = values + t * dim;
+    int64_t q = 0;
+    for (; q + 4 <= num_queries; q += 4)
+      see_tile<How, 4>(queries + q * dim, k, v, count, dim, scaling, mask, q, t, part.from(q, dim));
+    for (; q + 2 <= num_queries; q += 2)
+      see_tile<How, 2>(queries + q * dim, k, v, count, dim, scaling, mask, q, t, part.from(q, dim));
+    if (q < num_queries)
+      see_tile<How, 1>(queries + q * dim, k, v, count, dim, scaling, mask, q, t, part.from(q, dim));
+  }
+}
+
+// The arguments, in the order in which native.py gives them. Strides count elements; the last axis is dense everywhere.
+struct Call {
+  int64_t query, keys, values, starts, lengths, rows, tail_keys, tail_values, seen, out;  // addresses
+  int64_t batch, heads, group, new_tokens, dim, contexts, tail;
+  int64_t query_row, query_head, query_group, query_new;
+  int64_t tail_key_row, tail_key_head, tail_value_row, tail_value_head;
+  int64_t seen_row, seen_new, seen_token;
+  int64_t threads;
+};
+
+template <class T> T* at(int64_t address) { return reinterpret_cast<T*>(address); }
+
+struct Item {
+  int64_t context, row, head, start, tokens;  // row < 0: of the frozen part
+  int64_t query, num_queries, part;           // first of the packed queries; first of the parts
+};
+
+inline void pack(const float* from, int dim, float* to) { std::memcpy(to, from, dim * sizeof(float)); }
+inline void pack(const BFloat16* from, int dim, BFloat16* to) { std::memcpy(to, from, dim * sizeof(BFloat16)); }
+template <class T> inline void pack(const T* from, int dim, float* to) {
+  for (int d = 0; d < dim; d += LANES) store(to + d, load(from + d));
+}
+
+template <class How, class T> void attend(const Call& call, float scaling) {
+  const int64_t *starts = at<const int64_t>(call.starts), *lengths = at<const int64_t>(call.lengths);
+  const int64_t* rows = at<const int64_t>(call.rows);
+  const int64_t own = call.group * call.new_tokens;  // queries of a row and head
+  const int dim = int(call.dim);
+  const int threads = int(call.threads);
+
+  // Queries that read one segment lie together: [context][head][slot of the row][own].
+  std::vector<int64_t> readers(call.contexts, 0), slot(call.batch), offset(call.contexts + 1, 0);
+  for (int64_t b = 0; b < call.batch; b++) slot[b] = readers[rows[b]]++;
+  for (int64_t c = 0; c < call.contexts; c++) offset[c + 1] = offset[c] + readers[c] * own * call.heads;
+  auto place = [&](int64_t b, int64_t h) {
+    return offset[rows[b]] + (h * readers[rows[b]] + slot[b]) * own;
+  };
+
+  std::vector<Item> items;
+  int64_t total = 0, parts = 0;
+  for (int64_t c = 0; c < call.contexts; c++)
+    for (int64_t h = 0; readers[c] && h < call.heads; h++) total += lengths[c * call.heads + h];
+  const int64_t chunk = threads == 1 ? std::max<int64_t>(total, 1)
+                                     : std::max(MIN_CHUNK, total / (threads * CHUNKS_PER_THREAD));
+  std::vector<int64_t> first(call.contexts * call.heads + 1, 0);  // item of every segment
+  for (int64_t s = 0; s < call.contexts * call.heads; s++) {
+    const int64_t c = s / call.heads, h = s % call.heads, queries = readers[c] * own;
+    first[s] = int64_t(items.size());
+    const int64_t count = queries ? (lengths[s] + chunk - 1) / chunk : 0;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t begin = lengths[s] * i / count, end = lengths[s] * (i + 1) / count;
+      items.push_back({c, -1, h, starts[s] + begin, end - begin, offset[c] + h * queries, queries, parts});
+      parts += queries;
+    }
+  }
+  const int64_t frozen = first[call.contexts * call.heads] = int64_t(items.size());
+  for (int64_t b = 0; call.tail && b < call.batch; b++)
+    for (int64_t h = 0; h < call.heads; h++) {
+      items.push_back({rows[b], b, h, 0, call.tail, place(b, h), own, parts});
+      parts += own;
+    }
+
+  std::vector<typename How::Query> packed(offset[call.contexts] * dim);
+  std::vector<float> tops(parts), sums(parts), outs(parts * dim);
+  const T *query = at<const T>(call.query), *keys = at<const T>(call.keys), *values = at<const T>(call.values);
+  const T *tail_keys = at<const T>(call.tail_keys), *tail_values = at<const T>(call.tail_values);
+  T* out = at<T>(call.out);
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < call.batch * call.heads; i++) {
+      const int64_t b = i / call.heads, h = i % call.heads;
+      for (int64_t q = 0; q < own; q++)
+        pack(query + b * call.query_row + h * call.query_head + q / call.new_tokens * call.query_group +
+                 q % call.new_tokens * call.query_new,
+             dim, packed.data() + (place(b, h) + q) * dim);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < int64_t(items.size()); i++) {
+      const Item& x = items[i];
+      const bool tail = x.row >= 0;
+      const T* k = tail ? tail_keys + x.row * call.tail_key_row + x.head * call.tail_key_head : keys + x.start * dim;
+      const T* v =
+          tail ? tail_values + x.row * call.tail_value_row + x.head * call.tail_value_head : values + x.start * dim;
+      const uint8_t* seen = tail && call.seen ? at<const uint8_t>(call.seen) + x.row * call.seen_row : nullptr;
+      see<How>(packed.data() + x.query * dim, x.num_queries, k, v, x.tokens, dim, scaling,
+               Mask{seen, call.seen_new, call.seen_token, call.new_tokens},
+               Part{tops.data() + x.part, sums.data() + x.part, outs.data() + x.part * dim});
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < call.batch * call.heads; i++) {
+      const int64_t b = i / call.heads, h = i % call.heads, segment = rows[b] * call.heads + h;
+      const int64_t tail = frozen + i;
+      for (int64_t q = 0; q < own; q++) {
+        auto part_of = [&](int64_t item) { return items[item].part + (item < frozen ? slot[b] * own : 0) + q; };
+        float top = -std::numeric_limits<float>::infinity(), sum = 0;
+        alignas(64) float mean[256] = {};
+        auto each = [&](auto&& use) {
+          for (int64_t item = first[segment]; item < first[segment + 1]; item++) use(part_of(item));
+          if (call.tail) use(part_of(tail));
+        };
+        each([&](int64_t part) { top = std::max(top, tops[part]); });
+        each([&](int64_t part) {
+          const float weight = std::exp(tops[part] - top);
+          sum += weight * sums[part];
+          for (int d = 0; d < dim; d += LANES)
+            store(mean + d, load(mean + d) + load(outs.data() + part * dim + d) * weight);
+        });
+        T* to = out + (i * own + q) * dim;
+        for (int d = 0; d < dim; d++) put(to + d, mean[d] / sum);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// 0: done. 1: out of memory. 2: a dtype that this CPU's build does not have.
+extern "C" int headwise_attend(const int64_t* arguments, double scaling, int dtype) {
+  const Call call = read_as<Call>(arguments);
+  try {
+    switch (dtype) {
+      case 0:
+        attend<Multiplied<float>, float>(call, float(scaling));
+        return 0;
+      case 1:
+#if defined(__AVX512BF16__)
+        if (DotProducts::fits(int(call.dim))) {
+          attend<DotProducts, BFloat16>(call, float(scaling));
+          return 0;
+        }
+#endif
+        attend<Multiplied<BFloat16>, BFloat16>(call, float(scaling));
+        return 0;
+#if HAS_FLOAT16
+      case 2:
+        attend<Multiplied<Float16>, Float16>(call, float(scaling));
+        return 0;
+#endif
+      default:
+        return 2;
+    }
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// What the build makes use of, for `headwise doctor`.
+extern "C" const char* headwise_features() {
+#if defined(__AVX512BF16__)
+  return "AVX-512, bfloat16 dot products";
+#elif defined(__AVX512F__)
+  return "AVX-512";
+#elif defined(__AVX2__)
+  return "AVX2";
+#elif defined(__aarch64__)
+  return "NEON";
+#else
+  return "the compiler's vectors";
+#endif
+}

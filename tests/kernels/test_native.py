@@ -1,0 +1,217 @@
+"""The C++ kernel against the reference, and what happens where it cannot be built."""
+
+import subprocess
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headwise import kernels
+from headwise.errors import KernelUnavailable
+from headwise.kernels import get_kernel, native, pages, reference
+from headwise.layout import Segments
+
+HEADS = 2
+
+
+def needs_compiler(test):
+    """Skip, saying why, where there is no compiler."""
+    missing = kernels.why_not_native()
+    return pytest.mark.skipif(missing is not None, reason=str(missing))(test)
+
+
+def make_case(lengths, rows, *, group=2, num_new=1, dim=32, tail=4, dtype=torch.float32, masked=False, seed=0):
+    """Query, segments, rows, tail and mask; query and tail are views of larger tensors, as a model's are."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    batch, total = len(rows), sum(lengths)
+    segments = Segments(
+        keys=randn(total, dim).to(dtype),
+        values=randn(total, dim).to(dtype),
+        positions=torch.arange(total, dtype=torch.int32),
+        lengths=tuple(lengths),
+        kv_heads=HEADS,
+    )
+    query = (2 * randn(batch, num_new, HEADS, group, dim)).to(dtype).permute(0, 2, 3, 1, 4)
+    tail_keys, tail_values = (randn(batch, HEADS, tail + 3, dim).to(dtype)[:, :, :tail] for _ in range(2))
+    mask = torch.rand(batch, num_new, tail, generator=generator) < 0.6 if masked else None
+    return query, segments, torch.tensor(rows), tail_keys, tail_values, mask, dim**-0.5
+
+
+def exactly(query, segments, rows, tail_keys, tail_values, mask, scaling):
+    """The reference in float64."""
+    precise = Segments(
+        keys=segments.keys.double(),
+        values=segments.values.double(),
+        positions=segments.positions,
+        lengths=segments.lengths,
+        kv_heads=segments.kv_heads,
+    )
+    return reference.attend(query.double(), precise, rows, tail_keys.double(), tail_values.double(), mask, scaling)
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 700), min_size=4, max_size=4),
+    rows=st.lists(st.integers(0, 1), min_size=1, max_size=5),
+    group=st.integers(1, 9),
+    num_new=st.sampled_from([1, 2, 5, 17]),
+    dim=st.sampled_from([16, 48, 64, 80, 96, 112, 128, 256]),
+    tail=st.integers(1, 70),
+    masked=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+)
+def test_equals_the_reference(lengths, rows, group, num_new, dim, tail, masked, threads):
+    case = make_case(lengths, rows, group=group, num_new=num_new, dim=dim, tail=tail, masked=masked)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found = torch.ops.headwise.attend_ragged(case[0], case[1].keys, case[1].values, case[1].spans, *case[2:])
+    torch.set_num_threads(before)
+    torch.testing.assert_close(found.double(), exactly(*case), rtol=1e-4, atol=2e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_new", [1, 12])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_error_is_at_most_twice_that_of_pytorch(dtype, num_new, dim, threads):
+    case = make_case([3000, 5, 70, 900], [0, 1], group=4, num_new=num_new, dim=dim, tail=20, dtype=dtype, masked=True)
+    exact = exactly(*case)
+    ours, plain = (kernel(*case).double() - exact for kernel in (native.attend, pages.attend))
+    assert ours.norm() <= 2 * plain.norm()
+
+
+@needs_compiler
+def test_large_logits_do_not_overflow(threads):
+    query, *others = make_case([600, 3, 70, 900], [0, 1], dtype=torch.bfloat16)
+    case = (100 * query, *others)
+    torch.testing.assert_close(native.attend(*case).double(), exactly(*case), rtol=0.02, atol=0.02)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dim", [16, 80, 128])
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_a_query_that_sees_nothing_of_the_tail(group, dim):
+    *case, mask, scaling = make_case([30, 4, 7, 9], [0, 1, 1], group=group, dim=dim, tail=1, num_new=2, masked=True)
+    mask[:] = False
+    torch.testing.assert_close(
+        native.attend(*case, mask, scaling).double(), exactly(*case, mask, scaling), rtol=1e-4, atol=1e-5
+    )
+
+
+@needs_compiler
+def test_a_head_without_entries_and_a_context_without_readers():
+    case = make_case([0, 40, 7, 9, 0, 0], [0, 2, 0], tail=5)
+    torch.testing.assert_close(native.attend(*case).double(), exactly(*case), rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+def test_many_queries_on_long_segments_go_to_pages(monkeypatch):
+    case = make_case([2000, 2000], [0] * 8, num_new=16)
+    monkeypatch.setattr(native, "load", lambda: pytest.fail("the C++ kernel was used"))
+    torch.testing.assert_close(native.attend(*case).double(), exactly(*case), rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+def test_it_is_a_custom_op():
+    case = make_case([30, 4, 7, 9], [0, 1], tail=3)
+    arguments = (case[0], case[1].keys, case[1].values, case[1].spans, *case[2:])
+    torch.library.opcheck(torch.ops.headwise.attend_ragged, arguments)
+    compiled = torch.compile(torch.ops.headwise.attend_ragged, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*arguments), native.attend(*case))
+
+
+@needs_compiler
+def test_auto_takes_it_on_the_cpu(monkeypatch):
+    case = make_case([30, 4, 7, 9], [0, 1])
+    monkeypatch.setattr(pages, "attend", lambda *arguments: pytest.fail("pages was used"))
+    assert torch.equal(get_kernel("auto")(*case), get_kernel("native")(*case))
+    assert {found.name: found.used_on for found in kernels.survey()}["native"] == "cpu"
+
+
+@needs_compiler
+def test_it_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("HEADWISE_CACHE", str(tmp_path))
+    first, second = native.load.__wrapped__(), native.load.__wrapped__()
+    assert (first.built, second.built, first.path) == (True, False, second.path)
+    assert [path.name for path in tmp_path.iterdir()] == [first.path.name]
+
+
+@pytest.fixture
+def nothing_cached(monkeypatch, tmp_path):
+    """As if no kernel had been built or asked for yet."""
+    monkeypatch.setenv("HEADWISE_CACHE", str(tmp_path))
+    remembered = (native.load, kernels.why_not_native, kernels._by_device)
+    for function in remembered:
+        function.cache_clear()
+    yield tmp_path
+    for function in remembered:
+        function.cache_clear()
+
+
+def test_without_a_compiler_pages_serves_and_one_warning_says_so(monkeypatch, nothing_cached):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    case = make_case([30, 4, 7, 9], [0, 1])
+    with pytest.raises(KernelUnavailable, match="CXX='no-such-compiler' is not there"):
+        get_kernel("native")
+    with pytest.warns(UserWarning, match="install g\\+\\+"):
+        found = get_kernel("auto")(*case)
+    assert torch.equal(found, pages.attend(*case))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_kernel("auto")(*case)
+    assert {one.name: (one.usable, one.used_on) for one in kernels.survey()}["native"] == (False, None)
+    assert kernels.fastest(torch.device("cpu")) == "pages"
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch, nothing_cached):
+    broken = nothing_cached / "broken"
+    broken.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such flag' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(KernelUnavailable, match=r"did not compile the kernel: x\.cpp:1: error: no such flag"):
+        native.load()
+    assert list(nothing_cached.iterdir()) == [broken]
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written_to(monkeypatch, nothing_cached):
+    (nothing_cached / "file").touch()
+    monkeypatch.setenv("HEADWISE_CACHE", str(nothing_cached / "file"))
+    with pytest.raises(KernelUnavailable, match="set HEADWISE_CACHE"):
+        native.load()
+
+
+@needs_compiler
+def test_a_damaged_library_is_named(nothing_cached):
+    name = native._name(native.find_compiler())
+    (nothing_cached / f"ragged-{name}.so").write_bytes(b"no library")
+    with pytest.raises(KernelUnavailable, match="delete it"):
+        native.load()
+
+
+@needs_compiler
+def test_it_compiles_for_cpus_with_avx512(tmp_path):
+    """Whatever this machine is: that part of the source is seen by the compiler at least."""
+    flags = [flag for flag in native.FLAGS if flag != "-march=native"]
+    target = ["-march=sapphirerapids"]
+    command = [native.find_compiler(), *flags, *target, str(native.SOURCE), "-o", str(tmp_path / "made.so")]
+    probe = subprocess.run([command[0], *target, "-E", "-"], input="", capture_output=True, text=True)
+    if probe.returncode != 0:
+        pytest.skip(f"the compiler knows no {target}")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
