@@ -23,7 +23,11 @@ from headwise.evals.mini_ruler import generate
 from headwise.method import ALIASES, ALLOCATORS, SCORERS
 from headwise.shapes import ModelShape
 
-COMMANDS = typer.main.get_command(cli.app).commands
+COMMANDS = {
+    f"{name} {inner}" if inner else name: command
+    for name, outer in typer.main.get_command(cli.app).commands.items()
+    for inner, command in getattr(outer, "commands", {"": outer}).items()
+}
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 COMPARE = {"method", "keep", "kv_bytes", "full_kv_bytes", "peak_kv_bytes", "accuracy", "decode_ms_per_token"}
 EVAL = {"method", "keep", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction"}
@@ -413,13 +417,14 @@ def test_infeasible_budgets_are_not_usage_errors():
 def example(command: str) -> list[str]:
     """The words of the example that ends a command's help."""
     words = shlex.split(COMMANDS[command].epilog.removeprefix("Example: "))
-    assert words[:2] == ["headwise", command]
-    return words[2:]
+    name = ["headwise", *command.split()]
+    assert words[: len(name)] == name
+    return words[len(name) :]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_ends_with_an_example_that_parses(command):
-    shown = CliRunner().invoke(cli.app, [command, "--help"])
+    shown = CliRunner().invoke(cli.app, [*command.split(), "--help"])
     assert shown.exit_code == 0
     assert "Example: headwise" in shown.stdout
     with COMMANDS[command].make_context(command, example(command), resilient_parsing=False) as context:
@@ -430,7 +435,7 @@ def test_help_of_the_whole_and_no_arguments():
     shown = CliRunner().invoke(cli.app, ["--help"])
     assert shown.exit_code == 0
     assert "Example: headwise" in shown.stdout
-    assert all(command in shown.stdout for command in COMMANDS)
+    assert all(command.split()[0] in shown.stdout for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -454,7 +459,7 @@ def test_documented_defaults_are_the_defaults(command):
 
 
 def test_the_page_documents_nothing_that_is_not_there():
-    sections = re.split(r"^## (\w+)$", PAGE.read_text(), flags=re.MULTILINE)[1:]
+    sections = re.split(r"^## ([\w -]+)$", PAGE.read_text(), flags=re.MULTILINE)[1:]
     assert set(sections[::2]) == set(COMMANDS)
     for command, section in zip(sections[::2], sections[1::2], strict=True):
         known = {name for parameter in COMMANDS[command].params for name in parameter.opts}
@@ -465,7 +470,8 @@ def test_every_example_on_the_page_parses(model_folders):
     lines = re.findall(r"^\$ headwise (.*)$", PAGE.read_text(), re.MULTILINE)
     assert len(lines) >= len(COMMANDS)
     for line in lines:
-        command, *words = shlex.split(line)
+        command = next(name for name in sorted(COMMANDS, key=len, reverse=True) if f"{line} ".startswith(f"{name} "))
+        words = shlex.split(line.removeprefix(command))
         with COMMANDS[command].make_context(command, words, resilient_parsing=False):
             pass
 

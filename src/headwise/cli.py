@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -526,6 +527,67 @@ def build_kernels(as_json: AsJson = False) -> None:
         _print_json({"path": str(made.path), "features": made.features, "built": made.built, "seconds": seconds})
     else:
         print(f"{made.path}: {'built in' if made.built else 'was there, loaded in'} {seconds:.1f} s ({made.features})")
+
+
+bench = typer.Typer(help="Speed, next to the full cache and to what memory allows, measured in the same run.")
+app.add_typer(bench, name="bench", no_args_is_help=True)
+
+
+@bench.command("decode", epilog="Example: headwise bench decode --dtype bfloat16,float32 --keep 0.1,0.2 --json")
+def bench_decode(
+    tokens: Annotated[str, typer.Option(help="Of context; comma-separated.")] = "32768",
+    keep: Annotated[str, typer.Option("--keep", "-k", help="Shares kept; comma-separated.")] = "0.2",
+    batch: Annotated[str, typer.Option(help="Sequences; comma-separated.")] = "1",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; comma-separated.")] = "bfloat16,float32",
+    threads: Annotated[str, typer.Option(help="Comma-separated.")] = "1",
+    skewed: Annotated[bool, typer.Option(help="Some heads keep much more than others.")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each candidate; the median counts.")] = 15,
+    as_json: AsJson = False,
+) -> None:
+    """One decoding step of one layer of Llama-3.1-8B on the CPU: every kernel, checked against float64 first."""
+    import torch
+
+    from headwise.bench.decode import Settings, run
+    from headwise.evals.run import hardware, versions
+
+    grid = [
+        Settings(tokens=n, keep=k, batch=b, dtype=d, threads=t, skewed=skewed, rounds=rounds)
+        for d, n, k, b, t in product(
+            _split(dtype), _numbers(tokens, int), _numbers(keep, float), _numbers(batch, int), _numbers(threads, int)
+        )
+    ]
+    rows = []
+    with _progress("settings") as progress:
+        for done, settings in enumerate(grid):
+            progress(done, len(grid))
+            rows += run(settings)
+    about = {"hardware": hardware(torch.device("cpu")), "versions": versions(), "command": shlex.join(sys.argv)}
+    if as_json:
+        _print_json([asdict(row) | about for row in rows])
+        return
+    print(f"{about['hardware']}; " + ", ".join(f"{name} {version}" for name, version in about["versions"].items()))
+    _print_table(
+        "One layer, one step: full = transformers' SDPA over the whole cache; floor = reading what must be read.",
+        ["dtype", "tokens", "keep", "batch", "threads", "candidate", "ms", "of full", "of floor", "error", "PyTorch's"],
+        [
+            [
+                *(row.dtype, str(row.tokens), f"{row.keep:g}", str(row.batch), str(row.threads), row.candidate),
+                f"{row.ms:.2f}",
+                f"{row.speedup_vs_full:.1f}x faster",
+                f"{row.times_floor:.2f}x",
+                f"{row.rel_error:.1e}",
+                f"{row.plain_error:.1e}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _numbers(text: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(part) for part in _split(text)]
+    except ValueError as error:
+        raise BadInput(f"{text!r} is no list of numbers: {error}.") from error
 
 
 @app.command(epilog="Example: headwise inspect gates.safetensors --plot --beside budget.safetensors")

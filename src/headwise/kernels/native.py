@@ -42,6 +42,7 @@ class Native:
     path: Path
     features: str  # of the CPU that it makes use of
     function: Any
+    reader: Any
     built: bool  # just now, not found in the cache
 
 
@@ -97,7 +98,15 @@ def load() -> Native:
     function = library.headwise_attend
     function.argtypes = (ctypes.c_char_p, ctypes.c_double, ctypes.c_int)
     library.headwise_features.restype = ctypes.c_char_p
-    return Native(path=path, features=library.headwise_features().decode(), function=function, built=built)
+    reader = library.headwise_read
+    reader.argtypes, reader.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int), ctypes.c_int64
+    features = library.headwise_features().decode()
+    return Native(path=path, features=features, function=function, reader=reader, built=built)
+
+
+def read(states: Tensor) -> None:
+    """Read a contiguous tensor from memory, for the floor of `headwise bench`. Raises KernelUnavailable."""
+    load().reader(states.data_ptr(), states.nbytes // 8, torch.get_num_threads())
 
 
 def find_compiler() -> str:

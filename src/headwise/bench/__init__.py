@@ -1,0 +1,1 @@
+"""Speed and memory, measured next to the full cache and to what the memory's bandwidth allows, in the same run."""

@@ -1,0 +1,284 @@
+"""One decoding step of one layer on a CPU: every kernel, the full cache, and the floor that memory sets.
+
+A layer's cache is made at random, a share of its entries is kept, more in some heads than in others. Every candidate is
+compared with float64 first: a wrong one ends the run. Caches of the processor are defeated by going round copies of the
+storage; runs are interleaved, so that all see the same noise; times are medians of wall time.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from headwise import layout
+from headwise.errors import BadInput, HeadwiseError
+from headwise.kernels import native, pages, why_not_native
+from headwise.layout import Segments
+
+SKEW = (1.00, 0.20, 0.12, 0.10, 0.08, 0.05, 0.03, 0.02)  # kept by each KV head, in proportion
+FULL, GROUPED = "full", "full, grouped"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Runs = Sequence[Callable[[], Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """The layer (by default Llama-3.1-8B's), its context, and how it is measured."""
+
+    tokens: int = 32768
+    keep: float = 0.2
+    batch: int = 1
+    dtype: str = "bfloat16"
+    threads: int = 1
+    kv_heads: int = 8
+    group: int = 4  # query heads of each
+    head_dim: int = 128
+    tail: int = 64  # tokens since the context was cut
+    skewed: bool = True
+    rounds: int = 15
+    gigabytes: float = 1.0  # storage that each candidate goes round
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise BadInput(f"dtype={self.dtype!r} is not measured; choose {', '.join(DTYPES)}.")
+        if not 0 < self.keep <= 1 or self.tokens * self.keep < 1:
+            raise BadInput(f"keep={self.keep} of {self.tokens} tokens: it is a share in (0, 1] of at least one token.")
+        sizes = (self.batch, self.threads, self.kv_heads, self.group, self.head_dim, self.tail, self.rounds)
+        if min(sizes) < 1 or self.gigabytes <= 0:
+            raise BadInput("sizes, threads, rounds and gigabytes must be above 0.")
+
+    @property
+    def scaling(self) -> float:
+        """What logits are multiplied by."""
+        return self.head_dim**-0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One candidate. `rel_error` is its distance from float64, relative; `plain_error` that of PyTorch's attention."""
+
+    candidate: str
+    dtype: str
+    batch: int
+    ms: float
+    speedup_vs_full: float
+    times_floor: float
+    rel_error: float
+    plain_error: float
+    floor_ms: float  # of reading what the candidate has to read
+    tokens: int
+    keep: float
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Candidate:
+    name: str
+    runs: Runs
+    exact: Tensor
+    plain_error: float
+    nbytes: int
+
+    @property
+    def error(self) -> float:
+        return _error(self.runs[0](), self.exact)
+
+
+class _Attention(nn.Module):
+    """What transformers' attention function wants to know of the layer it serves."""
+
+    is_causal = True
+
+    def __init__(self, group: int):
+        super().__init__()
+        self.num_key_value_groups = group
+
+
+class WrongResult(HeadwiseError):
+    """A candidate's result is too far from the exact one: its time would mean nothing."""
+
+
+@torch.no_grad()
+def run(settings: Settings) -> list[Row]:
+    """Measure. Raises BadInput, WrongResult."""
+    with _threads(settings.threads):
+        torch.manual_seed(0)
+        candidates, reads = _candidates(settings)
+        errors = {c.name: c.error for c in candidates}
+        wrong = [c for c in candidates if not errors[c.name] <= 2 * c.plain_error]
+        if wrong:
+            found = "; ".join(f"{c.name}: {errors[c.name]:.1e} (PyTorch {c.plain_error:.1e})" for c in wrong)
+            raise WrongResult(f"nothing is measured, for results are wrong, by their relative error: {found}.")
+        times = _times({c.name: c.runs for c in candidates} | {"read": reads}, settings.rounds)
+    kept = candidates[-1].nbytes
+    seconds_per_byte = times["read"] / kept
+    return [
+        Row(
+            candidate=c.name,
+            dtype=settings.dtype,
+            batch=settings.batch,
+            ms=1e3 * times[c.name],
+            speedup_vs_full=times[FULL] / times[c.name],
+            times_floor=times[c.name] / (seconds_per_byte * c.nbytes),
+            rel_error=errors[c.name],
+            plain_error=c.plain_error,
+            floor_ms=1e3 * seconds_per_byte * c.nbytes,
+            tokens=settings.tokens,
+            keep=settings.keep,
+            threads=settings.threads,
+        )
+        for c in candidates
+    ]
+
+
+def kept_fractions(settings: Settings) -> Float[Tensor, " kv_heads"]:
+    """Of every head; their mean is `keep`."""
+    if not settings.skewed:
+        return torch.full((settings.kv_heads,), settings.keep)
+    shape = torch.tensor([SKEW[head % len(SKEW)] for head in range(settings.kv_heads)], dtype=torch.float64)
+    low, high = 0.0, 1 / float(shape.min())
+    for _ in range(60):  # a head cannot keep more than everything
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((shape * middle).clamp(max=1).mean()) < settings.keep else (low, middle)
+    return (shape * high).clamp(max=1).float()
+
+
+def _candidates(settings: Settings) -> tuple[list[_Candidate], Sequence[Callable[[], None]]]:
+    """All of them over the same random layer, decoding the last token of the tail; and plain reads of what is kept."""
+    batch, heads, tokens, dim = settings.batch, settings.kv_heads, settings.tokens, settings.head_dim
+    dtype, group, scaling = DTYPES[settings.dtype], settings.group, settings.scaling
+    query = 2 * torch.randn(batch, heads * group, 1, dim).to(dtype)
+    keys, values = (torch.randn(batch, heads, tokens + settings.tail, dim).to(dtype) for _ in range(2))
+    kept = _kept(settings)
+    masks = (
+        torch.ones_like(kept[:, :, :1]).expand(-1, -1, tokens + settings.tail),
+        functional.pad(kept, (0, settings.tail), value=True),
+    )
+    exact = [_exactly(query, keys, values, mask, scaling) for mask in masks]
+    plain = [
+        _error(
+            functional.scaled_dot_product_attention(
+                query, keys, values, attn_mask=mask.repeat_interleave(group, 1)[:, :, None], enable_gqa=True
+            ),
+            one,
+        )
+        for mask, one in zip(masks, exact, strict=True)
+    ]
+    segments = layout.gather(
+        keys[:, :, :tokens], values[:, :, :tokens], kept, torch.arange(tokens).expand(batch, tokens)
+    )
+    tail = keys[:, :, tokens:].clone(), values[:, :, tokens:].clone()
+    rows, attention = torch.arange(batch), _Attention(group)
+    dense = _copies((keys, values), settings.gigabytes)
+    ragged = [_with_storage(segments, *pair) for pair in _copies((segments.keys, segments.values), settings.gigabytes)]
+    grouped = query.view(batch, heads, group, 1, dim)
+
+    def by_transformers(k: Tensor, v: Tensor) -> Tensor:
+        return sdpa_attention_forward(attention, query, k, v, None, scaling=scaling)[0].transpose(1, 2)
+
+    def folded(k: Tensor, v: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(grouped[:, :, :, 0], k, v, scale=scaling).view_as(query)
+
+    def by_kernel(kernel: Callable[..., Tensor], storage: Segments) -> Tensor:
+        return kernel(grouped, storage, rows, *tail, None, scaling).view_as(query)
+
+    whole_bytes, kept_bytes = keys.nbytes + values.nbytes, segments.nbytes + tail[0].nbytes + tail[1].nbytes
+    kernels = {"pages": pages.attend} | ({"native": native.attend} if why_not_native() is None else {})
+    found = [
+        _Candidate(name=name, runs=runs, exact=exact[0], plain_error=plain[0], nbytes=whole_bytes)
+        for name, runs in (
+            (FULL, [lambda k=k, v=v: by_transformers(k, v) for k, v in dense]),
+            (GROUPED, [lambda k=k, v=v: folded(k, v) for k, v in dense]),
+        )
+    ]
+    found += [
+        _Candidate(
+            name=name,
+            runs=[lambda s=s, kernel=kernel: by_kernel(kernel, s) for s in ragged],
+            exact=exact[1],
+            plain_error=plain[1],
+            nbytes=kept_bytes,
+        )
+        for name, kernel in kernels.items()
+    ]
+    read = _read if why_not_native() is None else _read_by_torch
+    return found, [lambda s=s: read(s.keys, s.values, *tail) for s in ragged]
+
+
+def _kept(settings: Settings) -> Bool[Tensor, "batch kv_heads tokens"]:
+    """Random entries, as many of each head as its fraction says; every row has another order of heads."""
+    fractions = kept_fractions(settings)
+    counts = torch.stack([fractions.roll(row) for row in range(settings.batch)]).mul(settings.tokens).round()
+    order = torch.rand(settings.batch, settings.kv_heads, settings.tokens).argsort(-1).argsort(-1)
+    return order < counts.clamp(min=1)[..., None]
+
+
+def _copies(tensors: tuple[Tensor, Tensor], gigabytes: float) -> list[tuple[Tensor, Tensor]]:
+    count = max(2, round(gigabytes * 1e9 / sum(t.nbytes for t in tensors)))
+    return [tensors, *((tensors[0].clone(), tensors[1].clone()) for _ in range(count - 1))]
+
+
+def _with_storage(segments: Segments, keys: Tensor, values: Tensor) -> Segments:
+    return Segments(
+        keys=keys, values=values, positions=segments.positions, lengths=segments.lengths, kv_heads=segments.kv_heads
+    )
+
+
+def _exactly(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """float64, one head at a time."""
+    batch, heads = mask.shape[:2]
+    grouped = query.view(batch, heads, -1, query.shape[-1]).double()
+    outs = [
+        (grouped[b, h] @ keys[b, h, mask[b, h]].double().T * scaling).softmax(-1) @ values[b, h, mask[b, h]].double()
+        for b, h in itertools.product(range(batch), range(heads))
+    ]
+    return torch.cat(outs).view(query.shape)
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def _read(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        native.read(tensor)
+
+
+def _read_by_torch(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        tensor.view(torch.int32).sum()
+
+
+def _times(candidates: dict[str, Sequence[Callable[[], Any]]], rounds: int) -> dict[str, float]:
+    """Median seconds of each; all copies are touched before."""
+    for one in itertools.chain.from_iterable(candidates.values()):
+        one()
+    rings = {name: itertools.cycle(runs) for name, runs in candidates.items()}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, ring in rings.items():
+            call = next(ring)
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: median(found) for name, found in times.items()}
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,63 @@
+"""The benchmark of decoding: what it prints is checked, complete, and about what was asked."""
+
+import pytest
+import torch
+
+from headwise import kernels
+from headwise.bench import decode
+from headwise.bench.decode import Settings, WrongResult, kept_fractions, run
+from headwise.errors import BadInput
+
+SMALL = {"tokens": 512, "rounds": 2, "gigabytes": 0.001}
+
+
+@pytest.mark.parametrize(("dtype", "batch"), [("float32", 1), ("bfloat16", 2)])
+def test_every_candidate_has_a_row(dtype, batch):
+    rows = run(Settings(dtype=dtype, batch=batch, **SMALL))
+    native = ["native"] if kernels.why_not_native() is None else []
+    assert [row.candidate for row in rows] == ["full", "full, grouped", "pages", *native]
+    assert rows[0].speedup_vs_full == 1
+    for row in rows:
+        assert (row.dtype, row.batch, row.tokens) == (dtype, batch, 512)
+        assert 0 < row.rel_error <= 2 * row.plain_error
+        assert row.ms > 0
+        assert row.times_floor == pytest.approx(row.ms / row.floor_ms)
+    kept, whole = rows[-1].floor_ms, rows[0].floor_ms
+    assert kept / whole == pytest.approx((0.2 * 512 + 64) / (512 + 64), rel=0.02)  # 64 tokens of tail
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    real = decode.pages.attend
+    monkeypatch.setattr(decode.pages, "attend", lambda *arguments: 1.01 * real(*arguments))
+    monkeypatch.setattr(decode, "_times", lambda *arguments: pytest.fail("it was timed"))
+    with pytest.raises(WrongResult, match="pages: 1"):
+        run(Settings(dtype="float32", **SMALL))
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.2, 0.5, 0.9, 1.0])
+def test_kept_fractions_have_the_mean_that_was_asked_for(keep):
+    fractions = kept_fractions(Settings(keep=keep))
+    assert float(fractions.mean()) == pytest.approx(keep, abs=1e-6)
+    assert float(fractions.max()) <= 1
+    assert torch.equal(fractions, fractions.sort(descending=True).values)
+    assert len(set(kept_fractions(Settings(keep=keep, skewed=False)).tolist())) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"keep": 0.0}, "keep=0.0"),
+        ({"keep": 1.5}, "keep=1.5"),
+        ({"batch": 0}, "above 0"),
+    ],
+)
+def test_what_cannot_be_measured(changes, message):
+    with pytest.raises(BadInput, match=message):
+        Settings(**changes)
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    run(Settings(dtype="float32", threads=2, **SMALL))
+    assert torch.get_num_threads() == before
