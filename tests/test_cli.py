@@ -14,7 +14,7 @@ from folders import save_model
 from typer.testing import CliRunner
 
 import headwise
-from headwise import cli
+from headwise import cli, kernels
 from headwise.artifacts import Budget, Origin
 from headwise.errors import BudgetInfeasible
 from headwise.evals import models
@@ -211,6 +211,40 @@ def test_eval_of_own_documents_and_texts(run, tmp_path):
     ]
 
 
+# --- doctor, build-kernels, bench ---
+
+
+def test_doctor_names_the_kernel_that_is_used(run):
+    found = json.loads(succeed(run, "doctor --json"))
+    assert {"headwise", "torch", "transformers", "python"} <= set(found["versions"])
+    assert [kernel["name"] for kernel in found["kernels"]] == ["reference", "pages", "native", "triton"]
+    used = [kernel["name"] for kernel in found["kernels"] if kernel["used_on"] == "cpu"]
+    assert used == [kernels.fastest(torch.device("cpu"))]
+    assert used[0] in succeed(run, "doctor")
+
+
+@pytest.mark.skipif(kernels.why_not_native() is not None, reason=str(kernels.why_not_native()))
+def test_build_kernels_says_where_the_library_is(run):
+    found = json.loads(succeed(run, "build-kernels --json"))
+    assert Path(found["path"]).is_file()
+    assert set(found) == {"path", "features", "built", "seconds"}
+    assert found["path"] in succeed(run, "build-kernels")
+
+
+def test_bench_decode_prints_a_row_for_every_candidate_and_setting(run):
+    line = "bench decode --tokens 1024 --dtype bfloat16 --keep 0.2,0.5 --rounds 1"
+    rows = json.loads(succeed(run, f"{line} --json"))
+    assert [(row["keep"], row["candidate"]) for row in rows[:3]] == [
+        (0.2, "full"),
+        (0.2, "full, grouped"),
+        (0.2, "pages"),
+    ]
+    assert {row["keep"] for row in rows} == {0.2, 0.5}
+    wanted = {"candidate", "dtype", "batch", "ms", "speedup_vs_full", "times_floor", "rel_error"}
+    assert all(wanted | {"hardware", "versions", "command"} <= set(row) for row in rows)
+    assert "full, grouped" in succeed(run, line)
+
+
 # --- methods, inspect, plan ---
 
 
@@ -296,6 +330,8 @@ WRONG = {
     "eval -m {base} --tasks ruler:qa_1 --length 4096": "squad.json",
     "eval -m {base} --protocol aware": "choose query-agnostic or query-aware",
     "eval -m {base} --keep ''": "is an empty list",
+    "bench decode --tokens many": "'many' is no list of numbers",
+    "bench decode --dtype int8": "dtype='int8' is not measured",
     "eval -m {base} --methods full,nope": "no scorer 'nope'",
     "eval -m {base} --tasks mini-ruler:vt --length 4": "too short",
     "eval -m {base} --tasks mini-ruler:vt --length 5000": "made for 1024",

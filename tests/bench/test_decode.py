@@ -8,7 +8,7 @@ from headwise.bench import decode
 from headwise.bench.decode import Settings, WrongResult, kept_fractions, run
 from headwise.errors import BadInput
 
-SMALL = {"tokens": 512, "rounds": 2, "gigabytes": 0.001}
+SMALL = {"tokens": 4096, "rounds": 2, "gigabytes": 0.001}
 
 
 @pytest.mark.parametrize(("dtype", "batch"), [("float32", 1), ("bfloat16", 2)])
@@ -18,12 +18,12 @@ def test_every_candidate_has_a_row(dtype, batch):
     assert [row.candidate for row in rows] == ["full", "full, grouped", "pages", *native]
     assert rows[0].speedup_vs_full == 1
     for row in rows:
-        assert (row.dtype, row.batch, row.tokens) == (dtype, batch, 512)
+        assert (row.dtype, row.batch, row.tokens) == (dtype, batch, 4096)
         assert 0 < row.rel_error <= 2 * row.plain_error
         assert row.ms > 0
         assert row.times_floor == pytest.approx(row.ms / row.floor_ms)
     kept, whole = rows[-1].floor_ms, rows[0].floor_ms
-    assert kept / whole == pytest.approx((0.2 * 512 + 64) / (512 + 64), rel=0.02)  # 64 tokens of tail
+    assert kept / whole == pytest.approx((0.2 * 4096 + 64) / (4096 + 64), rel=0.02)  # 64 tokens of tail
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):

@@ -149,7 +149,7 @@ def _compile(compiler: str, path: Path) -> None:
             made = Path(folder) / path.name
             done = _run([compiler, *FLAGS, str(SOURCE), "-o", str(made)])
             if done.returncode != 0:
-                raise KernelUnavailable(f"{compiler} did not compile the kernel: {_last_line(done.stderr)}")
+                raise KernelUnavailable(f"{compiler} did not compile the kernel: {_first_error(done.stderr)}")
             made.replace(path)
     except OSError as error:
         raise KernelUnavailable(
@@ -165,7 +165,7 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         raise KernelUnavailable(f"{' '.join(command[:2])} failed: {error}") from error
 
 
-def _last_line(text: str) -> str:
+def _first_error(text: str) -> str:
     errors = [line for line in text.splitlines() if "error" in line] or text.splitlines() or ["it gave no reason."]
     return errors[0]
 
