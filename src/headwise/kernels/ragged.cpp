@@ -25,9 +25,9 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;  // the compiler splits them where registers are shorter
 #endif
-constexpr int TILE = 64;          // tokens whose logits are held at a time
-constexpr int AHEAD = 16;         // tokens
+template <class T> constexpr int TILE = 128 / sizeof(T);  // tokens whose logits are held at a time
 constexpr int64_t MIN_CHUNK = 256, CHUNKS_PER_THREAD = 8;
+constexpr int64_t FEW = 1 << 14;     // numbers in all queries: so few are quicker done than shared out
 constexpr float UNSEEN = -1e30f;  // finite: a query that sees nothing of the tail gets no NaN
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -129,9 +129,9 @@ inline Floats sums_of(const Floats* a) {
 #endif
 }
 
-template <class T> inline void prefetch_row(const T* row, int dim) {
-  const char* from = (const char*)row;
-  for (size_t at = 0; at < dim * sizeof(T); at += 64) __builtin_prefetch(from + at);
+// What will be read next: while keys are multiplied the values of the same tile, while values are added the next keys.
+template <class T> inline void prefetch(const T* from, int64_t count) {
+  for (int64_t at = 0; at < count * int64_t(sizeof(T)); at += 64) __builtin_prefetch((const char*)from + at);
 }
 
 // What queries are multiplied with keys as: float32, or bfloat16 where the CPU has its dot product.
@@ -169,8 +169,7 @@ inline void multiply_keys(const typename How::Query* queries, const T* keys, con
     const T* rows[TOKENS];
     for (int j = 0; j < TOKENS; j++) {
       rows[j] = keys + int64_t(std::min(t + j, last)) * dim;  // logits beyond the last token are overwritten
-      prefetch_row(rows[j] + int64_t(AHEAD) * dim, dim);
-      prefetch_row(values + int64_t(t + j) * dim, dim);
+      prefetch(values + int64_t(t + j) * dim, dim);
     }
     Floats sums[LANES] = {};
     for (int d = 0; d < dim; d += How::STEP) {
@@ -190,13 +189,16 @@ inline void multiply_keys(const typename How::Query* queries, const T* keys, con
 
 // out[q][d] += sum over t of weights[t][q] values[t][d], for VECTORS vectors of d at a time.
 template <int QUERIES, int VECTORS, class T>
-inline void add_values(const float* weights, const T* values, int tokens, int dim, int from, float* out) {
+inline void add_values(const float* weights, const T* values, const T* keys, int tokens, int dim, int from,
+                       float* out) {
   for (; from + VECTORS * LANES <= dim; from += VECTORS * LANES) {
+    const T* next = keys + int64_t(from) * tokens;
     Floats sums[QUERIES][VECTORS];
     for (int g = 0; g < QUERIES; g++)
       for (int i = 0; i < VECTORS; i++) sums[g][i] = load(out + g * dim + from + i * LANES);
     for (int t = 0; t < tokens; t++) {
       const T* row = values + int64_t(t) * dim + from;
+      prefetch(next + t * VECTORS * LANES, VECTORS * LANES);
       Floats v[VECTORS];
 #pragma GCC unroll 8
       for (int i = 0; i < VECTORS; i++) v[i] = load(row + i * LANES);
@@ -211,7 +213,7 @@ inline void add_values(const float* weights, const T* values, int tokens, int di
       for (int i = 0; i < VECTORS; i++) store(out + g * dim + from + i * LANES, sums[g][i]);
   }
   if constexpr (VECTORS > 1) {
-    if (from < dim) add_values<QUERIES, VECTORS / 2>(weights, values, tokens, dim, from, out);
+    if (from < dim) add_values<QUERIES, VECTORS / 2>(weights, values, keys, tokens, dim, from, out);
   }
 }
 
@@ -231,7 +233,7 @@ struct Mask {
 template <class How, int QUERIES, class T>
 void see_tile(const typename How::Query* queries, const T* keys, const T* values, int tokens, int dim, float scaling,
               const Mask& mask, int64_t first, int64_t token, Part part) {
-  alignas(64) float weights[(TILE + LANES) * QUERIES];
+  alignas(64) float weights[(TILE<T> + LANES) * QUERIES];
   multiply_keys<How, QUERIES>(queries, keys, values, tokens, dim, weights);
   const int count = tokens * QUERIES, padded = (count + LANES - 1) / LANES * LANES;
   for (int i = count; i < padded; i++) weights[i] = -std::numeric_limits<float>::infinity();
@@ -272,7 +274,8 @@ void see_tile(const typename How::Query* queries, const T* keys, const T* values
     for (int i = g; i < LANES; i += QUERIES) sum += total[i];
     part.sum[g] = part.sum[g] * shrunk[g] + sum;
   }
-  add_values<QUERIES, (LANES == 16 ? 16 : 8) / QUERIES>(weights, values, tokens, dim, 0, part.out);
+  add_values<QUERIES, (LANES == 16 ? 16 : 8) / QUERIES>(weights, values, keys + int64_t(tokens) * dim, tokens, dim, 0,
+                                                     part.out);
 }
 
 template <class How, class T>
@@ -281,8 +284,8 @@ void see(const typename How::Query* queries, int64_t num_queries, const T* keys,
   std::fill(part.top, part.top + num_queries, -std::numeric_limits<float>::infinity());
   std::fill(part.sum, part.sum + num_queries, 0.0f);
   std::fill(part.out, part.out + num_queries * dim, 0.0f);
-  for (int64_t t = 0; t < tokens; t += TILE) {
-    const int count = int(std::min<int64_t>(TILE, tokens - t));
+  for (int64_t t = 0; t < tokens; t += TILE<T>) {
+    const int count = int(std::min<int64_t>(TILE<T>, tokens - t));
     const T *k = keys + t * dim, *v = values + t * dim;
     int64_t q = 0;
     for (; q + 4 <= num_queries; q += 4)
@@ -362,50 +365,49 @@ template <class How, class T> void attend(const Call& call, float scaling) {
   const T *tail_keys = at<const T>(call.tail_keys), *tail_values = at<const T>(call.tail_values);
   T* out = at<T>(call.out);
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < call.batch * call.heads; i++) {
-      const int64_t b = i / call.heads, h = i % call.heads;
-      for (int64_t q = 0; q < own; q++)
-        pack(query + b * call.query_row + h * call.query_head + q / call.new_tokens * call.query_group +
-                 q % call.new_tokens * call.query_new,
-             dim, packed.data() + (place(b, h) + q) * dim);
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < int64_t(items.size()); i++) {
-      const Item& x = items[i];
-      const bool tail = x.row >= 0;
-      const T* k = tail ? tail_keys + x.row * call.tail_key_row + x.head * call.tail_key_head : keys + x.start * dim;
-      const T* v =
-          tail ? tail_values + x.row * call.tail_value_row + x.head * call.tail_value_head : values + x.start * dim;
-      const uint8_t* seen = tail && call.seen ? at<const uint8_t>(call.seen) + x.row * call.seen_row : nullptr;
-      see<How>(packed.data() + x.query * dim, x.num_queries, k, v, x.tokens, dim, scaling,
-               Mask{seen, call.seen_new, call.seen_token, call.new_tokens},
-               Part{tops.data() + x.part, sums.data() + x.part, outs.data() + x.part * dim});
-    }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < call.batch * call.heads; i++) {
-      const int64_t b = i / call.heads, h = i % call.heads, segment = rows[b] * call.heads + h;
-      const int64_t tail = frozen + i;
-      for (int64_t q = 0; q < own; q++) {
-        auto part_of = [&](int64_t item) { return items[item].part + (item < frozen ? slot[b] * own : 0) + q; };
-        float top = -std::numeric_limits<float>::infinity(), sum = 0;
-        alignas(64) float mean[256] = {};
-        auto each = [&](auto&& use) {
-          for (int64_t item = first[segment]; item < first[segment + 1]; item++) use(part_of(item));
-          if (call.tail) use(part_of(tail));
-        };
-        each([&](int64_t part) { top = std::max(top, tops[part]); });
-        each([&](int64_t part) {
-          const float weight = std::exp(tops[part] - top);
-          sum += weight * sums[part];
-          for (int d = 0; d < dim; d += LANES)
-            store(mean + d, load(mean + d) + load(outs.data() + part * dim + d) * weight);
-        });
-        T* to = out + (i * own + q) * dim;
-        for (int d = 0; d < dim; d++) put(to + d, mean[d] / sum);
-      }
+  // Threads wait for one another as seldom as can be: a wait is long where another process has a core.
+  const bool few = threads == 1 || call.batch * call.heads * own * dim <= FEW;
+#pragma omp parallel for schedule(static) num_threads(threads) if (!few)
+  for (int64_t i = 0; i < call.batch * call.heads; i++) {
+    const int64_t b = i / call.heads, h = i % call.heads;
+    for (int64_t q = 0; q < own; q++)
+      pack(query + b * call.query_row + h * call.query_head + q / call.new_tokens * call.query_group +
+               q % call.new_tokens * call.query_new,
+           dim, packed.data() + (place(b, h) + q) * dim);
+  }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < int64_t(items.size()); i++) {
+    const Item& x = items[i];
+    const bool tail = x.row >= 0;
+    const T* k = tail ? tail_keys + x.row * call.tail_key_row + x.head * call.tail_key_head : keys + x.start * dim;
+    const T* v =
+        tail ? tail_values + x.row * call.tail_value_row + x.head * call.tail_value_head : values + x.start * dim;
+    const uint8_t* seen = tail && call.seen ? at<const uint8_t>(call.seen) + x.row * call.seen_row : nullptr;
+    see<How>(packed.data() + x.query * dim, x.num_queries, k, v, x.tokens, dim, scaling,
+             Mask{seen, call.seen_new, call.seen_token, call.new_tokens},
+             Part{tops.data() + x.part, sums.data() + x.part, outs.data() + x.part * dim});
+  }
+#pragma omp parallel for schedule(static) num_threads(threads) if (!few)
+  for (int64_t i = 0; i < call.batch * call.heads; i++) {
+    const int64_t b = i / call.heads, h = i % call.heads, segment = rows[b] * call.heads + h;
+    const int64_t tail = frozen + i;
+    for (int64_t q = 0; q < own; q++) {
+      auto part_of = [&](int64_t item) { return items[item].part + (item < frozen ? slot[b] * own : 0) + q; };
+      float top = -std::numeric_limits<float>::infinity(), sum = 0;
+      alignas(64) float mean[256] = {};
+      auto each = [&](auto&& use) {
+        for (int64_t item = first[segment]; item < first[segment + 1]; item++) use(part_of(item));
+        if (call.tail) use(part_of(tail));
+      };
+      each([&](int64_t part) { top = std::max(top, tops[part]); });
+      each([&](int64_t part) {
+        const float weight = std::exp(tops[part] - top);
+        sum += weight * sums[part];
+        for (int d = 0; d < dim; d += LANES)
+          store(mean + d, load(mean + d) + load(outs.data() + part * dim + d) * weight);
+      });
+      T* to = out + (i * own + q) * dim;
+      for (int d = 0; d < dim; d++) put(to + d, mean[d] / sum);
     }
   }
 }
