@@ -9,4 +9,6 @@ drawing  what both pages are drawn with: matplotlib, which is optional
 results  `headwise report`: folders of `headwise eval` in, a page, CSV, Markdown and a picture out
 records  reads and checks them; statistics, cells and summary count
 page     the page; tables, markup, notes, charts and svg are its parts, picture the PNG
+
+speed    the same of files of `headwise bench`, which benchmarks reads; curves are what is drawn
 """

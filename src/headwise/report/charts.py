@@ -1,11 +1,11 @@
-"""What is drawn of a Summary: quality against measured bytes, a line for every method. The numbers only.
+"""What is drawn: lines and their axes, and of a Summary quality against measured bytes. The numbers only.
 
 svg.py draws them on the page, picture.py as a picture. Both tell many lines apart by colour, dash and marker at once.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, floor, log10
+from math import ceil, floor, log, log10
 from operator import attrgetter
 from statistics import fmean
 
@@ -15,6 +15,7 @@ from headwise.report.summary import Summary
 
 BANDED = 6  # lines up to which all bands are drawn: more of them hide each other
 LOGARITHMIC = 4.0  # from such a ratio of bytes on
+TICKS = 7  # labels of a logarithmic axis, at most
 BYTES = "KV bytes, % of the full cache's, measured"
 Measure = Callable[[Overall], Estimate | None]
 # For people who see colours otherwise: Okabe and Ito's, without their yellow and black, which are lost on some page.
@@ -23,20 +24,21 @@ COLOURS, DASHES, MARKERS = 6, 4, 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """A setting: its share of the bytes, and its quality, in percent where that is a share."""
+    """A setting: its share of the bytes, and its quality, in percent where that is a share. Or a measured time."""
 
-    keep: str
+    label: str  # what it is, but for its line
     x: float
     y: Estimate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """A method. Its number says how it is drawn, the same in all charts of a model."""
+    """A method. Its number says how it is drawn, the same in all charts of a model. A thin one was not measured."""
 
     method: str
     number: int
     points: tuple[Point, ...]
+    thin: bool = False
 
     @property
     def style(self) -> tuple[int, int, int]:
@@ -51,7 +53,15 @@ class Chart:
     title: str
     unit: str
     lines: tuple[Line, ...]
-    full: Estimate | None
+    full: Estimate | None = None
+    x_label: str = BYTES
+    loglog: bool = False
+
+    @property
+    def named(self) -> tuple[Line, ...]:
+        """Lines that have a name of their own: of those with the same number the first."""
+        first = {line.number: line for line in reversed(self.lines)}
+        return tuple(line for line in self.lines if first[line.number] is line)
 
     @property
     def banded(self) -> bool:
@@ -70,7 +80,9 @@ class Chart:
 
     @property
     def logarithmic(self) -> bool:
-        """Whether the axis of bytes is: keeps are usually halved."""
+        """Whether the horizontal axis is: keeps are usually halved."""
+        if self.loglog:
+            return True
         xs = [point.x for line in self.lines for point in line.points]
         return min(xs) > 0 and max(xs) >= LOGARITHMIC * min(xs)
 
@@ -80,8 +92,37 @@ class Chart:
         found = [point.y for line in self.lines for point in line.points]
         found += [self.full] if self.full else []
         ys = [end for one in found for end in (one.value, one.low, one.high) if end is not None]
+        if self.loglog:
+            return min(ys) / 1.15, max(ys) * 1.15
         margin = 0.04 * (max(ys) - min(ys)) or 0.05 * abs(max(ys)) or 1.0
         return min(ys) - margin, max(ys) + margin
+
+    @property
+    def x_ticks(self) -> list[float]:
+        """What the horizontal axis is labelled with: the points' own values, if few and both logarithmic."""
+        xs = sorted({point.x for line in self.lines for point in line.points})
+        if self.loglog and len(xs) <= TICKS:
+            return xs
+        return log_ticks(*self.x_range) if self.logarithmic else ticks(*self.x_range)
+
+    @property
+    def y_ticks(self) -> list[float]:
+        """What the vertical axis is labelled with."""
+        return log_ticks(*self.y_range) if self.loglog else ticks(*self.y_range)
+
+    def x_share(self, value: float) -> float:
+        """Where on the horizontal axis a value is, from 0 to 1."""
+        return _share(value, self.x_range, self.logarithmic)
+
+    def y_share(self, value: float) -> float:
+        """Where on the vertical axis a value is, from 0 to 1."""
+        return _share(value, self.y_range, self.loglog)
+
+
+def _share(value: float, ends: tuple[float, float], logarithmic: bool) -> float:
+    scale = log if logarithmic else float
+    low, high = map(scale, ends)
+    return (scale(value) - low) / (high - low)
 
 
 def charts(summary: Summary) -> list[Chart]:
@@ -128,7 +169,8 @@ def _lines(summary: Summary, tasks: Sequence[Task], get: Measure, factor: float)
             found = get(summary.overall[setting]) if setting in summary.overall else None
             if found:
                 x = 100 * summary.kv_fraction(setting, tasks)
-                points.append(Point(keep=setting.keep, x=x, y=found.times(factor)))
+                label = f"keep {setting.keep}, {x:.3g}% of the bytes"
+                points.append(Point(label=label, x=x, y=found.times(factor)))
         if points:
             points.sort(key=lambda point: point.x)
             lines.append(Line(method=method, number=number, points=tuple(points)))
@@ -144,6 +186,9 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 of every decade within a range."""
-    decades = range(floor(log10(low)), ceil(log10(high)) + 1)
-    return [digit * 10.0**decade for decade in decades for digit in (1, 2, 5) if low <= digit * 10.0**decade <= high]
+    """1, 2 and 5 of every decade within a range; in a short one other round numbers, in a long one powers of ten."""
+    powers = [10.0**decade for decade in range(floor(log10(low)), ceil(log10(high)) + 1)]
+    found = [digit * power for power in powers for digit in (1, 2, 5) if low <= digit * power <= high]
+    if len(found) < 2:
+        return ticks(low, high)
+    return found if len(found) <= TICKS else [power for power in powers if low <= power <= high]

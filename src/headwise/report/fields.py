@@ -1,6 +1,6 @@
-"""The fields of `headwise eval`'s files, each with what checks it: they may be damaged, or written by hand.
+"""The fields of `headwise eval`'s and `headwise bench`'s files, each with what checks it: they may be damaged.
 
-A check returns the value as it is kept, or raises TypeError or ValueError. records.py reads the files.
+A check returns the value as it is kept, or raises TypeError or ValueError. records.py and benchmarks.py read the files.
 """
 
 import math
@@ -13,11 +13,11 @@ from headwise.errors import BadInput
 from headwise.shapes import ModelShape
 
 Check = Callable[[Any], Any]
+ADVICE = "remove it, or evaluate into a new folder."
 
 
-def checked(raw: Any, fields: Mapping[str, Check], place: str) -> dict[str, Any]:
+def checked(raw: Any, fields: Mapping[str, Check], place: str, advice: str = ADVICE) -> dict[str, Any]:
     """The fields that are known, checked; others are passed over. Raises BadInput, naming the place and the field."""
-    advice = "remove it, or evaluate into a new folder."
     if not isinstance(raw, dict):
         raise BadInput(f"{place} is damaged: it is no JSON object; {advice}")
     found = {}
@@ -37,8 +37,19 @@ def _text(value: Any) -> str:
     return value
 
 
+def _whole_text(value: Any) -> str:
+    """Half a character cannot be drawn."""
+    return _text(value).encode().decode()
+
+
 def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
+    if _whole(value) < 0:
+        raise ValueError
+    return value
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or abs(value) >= 2**63:
         raise TypeError
     return value
 
@@ -54,6 +65,19 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise TypeError
     return float(value)
+
+
+def _above_0(value: Any) -> float:
+    """What a logarithm is taken of; beyond these ends there is nothing to measure."""
+    if not 1e-99 < _number(value) < 1e99:
+        raise ValueError
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise TypeError
+    return value
 
 
 def _or_none(check: Check) -> Check:
@@ -116,4 +140,36 @@ TOKEN_MAP: Mapping[str, Check] = {
     "index": _count,
     "tokens": _texts,
     "kept": _by_head,
+}
+_ANY: Mapping[str, Check] = {
+    **dict.fromkeys(("benchmark", "candidate", "dtype", "hardware", "command"), _whole_text),
+    **dict.fromkeys(("batch", "tokens", "threads"), _positive),
+    "keep": _above_0,
+    "versions": _versions,
+}
+_GENERATE: Mapping[str, Check] = {
+    **_ANY,
+    "model": _whole_text,
+    "new_tokens": _positive,
+    **dict.fromkeys(("prefill_s", "ms_per_token", "speedup_vs_full"), _number),
+    **dict.fromkeys(("attention_ms", "attention_share", "logits_error", "rel_error", "plain_error"), _or_none(_number)),
+    **dict.fromkeys(("kv_bytes", "peak_prefill_bytes", "peak_decode_bytes", "peak_bytes", "claimed_bytes"), _count),
+    **dict.fromkeys(("saved_bytes", "claimed_saved_bytes"), _or_none(_whole)),
+}
+BENCHMARKS: Mapping[str, Mapping[str, Check]] = {
+    "decode": {
+        **_ANY,
+        **dict.fromkeys(("ms", "floor_ms"), _above_0),
+        **dict.fromkeys(("speedup_vs_full", "times_floor", "rel_error", "plain_error"), _number),
+        "skewed": _flag,
+    },
+    "prefill": {
+        **_ANY,
+        "model": _whole_text,
+        **dict.fromkeys(("seconds", "overhead"), _number),
+        **dict.fromkeys(("ours_seconds", "ours_share", "logits_error"), _or_none(_number)),
+        "kv_bytes": _or_none(_count),
+    },
+    "generate": _GENERATE,
+    "memory": _GENERATE,
 }

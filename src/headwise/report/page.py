@@ -40,7 +40,7 @@ def page(summaries: Mapping[str, Summary], duplicates: int) -> str:
         "sections": "".join(_section(at, *found) for at, found in enumerate(summaries.items())),
         "data": _json([_data(summary) for summary in summaries.values()]),
     }
-    return _filled("page.html", parts)
+    return filled("page.html", parts)
 
 
 def _section(number: int, name: str, summary: Summary) -> str:
@@ -62,10 +62,10 @@ def _section(number: int, name: str, summary: Summary) -> str:
         "scale": "".join(f'<span style="left:{sqrt(share):.1%}">{share:.0%}</span>' for share in SCALE),
         "cost": _at_keeps([tables.cost(summary, keep).html(numbers) for keep in summary.keeps]),
         "fidelity": f"<h3>Fidelity</h3>{fidelity}" if fidelity else "",
-        "tokens": _filled("tokens.html", {}) if summary.section.maps else "",
+        "tokens": filled("tokens.html", {}) if summary.section.maps else "",
         "notes": "".join(f"<li>{escape(note)}</li>" for note in explanations(summary)),
     }
-    return _filled("section.html", parts)
+    return filled("section.html", parts)
 
 
 def _at_keeps(blocks: Sequence[str]) -> str:
@@ -99,8 +99,13 @@ def _run(run: Run) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         "configuration": run.config_hash or "not known",
     }
+    return told(facts, run.command)
+
+
+def told(facts: Mapping[str, str], command: str) -> str:
+    """How something was measured."""
     rows = "".join(f"<dt>{name}</dt><dd>{escape(said)}</dd>" for name, said in facts.items())
-    return f"<dl>{rows}</dl><pre>{escape(run.command)}</pre>"
+    return f"<dl>{rows}</dl><pre>{escape(command)}</pre>"
 
 
 def _data(summary: Summary) -> dict[str, Any]:
@@ -147,7 +152,7 @@ def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
 
 
-def _filled(name: str, parts: Mapping[str, str]) -> str:
+def filled(name: str, parts: Mapping[str, str]) -> str:
     """A template with every {{name}} replaced; the parts themselves are left as they are."""
     template = (files("headwise.report") / name).read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)

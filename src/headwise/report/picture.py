@@ -1,6 +1,6 @@
-"""Quality against measured bytes as a picture, for a paper or a README. Needs matplotlib, which is optional."""
+"""A report's charts as a picture, for a paper or a README. Needs matplotlib, which is optional."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from statistics import fmean
 from textwrap import fill, shorten
@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from headwise.errors import BadInput
-from headwise.report.charts import BYTES, Chart, Line, charts, log_ticks, ticks
-from headwise.report.summary import Summary
+from headwise.report.charts import Chart, Line
 
 try:
     import matplotlib
@@ -40,15 +39,17 @@ INK = "#1a1a19"
 WIDTH, HEIGHT, AROUND, LABEL = 6.4, 3.0, 0.9, 0.16  # inches: a chart with labels, its axes, what is around, a label
 
 
-def draw(summaries: Mapping[str, Summary]) -> bytes:
+def draw(charts: Mapping[str, Sequence[Chart]]) -> bytes:
     """A PNG: models down, charts across."""
-    rows = {name: found for name, summary in summaries.items() if (found := charts(summary))}
+    rows = {name: found for name, found in charts.items() if found}
     columns = max(map(len, rows.values()), default=1)
     heights = [max(HEIGHT, LABEL * len(found[0].lines)) for found in rows.values()]
     with matplotlib.rc_context(STYLE):
         size = columns * WIDTH, sum(heights) + AROUND * len(heights) or HEIGHT
         figure = Figure(figsize=size, layout="constrained")
         ratios = [height + AROUND for height in heights]
+        if not rows:
+            figure.text(0.5, 0.5, "There is no curve to draw; see the tables.", ha="center")
         for at, (name, found) in enumerate(rows.items()):
             part = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=ratios)[at, 0]
             part.suptitle(fill(name, int(14 * size[0])), fontsize=10, fontweight="bold", x=0.01, ha="left")
@@ -63,11 +64,12 @@ def draw(summaries: Mapping[str, Summary]) -> bytes:
 
 
 def _chart(axes: Axes, chart: Chart, pitch: float) -> None:
-    axes.set(title=chart.title, xlabel=BYTES)
+    axes.set(title=chart.title, xlabel=chart.x_label)
     axes.set_xscale("log" if chart.logarithmic else "linear")
-    values = log_ticks(*chart.x_range) if chart.logarithmic else ticks(*chart.x_range)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(values, [f"{value:.6g}" for value in values])
+    axes.set_yscale("log" if chart.loglog else "linear")
+    for axis, values in ((axes.xaxis, chart.x_ticks), (axes.yaxis, chart.y_ticks)):
+        axis.set_minor_locator(NullLocator())
+        axis.set_ticks(values, [f"{value:.7g}" for value in values])
     axes.set(xlim=chart.x_range, ylim=chart.y_range)
     if chart.full:
         y = chart.full.value
@@ -83,6 +85,9 @@ def _chart(axes: Axes, chart: Chart, pitch: float) -> None:
 def _line(axes: Axes, line: Line, banded: bool) -> None:
     colour, dash, marker = line.style
     x, y = [point.x for point in line.points], [point.y.value for point in line.points]
+    if line.thin:
+        axes.plot(x, y, color=COLOURS[colour], linestyle=(0, (4, 3)), linewidth=0.9)
+        return
     style = {"color": COLOURS[colour], "linestyle": DASHES[dash], "marker": MARKERS[marker]}
     axes.plot(x, y, **style, linewidth=1.4, markersize=4.5)
     known = [(p.x, p.y.low, p.y.high) for p in line.points if p.y.low is not None and p.y.high is not None]
@@ -95,14 +100,13 @@ def _line(axes: Axes, line: Line, banded: bool) -> None:
 
 def _labels(axes: Axes, chart: Chart, pitch: float) -> None:
     """Names at one end of the lines, the one where they are further apart, and moved apart where they would meet."""
-    left, right = ([line.points[at].y.value for line in chart.lines] for at in (0, -1))
+    left, right = ([chart.y_share(line.points[at].y.value) for line in chart.named] for at in (0, -1))
     first = bool(np.ptp(left) >= np.ptp(right))
     at, align = (0, "right") if first else (-1, "left")
     room = _make_room(axes, chart, left=first)
     edge = room - 0.02 if first else 1.02 - room
-    low, high = chart.y_range
-    lines = sorted(chart.lines, key=lambda line: line.points[at].y.value)
-    wanted = np.array([(line.points[at].y.value - low) / (high - low) for line in lines])
+    lines = sorted(chart.named, key=lambda line: line.points[at].y.value)
+    wanted = np.array([chart.y_share(line.points[at].y.value) for line in lines])
     for line, place in zip(lines, apart(wanted, pitch), strict=True):
         end, colour = line.points[at], COLOURS[line.style[0]]
         arrow = {"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4}
@@ -113,7 +117,7 @@ def _labels(axes: Axes, chart: Chart, pitch: float) -> None:
 
 def _make_room(axes: Axes, chart: Chart, *, left: bool) -> float:
     """Room for names beside the lines: its share of the axis."""
-    letters = max(len(_short(line.method)) for line in chart.lines)
+    letters = max(len(_short(line.method)) for line in chart.named)
     share = min(0.45, 0.065 * (letters + 4) / WIDTH)
     low, high = np.log(chart.x_range) if chart.logarithmic else np.array(chart.x_range)
     room = (high - low) * share / (1 - share)

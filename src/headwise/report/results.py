@@ -1,20 +1,22 @@
 """`headwise report`: folders of `headwise eval` in, a web page, a table, a summary and a picture out.
 
-records.py reads, summary.py counts, page.py, picture.py and this module write.
+records.py reads, summary.py counts, page.py, picture.py and this module write. Files of `headwise bench`: see speed.py.
 """
 
 import csv
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from headwise.errors import BadInput
-from headwise.report import tables
+from headwise.report import benchmarks, speed, tables
 from headwise.report.cells import Cell, Task
+from headwise.report.charts import charts
 from headwise.report.markup import plain
 from headwise.report.notes import explanations, warnings
 from headwise.report.page import page
@@ -26,19 +28,26 @@ FORMATS = (".html", ".htm")
 BESIDE = (".csv", ".md", ".png")
 
 
-def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
+def write_report(sources: Sequence[Path], out: Path) -> list[Path]:
     """Write the page `out` (.html), and beside it the same as .csv, .md and .png. Returns their paths, the page first.
 
-    All of them are written, or none. Raises BadInput for folders that `headwise eval` has not written, for damaged or
-    missing records, for a page that cannot be written there, and where matplotlib is missing.
+    Sources are folders of `headwise eval`, or files of `headwise bench`. All four are written, or none. Raises BadInput
+    for sources of both kinds or written by something else, for damaged or missing records, for a page that cannot be
+    written there, and where matplotlib is missing.
     """
     paths = _paths(out)
     from headwise.report.picture import draw  # matplotlib, which is optional
 
-    results = load(folders)
-    summaries = named(results)
-    texts = [page(summaries, results.duplicates), table(summaries), markdown(summaries, results.duplicates)]
-    contents = [*(text.encode(errors="replace") for text in texts), draw(summaries)]  # half a character is no text
+    if _measured(sources):
+        sections = benchmarks.load(sources)
+        texts = [speed.page(sections), as_csv(speed.rows(sections)), speed.markdown(sections)]
+        drawn = speed.drawn(sections)
+    else:
+        results = load(sources)
+        summaries = named(results)
+        texts = [page(summaries, results.duplicates), table(summaries), markdown(summaries, results.duplicates)]
+        drawn = {name: charts(summary) for name, summary in summaries.items()}
+    contents = [*(text.encode(errors="replace") for text in texts), draw(drawn)]  # half a character is no text
     with ExitStack() as stack:
         for path, content in zip(paths, contents, strict=True):
             stack.enter_context(_replacing(path)).write_bytes(content)
@@ -58,9 +67,14 @@ def named(results: Results) -> dict[str, Summary]:
 
 def table(summaries: Mapping[str, Summary]) -> str:
     """As CSV: a row for every method, keep and task."""
+    return as_csv(_row(summary, *key, cell) for summary in summaries.values() for key, cell in summary.cells.items())
+
+
+def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    """With all columns that any row has."""
+    rows = list(rows)
     file = io.StringIO()
-    rows = [_row(summary, *key, cell) for summary in summaries.values() for key, cell in summary.cells.items()]
-    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
@@ -101,6 +115,17 @@ def markdown(summaries: Mapping[str, Summary], duplicates: int) -> str:
         lines += [one.markdown() for one in found]
         lines += [*(f"- {plain(note)}" for note in explanations(summary)), ""]
     return "\n".join(lines)
+
+
+def _measured(sources: Sequence[Path]) -> bool:
+    """Whether these are files of `headwise bench`."""
+    files = [path for path in sources if not path.is_dir() and (path.exists() or path.suffix == ".json")]
+    if files and len(files) < len(sources):
+        raise BadInput(
+            f"{files[0]} is a file, others are folders: name files of 'headwise bench ... --json', or folders of "
+            "'headwise eval --out DIR', and make a report of each."
+        )
+    return bool(files)
 
 
 def _paths(out: Path) -> list[Path]:

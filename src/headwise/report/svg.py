@@ -5,9 +5,8 @@ What belongs to a line carries `data-m`, by which the page's script singles it o
 
 from collections.abc import Sequence
 from html import escape
-from math import log
 
-from headwise.report.charts import BYTES, Chart, Line, Point, log_ticks, ticks
+from headwise.report.charts import Chart, Line, Point
 from headwise.report.statistics import Estimate
 
 WIDTH, HEIGHT = 640, 400
@@ -26,17 +25,13 @@ class _Place:
     """Where on the drawing a value is."""
 
     def __init__(self, chart: Chart):
-        self.scale = log if chart.logarithmic else float
-        self.left, self.right = (self.scale(end) for end in chart.x_range)
-        self.low, self.high = chart.y_range
+        self.chart = chart
 
     def x(self, value: float) -> str:
-        share = (self.scale(value) - self.left) / (self.right - self.left)
-        return f"{LEFT + share * (WIDTH - LEFT - RIGHT):.1f}"
+        return f"{LEFT + self.chart.x_share(value) * (WIDTH - LEFT - RIGHT):.1f}"
 
     def y(self, value: float) -> str:
-        share = (value - self.low) / (self.high - self.low)
-        return f"{HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM):.1f}"
+        return f"{HEIGHT - BOTTOM - self.chart.y_share(value) * (HEIGHT - TOP - BOTTOM):.1f}"
 
 
 def draw(chart: Chart) -> str:
@@ -63,16 +58,18 @@ def legend(lines: Sequence[Line]) -> str:
 
 def _axes(chart: Chart, place: _Place) -> str:
     bottom, parts = HEIGHT - BOTTOM, []
-    for value in ticks(*chart.y_range):
+    for value in chart.y_ticks:
         y = place.y(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{y}" dy=".35em" text-anchor="end">{value:.6g}</text>')
-    for value in log_ticks(*chart.x_range) if chart.logarithmic else ticks(*chart.x_range):
+    for value in chart.x_ticks:
         x = place.x(value)
         parts.append(f'<path class="grid" d="M{x} {TOP}V{bottom}"/>')
-        parts.append(f'<text x="{x}" y="{bottom + 7}" dy=".8em" text-anchor="middle">{value:.6g}</text>')
+        parts.append(f'<text x="{x}" y="{bottom + 7}" dy=".8em" text-anchor="middle">{value:.7g}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(BYTES)}</text>')
+    parts.append(
+        f'<text class="axis" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(chart.x_label)}</text>'
+    )
     return "".join(parts)
 
 
@@ -118,10 +115,12 @@ def _band(line: Line, place: _Place) -> str:
 
 def _said(line: Line, point: Point, unit: str) -> str:
     interval = "" if point.y.low is None else f" ({point.y.low:.4g} to {point.y.high:.4g})"
-    return f"{line.method}, keep {point.keep}: {point.y.value:.4g}{interval} {unit}, {point.x:.3g}% of the bytes"
+    return f"{line.method}, {point.label}: {point.y.value:.4g}{interval} {unit}"
 
 
 def _mark(line: Line, x: str, y: str, said: str = "") -> str:
+    if line.thin:
+        return ""
     colour, _, marker = line.style
     title = f"<title>{escape(said)}</title>" if said else ""
     return f'<g transform="translate({x} {y})"><path class="mark c{colour}" d="{MARKERS[marker]}">{title}</path></g>'
@@ -129,4 +128,4 @@ def _mark(line: Line, x: str, y: str, said: str = "") -> str:
 
 def _stroke(line: Line) -> str:
     colour, dash, _ = line.style
-    return f"c{colour} d{dash}"
+    return f"c{colour} thin" if line.thin else f"c{colour} d{dash}"

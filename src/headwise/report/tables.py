@@ -114,10 +114,10 @@ def cost(summary: Summary, keep: str) -> Table:
     return _table(f"Memory and time at keep {keep}", settings, columns)
 
 
-def size(number: float) -> str:
+def size(number: int | float) -> str:
     """Bytes, as MiB or whatever fits."""
     unit = 0
-    while number >= 1000 and unit < 4:
+    while abs(number) >= 1000 and unit < 4:
         number, unit = number / 1024, unit + 1
     return f"{number:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
 
