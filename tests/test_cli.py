@@ -245,6 +245,18 @@ def test_bench_decode_prints_a_row_for_every_candidate_and_setting(run):
     assert "full, grouped" in succeed(run, line)
 
 
+def test_bench_prefill_prints_a_row_for_every_method_and_context(run):
+    line = (
+        "bench prefill --model random-narrow --layers 2 --dtype float32 --tokens 256,512 --methods lkv,knorm --rounds 1"
+    )
+    rows = json.loads(succeed(run, f"{line} --json"))
+    assert [(row["tokens"], row["candidate"]) for row in rows] == [
+        (tokens, name) for tokens in (256, 512) for name in ("full", "lkv", "knorm")
+    ]
+    assert all({"overhead", "hardware", "versions", "command"} <= set(row) for row in rows)
+    assert "of it ours" in succeed(run, line)
+
+
 # --- methods, inspect, plan ---
 
 
@@ -332,6 +344,14 @@ WRONG = {
     "eval -m {base} --keep ''": "is an empty list",
     "bench decode --tokens many": "'many' is no list of numbers",
     "bench decode --dtype int8": "dtype='int8' is not measured",
+    "bench decode --kvpress nowhere/python": "nowhere/python cannot be run",
+    "bench prefill --methods full,nope": "no scorer 'nope'",
+    "bench prefill --model nope/nope": "cannot load 'nope/nope'",
+    "bench generate --keep 0": "keep=0.0 is a share",
+    "bench generate --methods kvpress:adakv": "name the Python of an environment",
+    "bench generate --methods kvpress:nope": "kvpress:nope is not measured",
+    "bench memory -m {base} --layers 2": "the layers of a checkpoint are its own",
+    "bench memory --tokens 0": "must be at least 1",
     "eval -m {base} --methods full,nope": "no scorer 'nope'",
     "eval -m {base} --tasks mini-ruler:vt --length 4": "too short",
     "eval -m {base} --tasks mini-ruler:vt --length 5000": "made for 1024",

@@ -8,20 +8,16 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from headwise import __version__
+from headwise.bench import commands
+from headwise.console import count, print_json, print_table, progress_bar, size, split
 from headwise.errors import BadInput, HeadwiseError
 
 app = typer.Typer(
@@ -99,11 +95,11 @@ def compare(
     from headwise.evals.compare import compare as run
     from headwise.keep import parse_keep
 
-    parsed, names = parse_keep(keep), _split(methods)
+    parsed, names = parse_keep(keep), split(methods)
     known_methods(names)
     text, asked = _document(context, question, questions)
     loaded, tokenizer = _load(model, dtype, device)
-    with _progress("methods") as progress:
+    with progress_bar("methods") as progress:
         rows = run(
             loaded,
             tokenizer,
@@ -117,19 +113,19 @@ def compare(
         )
     if as_json:
         hidden = {"sliding_kv_bytes"} | (set() if answers else {"answers"})
-        _print_json([{k: v for k, v in asdict(row).items() if k not in hidden} for row in rows])
+        print_json([{k: v for k, v in asdict(row).items() if k not in hidden} for row in rows])
         return
     right = "right" if any(a.answers for a in asked) else "as full"
-    _print_table(
-        f"{_count(asked, 'question')} asked of the compressed document (query-agnostic). Model: {model}",
+    print_table(
+        f"{count(asked, 'question')} asked of the compressed document (query-agnostic). Model: {model}",
         ["method", "keep", "KV held", "of full", "peak KV", right, "ms/token"],
         [
             [
                 row.method,
                 str(row.keep),
-                _bytes(row.kv_bytes),
+                size(row.kv_bytes),
                 f"{row.kv_bytes / row.full_kv_bytes:.1%}",
-                _bytes(row.peak_kv_bytes),
+                size(row.peak_kv_bytes),
                 f"{row.accuracy:.2f}",
                 f"{row.decode_ms_per_token:.1f}",
             ]
@@ -138,7 +134,7 @@ def compare(
     )
     _print_sliding(rows[0].sliding_kv_bytes)
     for i, a in enumerate(asked if answers else []):
-        _print_table(a.question, ["method", "answer"], [[row.method, row.answers[i]] for row in rows])
+        print_table(a.question, ["method", "answer"], [[row.method, row.answers[i]] for row in rows])
 
 
 @app.command(
@@ -174,7 +170,7 @@ def generate(
     tokens = tokenize(tokenizer, text, [question], device=loaded.device)
     room_for_answers(loaded, tokens)
     require_possible(loaded, [method], [parsed], tokens)
-    with _progress("tokens") as progress:
+    with progress_bar("tokens") as progress:
         memory = read_context(
             loaded, tokens.context, method, parsed, prefill_chunk_size=prefill_chunk_size, progress=progress
         )
@@ -186,7 +182,7 @@ def generate(
     found = answer(loaded, tokenizer, memory, tokens, max_new_tokens=max_new_tokens, streamer=streamer)
     if as_json:
         kept = 1.0 if method == FULL else parsed.value
-        _print_json({"method": method, "keep": kept, "answer": found[0], "kv_bytes": kv_bytes})
+        print_json({"method": method, "keep": kept, "answer": found[0], "kv_bytes": kv_bytes})
 
 
 @app.command(
@@ -224,7 +220,7 @@ def evaluate(
     from headwise.evals.suites import Sizes, make_tasks, parse_tasks
     from headwise.keep import parse_keep
 
-    named, keeps, names = parse_tasks(tasks), tuple(parse_keep(k) for k in _split(keep)), _split(methods)
+    named, keeps, names = parse_tasks(tasks), tuple(parse_keep(k) for k in split(keep)), split(methods)
     known_methods(names)
     processes, loaded, tokenizer = _load_launched(model, dtype, device, shared_out=False)
     made = make_tasks(named, tokenizer, Sizes(samples=samples, length=length, seed=seed, data_dir=data_dir))
@@ -242,7 +238,7 @@ def evaluate(
     if out is not None:
         told = manifest(loaded, model, evaluation, length, shlex.join(["headwise", *sys.argv[1:]]))
         folder = RunFolder(out, told, rank=processes.rank if processes.number > 1 else None)
-    with _progress("samples") as progress:
+    with progress_bar("samples") as progress:
         records = run(loaded, tokenizer, evaluation, folder=folder, processes=processes, progress=progress)
     if processes.rank > 0:
         return
@@ -250,10 +246,10 @@ def evaluate(
     if as_json:
         agreed = ("method", "keep", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction")
         rows_of = [{**asdict(summary), "task": summary.task.removeprefix("mini-ruler:")} for summary in summaries]
-        _print_json([{name: row[name] for name in agreed} for row in rows_of])
+        print_json([{name: row[name] for name in agreed} for row in rows_of])
         return
-    _print_table(
-        f"Up to {_count(range(samples), 'sample')} per task, {length} tokens, seed {seed}, {protocol}. Model: {model}",
+    print_table(
+        f"Up to {count(range(samples), 'sample')} per task, {length} tokens, seed {seed}, {protocol}. Model: {model}",
         ["task", "method", "keep", "KV of full", "accuracy", "full cache", "KL", "agreement"],
         [
             [
@@ -273,18 +269,20 @@ def evaluate(
 
 @app.command(epilog="Example: headwise report run -o report.html")
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders written by 'headwise eval --out'.")],
+    sources: Annotated[
+        list[Path], typer.Argument(help="Folders of 'headwise eval --out', or files of 'headwise bench ... --json'.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Page to write; .csv, .md and .png go beside it.")] = Path(
         "report.html"
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Quality against measured bytes, task by task, with intervals: a web page, a table, a summary and a picture."""
+    """Quality against measured bytes, or speed and memory: a web page, a table, a summary and a picture."""
     from headwise.report.results import write_report
 
-    written = [str(path) for path in write_report(folders, out)]
+    written = [str(path) for path in write_report(sources, out)]
     if as_json:
-        _print_json({"written": written})
+        print_json({"written": written})
     else:
         print(", ".join(written))
 
@@ -327,12 +325,12 @@ def profile(
         window=window,
         published=published,
     )
-    with _progress("contexts") as progress:
+    with progress_bar("contexts") as progress:
         run(
             loaded,
             tokenizer,
             examples,
-            _split(scorer),
+            split(scorer),
             out,
             settings=settings,
             processes=processes,
@@ -341,7 +339,7 @@ def profile(
     if processes.rank > 0:
         return
     if as_json:
-        _print_json({"profile": str(out), "contexts": len(examples), "scorers": _split(scorer)})
+        print_json({"profile": str(out), "contexts": len(examples), "scorers": split(scorer)})
     else:
         print(f"{out}: {len(examples)} contexts, {scorer}. Next: headwise solve {out} --scorer ... --out ...")
 
@@ -372,8 +370,8 @@ def solve(
     if scorer is None and len(found.curves) > 1:
         raise BadInput(f"{path} holds {', '.join(found.curves)}: choose one with --scorer.")
     name = scorer or next(iter(found.curves))
-    weights = None if domain_weights is None else dict(_weight(part) for part in _split(domain_weights))
-    grid = RATIOS if ratios is None else [float(parse_keep(part).amount) for part in _split(ratios)]
+    weights = None if domain_weights is None else dict(_weight(part) for part in split(domain_weights))
+    grid = RATIOS if ratios is None else [float(parse_keep(part).amount) for part in split(ratios)]
     averaged = loss == "published"
     if averaged and (check or ratios is not None):
         raise BadInput("loss='published' is a table of 99 ratios without curves: leave out --ratios and --check.")
@@ -388,7 +386,7 @@ def solve(
     quality = compare_with_optimum(found, name, points, domain_weights=weights, loss=loss) if check else []
     rows = [{**asdict(q), "gap": q.gap} for q in quality]
     if as_json:
-        _print_json(
+        print_json(
             {"budget": str(out), "scorer": name, "loss": loss, "ratios": points, "seconds": seconds, "check": rows}
         )
         return
@@ -396,7 +394,7 @@ def solve(
     print(f"{out}: {name}, {len(points)} ratios, solved in {seconds:.2f} s. Use it as {use}")
     if rows:
         header = ["ratio", "lukv", "optimum", "uniform", "adakv", "gap"]
-        _print_table("share of the utility retained", header, [[f"{row[k]:.4f}" for k in header] for row in rows])
+        print_table("share of the utility retained", header, [[f"{row[k]:.4f}" for k in header] for row in rows])
 
 
 @app.command(epilog="Example: headwise train --model reference --out gates.safetensors")
@@ -428,7 +426,7 @@ def train(
 
     if part not in ("lkv", "lkv-h", "lkv-t"):
         raise BadInput(f"part={part!r}: choose lkv, lkv-h or lkv-t.")
-    bounds = [float(parse_keep(keep).amount) for keep in _split(keeps)]
+    bounds = [float(parse_keep(keep).amount) for keep in split(keeps)]
     if len(bounds) != 2:
         raise BadInput(f"keeps={keeps!r}: write the smallest and the largest, such as 0.03,0.5.")
     processes, loaded, tokenizer = _load_launched(model, dtype, device)
@@ -444,7 +442,7 @@ def train(
         window=window,
         seed=seed,
     )
-    with _progress("steps") as progress:
+    with progress_bar("steps") as progress:
         run(
             loaded,
             tokenizer,
@@ -460,7 +458,7 @@ def train(
         return
     use = {"lkv": f"lkv@{out}", "lkv-h": f"{scorer}+lkv-h@{out}", "lkv-t": f"lkv-t@{out}"}[part]
     if as_json:
-        _print_json({"gates": str(out), "log": f"{out}.log.jsonl", "steps": steps, "method": use})
+        print_json({"gates": str(out), "log": f"{out}.log.jsonl", "steps": steps, "method": use})
     else:
         print(f"{out}: {steps} steps on {len(examples)} contexts. Use it as {use}")
 
@@ -478,9 +476,9 @@ def methods(as_json: AsJson = False) -> None:
     ]
     rows += [{"kind": "alias", "name": n, "summary": pair, "paper": paper_of(n)} for n, pair in ALIASES.items()]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
-    _print_table(
+    print_table(
         "A method is scorer+allocator, such as keydiff+adakv, or a short name. 'full' is transformers' own cache.",
         ["kind", "name", "what it does", "arXiv"],
         [[row["kind"], row["name"], row["summary"], row["paper"]] for row in rows],
@@ -504,11 +502,11 @@ def doctor(as_json: AsJson = False) -> None:
         "kernels": [asdict(kernel) for kernel in survey()],
     }
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     print(", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     print("; ".join(devices) + f"; PyTorch uses {found['cpu_capability']}")
-    _print_table(
+    print_table(
         "Attention kernels. 'auto' takes the one that is used on the model's device.",
         ["kernel", "usable", "used on", "about"],
         [[k["name"], _yes(k["usable"]), k["used_on"] or "", k["about"]] for k in found["kernels"]],
@@ -524,70 +522,12 @@ def build_kernels(as_json: AsJson = False) -> None:
     made = native.load()
     seconds = time.perf_counter() - start
     if as_json:
-        _print_json({"path": str(made.path), "features": made.features, "built": made.built, "seconds": seconds})
+        print_json({"path": str(made.path), "features": made.features, "built": made.built, "seconds": seconds})
     else:
         print(f"{made.path}: {'built in' if made.built else 'was there, loaded in'} {seconds:.1f} s ({made.features})")
 
 
-bench = typer.Typer(help="Speed, next to the full cache and to what memory allows, measured in the same run.")
-app.add_typer(bench, name="bench", no_args_is_help=True)
-
-
-@bench.command("decode", epilog="Example: headwise bench decode --dtype bfloat16,float32 --keep 0.1,0.2 --json")
-def bench_decode(
-    tokens: Annotated[str, typer.Option(help="Of context; comma-separated.")] = "32768",
-    keep: Annotated[str, typer.Option("--keep", "-k", help="Shares kept; comma-separated.")] = "0.2",
-    batch: Annotated[str, typer.Option(help="Sequences; comma-separated.")] = "1",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; comma-separated.")] = "bfloat16,float32",
-    threads: Annotated[str, typer.Option(help="Comma-separated.")] = "1",
-    skewed: Annotated[bool, typer.Option(help="Some heads keep much more than others.")] = True,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each candidate; the median counts.")] = 15,
-    as_json: AsJson = False,
-) -> None:
-    """One decoding step of one layer of Llama-3.1-8B on the CPU: every kernel, checked against float64 first."""
-    import torch
-
-    from headwise.bench.decode import Settings, run
-    from headwise.evals.run import hardware, versions
-
-    grid = [
-        Settings(tokens=n, keep=k, batch=b, dtype=d, threads=t, skewed=skewed, rounds=rounds)
-        for d, n, k, b, t in product(
-            _split(dtype), _numbers(tokens, int), _numbers(keep, float), _numbers(batch, int), _numbers(threads, int)
-        )
-    ]
-    rows = []
-    with _progress("settings") as progress:
-        for done, settings in enumerate(grid):
-            progress(done, len(grid))
-            rows += run(settings)
-    about = {"hardware": hardware(torch.device("cpu")), "versions": versions(), "command": shlex.join(sys.argv)}
-    if as_json:
-        _print_json([asdict(row) | about for row in rows])
-        return
-    print(f"{about['hardware']}; " + ", ".join(f"{name} {version}" for name, version in about["versions"].items()))
-    _print_table(
-        "One layer, one step: full = transformers' SDPA over the whole cache; floor = reading what must be read.",
-        ["dtype", "tokens", "keep", "batch", "threads", "candidate", "ms", "of full", "of floor", "error", "PyTorch's"],
-        [
-            [
-                *(row.dtype, str(row.tokens), f"{row.keep:g}", str(row.batch), str(row.threads), row.candidate),
-                f"{row.ms:.2f}",
-                f"{row.speedup_vs_full:.1f}x faster",
-                f"{row.times_floor:.2f}x",
-                f"{row.rel_error:.1e}",
-                f"{row.plain_error:.1e}",
-            ]
-            for row in rows
-        ],
-    )
-
-
-def _numbers(text: str, kind: Callable[[str], Any]) -> list[Any]:
-    try:
-        return [kind(part) for part in _split(text)]
-    except ValueError as error:
-        raise BadInput(f"{text!r} is no list of numbers: {error}.") from error
+app.add_typer(commands.app, name="bench", no_args_is_help=True)
 
 
 @app.command(epilog="Example: headwise inspect gates.safetensors --plot --beside budget.safetensors")
@@ -620,12 +560,12 @@ def inspect(
     if plot:
         found["plot"] = str(_plot(found["kind"], path, out, ratio, beside, context, model))
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     tensors, budgets = found.pop("tensors"), found.pop("budgets", {})
-    _print_table(str(path), ["field", "value"], list(_fields(found)))
+    print_table(str(path), ["field", "value"], list(_fields(found)))
     if budgets:
-        _print_table(
+        print_table(
             "share of the context that a layer's heads keep on average (least to most), by the keep of the whole cache",
             ["layer", *budgets],
             [
@@ -633,7 +573,7 @@ def inspect(
                 for at, layer in enumerate(found["origin"]["shape"]["layers"])
             ],
         )
-    _print_table("tensors", ["name", "dtype", "shape"], [[n, t["dtype"], str(t["shape"])] for n, t in tensors.items()])
+    print_table("tensors", ["name", "dtype", "shape"], [[n, t["dtype"], str(t["shape"])] for n, t in tensors.items()])
 
 
 @app.command(epilog="Example: headwise plan --model Qwen/Qwen3-8B --context 128k --keep 0.15 --memory 24GiB")
@@ -662,22 +602,22 @@ def plan(
         dtype=DTYPES[dtype],
     )
     if as_json:
-        _print_json({"model": model, **asdict(found)})
+        print_json({"model": model, **asdict(found)})
         return
     rows = [
-        ["weights", _bytes(found.weight_bytes), _bytes(found.weight_bytes)],
-        ["KV held", _bytes(found.full_kv_bytes), _bytes(found.kv_bytes)],
-        ["KV peak while reading", _bytes(found.full_kv_bytes), _bytes(found.peak_kv_bytes)],
-        ["the same, scope 'model'", _bytes(found.full_kv_bytes), _bytes(found.peak_kv_bytes_model_scope)],
+        ["weights", size(found.weight_bytes), size(found.weight_bytes)],
+        ["KV held", size(found.full_kv_bytes), size(found.kv_bytes)],
+        ["KV peak while reading", size(found.full_kv_bytes), size(found.peak_kv_bytes)],
+        ["the same, scope 'model'", size(found.full_kv_bytes), size(found.peak_kv_bytes_model_scope)],
     ]
     if found.memory_bytes is not None:
         rows += [
-            [f"fits in {_bytes(found.memory_bytes)}", _yes(found.full_fits), _yes(found.fits)],
+            [f"fits in {size(found.memory_bytes)}", _yes(found.full_fits), _yes(found.fits)],
             ["largest batch", str(found.max_batch_full), str(found.max_batch)],
             ["longest context", f"{found.max_context_full:,}", f"{found.max_context:,}"],
         ]
     title = f"{model}, made for {found.max_positions:,} tokens: {found.context:,} x {found.batch}, {found.dtype}"
-    _print_table(title, ["", "everything kept", f"keep {found.keep}"], rows)
+    print_table(title, ["", "everything kept", f"keep {found.keep}"], rows)
     _print_sliding(found.sliding_kv_bytes)
     print(f"Note: {found.note}.")
 
@@ -774,59 +714,9 @@ def _weight(text: str) -> tuple[str, float]:
         raise BadInput(f"domain weight {text!r}: write name=number, such as code=2.") from None
 
 
-def _split(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise BadInput(f"{text!r} is an empty list; separate values with commas.")
-    return names
-
-
-@contextmanager
-def _progress(unit: str) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, fed with (done, total), and a text behind it if there is one."""
-    from tqdm import tqdm
-
-    with tqdm(unit=f" {unit}", file=sys.stderr, leave=False, disable=None) as bar:
-
-        def report(done: int, total: int, text: str = "") -> None:
-            bar.total = total
-            bar.set_postfix_str(text, refresh=False)
-            bar.update(done - bar.n)
-
-        yield report
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
-
-
-def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    console = Console(emoji=False)
-    if not console.is_terminal:
-        console.width = 140
-    table = Table(*header, box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*row)
-    console.print(Text(title, style="bold"), soft_wrap=True)
-    console.print(table, markup=False)
-
-
 def _print_sliding(sliding_bytes: int) -> None:
     if sliding_bytes:
-        print(f"Sliding-window layers are left whole, whatever the keep: {_bytes(sliding_bytes)} of the KV held.")
-
-
-def _count(things: Sequence[Any], name: str) -> str:
-    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} GiB"
+        print(f"Sliding-window layers are left whole, whatever the keep: {size(sliding_bytes)} of the KV held.")
 
 
 def _yes(value: bool | None) -> str:

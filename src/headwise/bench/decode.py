@@ -2,14 +2,16 @@
 
 A layer's cache is made at random, a share of its entries is kept, more in some heads than in others. Every candidate is
 compared with float64 first: a wrong one ends the run. Caches of the processor are defeated by going round copies of the
-storage; runs are interleaved, so that all see the same noise; times are medians of wall time.
+storage; runs are interleaved, so that all see the same noise; times are medians of wall time. Only kvpress, which needs
+an environment of its own, is measured right after the others.
 """
 
 import itertools
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,12 +22,13 @@ from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from headwise import layout
-from headwise.errors import BadInput, HeadwiseError
+from headwise.bench.measuring import MOST, WrongResult, in_worker, relative_error, require_kvpress, threads
+from headwise.errors import BadInput
 from headwise.kernels import native, pages, why_not_native
 from headwise.layout import Segments
 
 SKEW = (1.00, 0.20, 0.12, 0.10, 0.08, 0.05, 0.03, 0.02)  # kept by each KV head, in proportion
-FULL, GROUPED = "full", "full, grouped"
+FULL, GROUPED, KVPRESS = "full", "full, grouped", "kvpress, head-wise"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Runs = Sequence[Callable[[], Tensor]]
@@ -47,6 +50,7 @@ class Settings:
     skewed: bool = True
     rounds: int = 15
     gigabytes: float = 1.0  # storage that each candidate goes round
+    kvpress: Path | None = None  # the Python of an environment with it
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -67,6 +71,7 @@ class Settings:
 class Row:
     """One candidate. `rel_error` is its distance from float64, relative; `plain_error` that of PyTorch's attention."""
 
+    benchmark: str = "decode"
     candidate: str
     dtype: str
     batch: int
@@ -79,6 +84,17 @@ class Row:
     tokens: int
     keep: float
     threads: int
+    skewed: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Layer:
+    """Of every candidate the same: random states, and what every head keeps, the tail included."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    kept: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +107,7 @@ class _Candidate:
 
     @property
     def error(self) -> float:
-        return _error(self.runs[0](), self.exact)
+        return relative_error(self.runs[0](), self.exact)
 
 
 class _Attention(nn.Module):
@@ -104,24 +120,29 @@ class _Attention(nn.Module):
         self.num_key_value_groups = group
 
 
-class WrongResult(HeadwiseError):
-    """A candidate's result is too far from the exact one: its time would mean nothing."""
-
-
 @torch.no_grad()
 def run(settings: Settings) -> list[Row]:
     """Measure. Raises BadInput, WrongResult."""
-    with _threads(settings.threads):
+    if settings.kvpress is not None:
+        require_kvpress(settings.kvpress)
+    with threads(settings.threads):
         torch.manual_seed(0)
-        candidates, reads = _candidates(settings)
+        layer = _make_layer(settings)
+        candidates, reads = _candidates(settings, layer)
         errors = {c.name: c.error for c in candidates}
-        wrong = [c for c in candidates if not errors[c.name] <= 2 * c.plain_error]
-        if wrong:
-            found = "; ".join(f"{c.name}: {errors[c.name]:.1e} (PyTorch {c.plain_error:.1e})" for c in wrong)
-            raise WrongResult(f"nothing is measured, for results are wrong, by their relative error: {found}.")
+        _require_right(candidates, errors)
         times = _times({c.name: c.runs for c in candidates} | {"read": reads}, settings.rounds)
-    kept = candidates[-1].nbytes
-    seconds_per_byte = times["read"] / kept
+    seconds_per_byte = times["read"] / candidates[-1].nbytes
+    if settings.kvpress is not None:
+        masked = candidates[-1].exact, candidates[-1].plain_error
+        found, times[KVPRESS] = _by_kvpress(settings, settings.kvpress, layer)
+        candidates.append(
+            _Candidate(
+                name=KVPRESS, runs=[lambda: found], exact=masked[0], plain_error=masked[1], nbytes=_nbytes(layer)
+            )
+        )
+        errors[KVPRESS] = candidates[-1].error
+        _require_right(candidates, errors)
     return [
         Row(
             candidate=c.name,
@@ -136,6 +157,7 @@ def run(settings: Settings) -> list[Row]:
             tokens=settings.tokens,
             keep=settings.keep,
             threads=settings.threads,
+            skewed=settings.skewed,
         )
         for c in candidates
     ]
@@ -153,29 +175,36 @@ def kept_fractions(settings: Settings) -> Float[Tensor, " kv_heads"]:
     return (shape * high).clamp(max=1).float()
 
 
-def _candidates(settings: Settings) -> tuple[list[_Candidate], Sequence[Callable[[], None]]]:
-    """All of them over the same random layer, decoding the last token of the tail; and plain reads of what is kept."""
+def _require_right(candidates: Sequence[_Candidate], errors: dict[str, float]) -> None:
+    wrong = [c for c in candidates if not errors[c.name] <= MOST * c.plain_error]
+    if wrong:
+        found = "; ".join(f"{c.name}: {errors[c.name]:.1e} (PyTorch {c.plain_error:.1e})" for c in wrong)
+        raise WrongResult(f"nothing is shown, for results are wrong, by their relative error: {found}.")
+
+
+def _make_layer(settings: Settings) -> _Layer:
+    batch, heads, tokens, dim = settings.batch, settings.kv_heads, settings.tokens + settings.tail, settings.head_dim
+    dtype = DTYPES[settings.dtype]
+    query = 2 * torch.randn(batch, heads * settings.group, 1, dim).to(dtype)
+    keys, values = (torch.randn(batch, heads, tokens, dim).to(dtype) for _ in range(2))
+    kept = functional.pad(_kept(settings), (0, settings.tail), value=True)
+    return _Layer(query=query, keys=keys, values=values, kept=kept)
+
+
+def _nbytes(layer: _Layer) -> int:
+    return layer.keys.nbytes + layer.values.nbytes
+
+
+def _candidates(settings: Settings, layer: _Layer) -> tuple[list[_Candidate], Sequence[Callable[[], None]]]:
+    """All of them over the same layer, decoding the last token of the tail; and plain reads of what is kept."""
+    query, keys, values, kept = layer.query, layer.keys, layer.values, layer.kept
     batch, heads, tokens, dim = settings.batch, settings.kv_heads, settings.tokens, settings.head_dim
-    dtype, group, scaling = DTYPES[settings.dtype], settings.group, settings.scaling
-    query = 2 * torch.randn(batch, heads * group, 1, dim).to(dtype)
-    keys, values = (torch.randn(batch, heads, tokens + settings.tail, dim).to(dtype) for _ in range(2))
-    kept = _kept(settings)
-    masks = (
-        torch.ones_like(kept[:, :, :1]).expand(-1, -1, tokens + settings.tail),
-        functional.pad(kept, (0, settings.tail), value=True),
-    )
+    group, scaling = settings.group, settings.scaling
+    masks = torch.ones_like(kept), kept
     exact = [_exactly(query, keys, values, mask, scaling) for mask in masks]
-    plain = [
-        _error(
-            functional.scaled_dot_product_attention(
-                query, keys, values, attn_mask=mask.repeat_interleave(group, 1)[:, :, None], enable_gqa=True
-            ),
-            one,
-        )
-        for mask, one in zip(masks, exact, strict=True)
-    ]
+    plain = [_plain_error(layer, mask, one) for mask, one in zip(masks, exact, strict=True)]
     segments = layout.gather(
-        keys[:, :, :tokens], values[:, :, :tokens], kept, torch.arange(tokens).expand(batch, tokens)
+        keys[:, :, :tokens], values[:, :, :tokens], kept[:, :, :tokens], torch.arange(tokens).expand(batch, tokens)
     )
     tail = keys[:, :, tokens:].clone(), values[:, :, tokens:].clone()
     rows, attention = torch.arange(batch), _Attention(group)
@@ -192,10 +221,10 @@ def _candidates(settings: Settings) -> tuple[list[_Candidate], Sequence[Callable
     def by_kernel(kernel: Callable[..., Tensor], storage: Segments) -> Tensor:
         return kernel(grouped, storage, rows, *tail, None, scaling).view_as(query)
 
-    whole_bytes, kept_bytes = keys.nbytes + values.nbytes, segments.nbytes + tail[0].nbytes + tail[1].nbytes
+    kept_bytes = segments.nbytes + tail[0].nbytes + tail[1].nbytes
     kernels = {"pages": pages.attend} | ({"native": native.attend} if why_not_native() is None else {})
     found = [
-        _Candidate(name=name, runs=runs, exact=exact[0], plain_error=plain[0], nbytes=whole_bytes)
+        _Candidate(name=name, runs=runs, exact=exact[0], plain_error=plain[0], nbytes=_nbytes(layer))
         for name, runs in (
             (FULL, [lambda k=k, v=v: by_transformers(k, v) for k, v in dense]),
             (GROUPED, [lambda k=k, v=v: folded(k, v) for k, v in dense]),
@@ -245,8 +274,32 @@ def _exactly(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling:
     return torch.cat(outs).view(query.shape)
 
 
-def _error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+def _plain_error(layer: _Layer, mask: Tensor, exact: Tensor) -> float:
+    """PyTorch's own, by the way it takes of two that is further off."""
+    query, keys, values, group = layer.query, layer.keys, layer.values, layer.query.shape[1] // layer.keys.shape[1]
+    by_head = mask.repeat_interleave(group, 1)[:, :, None]
+    attend = functional.scaled_dot_product_attention
+    grouped = attend(query, keys, values, attn_mask=by_head, enable_gqa=True)
+    folded = attend(query.unflatten(1, (-1, group))[:, :, :, 0], keys, values, attn_mask=mask[:, :, None])
+    return max(relative_error(grouped, exact), relative_error(folded.view_as(query), exact))
+
+
+def _by_kvpress(settings: Settings, python: Path, layer: _Layer) -> tuple[Tensor, float]:
+    """What kvpress makes of the layer, and its seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, out = Path(folder) / "layer.pt", Path(folder) / "out.pt"
+        torch.save({"query": layer.query, "keys": layer.keys, "values": layer.values, "kept": layer.kept}, given)
+        job = {
+            "kind": "layer",
+            "layer": str(given),
+            "out": str(out),
+            "threads": settings.threads,
+            "rounds": settings.rounds,
+            "copies": round(settings.gigabytes * 1e9 / _nbytes(layer)),
+            "scaling": settings.scaling,
+        }
+        seconds = in_worker(KVPRESS, job, python)["seconds"]
+        return torch.load(out), seconds
 
 
 def _read(*tensors: Tensor) -> None:
@@ -272,13 +325,3 @@ def _times(candidates: dict[str, Sequence[Callable[[], Any]]], rounds: int) -> d
             call()
             times[name].append(time.perf_counter() - start)
     return {name: median(found) for name, found in times.items()}
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -29,7 +29,7 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[PreTr
     """
     if dtype not in DTYPES:
         raise BadInput(f"dtype={dtype!r} is not known; choose {', '.join(DTYPES)}.")
-    place = _device(device)
+    place = find_device(device)
     shape_of(load_config(name))
     chosen = torch.float32 if (name, dtype) == (REFERENCE, "auto") else DTYPES[dtype]
     model = _read(AutoModelForCausalLM, name, dtype=chosen)
@@ -49,7 +49,7 @@ def load_config(name: str) -> PretrainedConfig:
     return _read(AutoConfig, name)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     """The device by name, after a first use of it. Raises BadInput."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

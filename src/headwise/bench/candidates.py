@@ -1,0 +1,176 @@
+"""Whole models: reading a context and decoding after it, every candidate in a process of its own.
+
+`headwise bench generate` and `headwise bench memory` are this, with other models and contexts in mind. What the full
+cache does is transformers' own: DynamicCache and SDPA.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headwise.bench.measuring import LOGITS, MOST, WrongResult, in_worker, relative_error, require_kvpress
+from headwise.bench.models import shape_for
+from headwise.errors import BadInput
+from headwise.evals.answers import known_methods
+
+FULL = "full"
+KVPRESS = "kvpress:"
+PRESSES = ("adakv", "snapkv", "keydiff", "expected")
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """One model and context, and what is compared on it."""
+
+    model: str
+    layers: int | None
+    methods: tuple[str, ...]
+    keep: float
+    tokens: int
+    new_tokens: int
+    batch: int
+    dtype: str
+    device: str
+    threads: int | None
+    kvpress: Path | None  # the Python of an environment with kvpress
+
+    def __post_init__(self) -> None:
+        if self.dtype not in LOGITS:
+            raise BadInput(f"dtype={self.dtype!r} is not measured; choose {', '.join(LOGITS)}.")
+        if not 0 < self.keep <= 1:
+            raise BadInput(f"keep={self.keep} is a share in (0, 1].")
+        if min(self.tokens, self.new_tokens, self.batch) < 1:
+            raise BadInput("tokens, new tokens and batch must be at least 1.")
+        known_methods([method for method in self.methods if not method.startswith(KVPRESS)])
+        pressed = [method.removeprefix(KVPRESS) for method in self.methods if method.startswith(KVPRESS)]
+        if unknown := [press for press in pressed if press not in PRESSES]:
+            raise BadInput(f"kvpress:{unknown[0]} is not measured; choose {', '.join(KVPRESS + p for p in PRESSES)}.")
+        if pressed and self.kvpress is None:
+            raise BadInput("name the Python of an environment in which kvpress is installed: --kvpress env/bin/python.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One candidate. Bytes of peaks are those of the process (of the GPU's allocator) above the loaded model's."""
+
+    benchmark: str
+    candidate: str
+    model: str
+    dtype: str
+    batch: int
+    tokens: int
+    new_tokens: int
+    keep: float
+    threads: int
+    prefill_s: float
+    ms_per_token: float
+    speedup_vs_full: float
+    attention_ms: float  # of a step: attention and storing new keys and values, all layers
+    attention_share: float
+    kv_bytes: int  # keys and values after the prefill
+    claimed_bytes: int  # the most keys and values held at once, as the cache says
+    peak_prefill_bytes: int
+    peak_decode_bytes: int
+    peak_bytes: int
+    saved_bytes: int | None  # of the full cache's peak, measured
+    claimed_saved_bytes: int | None
+    logits_error: float  # after the prefill, relative to the full cache's, which does the same there
+    rel_error: float | None  # attention's while decoding, from float64, the worst layer's; None where it is not ours
+    plain_error: float | None
+    hardware: str
+    versions: dict[str, str]
+
+
+def run(benchmark: str, settings: Settings, *, progress: Progress | None = None) -> list[Row]:
+    """Measure, the full cache first. Raises BadInput, WrongResult, HeadwiseError where a process fails."""
+    shape = shape_for(settings.model, settings.layers)
+    if settings.kvpress is not None:
+        require_kvpress(settings.kvpress)
+    methods = [FULL, *(method for method in settings.methods if method != FULL)]
+    found: dict[str, dict[str, Any]] = {}
+    for done, method in enumerate(methods):
+        if progress is not None:
+            progress(done, len(methods), method)
+        found[method] = _measured(settings, shape, method)
+        _require_right(settings, method, found[method], found[FULL])
+    return [_row(benchmark, settings, method, one, found[FULL]) for method, one in found.items()]
+
+
+def _row(benchmark: str, settings: Settings, method: str, one: dict[str, Any], full: dict[str, Any]) -> Row:
+    errors = one["kernel_errors"]
+    worst = max(errors, key=lambda pair: pair[0] / pair[1]) if errors else (None, None)
+    whole = method == FULL
+    peak, full_peak = (max(x["peak_prefill_bytes"], x["peak_decode_bytes"]) for x in (one, full))
+    return Row(
+        benchmark=benchmark,
+        candidate=method,
+        model=settings.model if settings.layers is None else f"{settings.model}, {settings.layers} layers",
+        dtype=settings.dtype,
+        batch=settings.batch,
+        tokens=settings.tokens,
+        new_tokens=settings.new_tokens,
+        keep=1.0 if whole else settings.keep,
+        threads=one["threads"],
+        prefill_s=one["prefill_s"],
+        ms_per_token=one["ms_per_token"],
+        speedup_vs_full=full["ms_per_token"] / one["ms_per_token"],
+        attention_ms=one["attention_ms"],
+        attention_share=one["attention_share"],
+        kv_bytes=one["kv_bytes"],
+        claimed_bytes=one["claimed_bytes"],
+        peak_prefill_bytes=one["peak_prefill_bytes"],
+        peak_decode_bytes=one["peak_decode_bytes"],
+        peak_bytes=peak,
+        saved_bytes=None if whole else full_peak - peak,
+        claimed_saved_bytes=None if whole else full["claimed_bytes"] - one["claimed_bytes"],
+        logits_error=_logits_error(one, full),
+        rel_error=worst[0],
+        plain_error=worst[1],
+        hardware=one["hardware"],
+        versions=one["versions"],
+    )
+
+
+def _logits_error(one: dict[str, Any], full: dict[str, Any]) -> float:
+    return relative_error(torch.tensor(one["logits"]), torch.tensor(full["logits"]))
+
+
+def _require_right(settings: Settings, method: str, one: dict[str, Any], full: dict[str, Any]) -> None:
+    apart = _logits_error(one, full)
+    if not apart <= LOGITS[settings.dtype]:
+        raise WrongResult(
+            f"{method}: logits after the prefill are {apart:.1e} from the full cache's: nothing is shown."
+        )
+    for found, plain in one["kernel_errors"] or []:
+        if not found <= MOST * plain:
+            raise WrongResult(
+                f"{method}: attention is {found:.1e} from float64, PyTorch's {plain:.1e}: nothing is shown."
+            )
+
+
+def _measured(settings: Settings, shape: dict[str, Any] | None, method: str) -> dict[str, Any]:
+    job = {
+        "kind": "model",
+        "model": settings.model,
+        "shape": shape,
+        "method": method,
+        "keep": settings.keep,
+        "tokens": settings.tokens,
+        "new_tokens": settings.new_tokens,
+        "batch": settings.batch,
+        "dtype": settings.dtype,
+        "device": settings.device,
+        "threads": settings.threads,
+    }
+    return in_worker(method, job, settings.kvpress if method.startswith(KVPRESS) else None)
+
+
+def default_methods(methods: Sequence[str], kvpress: Path | None) -> tuple[str, ...]:
+    """As asked; where kvpress is there and none of its presses was, AdaKV's too."""
+    pressed = any(method.startswith(KVPRESS) for method in methods)
+    return (*methods, *([] if kvpress is None or pressed else [KVPRESS + "adakv"]))

@@ -1,0 +1,89 @@
+"""What is measured: checkpoints, or random weights in the shape of well-known models, for which nothing was trained."""
+
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from headwise.allocate import ShippedLKVH, learned_budgets
+from headwise.artifacts import Origin
+from headwise.errors import BadInput
+from headwise.evals.models import load_config
+from headwise.gates import EntryScores, Gates, HeadBudgets, summary_width
+from headwise.hf.families import ModelView, shape_of, view
+from headwise.method import Method
+from headwise.scores import ShippedLKVT, learned_scorer
+
+_LLAMA3 = {
+    "num_key_value_heads": 8,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "random-llama-1b": _LLAMA3
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "random-llama-8b": _LLAMA3
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "head_dim": 128,
+        "vocab_size": 128256,
+    },
+    # Much cache and little else, so that long contexts can be read on a CPU: 64 KiB a token in float32.
+    "random-narrow": {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 512,
+        "max_position_embeddings": 131072,
+    },
+}
+
+
+def shape_for(name: str, layers: int | None) -> dict[str, Any] | None:
+    """The random model of this name, perhaps with fewer layers; None for a checkpoint, which must be there.
+
+    Raises BadInput, UnsupportedModel.
+    """
+    if name in SHAPES:
+        return SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers})
+    if layers is not None:
+        raise BadInput(f"the layers of a checkpoint are its own: --layers is for {', '.join(SHAPES)}.")
+    shape_of(load_config(name))
+    return None
+
+
+def method_for(name: str, model: PreTrainedModel) -> Method:
+    """The method of this name. Gates and budgets cost the same whatever they learned, so a model for which none are
+    shipped gets gates that were never trained.
+    """
+    method, seen = Method.parse(name), view(model)
+    if method.scorer == ShippedLKVT():
+        method = replace(method, scorer=learned_scorer(_untrained(seen)))
+    if method.allocator == ShippedLKVH():
+        method = replace(method, allocator=learned_budgets(_untrained(seen)))
+    return method
+
+
+def _untrained(seen: ModelView) -> Gates:
+    shape = seen.shape
+    settings = {"sink": 4, "window": 32, "seed": 0}
+    origin = Origin(shape=shape, model="", config_hash=seen.config_hash, sink=4, window=32, calibration="")
+    return Gates(
+        origin=origin,
+        settings=settings,
+        budgets=HeadBudgets(shape.num_heads, summary_width(shape)).requires_grad_(False),
+        scores=EntryScores(len(shape.layers), shape.kv_heads, shape.head_dim).requires_grad_(False),
+    )

@@ -1,0 +1,184 @@
+"""What a method adds to the reading of a context: runs with and without it, in turns, on one model.
+
+Methods differ from the full cache in what they do between a layer's attention and its MLP, so a model of one layer
+tells what a deep one would. `ours_seconds` is that time itself, from a run of its own; the difference of two prefills
+of many seconds is noise where a method costs next to nothing.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from headwise.bench.candidates import FULL, Progress
+from headwise.bench.measuring import LOGITS, WrongResult, relative_error, threads
+from headwise.bench.models import method_for, shape_for
+from headwise.bench.worker import make_model
+from headwise.errors import BadInput
+from headwise.evals.answers import known_methods
+from headwise.hf.families import given
+from headwise.keep import Keep, parse_keep
+from headwise.method import Method
+from headwise.ragged.cache import RaggedCache
+from headwise.ragged.layer import RaggedLayer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """One model and context, and the methods."""
+
+    model: str
+    layers: int | None
+    methods: tuple[str, ...]
+    keep: float
+    tokens: int
+    batch: int
+    dtype: str
+    device: str
+    threads: int | None
+    rounds: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in LOGITS:
+            raise BadInput(f"dtype={self.dtype!r} is not measured; choose {', '.join(LOGITS)}.")
+        if min(self.tokens, self.batch, self.rounds) < 1:
+            raise BadInput("tokens, batch and rounds must be at least 1.")
+        parse_keep(self.keep)
+        known_methods(self.methods)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One candidate: median seconds of a prefill, and the share by which it is longer than the full cache's."""
+
+    benchmark: str
+    candidate: str
+    model: str
+    dtype: str
+    batch: int
+    tokens: int
+    keep: float
+    threads: int
+    seconds: float
+    overhead: float
+    ours_seconds: float | None  # spent by the method
+    ours_share: float | None  # of the full cache's prefill
+    kv_bytes: int
+    logits_error: float  # relative to the full cache's, which does the same in prefill
+    hardware: str
+    versions: dict[str, str]
+
+
+@torch.no_grad()
+def run(settings: Settings, *, progress: Progress | None = None) -> list[Row]:
+    """Measure. Raises BadInput, WrongResult."""
+    job = {
+        "shape": shape_for(settings.model, settings.layers),
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "device": settings.device,
+    }
+    with threads(settings.threads):
+        return _rows(settings, make_model(job), progress)
+
+
+def _rows(settings: Settings, model: Any, progress: Progress | None) -> list[Row]:
+    from headwise.evals.run import hardware, versions
+
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (settings.batch, settings.tokens), generator=torch.Generator().manual_seed(1))
+    ids, keep = ids.to(model.device), parse_keep(settings.keep)
+    methods = {
+        name: None if name == FULL else method_for(name, model) for name in dict.fromkeys((FULL, *settings.methods))
+    }
+    caches = {name: _cache(model, method, keep) for name, method in methods.items()}
+    logits = {name: _read(model, ids, cache) for name, cache in caches.items()}  # this also warms up
+    errors = {name: relative_error(found, logits[FULL]) for name, found in logits.items()}
+    if wrong := [name for name, error in errors.items() if not error <= LOGITS[settings.dtype]]:
+        raise WrongResult(f"{wrong[0]}: logits are {errors[wrong[0]]:.1e} from the full cache's: nothing is shown.")
+    held = {name: _kv_bytes(cache) for name, cache in caches.items()}
+    ours = {}
+    for name, method in methods.items():
+        if method is not None:
+            with _timed_observation(model.device) as spent:
+                _read(model, ids, _cache(model, method, keep))
+            ours[name] = sum(spent)
+    del caches
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    for done in range(settings.rounds):
+        if progress is not None:
+            progress(done, settings.rounds, "")
+        for name, method in methods.items():
+            cache = _cache(model, method, keep)
+            _wait(model.device)
+            start = time.perf_counter()
+            _read(model, ids, cache)
+            _wait(model.device)
+            times[name].append(time.perf_counter() - start)
+    full = median(times[FULL])
+    return [
+        Row(
+            benchmark="prefill",
+            candidate=name,
+            model=settings.model if settings.layers is None else f"{settings.model}, layers {settings.layers}",
+            dtype=settings.dtype,
+            batch=settings.batch,
+            tokens=settings.tokens,
+            keep=1.0 if name == FULL else settings.keep,
+            threads=torch.get_num_threads(),
+            seconds=median(found),
+            overhead=median(one / whole for one, whole in zip(found, times[FULL], strict=True)) - 1,
+            ours_seconds=ours.get(name),
+            ours_share=ours[name] / full if name in ours else None,
+            kv_bytes=held[name],
+            logits_error=errors[name],
+            hardware=hardware(model.device),
+            versions=versions(),
+        )
+        for name, found in times.items()
+    ]
+
+
+def _cache(model: Any, method: Method | None, keep: Keep) -> Any:
+    return DynamicCache(config=model.config) if method is None else RaggedCache(model, method, keep=keep)
+
+
+def _read(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    return model(ids, **given(model, cache), use_cache=True, logits_to_keep=1).logits
+
+
+def _kv_bytes(cache: Any) -> int:
+    if isinstance(cache, RaggedCache):
+        return cache.nbytes
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@contextmanager
+def _timed_observation(device: torch.device) -> Iterator[Sequence[float]]:
+    """Seconds of every call that a layer's observer gets; a GPU is waited for."""
+    spent: list[float] = []
+    observe: Callable[..., None] = RaggedLayer.observe
+
+    def timed(*args: Any) -> None:
+        _wait(device)
+        start = time.perf_counter()
+        observe(*args)
+        _wait(device)
+        spent.append(time.perf_counter() - start)
+
+    RaggedLayer.observe = timed  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield spent
+    finally:
+        RaggedLayer.observe = observe
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
