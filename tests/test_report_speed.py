@@ -35,7 +35,7 @@ def decode(candidate="native", ms: Any = 2.0, **known) -> dict[str, Any]:
     """A row of `headwise bench decode`; the floor is a fifth of a millisecond per thousand tokens."""
     row = {**COMMON, **known}
     numbers = {"speedup_vs_full": 12.5, "times_floor": 1.75, "rel_error": 1.7e-3, "plain_error": 1.9e-3}
-    floor = row["tokens"] / 5120 * row["batch"] * (1 if candidate.startswith("full") else row["keep"])
+    floor = row["tokens"] / 5120 * row["batch"] * (1 if candidate.startswith(("full", "kvpress")) else row["keep"])
     return {
         "benchmark": "decode",
         "candidate": candidate,
@@ -109,18 +109,19 @@ def points(line: Line) -> list[tuple[float, float]]:
 def test_an_axis_has_several_values_and_the_others_those_of_most_rows(drawn):
     """Tokens vary at batch 1, batches at 4,096 tokens, the keep never."""
     rows = [decode("full", 50, batch=4), decode(ms=9, batch=4)]
-    rows += [decode(name, ms * n, tokens=1024 * n) for n in (2, 4, 8) for name, ms in (("full", 10), ("native", 1))]
+    candidates = (("full", 10), ("kvpress, head-wise", 20), ("native", 1))
+    rows += [decode(name, ms * n, tokens=1024 * n) for n in (2, 4, 8) for name, ms in candidates]
     found = drawn(rows)
     assert list(found) == ["bfloat16, 1 thread"]
     by_tokens, by_batch = found["bfloat16, 1 thread"]
     assert by_tokens.title == "Step by tokens, ms (batch 1, keep 0.2, skewed)"
     assert by_batch.title == "Step by batch, ms (4,096 tokens, keep 0.2, skewed)"
-    assert [line.method for line in by_tokens.lines] == ["full", "native", FLOOR]
-    full, native, floor = by_tokens.lines
+    assert [line.method for line in by_tokens.lines] == ["full", "native", "kvpress, head-wise", FLOOR]
+    full, native, _, floor = by_tokens.lines
     assert points(full) == [(2048, 20), (4096, 40), (8192, 80)]
     assert points(native) == [(2048, 2), (4096, 4), (8192, 8)]
     assert [y for _, y in points(floor)] == pytest.approx([0.08, 0.16, 0.32]), "of kernels, not of full"
-    assert [line.thin for line in by_tokens.lines] == [False, False, True]
+    assert [line.thin for line in by_tokens.lines] == [False, False, False, True]
     assert points(by_batch.lines[1]) == [(1, 4), (4, 9)]
     assert (by_tokens.x_label, by_batch.x_label, by_tokens.loglog) == ("tokens", "batch", True)
 

@@ -64,7 +64,7 @@ def attend(
         return pages.attend(query, segments, rows, tail_keys, tail_values, mask, scaling)
     load()
     spans = segments.spans
-    return torch.ops.headwise.attend_ragged(
+    return torch.ops.headwise.attend_ragged.default(
         query, segments.keys, segments.values, spans, rows, tail_keys, tail_values, mask, scaling
     )
 

@@ -6,6 +6,7 @@ frozen    the kept entries (`segments`, shared by forks) and a tail [B, H, capac
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -376,9 +377,10 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values) if t is not None)
 
 
-def _no_autocast(states: Tensor) -> torch.autocast:
+def _no_autocast(states: Tensor) -> AbstractContextManager[Any]:
     """Scorers and kernels choose their own precision, and expect that of the cache everywhere."""
-    return torch.autocast(states.device.type, enabled=False)
+    kind = states.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _require_negative(tokens_to_remove: int) -> None:

@@ -230,13 +230,13 @@ class Prefill:
     def _require_finite(self, layer: RaggedLayer) -> None:
         """Padding may hold anything; a real token's key or value may not be NaN or infinite."""
         assert self.plan is not None and layer.keys is not None and layer.values is not None
-        for name, states in (("keys", layer.keys), ("values", layer.values)):
-            # In float32: a sum of finite float16 numbers may be beyond float16.
-            bad = ~torch.isfinite(states.sum(-1, dtype=torch.float32)) & self.plan.valid[:, None]
-            if bool(bad.any()):
+        sums = torch.stack([states.sum(-1, dtype=torch.float32) for states in (layer.keys, layer.values)])
+        bad = ~torch.isfinite(sums) & self.plan.valid[:, None]  # float32: finite float16 numbers may add up to more
+        for name, count in zip(("keys", "values"), bad.flatten(1).sum(-1).tolist(), strict=True):  # one wait for a GPU
+            if count:
                 raise NonFiniteValues(
                     f"the {name} of model layer {self.view.shape.layers[layer.index]} are not finite at "
-                    f"{int(bad.sum())} entries. Check the weights and the dtype (float16 overflows; try bfloat16)."
+                    f"{count} entries. Check the weights and the dtype (float16 overflows; try bfloat16)."
                 )
 
 

@@ -13,7 +13,8 @@ from headwise.report.charts import Chart, Line, Point
 from headwise.report.statistics import Estimate
 
 AXES = ("tokens", "batch", "keep")
-FULL = "full"  # every candidate that keeps everything is called so, or "full, ..."
+FULL = "full"
+WHOLE = (FULL, "kvpress")  # what names of candidates that read the whole cache begin with
 FLOOR = "memory floor of what is kept"
 MIB, GIB = 2**20, 2**30
 
@@ -56,7 +57,7 @@ def _step(rows: Sequence[Row], axis: str, numbers: Mapping[str, int]) -> Chart |
         "keep": f"keep {first['keep']:g}",
     }
     said = ", ".join([*(text for other, text in held.items() if other != axis), heads(first["skewed"])])
-    floors = [(FLOOR, row[axis], row["floor_ms"]) for row in same if not row["candidate"].startswith(FULL)]
+    floors = [(FLOOR, row[axis], row["floor_ms"]) for row in same if not row["candidate"].startswith(WHOLE)]
     return Chart(
         title=f"Step by {axis}, ms ({said})",
         unit="ms",

@@ -67,8 +67,8 @@ _MODEL_NOTES = (
 NOTES = {
     "decode": (
         "full is transformers' attention over the whole cache; full, grouped the same with the query heads of a group "
-        "folded into one. The others are our kernels over what is kept.",
-        "The floor is the time of reading what must be read, measured in the same run: what is kept, or for full the "
+        "folded into one; kvpress reads all of it too, with fake keys. The others are our kernels over what is kept.",
+        "The floor is the time of reading what must be read, measured in the same run: what is kept, or the "
         "whole cache. The thin dashed line is that of what is kept.",
         "Error: relative to float64, beside PyTorch's own in the same precision.",
         "Heads are skewed where some keep much more than others, and even where all keep the same.",
