@@ -2,6 +2,7 @@
 
 import subprocess
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,16 @@ def test_many_queries_on_long_segments_go_to_pages(monkeypatch):
     case = make_case([2000, 2000], [0] * 8, num_new=16)
     monkeypatch.setattr(native, "load", lambda: pytest.fail("the C++ kernel was used"))
     torch.testing.assert_close(native.attend(*case).double(), exactly(*case), rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+def test_float16_goes_to_pages_where_the_cpu_has_none(monkeypatch):
+    case = make_case([600, 3], [0], dtype=torch.float16)
+    monkeypatch.setattr(pages, "attend", lambda query, *arguments: torch.full_like(query, 7))
+    assert not (native.attend(*case) == 7).any()
+    poor = replace(native.load(), dtypes=frozenset({torch.float32, torch.bfloat16}))
+    monkeypatch.setattr(native, "load", lambda: poor)
+    assert (native.attend(*case) == 7).all()
 
 
 @needs_compiler

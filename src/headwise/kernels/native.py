@@ -41,6 +41,7 @@ class Native:
 
     path: Path
     features: str  # of the CPU that it makes use of
+    dtypes: frozenset[torch.dtype]
     function: Any
     reader: Any
     built: bool  # just now, not found in the cache
@@ -57,12 +58,11 @@ def attend(
 ) -> Tensor:
     """Attention over frozen segments and tail; see `reference.attend` for the shapes.
 
-    What it is not made for (many queries, float64, odd head sizes) goes to `pages`. Raises KernelUnavailable where it
-    cannot be compiled.
+    What it is not made for (many queries, float64, odd head sizes, float16 where the CPU has none) goes to `pages`.
+    Raises KernelUnavailable where it cannot be compiled.
     """
     if not serves(query, segments):
         return pages.attend(query, segments, rows, tail_keys, tail_values, mask, scaling)
-    load()
     spans = segments.spans
     return torch.ops.headwise.attend_ragged.default(
         query, segments.keys, segments.values, spans, rows, tail_keys, tail_values, mask, scaling
@@ -75,11 +75,11 @@ def serves(query: Tensor, segments: Segments) -> bool:
     per_segment = -(-batch // segments.batch) * group * num_new
     return (
         query.device.type == "cpu"
-        and query.dtype in DTYPES
         and query.dtype == segments.keys.dtype
         and dim % 16 == 0
         and dim <= MAX_HEAD_DIM
         and (per_segment <= MAX_QUERIES or len(segments.keys) <= SHORT * len(segments.lengths))
+        and query.dtype in load().dtypes
     )
 
 
@@ -100,8 +100,9 @@ def load() -> Native:
     library.headwise_features.restype = ctypes.c_char_p
     reader = library.headwise_read
     reader.argtypes, reader.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int), ctypes.c_int64
+    dtypes = frozenset(DTYPES) - (set() if library.headwise_has_float16() else {torch.float16})
     features = library.headwise_features().decode()
-    return Native(path=path, features=features, function=function, reader=reader, built=built)
+    return Native(path=path, features=features, dtypes=dtypes, function=function, reader=reader, built=built)
 
 
 def read(states: Tensor) -> None:

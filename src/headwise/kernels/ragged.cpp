@@ -444,6 +444,9 @@ extern "C" int headwise_attend(const int64_t* arguments, double scaling, int dty
   }
 }
 
+// Whether float16 is served: not where the CPU cannot convert it.
+extern "C" int headwise_has_float16() { return HAS_FLOAT16; }
+
 // What the build makes use of, for `headwise doctor`.
 extern "C" const char* headwise_features() {
 #if defined(__AVX512BF16__)
