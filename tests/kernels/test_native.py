@@ -1,8 +1,10 @@
 """The C++ kernel against the reference, and what happens where it cannot be built."""
 
+import ctypes
 import subprocess
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,6 +215,36 @@ def test_a_damaged_library_is_named(nothing_cached):
     (nothing_cached / f"ragged-{name}.so").write_bytes(b"no library")
     with pytest.raises(KernelUnavailable, match="delete it"):
         native.load()
+
+
+@pytest.fixture(scope="module")
+def avx512(tmp_path_factory):
+    """The library as CPUs with AVX-512 and bfloat16 dot products get it; those instructions are emulated."""
+    made = str(tmp_path_factory.mktemp("avx512") / "made.so")
+    emulation = str(Path(__file__).with_name("avx512.h"))
+    command = [native.find_compiler(), *native.FLAGS, "-include", emulation, str(native.SOURCE), "-o", made]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(made)
+    library.headwise_features.restype = ctypes.c_char_p
+    assert library.headwise_features() == b"AVX-512, bfloat16 dot products"
+    library.headwise_attend.argtypes = native.load().function.argtypes
+    return replace(native.load(), function=library.headwise_attend)
+
+
+@needs_compiler
+@pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="the emulation is made of AVX2")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("group", "num_new"), [(1, 1), (3, 1), (4, 1), (8, 2)])
+@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])  # of 16 and 80, dot products of 32 numbers cannot be made
+def test_the_code_for_avx512(avx512, monkeypatch, dtype, group, num_new, dim, threads):
+    case = make_case(
+        [1000, 5, 70, 33], [0, 1], group=group, num_new=num_new, dim=dim, tail=20, dtype=dtype, masked=True
+    )
+    exact = exactly(*case)
+    plain = pages.attend(*case).double() - exact
+    monkeypatch.setattr(native, "load", lambda: avx512)
+    assert (native.attend(*case).double() - exact).norm() <= 2 * plain.norm()
 
 
 @needs_compiler
