@@ -126,6 +126,12 @@ def test_an_environment_without_kvpress_is_refused():
         run("generate", Settings(**SMALL | {"kvpress": Path(sys.executable)}))
 
 
+def test_peaks_need_linux(monkeypatch, tmp_path):
+    monkeypatch.setattr(candidates, "PEAKS", tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="on Linux only"):
+        run("memory", Settings(**SMALL))
+
+
 def test_kvpress_is_among_the_candidates_where_it_is_there():
     python = Path("env/bin/python")
     assert default_methods(["lkv"], None) == ("lkv",)

@@ -18,6 +18,7 @@ from headwise.evals.answers import known_methods
 
 FULL = "full"
 KVPRESS = "kvpress:"
+PEAKS = Path("/proc/self/clear_refs")  # where a process on Linux has its peak of memory forgotten
 PRESSES = ("adakv", "snapkv", "keydiff", "expected")
 
 Progress = Callable[[int, int, str], None]
@@ -46,7 +47,7 @@ class Settings:
             raise BadInput(f"keep={self.keep} is a share in (0, 1].")
         if min(self.tokens, self.new_tokens, self.batch) < 1:
             raise BadInput("tokens, new tokens and batch must be at least 1.")
-        known_methods([method for method in self.methods if not method.startswith(KVPRESS)])
+        known_methods([FULL, *(method for method in self.methods if not method.startswith(KVPRESS))])
         pressed = [method.removeprefix(KVPRESS) for method in self.methods if method.startswith(KVPRESS)]
         if unknown := [press for press in pressed if press not in PRESSES]:
             raise BadInput(f"kvpress:{unknown[0]} is not measured; choose {', '.join(KVPRESS + p for p in PRESSES)}.")
@@ -88,6 +89,10 @@ class Row:
 
 def run(benchmark: str, settings: Settings, *, progress: Progress | None = None) -> list[Row]:
     """Measure, the full cache first. Raises BadInput, WrongResult, HeadwiseError where a process fails."""
+    if settings.device == "cpu" and not PEAKS.exists():
+        raise BadInput(
+            "the peak of a process's memory can be measured on Linux only; on a GPU (--device cuda) anywhere."
+        )
     shape = shape_for(settings.model, settings.layers)
     if settings.kvpress is not None:
         require_kvpress(settings.kvpress)

@@ -61,7 +61,9 @@ class Memory:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
             return torch.cuda.memory_allocated(self.device)
-        ctypes.CDLL(None).malloc_trim(0)
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:  # glibc's
+            trim(0)
         return _status("VmRSS")
 
     def reset_peak(self) -> None:
