@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from headwise.bench import candidates
 from headwise.bench.candidates import Settings, default_methods, run
-from headwise.bench.measuring import WrongResult
+from headwise.bench.measuring import WrongResult, checked
 from headwise.errors import BadInput, HeadwiseError
+from headwise.kernels import pages
+from headwise.layout import Segments
 
 SMALL = {
     "model": "random-narrow",
@@ -91,6 +94,7 @@ def test_savings_and_speed_are_against_the_full_cache(monkeypatch):
         ({"logits": [[float("nan"), 2.0]]}, "keydiff: logits after the prefill are nan"),
         ({"kernel_errors": [(1e-7, 1e-7), (2.1e-7, 1e-7)]}, "keydiff: attention is 2.1e-07"),
         ({"kernel_errors": [(float("nan"), 1e-7)]}, "keydiff: attention is nan"),
+        ({"kernel_errors": []}, "keydiff: no attention of its cache was seen"),
     ],
 )
 def test_wrong_results_are_not_shown(monkeypatch, wrong, message):
@@ -99,6 +103,23 @@ def test_wrong_results_are_not_shown(monkeypatch, wrong, message):
     )
     with pytest.raises(WrongResult, match=message):
         run("generate", Settings(**SMALL))
+
+
+@pytest.mark.parametrize("wrong", [1.0, 1.01])
+def test_a_kernel_is_not_compared_with_itself(wrong):
+    """Pages too, where there is no compiler."""
+    generator = torch.Generator().manual_seed(0)
+    query, tail_keys, tail_values = (
+        torch.randn(1, 2, n, m, 16, generator=generator) for n, m in ((2, 1), (1, 3), (1, 3))
+    )
+    keys, values = (torch.randn(90, 16, generator=generator) for _ in range(2))
+    segments = Segments(keys=keys, values=values, positions=torch.arange(90), lengths=(70, 20), kv_heads=2)
+    errors = []
+    attend = checked(lambda *arguments: wrong * pages.attend(*arguments), errors)
+    attend(query, segments, torch.tensor([0]), tail_keys[:, :, 0], tail_values[:, :, 0], None, 0.25)
+    ((found, plain),) = errors
+    assert 0 < plain < 1e-6
+    assert (found <= 2 * plain) == (wrong == 1)
 
 
 def test_a_process_that_fails_says_why():

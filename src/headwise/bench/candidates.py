@@ -151,6 +151,8 @@ def _require_right(settings: Settings, method: str, one: dict[str, Any], full: d
         raise WrongResult(
             f"{method}: logits after the prefill are {apart:.1e} from the full cache's: nothing is shown."
         )
+    if one["kernel_errors"] == []:
+        raise WrongResult(f"{method}: no attention of its cache was seen, so none was checked: nothing is shown.")
     for found, plain in one["kernel_errors"] or []:
         if not found <= MOST * plain:
             raise WrongResult(

@@ -10,14 +10,16 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from headwise.errors import BadInput, HeadwiseError
-from headwise.kernels import pages, reference
+from headwise.kernels import reference
 from headwise.layout import Segments
 
 MOST = 2.0  # times PyTorch's own error
@@ -49,7 +51,7 @@ def checked(kernel: Callable[..., Tensor], errors: list[tuple[float, float]]) ->
         scaling: float,
     ) -> Tensor:
         found = kernel(query, segments, rows, tail_keys, tail_values, mask, scaling)
-        plain = pages.attend(query, segments, rows, tail_keys, tail_values, mask, scaling)
+        plain = _by_pytorch(query, segments, rows, tail_keys, tail_values, mask, scaling)
         precise = replace(segments, keys=segments.keys.double(), values=segments.values.double())
         tail = tail_keys.double(), tail_values.double()
         exact = reference.attend(query.double(), precise, rows, *tail, mask, scaling)
@@ -57,6 +59,27 @@ def checked(kernel: Callable[..., Tensor], errors: list[tuple[float, float]]) ->
         return found
 
     return attend
+
+
+def _by_pytorch(
+    query: Tensor,
+    segments: Segments,
+    rows: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """PyTorch's SDPA, one head at a time: no kernel of ours, or that one would be compared with itself."""
+    out = torch.empty_like(query)
+    for b, h in product(range(query.shape[0]), range(query.shape[1])):
+        part = segments.slice(int(rows[b]) * segments.kv_heads + h)
+        keys = torch.cat([segments.keys[part], tail_keys[b, h]])
+        values = torch.cat([segments.values[part], tail_values[b, h]])
+        seen = None if mask is None else functional.pad(mask[b], (part.stop - part.start, 0), value=True)
+        pair = (states.expand(query.shape[2], -1, -1) for states in (keys, values))
+        out[b, h] = functional.scaled_dot_product_attention(query[b, h], *pair, attn_mask=seen, scale=scaling)
+    return out
 
 
 @contextmanager
