@@ -107,6 +107,13 @@ class EntryScores(nn.Module):
         hidden = functional.gelu(features @ self.weight_in[layer] + self.bias_in[layer])
         return torch.einsum("bhnf,hf->bhn", hidden, self.weight_out[layer])
 
+    def of_heads(self, heads: slice) -> "EntryScores":
+        """The networks of these KV heads of every layer (copies)."""
+        layers, kv_heads, width, _ = self.weight_in[:, heads].shape
+        some = EntryScores(layers, kv_heads, (width - 2 - PLACE_FEATURES) // 2)
+        some.load_state_dict({name: tensor[:, heads] for name, tensor in self.state_dict().items()})
+        return some.requires_grad_(False)
+
 
 def entry_features(
     keys: Float[Tensor, "batch kv_heads tokens head_dim"],

@@ -107,6 +107,10 @@ class AbstractScorer(ABC):
         """The scorer to use on this model. Raises ArtifactMismatch if it was made for another."""
         return self
 
+    def of_heads(self, heads: slice) -> "AbstractScorer":
+        """The scorer for some of the KV heads of every layer, where each process has its own (tensor parallelism)."""
+        return self
+
     def accumulate(self, statistics: Statistics, chunk: Chunk) -> Statistics:
         """Fold one chunk into the statistics; the result must not depend on how the context was cut into chunks."""
         return statistics

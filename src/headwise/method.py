@@ -105,15 +105,22 @@ class Entry:
     summary: str
     paper: str = ""
     file: Literal["none", "optional", "needed"] = "none"
+    # Whether vLLM can be served with it: a scorer that needs no more than a head's keys, values and the last queries;
+    # an allocator whose counts are the same for every prompt of a length.
+    served: bool = False
 
 
 SCORERS: Mapping[str, Entry] = MappingProxyType(
     {
         "random": Entry(make=Random, summary="uniform random scores: the floor every method must beat"),
-        "streaming": Entry(make=Streaming, summary="first 4 tokens and the most recent ones", paper="2309.17453"),
-        "knorm": Entry(make=Knorm, summary="small key norm", paper="2406.11430"),
-        "keydiff": Entry(make=KeyDiff, summary="keys unlike the mean key", paper="2504.15364"),
-        "snapkv": Entry(make=SnapKV, summary="attention of the last window of queries", paper="2404.14469"),
+        "streaming": Entry(
+            make=Streaming, summary="first 4 tokens and the most recent ones", paper="2309.17453", served=True
+        ),
+        "knorm": Entry(make=Knorm, summary="small key norm", paper="2406.11430", served=True),
+        "keydiff": Entry(make=KeyDiff, summary="keys unlike the mean key", paper="2504.15364", served=True),
+        "snapkv": Entry(
+            make=SnapKV, summary="attention of the last window of queries", paper="2404.14469", served=True
+        ),
         "tova": Entry(make=TOVA, summary="attention of the last query", paper="2401.06104"),
         "h2o": Entry(make=H2O, summary="attention accumulated over all queries", paper="2306.14048"),
         "expected": Entry(make=ExpectedAttention, summary="attention expected from future queries", paper="2510.00636"),
@@ -126,15 +133,19 @@ SCORERS: Mapping[str, Entry] = MappingProxyType(
             summary="learned from keys and values: lkv-t@FILE, or lkv-t where gates are shipped",
             paper="2605.06676",
             file="optional",
+            served=True,
         ),
     }
 )
 
 ALLOCATORS: Mapping[str, Entry] = MappingProxyType(
     {
-        "uniform": Entry(make=Uniform, summary="the same count for every head"),
+        "uniform": Entry(make=Uniform, summary="the same count for every head", served=True),
         "pyramid": Entry(
-            make=Pyramid, summary="more for early layers, linearly less for late ones", paper="2406.02069"
+            make=Pyramid,
+            summary="more for early layers, linearly less for late ones",
+            paper="2406.02069",
+            served=True,
         ),
         "adakv": Entry(make=AdaKV, summary="heads of a layer compete with their scores", paper="2407.11550"),
         "global": Entry(make=Global, summary="all heads of all layers compete with their scores"),
@@ -143,18 +154,21 @@ ALLOCATORS: Mapping[str, Entry] = MappingProxyType(
             summary="per-head fractions from a Budget file: fixed@FILE",
             paper="2410.10819",
             file="needed",
+            served=True,
         ),
         "lukv": Entry(
             make=lambda path=None: ShippedLUKV() if path is None else LUKV(budget=Budget.load(path)),
             summary="solved from a profile of the model and scorer: lukv@FILE, or lukv where a budget is shipped",
             paper="2602.08585",
             file="optional",
+            served=True,
         ),
         "lkv-h": Entry(
             make=lambda path=None: ShippedLKVH() if path is None else learned_budgets(load_gates(path)),
             summary="learned budgets: lkv-h@FILE, or lkv-h where gates are shipped",
             paper="2605.06676",
             file="optional",
+            served=True,
         ),
     }
 )
@@ -177,6 +191,13 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "lkv": "lkv-t+lkv-h",
     }
 )
+
+
+def entries_of(name: str) -> tuple[str, str]:
+    """Which scorer and which allocator a name stands for, as SCORERS and ALLOCATORS know them. Raises BadInput."""
+    Method.parse(name)
+    scorer, allocator = (half.partition("@")[0] for half in _halves(name.strip()))
+    return scorer, allocator
 
 
 def paper_of(alias: str) -> str:

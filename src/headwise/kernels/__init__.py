@@ -4,6 +4,8 @@ reference   one head at a time: the truth                    everywhere
 pages       pure PyTorch                                     everywhere
 native      C++, compiled at first use                       CPU, with a compiler
 triton      Triton                                           GPU
+
+For serving there are two more, over pools of pages: `paged_attention` picks one.
 """
 
 import warnings
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from headwise.errors import BadInput, KernelUnavailable
-from headwise.kernels import native, pages, reference
+from headwise.kernels import native, paged, pages, reference
 
 Kernel = Callable[..., Tensor]
 KERNELS: dict[str, Kernel] = {"pages": pages.attend, "reference": reference.attend}  # those that run everywhere
@@ -41,6 +43,15 @@ def get_kernel(name: str) -> Kernel:
 def attend_auto(query: Tensor, *arguments: Any) -> Tensor:
     """The fastest kernel for where the query is; see `reference.attend` for the arguments."""
     return _by_device(query.device.type)(query, *arguments)
+
+
+def paged_attention(device: torch.device) -> Kernel:
+    """Attention over a paged pool, for serving: the kernel for a device. See `paged.attend` for the arguments."""
+    if device.type == "cuda" and _has_triton():
+        from headwise.kernels import triton_paged
+
+        return triton_paged.attend
+    return paged.attend
 
 
 def fastest(device: torch.device) -> str:

@@ -1,6 +1,6 @@
 """The learned scorer: LKV-T, from an entry's key and value alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,11 @@ class LKVT(AbstractScorer):
         """Itself. Raises ArtifactMismatch for another model."""
         self.gates.require(shape, config_hash)
         return self
+
+    def of_heads(self, heads: slice) -> "LKVT":
+        """With the networks of these KV heads alone."""
+        assert self.gates.scores is not None
+        return LKVT(gates=replace(self.gates, scores=self.gates.scores.of_heads(heads)))
 
     def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
         """Score every token of one layer."""

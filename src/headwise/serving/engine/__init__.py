@@ -1,0 +1,10 @@
+"""What vLLM loads. Tested with the version in `plugin.TESTED`; nothing of vLLM is changed or patched.
+
+plugin      register(): the entry point in vLLM's general plugins
+checks      the configuration hook of our architecture: settings become tiers, what cannot work is refused
+groups      TierSpec and TierManager: KV-cache groups that give blocks back (scheduler)
+backend     what vLLM asks of an attention backend, and the metadata it builds at each step
+step        a step's batch: what every query sees, which prompts end
+attention   attention and compaction of one layer (workers)
+model       the model: Hugging Face's, run by vLLM, with our attention
+"""

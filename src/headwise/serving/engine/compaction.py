@@ -1,0 +1,133 @@
+"""Cutting a prompt that has been read: the scorer says what a head keeps, and it moves into the prompt's last slots."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from headwise.interfaces import Observation, Rotary
+from headwise.method import Method
+from headwise.select import protected_mask, protection_order, select
+from headwise.serving.engine.step import GroupStep, Row, Step
+from headwise.shapes import ModelShape
+
+
+class Compactor:
+    """Cuts the prompts of one rank's heads, layer by layer."""
+
+    def __init__(self, method: Method, shape: ModelShape, rotary: Callable[[], Rotary], max_requests: int):
+        self.method = method
+        self.shape = shape  # of this rank
+        self.rotary = rotary
+        self.windows = [Windows(method.scorer.query_window, 2 * max_requests) for _ in shape.layers]
+
+    def cut(
+        self,
+        layer: int,
+        step: Step,
+        groups: Sequence[GroupStep],
+        queries: Tensor,
+        scaling: float,
+        pool: Tensor,
+        regions: Tensor,
+    ) -> None:
+        """Cut every prompt that ends at this step; note the last queries of the others.
+
+        `queries` [T, Hq, D] are the batch's; `regions` [H] the first page of every head in `pool` [pages, block, 2 D].
+        """
+        if self.method.scorer.query_window:
+            for row in step.now.rows:
+                if row.start < row.prompt:
+                    self.windows[layer].add(first_block(groups[0], row), row, queries)
+        for row in step.ending:
+            freed = [group.spec.freed_blocks(row.prompt) for group in groups]
+            window = self.windows[layer].take(first_block(groups[0], row), row, queries)
+            if any(freed):
+                self._cut(layer, row, groups, freed, window, scaling, pool, regions)
+
+    def _cut(
+        self,
+        layer: int,
+        row: Row,
+        groups: Sequence[GroupStep],
+        freed: Sequence[int],
+        window: Tensor,
+        scaling: float,
+        pool: Tensor,
+        regions: Tensor,
+    ) -> None:
+        block, width, device = pool.shape[1], pool.shape[2], pool.device
+        tables = torch.stack([group.common.block_table_tensor[row.index] for group in groups])  # [H, blocks]
+        token = torch.arange(row.prompt, device=device)
+        slots = (tables[:, token // block] + regions[:, None]) * block + token % block  # [H, P], of the whole pool
+        entries = pool.view(-1, width)[slots]  # a copy: [H, P, 2 D]
+        gone = torch.tensor(freed, device=device) * block
+        kept = self._keep(layer, entries, window, scaling, row.prompt - gone)
+        # As many slots from the first that stays as entries are kept, head by head, both in the order of tokens.
+        pool.view(-1, width)[slots[token >= gone[:, None]]] = entries[kept]
+
+    def _keep(self, layer: int, entries: Tensor, window: Tensor, scaling: float, counts: Tensor) -> Tensor:
+        """Which tokens of a prompt every head keeps: [H, P]."""
+        method, tokens, dim = self.method, entries.shape[1], self.shape.head_dim
+        valid = torch.ones(1, tokens, dtype=torch.bool, device=entries.device)
+        observation = Observation(
+            shape=self.shape,
+            layer=layer,
+            keys=entries[None, ..., :dim],
+            values=entries[None, ..., dim:],
+            queries=window.transpose(0, 1)[None],
+            valid=valid,
+            positions=torch.arange(tokens, device=entries.device)[None],
+            output_weight=entries.new_empty(self.shape.query_heads, dim, 0),  # not asked for by what is served
+            scaling=scaling,
+            rotary=self.rotary(),
+            statistics={},
+            totals=(),
+        )
+        order = None if method.keeps_protected else protection_order(valid, method.sink, method.window)
+        protected = protected_mask(valid, method.sink, method.window)
+        return select(method.scorer.score(observation), counts[None], valid, protected, order)[0]
+
+
+class Windows:
+    """The last queries of prompts that are being read in chunks: a prompt's end may bring one token only.
+
+    A prompt goes by the physical block of its first token, which no other prompt has before this one has been read. One
+    that was given up leaves its queries here until another takes its block or `capacity` prompts have come after it.
+    """
+
+    def __init__(self, size: int, capacity: int):
+        self.size = size
+        self.capacity = capacity
+        self._held: OrderedDict[int, tuple[int, Tensor]] = OrderedDict()  # block -> next token, queries [W, Hq, D]
+
+    def add(self, block: int, row: Row, queries: Tensor) -> None:
+        """Note what a chunk brings of the prompt's last queries."""
+        fresh = self._fresh(row, queries)
+        held = self._held.pop(block, None) if row.start else None
+        if row.start == 0:
+            self._held.pop(block, None)  # of another prompt, which was given up
+        if held is not None and held[0] == row.start:
+            fresh = torch.cat([held[1], fresh])
+        if len(fresh):
+            self._held[block] = (row.border, fresh.clone())
+            while len(self._held) > self.capacity:
+                self._held.popitem(last=False)
+
+    def take(self, block: int, row: Row, queries: Tensor) -> Tensor:
+        """The last queries of a prompt that ends with this chunk: [W, Hq, D]."""
+        if not self.size:
+            return queries[:0]
+        _, window = self._held.pop(block)
+        assert len(window) == min(self.size, row.prompt), "queries of the prompt's end are missing"
+        return window
+
+    def _fresh(self, row: Row, queries: Tensor) -> Tensor:
+        begin = max(row.start, row.prompt - self.size)
+        return queries[row.first + begin - row.start : row.first + max(begin, row.border) - row.start]
+
+
+def first_block(group: GroupStep, row: Row) -> int:
+    """The physical block of a request's first token."""
+    return int(group.common.block_table_tensor[row.index, 0])

@@ -1,0 +1,140 @@
+"""What a server is told about headwise, and what follows from it for a model: method, tiers, or a refusal.
+
+The same settings are read where the engine starts, in the scheduler and in every worker, so they are plain JSON.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from headwise.artifacts import config_hash
+from headwise.errors import BadInput, UnsupportedModel
+from headwise.hf.families import max_positions, shape_of
+from headwise.keep import Keep, parse_keep
+from headwise.method import ALLOCATORS, SCORERS, Entry, Method, entries_of
+from headwise.ragged.prefill import make_plan
+from headwise.serving.tiers import Tiers, quantise
+from headwise.shapes import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How a server compresses.
+
+    `method` is a scorer and an allocator whose counts are the same for every prompt of a length, `keep` a fraction of
+    all entries. Head budgets are rounded to `tiers` values. `context` is the prompt length that budgets are solved for
+    (None: the longest that is served); they are fractions, so other lengths follow.
+    """
+
+    method: str
+    keep: float | str
+    tiers: int = 8
+    context: int | None = None
+
+    def __post_init__(self) -> None:
+        _fraction(self.keep)
+        for name in ("tiers", "context"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+                if name == "context" and value is None:
+                    continue
+                raise BadInput(f"headwise: {name}={value!r} must be a whole number, 1 or more.")
+        require_servable(self.method)
+
+    @classmethod
+    def parse(cls, given: object) -> "Settings":
+        """From JSON. Raises BadInput naming what is wrong and what would work."""
+        known = [field.name for field in fields(cls)]
+        if not isinstance(given, Mapping):
+            raise BadInput(
+                f"headwise: settings are missing (found {given!r}). Start vLLM with --hf-overrides "
+                '\'{"architectures": ["HeadwiseForCausalLM"], "headwise": {"method": "keydiff+uniform", "keep": 0.2}}\''
+            )
+        for name in given:
+            if name not in known:
+                close = get_close_matches(str(name), known, n=1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise BadInput(f"headwise: there is no setting {name!r}.{hint} Known: {', '.join(known)}.")
+        for name in ("method", "keep"):
+            if name not in given:
+                raise BadInput(f"headwise: the setting {name!r} is missing; for instance method='keydiff', keep=0.2.")
+        if not isinstance(given["method"], str):
+            raise BadInput(f"headwise: method={given['method']!r} must be a name such as 'keydiff+lukv'.")
+        return cls(**given)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `parse` takes."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """A method, resolved for a model, with its tiers."""
+
+    settings: Settings
+    method: Method
+    shape: ModelShape
+    tiers: Tiers
+    fractions: Float[Tensor, "layers kv_heads"]  # before they were rounded to tiers
+
+    @classmethod
+    def of(cls, settings: Settings, config: PretrainedConfig, longest: int | None = None) -> "Served":
+        """Raises BadInput, UnsupportedModel, ArtifactMismatch, BudgetInfeasible.
+
+        `longest` is the longest prompt that will be served (None: what the model was made for).
+        """
+        method, shape = resolved(settings, config)
+        context = settings.context or longest or max_positions(config)
+        fractions = static_fractions(method, _fraction(settings.keep), shape, context)
+        floor = max(1, (method.sink + method.window) * method.keeps_protected)
+        tiers = quantise(fractions, settings.tiers, floor=floor, tokens=context)
+        return cls(settings=settings, method=method, shape=shape, tiers=tiers, fractions=fractions)
+
+
+def resolved(settings: Settings, config: PretrainedConfig) -> tuple[Method, ModelShape]:
+    """The method for a model that can be served. Raises BadInput, UnsupportedModel, ArtifactMismatch."""
+    shape = shape_of(config)
+    if len(shape.layers) < shape.num_layers:
+        raise UnsupportedModel(
+            f"headwise: this {config.model_type} model has sliding-window layers, which share no page size with single "
+            "heads: it can be compressed with transformers (headwise.compress), not served."
+        )
+    text = config.get_text_config()
+    return Method.parse(settings.method).for_model(shape, config_hash(text.to_dict())), shape
+
+
+def require_servable(method: str) -> None:
+    """Raise BadInput, naming what would work, unless scorer and allocator can be served."""
+    scorer, allocator = entries_of(method)
+    _require(method, "scorer", scorer, SCORERS, "it needs more of the model than a server keeps")
+    _require(method, "allocator", allocator, ALLOCATORS, "its counts depend on the prompt, but block tables do not")
+
+
+def static_fractions(method: Method, keep: Keep, shape: ModelShape, tokens: int) -> Float[Tensor, "layers kv_heads"]:
+    """What every head keeps of a context of so many tokens, by an allocator that does not look at scores."""
+    valid = torch.ones(1, tokens, dtype=torch.bool)
+    plan = make_plan(method, keep, shape=shape, entry_bytes=1, valid=valid, positions=torch.arange(tokens)[None])
+    layers, scores = range(len(shape.layers)), torch.zeros(len(shape.layers), 1, shape.kv_heads, tokens)
+    counts = method.allocator.allocate(scores, valid & ~plan.protected, layers, plan.demand)
+    return counts[:, 0].double() / tokens
+
+
+def _require(method: str, kind: str, name: str, registry: Mapping[str, Entry], reason: str) -> None:
+    if not registry[name].served:
+        able = ", ".join(word for word, entry in registry.items() if entry.served)
+        raise BadInput(f"headwise: {method!r} cannot be served, because of its {kind} {name!r}: {reason}. Use {able}.")
+
+
+def _fraction(value: float | str) -> Keep:
+    keep = parse_keep(value)
+    if keep.kind != "fraction":
+        raise BadInput(
+            f"headwise: keep={value!r} must be a fraction when serving, such as 0.2: prompts differ in length."
+        )
+    return keep
