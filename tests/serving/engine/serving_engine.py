@@ -1,8 +1,10 @@
 """For tests that serve the bundled model with vLLM: prompts, expected tokens, engines in their own processes."""
 
 import json
+import random
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import headwise
 from headwise.evals.suites import Sizes, make_tasks, parse_tasks
-from headwise.serving import Served, Settings, equivalent
+from headwise.serving import Served, Settings, equivalent, vllm_arguments
 
 MODEL = str(Path(headwise.__file__).parent / "reference")
 DRIVE = Path(__file__).with_name("drive.py")
 LONGEST = 2048  # tokens, prompt and answer
+LONG_COUNT = 90  # enough for answers to need blocks that are not there
 BLOCK = 16
 TASKS = "mini-ruler:niah_single,niah_multikey,niah_multivalue,niah_multiquery,vt,cwe,fwe"
 
@@ -76,3 +79,43 @@ def drive(folder: Path, **job: Any) -> dict[str, Any]:
     )
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(path.read_text())
+
+
+# What is served, by name. Made when asked for: prompts need the tokenizer.
+LUKV, LKV, SNAPKV = ("keydiff+lukv", 0.2), ("lkv", 0.2), ("snapkv", 0.2)
+MIXED = ((200, 500, 900, 1400), 2)  # 56 prompts
+FEWER = ((200, 500, 900), 1)  # 21
+SHORT = ((200,), 2)  # 14
+COUNT = 16  # tokens of an answer
+TIGHT = {"max_model_len": 1100, "num_gpu_blocks_override": 1750}
+
+
+def _job(method: tuple[str, float] | None, prompts: list[list[int]], count: int = COUNT, **engine: Any) -> dict:
+    arguments = {} if method is None else vllm_arguments(method[0], keep=method[1], context=LONGEST)
+    batch = {"max_num_batched_tokens": 512, "max_num_seqs": 16}
+    return {"engine": {**arguments, **batch, **engine}, "prompts": prompts, "max_tokens": count}
+
+
+def _random_prompts(count: int, longest: int) -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(5, 500) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
+
+
+def long_prompts(count: int) -> list[list[int]]:
+    """Of 1900 tokens each: speed does not depend on what they say."""
+    rng = random.Random(1)
+    return [[rng.randrange(5, 500) for _ in range(1900)] for _ in range(count)]
+
+
+JOBS: dict[str, Callable[[], dict[str, Any]]] = {
+    "mixed": lambda: _job(LUKV, mini_ruler_prompts(*MIXED)),
+    "ranks": lambda: _job(LKV, mini_ruler_prompts(*FEWER), tensor_parallel_size=2),
+    "lkv": lambda: _job(LKV, mini_ruler_prompts(*FEWER)),
+    "aborted": lambda: {**_job(LUKV, _random_prompts(500, 200), count=6), "aborts": 0.06, "spread": True},
+    "chunks": lambda: _job(SNAPKV, mini_ruler_prompts(*FEWER), max_num_batched_tokens=48),
+    "preempted": lambda: _job(LKV, mini_ruler_prompts(*SHORT), LONG_COUNT, **TIGHT),
+    "all kept": lambda: _job(("keydiff+lukv", 1.0), mini_ruler_prompts(*FEWER), block_size=32),
+    "stock": lambda: _job(None, mini_ruler_prompts(*FEWER), block_size=32),
+    "pyramid": lambda: _job(("knorm+pyramid", 0.25), mini_ruler_prompts(*FEWER)[::3]),
+    "long": lambda: _job(LUKV, mini_ruler_prompts((1700,), 1)[:1]),
+}

@@ -5,7 +5,7 @@ page `region * num_blocks + block` of the whole is a block of any head, and one 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,12 +100,12 @@ class HeadwiseAttention(nn.Module):
         out = torch.zeros_like(query)
         if metadata is None:  # vLLM measures the memory of a forward pass
             return out
-        assert isinstance(metadata, dict)
-        step = self.steps.of(metadata)
+        by_head = cast(dict[str, GroupStep], metadata)
+        step = self.steps.of(by_head)
         count = step.num_queries
         if count == 0:
             return out
-        groups = [metadata[head.layer_name] for head in self.heads]
+        groups = [by_head[head.layer_name] for head in self.heads]
         pool, regions = self._bound()
         queries = query[:count].view(count, -1, self.head_dim)
         self._write(key[:count], value[:count], groups, pool, regions)

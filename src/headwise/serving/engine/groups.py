@@ -1,7 +1,6 @@
 """KV-cache groups that give their leading blocks back when the prompt has been read (the scheduler's side)."""
 
 from dataclasses import dataclass
-from typing import Self
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
@@ -25,7 +24,7 @@ class TierSpec(FullAttentionSpec):
         return all(spec == self for spec in kv_cache_specs.values())
 
     @classmethod
-    def merge(cls, specs: list[Self]) -> Self:
+    def merge(cls, specs: list["TierSpec"]) -> "TierSpec":  # pyright: ignore[reportIncompatibleMethodOverride]
         """Only equals share a group: full attention's own rule would forget `keep`."""
         if any(spec != specs[0] for spec in specs):
             raise AssertionError("heads of different tiers cannot share a KV-cache group")  # what vLLM expects

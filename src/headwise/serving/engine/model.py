@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
@@ -39,10 +39,10 @@ class HeadwiseForCausalLM(TransformersForCausalLM):
 
     def _rotary(self) -> ModelRotary:
         """The rotary embedding of the latest forward pass."""
-        config, module = self.config.get_text_config(), self.model.get_decoder().rotary_emb
+        config, decoder = self.config.get_text_config(), cast(Any, self.model).get_decoder()
         assert not FAMILIES[config.model_type].typed_rotary
         return ModelRotary(
-            frequencies=module.inv_freq.detach().float().clone(),
-            attention_scaling=float(module.attention_scaling),
+            frequencies=decoder.rotary_emb.inv_freq.detach().float().clone(),
+            attention_scaling=float(decoder.rotary_emb.attention_scaling),
             head_dim=self.model_config.get_head_size(),
         )
