@@ -82,9 +82,10 @@ def _parts(
     nth = torch.arange(pages)
     wanted = torch.minimum(nth, (left[:, None] - 1) // block)  # no page beyond a sequence's last is looked up
     owner, index = owner.to(query.device), (first[:, None] + wanted).to(query.device)
-    entries = pool[tables[owner[:, None], index]].flatten(1, 2)[:, None]  # [parts, 1, pages * block, 2 D]
+    rows = pool.index_select(0, tables[owner[:, None], index].flatten()).flatten(0, 1)  # a copy
     seen = torch.arange(pages * block) < left[:, None]
-    entries = entries.masked_fill(~seen[:, None, :, None].to(query.device), 0)  # a page may hold anything beyond
+    rows.index_fill_(0, (~seen).flatten().nonzero()[:, 0].to(query.device), 0)  # a page may hold anything beyond
+    entries = rows.view(len(owner), 1, pages * block, -1)
     bias = bias_of(seen, query.dtype).to(query.device)[:, None, None]
     out, lse = attend_part(query[owner, None], entries[..., :dim], entries[..., dim:], bias, scaling)
     return out[:, 0], lse[:, 0], owner
@@ -129,4 +130,5 @@ def read(
 ) -> Float[Tensor, "kv_heads length width"]:
     """The first `length` entries of every head of a request (a copy)."""
     needed = -(-length // pool.shape[1])
-    return pool[tables[:, :needed]].flatten(1, 2)[:, :length]
+    pages = pool.index_select(0, tables[:, :needed].flatten())
+    return pages.view(len(tables), -1, pool.shape[2])[:, :length]
