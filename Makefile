@@ -49,7 +49,7 @@ test-lm-eval:  ## Through the real lm-evaluation-harness: 420 MB more to install
 
 test-vllm: .venv-vllm/.installed  ## The plugin in vLLM itself: types, and the bundled model served
 	.venv-vllm/bin/pyright --pythonpath .venv-vllm/bin/python -p tests/serving/engine
-	.venv-vllm/bin/python -m pytest -W default --durations=5 tests/serving/engine
+	.venv-vllm/bin/python -m pytest -W default -s --durations=5 tests/serving/engine
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-lm-eval .venv-vllm

@@ -262,7 +262,7 @@ def test_bench_prefill_prints_a_row_for_every_method_and_context(run):
 
 def test_methods_lists_everything_registered(run):
     rows = json.loads(succeed(run, "methods --json"))
-    assert all(set(row) == {"kind", "name", "summary", "paper"} for row in rows)
+    assert all(set(row) == {"kind", "name", "summary", "paper", "served"} for row in rows)
     names = {kind: [row["name"] for row in rows if row["kind"] == kind] for kind in ("scorer", "allocator", "alias")}
     assert names == {"scorer": [*SCORERS], "allocator": [*ALLOCATORS], "alias": [*ALIASES]}
     out = succeed(run, "methods")
@@ -290,6 +290,29 @@ def test_inspect_describes_a_cache(run, model_folders, tmp_path):
     found = json.loads(succeed(run, f"inspect {tmp_path}/stone.safetensors --json"))
     assert (found["kind"], found["keep"]) == ("cache", "0.5")
     assert found["method"]["scorer"]["name"] == "KeyDiff"
+
+
+def test_tiers_say_what_a_server_would_keep(run, model_folders, tmp_path):
+    (tmp_path / "config.json").write_text((model_folders["base"] / "config.json").read_text())
+    line = f"tiers -m {tmp_path} --method snapkv+pyramid -k 25% -c 1k --block-size 8 --tiers 2"
+    found = json.loads(succeed(run, f"{line} --json"))
+    assert sum(tier["heads"] for tier in found["tiers"]) == 6
+    assert len(found["tiers"]) == 2
+    assert found["average_keep"] == pytest.approx(0.25, abs=1e-4)
+    assert found["blocks_reading"] == 128 * 6 // found["heads_per_group"]
+    assert found["blocks_kept"] < found["blocks_reading"] / 3
+    assert (found["floor"], found["keep"]) == (32, 0.25)
+    words = shlex.split(found["command"])
+    assert words[:3] == ["vllm", "serve", str(tmp_path)]
+    assert json.loads(words[-1])["headwise"] == {
+        "method": "snapkv+pyramid",
+        "keep": 0.25,
+        "tiers": 2,
+        "context": 1024,
+    }
+    out = succeed(run, line)
+    assert "KV heads" in out
+    assert found["command"] in out
 
 
 def test_plan_needs_the_configuration_only(run, model_folders, tmp_path):
@@ -326,6 +349,10 @@ WRONG = {
     f"compare {OWN} --dtype int4": "choose auto, float32",
     f"compare {OWN} --device abacus": "cannot be used",
     "compare -m /no/such/model -c {dir}/text.txt -q who": "there is no folder /no/such/model",
+    "tiers -m {base} --method adakv": "cannot be served, because of its allocator 'adakv'",
+    "tiers -m {base} --method h2o": "Use streaming, knorm, keydiff, snapkv, lkv-t",
+    "tiers -m {base} --keep 64tok": "must be a fraction",
+    "tiers -m {base} --context 0": "is not a number of tokens",
     "plan -m ./no/such/model": "there is no folder ./no/such/model",
     "compare -m {base} -c {dir}/report.txt -q who": "does not know",
     "generate -m {base} -c {dir}/report.txt -q who": "does not know",

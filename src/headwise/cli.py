@@ -466,22 +466,25 @@ def train(
 @app.command(epilog="Example: headwise methods --json")
 def methods(as_json: AsJson = False) -> None:
     """Every scorer, allocator and short name, with its paper."""
-    from headwise.method import ALIASES, ALLOCATORS, SCORERS, paper_of
+    from headwise.method import ALIASES, ALLOCATORS, SCORERS, entries_of, paper_of
 
     parts = [("scorer", SCORERS), ("allocator", ALLOCATORS)]
     rows = [
-        {"kind": kind, "name": name, "summary": entry.summary, "paper": entry.paper}
+        {"kind": kind, "name": name, "summary": entry.summary, "paper": entry.paper, "served": entry.served}
         for kind, registry in parts
         for name, entry in registry.items()
     ]
-    rows += [{"kind": "alias", "name": n, "summary": pair, "paper": paper_of(n)} for n, pair in ALIASES.items()]
+    for name, pair in ALIASES.items():
+        scorer, allocator = entries_of(name)
+        served = SCORERS[scorer].served and ALLOCATORS[allocator].served
+        rows.append({"kind": "alias", "name": name, "summary": pair, "paper": paper_of(name), "served": served})
     if as_json:
         print_json(rows)
         return
     print_table(
         "A method is scorer+allocator, such as keydiff+adakv, or a short name. 'full' is transformers' own cache.",
-        ["kind", "name", "what it does", "arXiv"],
-        [[row["kind"], row["name"], row["summary"], row["paper"]] for row in rows],
+        ["kind", "name", "what it does", "arXiv", "vLLM"],
+        [[row["kind"], row["name"], row["summary"], row["paper"], "yes" * row["served"]] for row in rows],
     )
 
 
@@ -620,6 +623,49 @@ def plan(
     print_table(title, ["", "everything kept", f"keep {found.keep}"], rows)
     _print_sliding(found.sliding_kv_bytes)
     print(f"Note: {found.note}.")
+
+
+@app.command(
+    epilog="Example: headwise tiers -m meta-llama/Llama-3.1-8B-Instruct --method keydiff+lukv@budget.safetensors -k 0.2"
+)
+def tiers(
+    model: Model = "reference",
+    method: Annotated[str, typer.Option(help="One that can be served: 'headwise methods' marks what can.")] = "keydiff",
+    keep: Keep = "0.2",
+    tiers: Annotated[int, typer.Option(min=1, help="Different keeps that heads may have.")] = 8,
+    context: Annotated[
+        str | None, typer.Option("--context", "-c", help="Prompt that budgets are solved for; left out: the longest.")
+    ] = None,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a block, as vLLM's --block-size.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """What vLLM would be served with: head budgets in tiers, blocks of a prompt, and the command that starts it."""
+    from headwise.evals.models import REFERENCE, load_config, reference_path
+    from headwise.keep import parse_keep, parse_tokens
+    from headwise.serving import Served, Settings, command
+
+    settings = Settings(
+        method=method,
+        keep=parse_keep(keep).value,
+        tiers=tiers,
+        context=None if context is None else parse_tokens(context),
+    )
+    served = Served.of(settings, load_config(model))
+    found, tokens = served.tiers, served.context
+    before, after = found.blocks(tokens, block_size)
+    line = command(str(reference_path()) if model == REFERENCE else model, settings, block_size)
+    if as_json:
+        facts = {"model": model, **settings.as_json(), "context": tokens, "block_size": block_size}
+        sizes = [{"keep": each / 1e6, "heads": heads} for each, heads in found.sizes.items()]
+        groups = {"average_keep": found.keep, "floor": found.floor, "heads_per_group": found.heads_per_group}
+        blocks = {"largest_change": served.largest_change, "blocks_reading": before, "blocks_kept": after}
+        print_json({**facts, "tiers": sizes, **groups, **blocks, "command": line})
+        return
+    rows = [[f"{each / 1e6:.4f}", str(heads)] for each, heads in found.sizes.items()]
+    print_table(f"{model}, {method}, keep {keep}: {found.keep:.4f} on average", ["keep", "KV heads"], rows)
+    print(f"A head's budget changes by at most {served.largest_change:.4f}; groups of {found.heads_per_group} heads.")
+    print(f"A prompt of {tokens:,} tokens takes {before:,} blocks while it is read and {after:,} after it.")
+    print(f"\n{line}")
 
 
 def _plot(

@@ -9,6 +9,8 @@
 >>> llm = LLM("meta-llama/Llama-3.1-8B-Instruct", **headwise.serving.vllm_arguments("keydiff+lukv@FILE", keep=0.2))
 """
 
+import json
+import shlex
 from typing import Any
 
 from headwise.serving.offline import equivalent
@@ -17,7 +19,17 @@ from headwise.serving.tiers import Tiers, freed_blocks, quantise
 
 ARCHITECTURE = "HeadwiseForCausalLM"
 
-__all__ = ["ARCHITECTURE", "Served", "Settings", "Tiers", "equivalent", "freed_blocks", "quantise", "vllm_arguments"]
+__all__ = [
+    "ARCHITECTURE",
+    "Served",
+    "Settings",
+    "Tiers",
+    "command",
+    "equivalent",
+    "freed_blocks",
+    "quantise",
+    "vllm_arguments",
+]
 
 
 def vllm_arguments(method: str, *, keep: float | str, tiers: int = 8, context: int | None = None) -> dict[str, Any]:
@@ -31,3 +43,11 @@ def vllm_arguments(method: str, *, keep: float | str, tiers: int = 8, context: i
         "enable_prefix_caching": False,
         "enforce_eager": True,
     }
+
+
+def command(model: str, settings: Settings, block_size: int | None = None) -> str:
+    """The command that serves a model so, for a shell."""
+    overrides = {"architectures": [ARCHITECTURE], "headwise": settings.as_json()}
+    words = ["vllm", "serve", model, "--no-enable-prefix-caching", "--enforce-eager"]
+    words += [] if block_size is None else ["--block-size", str(block_size)]
+    return shlex.join([*words, "--hf-overrides", json.dumps(overrides)])

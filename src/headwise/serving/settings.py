@@ -19,7 +19,7 @@ from headwise.hf.families import max_positions, shape_of
 from headwise.keep import Keep, parse_keep
 from headwise.method import ALLOCATORS, SCORERS, Entry, Method, entries_of
 from headwise.ragged.prefill import make_plan
-from headwise.serving.tiers import Tiers, quantise
+from headwise.serving.tiers import WHOLE, Tiers, quantise
 from headwise.shapes import ModelShape
 
 
@@ -44,7 +44,7 @@ class Settings:
             if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
                 if name == "context" and value is None:
                     continue
-                raise BadInput(f"headwise: {name}={value!r} must be a whole number, 1 or more.")
+                raise BadInput(f"{name}={value!r} must be a whole number, 1 or more.")
         require_servable(self.method)
 
     @classmethod
@@ -53,19 +53,19 @@ class Settings:
         known = [field.name for field in fields(cls)]
         if not isinstance(given, Mapping):
             raise BadInput(
-                f"headwise: settings are missing (found {given!r}). Start vLLM with --hf-overrides "
+                f"settings are missing (found {given!r}). Start vLLM with --hf-overrides "
                 '\'{"architectures": ["HeadwiseForCausalLM"], "headwise": {"method": "keydiff+uniform", "keep": 0.2}}\''
             )
         for name in given:
             if name not in known:
                 close = get_close_matches(str(name), known, n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise BadInput(f"headwise: there is no setting {name!r}.{hint} Known: {', '.join(known)}.")
+                raise BadInput(f"there is no setting {name!r}.{hint} Known: {', '.join(known)}.")
         for name in ("method", "keep"):
             if name not in given:
-                raise BadInput(f"headwise: the setting {name!r} is missing; for instance method='keydiff', keep=0.2.")
+                raise BadInput(f"the setting {name!r} is missing; for instance method='keydiff', keep=0.2.")
         if not isinstance(given["method"], str):
-            raise BadInput(f"headwise: method={given['method']!r} must be a name such as 'keydiff+lukv'.")
+            raise BadInput(f"method={given['method']!r} must be a name such as 'keydiff+lukv'.")
         return cls(**given)
 
     def as_json(self) -> dict[str, Any]:
@@ -80,8 +80,15 @@ class Served:
     settings: Settings
     method: Method
     shape: ModelShape
+    context: int  # prompt length that budgets were solved for
     tiers: Tiers
     fractions: Float[Tensor, "layers kv_heads"]  # before they were rounded to tiers
+
+    @property
+    def largest_change(self) -> float:
+        """By which rounding to tiers changed a head's fraction."""
+        rounded = torch.tensor(self.tiers.keeps, dtype=torch.float64) / WHOLE
+        return float((rounded - self.fractions).abs().max())
 
     @classmethod
     def of(cls, settings: Settings, config: PretrainedConfig, longest: int | None = None) -> "Served":
@@ -94,7 +101,7 @@ class Served:
         fractions = static_fractions(method, _fraction(settings.keep), shape, context)
         floor = max(1, (method.sink + method.window) * method.keeps_protected)
         tiers = quantise(fractions, settings.tiers, floor=floor, tokens=context)
-        return cls(settings=settings, method=method, shape=shape, tiers=tiers, fractions=fractions)
+        return cls(settings=settings, method=method, shape=shape, context=context, tiers=tiers, fractions=fractions)
 
 
 def resolved(settings: Settings, config: PretrainedConfig) -> tuple[Method, ModelShape]:
@@ -102,7 +109,7 @@ def resolved(settings: Settings, config: PretrainedConfig) -> tuple[Method, Mode
     shape = shape_of(config)
     if len(shape.layers) < shape.num_layers:
         raise UnsupportedModel(
-            f"headwise: this {config.model_type} model has sliding-window layers, which share no page size with single "
+            f"this {config.model_type} model has sliding-window layers, which share no page size with single "
             "heads: it can be compressed with transformers (headwise.compress), not served."
         )
     text = config.get_text_config()
@@ -128,13 +135,11 @@ def static_fractions(method: Method, keep: Keep, shape: ModelShape, tokens: int)
 def _require(method: str, kind: str, name: str, registry: Mapping[str, Entry], reason: str) -> None:
     if not registry[name].served:
         able = ", ".join(word for word, entry in registry.items() if entry.served)
-        raise BadInput(f"headwise: {method!r} cannot be served, because of its {kind} {name!r}: {reason}. Use {able}.")
+        raise BadInput(f"{method!r} cannot be served, because of its {kind} {name!r}: {reason}. Use {able}.")
 
 
 def _fraction(value: float | str) -> Keep:
     keep = parse_keep(value)
     if keep.kind != "fraction":
-        raise BadInput(
-            f"headwise: keep={value!r} must be a fraction when serving, such as 0.2: prompts differ in length."
-        )
+        raise BadInput(f"keep={value!r} must be a fraction when serving, such as 0.2: prompts differ in length.")
     return keep

@@ -50,6 +50,20 @@ class Tiers:
         """Fraction kept on average."""
         return sum(map(sum, self.keeps)) / (WHOLE * sum(map(len, self.keeps)))
 
+    @property
+    def heads_per_group(self) -> int:
+        """KV heads of one of vLLM's KV-cache groups: as many as the smallest tier has."""
+        return min(self.sizes.values())
+
+    def blocks(self, prompt: int, block: int) -> tuple[int, int]:
+        """Blocks of vLLM's pool that a prompt takes while it is read, and when it has been."""
+        whole = -(-prompt // block)
+        left = [
+            (whole - freed_blocks(prompt, keep=keep, floor=self.floor, block=block)) * heads // self.heads_per_group
+            for keep, heads in self.sizes.items()
+        ]
+        return whole * sum(self.sizes.values()) // self.heads_per_group, sum(left)
+
     def kept(self, prompt: int, block: int) -> list[list[int]]:
         """Entries that every head keeps of a prompt of so many tokens, in blocks of `block`."""
         return [

@@ -7,7 +7,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from headwise.errors import BadInput, UnsupportedModel
+from headwise.errors import BadInput, HeadwiseError, UnsupportedModel
 from headwise.serving.settings import Served, Settings
 from headwise.serving.tiers import Tiers
 
@@ -83,7 +83,11 @@ class ServingConfig(VerifyAndUpdateConfig):
         """Solve the tiers and keep them in the model's configuration, which every process gets."""
         require_tested()
         config = model_config.hf_config
-        served = Served.of(Settings.parse(getattr(config, "headwise", None)), config, model_config.max_model_len)
+        try:
+            settings = Settings.parse(getattr(config, "headwise", None))
+            served = Served.of(settings, config, model_config.max_model_len)
+        except HeadwiseError as error:  # among vLLM's own messages, ours say who speaks
+            raise type(error)(f"headwise: {error}") from error
         config.headwise_tiers = {"keeps": [list(row) for row in served.tiers.keeps], "floor": served.tiers.floor}
         config.rswa_window = UNLIMITED
         model_config.model_arch_config = model_config.get_model_arch_config()
