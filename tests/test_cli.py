@@ -309,6 +309,7 @@ def test_tiers_say_what_a_server_would_keep(run, model_folders, tmp_path):
         "keep": 0.25,
         "tiers": 2,
         "context": 1024,
+        "ranks": 1,
     }
     out = succeed(run, line)
     assert "KV heads" in out

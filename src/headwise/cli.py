@@ -637,6 +637,7 @@ def tiers(
         str | None, typer.Option("--context", "-c", help="Prompt that budgets are solved for; left out: the longest.")
     ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a block, as vLLM's --block-size.")] = 16,
+    ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks, as vLLM's --tensor-parallel-size.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """What vLLM would be served with: head budgets in tiers, blocks of a prompt, and the command that starts it."""
@@ -649,6 +650,7 @@ def tiers(
         keep=parse_keep(keep).value,
         tiers=tiers,
         context=None if context is None else parse_tokens(context),
+        ranks=ranks,
     )
     served = Served.of(settings, load_config(model))
     found, tokens = served.tiers, served.context

@@ -60,6 +60,7 @@ def test_the_context_that_budgets_are_solved_for(config):
         ({"method": "keydiff", "keep": 0.2, "tiers": 0}, "tiers=0"),
         ({"method": "keydiff", "keep": 0.2, "tiers": True}, "tiers=True"),
         ({"method": "keydiff", "keep": 0.2, "context": -1}, "context=-1"),
+        ({"method": "keydiff", "keep": 0.2, "ranks": 0}, "ranks=0"),
         ({"method": "keydiff+lukv@no-such-file", "keep": 0.2}, "no-such-file"),
     ],
 )
@@ -97,7 +98,7 @@ def test_arguments_for_vllm():
     assert vllm_arguments("keydiff+lukv", keep=0.2) == {
         "hf_overrides": {
             "architectures": ["HeadwiseForCausalLM"],
-            "headwise": {"method": "keydiff+lukv", "keep": 0.2, "tiers": 8, "context": None},
+            "headwise": {"method": "keydiff+lukv", "keep": 0.2, "tiers": 8, "context": None, "ranks": None},
         },
         "enable_prefix_caching": False,
         "enforce_eager": True,

@@ -58,6 +58,24 @@ def test_many_heads_are_fast_and_few_groups():
     assert sum(sizes.values()) // min(sizes.values()) <= 32
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_tier_has_as_many_heads_of_every_rank(ranks):
+    torch.manual_seed(0)
+    fractions = torch.rand(12, 4) ** 3
+    tiers = quantise(fractions, 6, ranks=ranks)
+    for keep in tiers.sizes:
+        heads = [sum(row[h] == keep for row in tiers.keeps) for h in range(4)]
+        shares = [sum(heads[r * 4 // ranks : (r + 1) * 4 // ranks]) for r in range(ranks)]
+        assert len(set(shares)) == 1
+    assert tiers.keep == pytest.approx(fractions.mean().item(), abs=1e-6)
+    assert tiers.heads_per_group % ranks == 0
+
+
+def test_ranks_that_do_not_divide_the_heads_are_refused():
+    with pytest.raises(BadInput, match="ranks=3 must be a number that divides the model's 4 KV heads"):
+        quantise(torch.ones(2, 4), 8, ranks=3)
+
+
 def test_no_tiers_is_refused():
     with pytest.raises(BadInput, match="tiers=0"):
         quantise(torch.ones(1, 1), 0)

@@ -32,12 +32,19 @@ __all__ = [
 ]
 
 
-def vllm_arguments(method: str, *, keep: float | str, tiers: int = 8, context: int | None = None) -> dict[str, Any]:
+def vllm_arguments(
+    method: str,
+    *,
+    keep: float | str,
+    tiers: int = 8,
+    context: int | None = None,
+    ranks: int | None = None,
+) -> dict[str, Any]:
     """Arguments for `vllm.LLM` (and, as options, for `vllm serve`) that make it compress. See `Settings`.
 
     Raises BadInput for what cannot be served.
     """
-    settings = Settings(method=method, keep=keep, tiers=tiers, context=context)
+    settings = Settings(method=method, keep=keep, tiers=tiers, context=context, ranks=ranks)
     return {
         "hf_overrides": {"architectures": [ARCHITECTURE], "headwise": settings.as_json()},
         "enable_prefix_caching": False,

@@ -29,21 +29,23 @@ class Settings:
 
     `method` is a scorer and an allocator whose counts are the same for every prompt of a length, `keep` a fraction of
     all entries. Head budgets are rounded to `tiers` values. `context` is the prompt length that budgets are solved for
-    (None: the longest that is served); they are fractions, so other lengths follow.
+    (None: the longest that is served); they are fractions, so other lengths follow. Tiers are balanced for so many
+    tensor-parallel `ranks` (None: those of the server); give it to keep the same where their number differs.
     """
 
     method: str
     keep: float | str
     tiers: int = 8
     context: int | None = None
+    ranks: int | None = None
 
     def __post_init__(self) -> None:
         _fraction(self.keep)
-        for name in ("tiers", "context"):
+        for name in ("tiers", "context", "ranks"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-                if name == "context" and value is None:
-                    continue
+            if value is None and name != "tiers":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise BadInput(f"{name}={value!r} must be a whole number, 1 or more.")
         require_servable(self.method)
 
@@ -91,16 +93,17 @@ class Served:
         return float((rounded - self.fractions).abs().max())
 
     @classmethod
-    def of(cls, settings: Settings, config: PretrainedConfig, longest: int | None = None) -> "Served":
+    def of(cls, settings: Settings, config: PretrainedConfig, longest: int | None = None, ranks: int = 1) -> "Served":
         """Raises BadInput, UnsupportedModel, ArtifactMismatch, BudgetInfeasible.
 
-        `longest` is the longest prompt that will be served (None: what the model was made for).
+        `longest` is the longest prompt that will be served (None: what the model was made for), `ranks` the number of
+        tensor-parallel ranks.
         """
         method, shape = resolved(settings, config)
         context = settings.context or longest or max_positions(config)
         fractions = static_fractions(method, _fraction(settings.keep), shape, context)
         floor = max(1, (method.sink + method.window) * method.keeps_protected)
-        tiers = quantise(fractions, settings.tiers, floor=floor, tokens=context)
+        tiers = quantise(fractions, settings.tiers, floor=floor, tokens=context, ranks=settings.ranks or ranks)
         return cls(settings=settings, method=method, shape=shape, context=context, tiers=tiers, fractions=fractions)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from headwise.errors import BadInput
 
@@ -73,23 +73,31 @@ class Tiers:
 
 
 def quantise(
-    fractions: Float[torch.Tensor, "layers kv_heads"], tiers: int, *, floor: int = 1, tokens: int | None = None
+    fractions: Float[torch.Tensor, "layers kv_heads"],
+    tiers: int,
+    *,
+    floor: int = 1,
+    tokens: int | None = None,
+    ranks: int = 1,
 ) -> Tiers:
     """Round fractions in [0, 1] to at most `tiers` values that preserve their sum, to within a millionth.
 
     Heads that keep alike share a tier: their fractions in order are cut where the squared error is least, and a tier
     keeps the mean of its heads. The number of heads of every tier is a multiple of that of the smallest, so that vLLM
     pads no group, and groups are at most four times as many as `tiers`. Fractions that are counts of so many `tokens`
-    are equal to within one token. Raises BadInput.
+    are equal to within one token. With tensor parallelism each of `ranks` processes holds some heads of every layer,
+    and a block takes memory in all of them: every tier then has as many heads of each. Raises BadInput.
     """
     if tiers < 1:
         raise BadInput(f"tiers={tiers}: give 1 (all heads keep alike) or more; 8 is usual.")
+    if ranks < 1 or fractions.shape[1] % ranks:
+        raise BadInput(f"ranks={ranks} must be a number that divides the model's {fractions.shape[1]} KV heads.")
     flat = fractions.double().flatten()
-    order = torch.argsort(flat, descending=True, stable=True)
+    order = _order(fractions, ranks)
     ranked = flat[order].tolist()
     noise = 0.0 if tokens is None else len(ranked) / tokens**2
     best = min(
-        (found for unit in _divisors(len(ranked)) if (found := _cut(ranked, unit, tiers, noise)) is not None),
+        (found for unit in _divisors(len(ranked), ranks) if (found := _cut(ranked, unit, tiers, noise)) is not None),
         key=lambda found: (round(found.error, 12), -found.unit),
     )
     keeps = torch.empty(len(ranked), dtype=torch.long)
@@ -111,8 +119,15 @@ class _Cut:
     error: float
 
 
-def _divisors(count: int) -> list[int]:
-    return [d for d in range(1, count + 1) if count % d == 0]
+def _order(fractions: Float[torch.Tensor, "layers kv_heads"], ranks: int) -> Int[torch.Tensor, " heads"]:
+    """Heads from much to little: the first of every rank, then the second of every rank, and so on."""
+    numbers = torch.arange(fractions.numel()).view(len(fractions), ranks, -1).transpose(0, 1).flatten(1)  # [ranks, n]
+    within = torch.argsort(fractions.double().flatten()[numbers], dim=-1, descending=True, stable=True)
+    return numbers.gather(1, within).T.flatten()
+
+
+def _divisors(count: int, ranks: int) -> list[int]:
+    return [d for d in range(ranks, count + 1, ranks) if count % d == 0]
 
 
 def _cut(ranked: list[float], unit: int, tiers: int, noise: float) -> _Cut | None:

@@ -44,13 +44,15 @@ def reference_model() -> Any:
 
 
 @torch.no_grad()
-def compressed_tokens(prompts: list[list[int]], method: str, keep: float, count: int, block: int) -> list[list[int]]:
+def compressed_tokens(
+    prompts: list[list[int]], method: str, keep: float, count: int, block: int, ranks: int = 1
+) -> list[list[int]]:
     """What transformers answers after `headwise.compress` has kept what a server would keep of each prompt.
 
     The first token is that of the whole prompt, as in the server: nothing is cut before it.
     """
     model = reference_model()
-    served = Served.of(Settings(method=method, keep=keep), model.config, LONGEST)
+    served = Served.of(Settings(method=method, keep=keep), model.config, LONGEST, ranks)
     answers = []
     for ids in prompts:
         context = torch.tensor([ids])
@@ -91,7 +93,8 @@ TIGHT = {"max_model_len": 1100, "num_gpu_blocks_override": 1750}
 
 
 def _job(method: tuple[str, float] | None, prompts: list[list[int]], count: int = COUNT, **engine: Any) -> dict:
-    arguments = {} if method is None else vllm_arguments(method[0], keep=method[1], context=LONGEST)
+    ranks = engine.pop("ranks", None)
+    arguments = {} if method is None else vllm_arguments(method[0], keep=method[1], context=LONGEST, ranks=ranks)
     batch = {"max_num_batched_tokens": 512, "max_num_seqs": 16}
     return {"engine": {**arguments, **batch, **engine}, "prompts": prompts, "max_tokens": count}
 
@@ -109,7 +112,8 @@ def long_prompts(count: int) -> list[list[int]]:
 
 JOBS: dict[str, Callable[[], dict[str, Any]]] = {
     "mixed": lambda: _job(LUKV, mini_ruler_prompts(*MIXED)),
-    "ranks": lambda: _job(LKV, mini_ruler_prompts(*FEWER), tensor_parallel_size=2),
+    "ranks": lambda: _job(LKV, mini_ruler_prompts(*FEWER), tensor_parallel_size=2, num_gpu_blocks_override=20000),
+    "one for two": lambda: _job(LKV, mini_ruler_prompts(*FEWER), ranks=2, num_gpu_blocks_override=20000),
     "lkv": lambda: _job(LKV, mini_ruler_prompts(*FEWER)),
     "aborted": lambda: {**_job(LUKV, _random_prompts(500, 200), count=6), "aborts": 0.06, "spread": True},
     "chunks": lambda: _job(SNAPKV, mini_ruler_prompts(*FEWER), max_num_batched_tokens=48),

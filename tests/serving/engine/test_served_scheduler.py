@@ -5,12 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import vllm
 from vllm import SamplingParams
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
+from headwise.serving import ARCHITECTURE
 from headwise.serving.engine.groups import TierSpec
 from headwise.serving.engine.plugin import register
 from headwise.serving.tiers import freed_blocks, quantise
@@ -22,6 +25,15 @@ BLOCK, BLOCKS = 16, 4000
 def _registered():
     register()
     register()  # vLLM may call it again
+
+
+def test_another_vllm_is_left_alone(monkeypatch):
+    """Who has headwise installed beside a vLLM that we do not know must be able to use that."""
+    ours = MODELS_CONFIG_MAP.pop(ARCHITECTURE)
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    register()
+    assert ARCHITECTURE not in MODELS_CONFIG_MAP
+    MODELS_CONFIG_MAP[ARCHITECTURE] = ours
 
 
 def _specs(tiers):

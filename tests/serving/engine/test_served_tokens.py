@@ -18,7 +18,11 @@ def test_learned_scores_and_budgets(served):
 
 
 def test_two_ranks_each_with_its_gates(served):
-    assert served("ranks")["tokens"] == served("lkv")["tokens"]
+    """Tiers are balanced for them; one rank with that setting keeps the same."""
+    expected = compressed_tokens(prompts_of(*FEWER), *LKV, COUNT, BLOCK, ranks=2)
+    assert served("ranks")["tokens"] == expected
+    assert served("one for two")["tokens"] == expected
+    assert served("ranks")["pool_bytes"] == served("one for two")["pool_bytes"] // 2
 
 
 def test_a_window_of_queries_that_comes_in_chunks(served):

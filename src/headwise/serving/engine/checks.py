@@ -2,16 +2,14 @@
 
 from typing import Any
 
-import vllm
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from headwise.errors import BadInput, HeadwiseError, UnsupportedModel
+from headwise.errors import BadInput, HeadwiseError
 from headwise.serving.settings import Served, Settings
 from headwise.serving.tiers import Tiers
 
-TESTED = "0.32"
 # vLLM hands the prompts' lengths to attention backends of models that have this window; no token is beyond it.
 UNLIMITED = 1 << 30
 REFUSED = (
@@ -80,16 +78,8 @@ class ServingConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Solve the tiers and keep them in the model's configuration, which every process gets."""
-        require_tested()
-        config = model_config.hf_config
-        try:
-            settings = Settings.parse(getattr(config, "headwise", None))
-            served = Served.of(settings, config, model_config.max_model_len)
-        except HeadwiseError as error:  # among vLLM's own messages, ours say who speaks
-            raise type(error)(f"headwise: {error}") from error
-        config.headwise_tiers = {"keeps": [list(row) for row in served.tiers.keeps], "floor": served.tiers.floor}
-        config.rswa_window = UNLIMITED
+        """Have vLLM tell attention the prompts' lengths, and run eagerly."""
+        model_config.hf_config.rswa_window = UNLIMITED
         model_config.model_arch_config = model_config.get_model_arch_config()
         if not model_config.enforce_eager:
             init_logger(__name__).warning("headwise runs without torch.compile and CUDA graphs, as --enforce-eager.")
@@ -97,18 +87,18 @@ class ServingConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Refuse what cannot work."""
+        """Refuse what cannot work; solve the tiers and keep them in the model's configuration, which is everywhere."""
         for found, what, why, instead in REFUSED:
             if found(vllm_config):
                 raise BadInput(f"headwise: {what} cannot be used: {why}. Use {instead}.")
-
-
-def require_tested() -> None:
-    """Raise UnsupportedModel for a vLLM that was not tested: what we build on is not all public."""
-    if not vllm.__version__.startswith(f"{TESTED}."):
-        raise UnsupportedModel(
-            f"headwise was tested with vLLM {TESTED}, and this is {vllm.__version__}: install 'headwise[vllm]'."
-        )
+        model_config, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
+        config = model_config.hf_config
+        try:
+            settings = Settings.parse(getattr(config, "headwise", None))
+            tiers = Served.of(settings, config, model_config.max_model_len, ranks).tiers
+        except HeadwiseError as error:  # among vLLM's own messages, ours say who speaks
+            raise type(error)(f"headwise: {error}") from error
+        config.headwise_tiers = {"keeps": [list(row) for row in tiers.keeps], "floor": tiers.floor}
 
 
 def settings_of(config: Any) -> Settings:

@@ -1,17 +1,23 @@
 """The entry point: vLLM calls `register` in every process it starts. Nothing changes for models that are not ours."""
 
-from vllm.model_executor.models import ModelRegistry
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+import vllm
+from vllm.logger import init_logger
 
-from headwise.serving import ARCHITECTURE
-from headwise.serving.engine.checks import ServingConfig
-from headwise.serving.engine.groups import TierManager, TierSpec
+TESTED = "0.32"
 
 
 def register() -> None:
-    """Make vLLM know our architecture, its configuration and its KV-cache groups. May be called again."""
-    KVCacheSpecRegistry._ensure_registered()  # the built-in kinds first: they are not added once any is there
-    KVCacheSpecRegistry.register(TierSpec, TierManager, uniform_type_base_spec=TierSpec)
-    ModelRegistry.register_model(ARCHITECTURE, "headwise.serving.engine.model:HeadwiseForCausalLM")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = ServingConfig  # where vLLM looks for it; it has no function to add one
+    """Make vLLM know our architecture, its configuration and its KV-cache groups. May be called again.
+
+    With another vLLM than the one that was tested it says so and does nothing: what we build on is not all public.
+    """
+    if not vllm.__version__.startswith(f"{TESTED}."):
+        init_logger("vllm.headwise").warning(
+            "headwise was tested with vLLM %s, and this is %s: it is not there. Install 'headwise[vllm]' to use it.",
+            TESTED,
+            vllm.__version__,
+        )
+        return
+    from headwise.serving.engine import registration
+
+    registration.register()
