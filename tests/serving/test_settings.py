@@ -87,6 +87,24 @@ def test_models_that_cannot_be_served_are_refused():
         Served.of(Settings(method="keydiff", keep=0.2), config)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotations_that_depend_on_the_batch_are_refused(kind):
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512, **factors}
+    config = LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        rope_parameters=rope,
+    )
+    settings = Settings(method="keydiff", keep=0.2)
+    with pytest.raises(UnsupportedModel, match="--max-model-len 512"):
+        Served.of(settings, config, longest=2048)
+    assert Served.of(settings, config, longest=512).tiers.keep == pytest.approx(0.2, abs=1e-2)
+
+
 def test_a_budget_of_another_model_is_refused(tmp_path):
     budget = next((Path(REFERENCE) / "budgets").glob("*.safetensors"))
     other = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from headwise.artifacts import config_hash
 from headwise.errors import BadInput, UnsupportedModel
-from headwise.hf.families import max_positions, shape_of
+from headwise.hf.families import FAMILIES, max_positions, shape_of
 from headwise.keep import Keep, parse_keep
 from headwise.method import ALLOCATORS, SCORERS, Entry, Method, entries_of
 from headwise.ragged.prefill import make_plan
@@ -100,7 +100,9 @@ class Served:
         tensor-parallel ranks.
         """
         method, shape = resolved(settings, config)
-        context = settings.context or longest or max_positions(config)
+        longest = longest or max_positions(config)
+        _require_steady_rotation(config, longest)
+        context = settings.context or longest
         fractions = static_fractions(method, _fraction(settings.keep), shape, context)
         floor = max(1, (method.sink + method.window) * method.keeps_protected)
         tiers = quantise(fractions, settings.tiers, floor=floor, tokens=context, ranks=settings.ranks or ranks)
@@ -110,7 +112,7 @@ class Served:
 def resolved(settings: Settings, config: PretrainedConfig) -> tuple[Method, ModelShape]:
     """The method for a model that can be served. Raises BadInput, UnsupportedModel, ArtifactMismatch."""
     shape = shape_of(config)
-    if len(shape.layers) < shape.num_layers:
+    if len(shape.layers) < shape.num_layers or FAMILIES[config.get_text_config().model_type].typed_rotary:
         raise UnsupportedModel(
             f"this {config.model_type} model has sliding-window layers, which share no page size with single "
             "heads: it can be compressed with transformers (headwise.compress), not served."
@@ -133,6 +135,20 @@ def static_fractions(method: Method, keep: Keep, shape: ModelShape, tokens: int)
     layers, scores = range(len(shape.layers)), torch.zeros(len(shape.layers), 1, shape.kv_heads, tokens)
     counts = method.allocator.allocate(scores, valid & ~plan.protected, layers, plan.demand)
     return counts[:, 0].double() / tokens
+
+
+def _require_steady_rotation(config: PretrainedConfig, longest: int) -> None:
+    """Raise UnsupportedModel where the model's code would choose rotary frequencies by the longest of a batch."""
+    text = config.get_text_config()
+    rope = text.rope_parameters or {}
+    kind = rope.get("rope_type", "default")
+    original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    steady = original or text.max_position_embeddings
+    if kind in ("dynamic", "longrope") and longest > steady:
+        raise UnsupportedModel(
+            f"rotary embeddings of type {kind!r} depend on the longest sequence of a batch beyond {steady} tokens, so "
+            f"answers would depend on other requests. Serve prompts up to that: --max-model-len {steady}."
+        )
 
 
 def _require(method: str, kind: str, name: str, registry: Mapping[str, Entry], reason: str) -> None:

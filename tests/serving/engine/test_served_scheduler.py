@@ -13,6 +13,7 @@ from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
+from headwise.errors import BadInput
 from headwise.serving import ARCHITECTURE
 from headwise.serving.engine.groups import TierSpec
 from headwise.serving.engine.plugin import register
@@ -106,6 +107,17 @@ def test_random_lives_of_500_requests(tiers, lag):
     assert 0 < peak < free
     assert pool.get_num_free_blocks() == free
     assert all(not m.req_to_blocks for m in manager.coordinator.single_type_managers)
+
+
+def test_a_prompt_that_grows_is_refused(tiers):
+    """Streaming input: what was compressed cannot be read as a part of a longer prompt."""
+    manager, request = _manager(tiers), _request(0, 400)
+    for count in (400, 1, 1):
+        manager.allocate_slots(request, count)
+        request.num_computed_tokens += count
+    request.num_prompt_tokens = 450
+    with pytest.raises(BadInput, match="streaming input"):
+        manager.allocate_slots(request, 40)
 
 
 def _advance(manager, tiers, request, order, lag):

@@ -99,6 +99,8 @@ class HeadwiseAttention(nn.Module):
         metadata = get_forward_context().attn_metadata
         out = torch.zeros_like(query)
         if metadata is None:  # vLLM measures the memory of a forward pass
+            if self.layer == 0:
+                self.compactor.rehearse(query)
             return out
         by_head = cast(dict[str, GroupStep], metadata)
         step = self.steps.of(by_head)
@@ -125,10 +127,8 @@ class HeadwiseAttention(nn.Module):
 
     def _attend(self, out: Tensor, queries: Tensor, part: Part, views: Sequence[Views]) -> None:
         pool, regions = self._bound()
-        width = max(view.tables.shape[1] for view in views)
-        tables = torch.stack([nn.functional.pad(v.tables, (0, width - v.tables.shape[1])) for v in views], dim=1)
         sequences = Sequences(
-            tables=tables + regions[:, None],
+            tables=torch.stack([view.tables for view in views], dim=1) + regions[:, None],
             lengths=torch.stack([view.lengths for view in views], dim=1),
             query_starts=part.starts,
         )

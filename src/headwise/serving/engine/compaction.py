@@ -16,10 +16,14 @@ from headwise.shapes import ModelShape
 class Compactor:
     """Cuts the prompts of one rank's heads, layer by layer."""
 
-    def __init__(self, method: Method, shape: ModelShape, rotary: Callable[[], Rotary], max_requests: int):
+    def __init__(
+        self, method: Method, shape: ModelShape, rotary: Callable[[], Rotary], max_requests: int, longest: int
+    ):
         self.method = method
         self.shape = shape  # of this rank
         self.rotary = rotary
+        self.longest = longest  # prompt, in tokens
+        self._rehearsed = False
         self.windows = [Windows(method.scorer.query_window, 2 * max_requests) for _ in shape.layers]
 
     def cut(
@@ -36,15 +40,28 @@ class Compactor:
 
         `queries` [T, Hq, D] are the batch's; `regions` [H] the first page of every head in `pool` [pages, block, 2 D].
         """
+        window = queries[:0]
         if self.method.scorer.query_window:
             for row in step.now.rows:
                 if row.start < row.prompt:
-                    self.windows[layer].add(first_block(groups[0], row), row, queries)
+                    self.windows[layer].add(step.first_blocks[row.index], row, queries)
         for row in step.ending:
+            if self.method.scorer.query_window:
+                window = self.windows[layer].take(step.first_blocks[row.index])
             freed = [group.spec.freed_blocks(row.prompt) for group in groups]
-            window = self.windows[layer].take(first_block(groups[0], row), row, queries)
             if any(freed):
                 self._cut(layer, row, groups, freed, window, scaling, pool, regions)
+
+    def rehearse(self, like: Tensor) -> None:
+        """Take, once, the memory that cutting the longest prompt will take, so that vLLM leaves it free."""
+        if self._rehearsed:
+            return
+        self._rehearsed = True
+        shape, dim = self.shape, self.shape.head_dim
+        entries = like.new_zeros(shape.kv_heads, self.longest, 2 * dim)
+        window = like.new_zeros(min(self.method.scorer.query_window, self.longest), shape.query_heads, dim)
+        counts = torch.full((shape.kv_heads,), self.longest, device=like.device)
+        entries[self._keep(0, entries, window, 1.0, counts)]
 
     def _cut(
         self,
@@ -87,7 +104,9 @@ class Compactor:
         )
         order = None if method.keeps_protected else protection_order(valid, method.sink, method.window)
         protected = protected_mask(valid, method.sink, method.window)
-        return select(method.scorer.score(observation), counts[None], valid, protected, order)[0]
+        # NaN comes from one request's keys or values (float16 overflows): its answer is lost, others' must not be.
+        scores = method.scorer.score(observation).nan_to_num(nan=-torch.inf)
+        return select(scores, counts[None], valid, protected, order)[0]
 
 
 class Windows:
@@ -115,19 +134,10 @@ class Windows:
             while len(self._held) > self.capacity:
                 self._held.popitem(last=False)
 
-    def take(self, block: int, row: Row, queries: Tensor) -> Tensor:
-        """The last queries of a prompt that ends with this chunk: [W, Hq, D]."""
-        if not self.size:
-            return queries[:0]
-        _, window = self._held.pop(block)
-        assert len(window) == min(self.size, row.prompt), "queries of the prompt's end are missing"
-        return window
+    def take(self, block: int) -> Tensor:
+        """The last queries of a prompt whose last chunk has been added: [W, Hq, D]; fewer if some were dropped."""
+        return self._held.pop(block)[1]
 
     def _fresh(self, row: Row, queries: Tensor) -> Tensor:
         begin = max(row.start, row.prompt - self.size)
         return queries[row.first + begin - row.start : row.first + max(begin, row.border) - row.start]
-
-
-def first_block(group: GroupStep, row: Row) -> int:
-    """The physical block of a request's first token."""
-    return int(group.common.block_table_tensor[row.index, 0])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
+from headwise.errors import BadInput
 from headwise.serving.tiers import WHOLE, freed_blocks
 
 
@@ -42,7 +43,17 @@ class TierManager(FullAttentionManager):
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        """Give back the leading blocks of a prompt that has been read, and whose step has been processed."""
-        if num_prompt_tokens is not None and processed_computed_tokens >= num_prompt_tokens:
+        """Give back the leading blocks of a prompt that has been read, and whose step has been processed.
+
+        Raises BadInput for a request whose prompt has grown since.
+        """
+        if num_prompt_tokens is None:
+            return
+        if processed_computed_tokens >= num_prompt_tokens:
             assert isinstance(self.kv_cache_spec, TierSpec)
             self._remove_blocks_in_range(request_id, 0, self.kv_cache_spec.freed_blocks(num_prompt_tokens))
+        elif any(block.is_null for block in self.req_to_blocks.get(request_id, ())[:1]):
+            raise BadInput(
+                "headwise: a prompt has grown after it was compressed (streaming input), which cannot be served: send "
+                "the whole conversation as a new request."
+            )

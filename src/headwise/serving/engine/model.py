@@ -8,7 +8,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
-from headwise.hf.families import FAMILIES, ModelRotary
+from headwise.hf.families import ModelRotary
 from headwise.serving.engine.attention import HeadwiseAttention
 from headwise.serving.engine.checks import settings_of, tiers_of
 from headwise.serving.engine.compaction import Compactor
@@ -26,10 +26,11 @@ class HeadwiseForCausalLM(TransformersForCausalLM):
         local = replace(shape, kv_heads=shape.kv_heads // ranks, query_heads=shape.query_heads // ranks)
         heads = slice(rank * local.kv_heads, (rank + 1) * local.kv_heads)
         method = replace(method, scorer=method.scorer.of_heads(heads))
+        longest = vllm_config.model_config.max_model_len
         self._attention = {
             "tiers": tiers_of(config),
             "steps": Steps(),
-            "compactor": Compactor(method, local, self._rotary, vllm_config.scheduler_config.max_num_seqs),
+            "compactor": Compactor(method, local, self._rotary, vllm_config.scheduler_config.max_num_seqs, longest),
         }
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
@@ -39,8 +40,7 @@ class HeadwiseForCausalLM(TransformersForCausalLM):
 
     def _rotary(self) -> ModelRotary:
         """The rotary embedding of the latest forward pass."""
-        config, decoder = self.config.get_text_config(), cast(Any, self.model).get_decoder()
-        assert not FAMILIES[config.model_type].typed_rotary
+        decoder = cast(Any, self.model).get_decoder()
         return ModelRotary(
             frequencies=decoder.rotary_emb.inv_freq.detach().float().clone(),
             attention_scaling=float(decoder.rotary_emb.attention_scaling),

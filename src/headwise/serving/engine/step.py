@@ -7,6 +7,7 @@ answer so far again: a chunk may then hold both kinds of queries, and the later 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Int
@@ -75,28 +76,29 @@ class Step:
     """A batch, in its parts."""
 
     def __init__(self, groups: Sequence[GroupStep]):
-        common = groups[0].common
-        rows = _rows(common)
+        rows = _rows(groups[0].common)
         self.num_queries = rows[-1].first + rows[-1].stop - rows[-1].start if rows else 0
         self.ending = tuple(row for row in rows if row.ends_prompt)
         split = [row for row in rows if row.start < row.border < row.stop]
-        device = common.block_table_tensor.device
+        self._groups = groups
+        device = groups[0].common.block_table_tensor.device
         self.now = _part(rows, [row.border - row.start or row.stop - row.start for row in rows], bool(split), device)
         self.after = _after(split, device) if split else None
-        self._views = {id(group): self._view(group) for group in groups}
+        self._now = _views(self.now, groups)
+        self._after = {} if self.after is None else _views(self.after, groups)
 
     def now_of(self, group: GroupStep) -> Views:
         """What the first part sees."""
-        return self._views[id(group)][0]
+        return self._now[id(group)]
 
     def after_of(self, group: GroupStep) -> Views:
         """What the second part sees."""
-        views = self._views[id(group)][1]
-        assert views is not None
-        return views
+        return self._after[id(group)]
 
-    def _view(self, group: GroupStep) -> tuple[Views, Views | None]:
-        return _views(self.now, group), None if self.after is None else _views(self.after, group)
+    @cached_property
+    def first_blocks(self) -> list[int]:
+        """The physical block, in one group, of every request's first token: no two prompts that are read share one."""
+        return self._groups[0].common.block_table_tensor[:, 0].tolist()
 
 
 class Steps:
@@ -116,7 +118,9 @@ class Steps:
 
 def _rows(common: CommonAttentionMetadata) -> list[Row]:
     prompts = common.rswa_prefix_lens
-    assert prompts is not None and common.seq_lens_cpu_upper_bound is not None
+    if prompts is None:  # a batch of no requests: warming up, or an idle data-parallel rank
+        return []
+    assert common.seq_lens_cpu_upper_bound is not None
     starts = common.query_start_loc_cpu.tolist()
     stops, lengths = common.seq_lens_cpu_upper_bound.tolist(), prompts.tolist()  # exact: nothing is speculated
     rows = []
@@ -147,16 +151,28 @@ def _after(split: list[Row], device: torch.device) -> Part:
     )
 
 
-def _views(part: Part, group: GroupStep) -> Views:
-    """Block tables from the first block that is read."""
-    block, table = group.spec.block_size, group.common.block_table_tensor
-    freed, lengths = [], []
-    for row, count, cut in zip(part.rows, part.counts, part.cut, strict=True):
-        gone = group.spec.freed_blocks(row.prompt) if cut else 0
-        stop = row.stop if cut else row.start + count
-        freed.append(gone)
-        lengths.append(stop - gone * block)
-    width = max((-(-length // block) for length in lengths), default=0)
-    index = torch.tensor([row.index for row in part.rows])[:, None]
-    blocks = (torch.arange(width) + torch.tensor(freed)[:, None]).clamp(max=table.shape[1] - 1)
-    return Views(tables=table[index.to(table.device), blocks.to(table.device)], lengths=torch.tensor(lengths))
+def _views(part: Part, groups: Sequence[GroupStep]) -> dict[int, Views]:
+    """Block tables from the first block that is read, by the group's id; all of one width."""
+    if not part.rows:
+        return {}
+    block, device = groups[0].spec.block_size, groups[0].common.block_table_tensor.device
+    freed = torch.tensor(
+        [[_gone(group, row, cut) for row, cut in zip(part.rows, part.cut, strict=True)] for group in groups]
+    )
+    stops = [
+        row.stop if cut else row.start + count for row, count, cut in zip(part.rows, part.counts, part.cut, strict=True)
+    ]
+    lengths = torch.tensor(stops) - freed * block  # [groups, rows]
+    width = int(-(-lengths.max() // block))
+    index = torch.tensor([row.index for row in part.rows]).to(device)[:, None]
+    blocks = (freed[..., None] + torch.arange(width)).to(device)  # [groups, rows, width]
+    views = {}
+    for number, group in enumerate(groups):
+        table = group.common.block_table_tensor
+        wanted = blocks[number].clamp(max=table.shape[1] - 1)  # what is beyond a row's length is not looked at
+        views[id(group)] = Views(tables=table[index, wanted], lengths=lengths[number])
+    return views
+
+
+def _gone(group: GroupStep, row: Row, cut: bool) -> int:
+    return group.spec.freed_blocks(row.prompt) if cut else 0
