@@ -45,14 +45,22 @@ def reference_model() -> Any:
 
 @torch.no_grad()
 def compressed_tokens(
-    prompts: list[list[int]], method: str, keep: float, count: int, block: int, ranks: int = 1
+    prompts: list[list[int]],
+    method: str,
+    keep: float,
+    count: int,
+    block: int,
+    *,
+    ranks: int = 1,
+    model: Any = None,
+    longest: int = LONGEST,
 ) -> list[list[int]]:
     """What transformers answers after `headwise.compress` has kept what a server would keep of each prompt.
 
     The first token is that of the whole prompt, as in the server: nothing is cut before it.
     """
-    model = reference_model()
-    served = Served.of(Settings(method=method, keep=keep), model.config, LONGEST, ranks)
+    model = model or reference_model()
+    served = Served.of(Settings(method=method, keep=keep), model.config, longest, ranks)
     answers = []
     for ids in prompts:
         context = torch.tensor([ids])
@@ -115,6 +123,7 @@ JOBS: dict[str, Callable[[], dict[str, Any]]] = {
     "ranks": lambda: _job(LKV, mini_ruler_prompts(*FEWER), tensor_parallel_size=2, num_gpu_blocks_override=20000),
     "one for two": lambda: _job(LKV, mini_ruler_prompts(*FEWER), ranks=2, num_gpu_blocks_override=20000),
     "lkv": lambda: _job(LKV, mini_ruler_prompts(*FEWER)),
+    "ahead": lambda: _job(LKV, mini_ruler_prompts(*FEWER), async_scheduling=True),
     "aborted": lambda: {**_job(LUKV, _random_prompts(500, 200), count=6), "aborts": 0.06, "spread": True},
     "chunks": lambda: _job(SNAPKV, mini_ruler_prompts(*FEWER), max_num_batched_tokens=48),
     "preempted": lambda: _job(LKV, mini_ruler_prompts(*SHORT), LONG_COUNT, **TIGHT),

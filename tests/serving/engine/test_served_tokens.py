@@ -17,6 +17,11 @@ def test_learned_scores_and_budgets(served):
     assert served("lkv")["tokens"] == compressed_tokens(prompts_of(*FEWER), *LKV, COUNT, BLOCK)
 
 
+def test_the_scheduler_a_step_ahead(served):
+    """Asynchronous scheduling, vLLM's default on GPUs."""
+    assert served("ahead")["tokens"] == served("lkv")["tokens"]
+
+
 def test_two_ranks_each_with_its_gates(served):
     """Tiers are balanced for them; one rank with that setting keeps the same."""
     expected = compressed_tokens(prompts_of(*FEWER), *LKV, COUNT, BLOCK, ranks=2)
@@ -54,7 +59,7 @@ def test_blocks_in_use_are_what_the_formula_says_at_every_step(served, job):
     assert [step["used"] for step in steps] == [step["expected"] for step in steps]
 
 
-@pytest.mark.parametrize("job", ["mixed", "chunks", "preempted", "aborted", "long", "ranks"])
+@pytest.mark.parametrize("job", ["mixed", "chunks", "preempted", "aborted", "long", "ranks", "ahead"])
 def test_all_blocks_come_back(served, job):
     assert served(job)["used_at_end"] == 0
     assert served(job)["leftover"] == 0

@@ -6,6 +6,7 @@ page `region * num_blocks + block` of the whole is a block of any head, and one 
 
 from collections.abc import Sequence
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from headwise.kernels.paged import Sequences
 from headwise.serving.engine.backend import HeadBackend
 from headwise.serving.engine.compaction import Compactor
 from headwise.serving.engine.groups import TierSpec
+from headwise.serving.engine.pool import Pool, whole
 from headwise.serving.engine.step import GroupStep, Part, Steps, Views
 from headwise.serving.tiers import Tiers
 
@@ -91,7 +93,7 @@ class HeadwiseAttention(nn.Module):
             HeadCache(f"{prefix}.head{first + h}", head_size, config.model_config.dtype, keep, tiers.floor)
             for h, keep in enumerate(keeps)
         ]
-        self._pool: Tensor | None = None
+        self._seen: ref[Tensor] | None = None  # the first head's cache, of which the regions are known
         self._regions: Tensor | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -108,54 +110,36 @@ class HeadwiseAttention(nn.Module):
         if count == 0:
             return out
         groups = [by_head[head.layer_name] for head in self.heads]
-        pool, regions = self._bound()
+        pool = self._bound()
         queries = query[:count].view(count, -1, self.head_dim)
-        self._write(key[:count], value[:count], groups, pool, regions)
+        self._write(key[:count], value[:count], groups, pool)
         attended = out[:count].view_as(queries)
-        self._attend(attended, queries, step.now, [step.now_of(group) for group in groups])
-        self.compactor.cut(self.layer, step, groups, queries, self.scaling, pool, regions)
+        self._attend(attended, queries, step.now, [step.now_of(group) for group in groups], pool)
+        self.compactor.cut(self.layer, step, groups, queries, self.scaling, pool)
         if step.after is not None:
-            self._attend(attended, queries, step.after, [step.after_of(group) for group in groups])
+            self._attend(attended, queries, step.after, [step.after_of(group) for group in groups], pool)
         return out
 
-    def _write(self, key: Tensor, value: Tensor, groups: Sequence[GroupStep], pool: Tensor, regions: Tensor) -> None:
+    def _write(self, key: Tensor, value: Tensor, groups: Sequence[GroupStep], pool: Pool) -> None:
         """Store the new tokens where vLLM says."""
-        block, heads = pool.shape[1], len(self.heads)
         slots = torch.stack([group.common.slot_mapping[: len(key)] for group in groups], dim=1)  # [T, H]
-        states = [x.view(len(key), heads, self.head_dim) for x in (key, value)]
-        pool.view(-1, pool.shape[2])[slots + regions * block] = torch.cat(states, dim=-1).to(pool.dtype)
+        states = [x.view(len(key), len(self.heads), self.head_dim) for x in (key, value)]
+        pool.entries[slots + pool.regions * pool.block] = torch.cat(states, dim=-1).to(pool.entries.dtype)
 
-    def _attend(self, out: Tensor, queries: Tensor, part: Part, views: Sequence[Views]) -> None:
-        pool, regions = self._bound()
+    def _attend(self, out: Tensor, queries: Tensor, part: Part, views: Sequence[Views], pool: Pool) -> None:
         sequences = Sequences(
-            tables=torch.stack([view.tables for view in views], dim=1) + regions[:, None],
+            tables=torch.stack([view.tables for view in views], dim=1) + pool.regions[:, None],
             lengths=torch.stack([view.lengths for view in views], dim=1),
             query_starts=part.starts,
         )
         wanted = slice(None) if part.queries is None else part.queries
-        attend = paged_attention(queries.device)
-        out[wanted] = attend(queries[wanted], pool, sequences, self.scaling)
+        out[wanted] = paged_attention(queries.device)(queries[wanted], pool.pages, sequences, self.scaling)
 
-    def _bound(self) -> tuple[Tensor, Tensor]:
-        """The whole pool [pages, block, 2 D], and the first page of every head's region [H]."""
-        caches = [head.kv_cache for head in self.heads]
-        if self._pool is None or self._pool.untyped_storage().data_ptr() != caches[0].untyped_storage().data_ptr():
-            self._pool, regions = whole_pool(caches)
-            self._regions = torch.tensor(regions, device=caches[0].device)
+    def _bound(self) -> Pool:
+        """Of the caches at hand. vLLM may bind others, and give back the memory of those: we do not hold on to them."""
+        first = self.heads[0].kv_cache
+        if self._seen is None or self._seen() is not first:
+            self._regions = Pool.of([head.kv_cache for head in self.heads]).regions
+            self._seen = ref(first)
         assert self._regions is not None
-        return self._pool, self._regions
-
-
-def whole_pool(caches: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-    """One view of the allocation that all caches lie in, as pages, and the number of each cache's first page."""
-    first = caches[0]
-    block, width = first.shape[2:]
-    page = block * width
-    storage = first.untyped_storage()
-    for cache in caches:
-        shared = cache.untyped_storage().data_ptr() == storage.data_ptr()
-        whole = cache.storage_offset() % page == 0 and cache[0].is_contiguous() and cache.stride(0) == page
-        assert shared and whole, "the heads' KV caches are not regions of one allocation"
-    pages = storage.nbytes() // first.element_size() // page
-    pool = first.as_strided((pages, block, width), (page, width, 1), 0)
-    return pool, [cache.storage_offset() // page for cache in caches]
+        return Pool(pages=whole(first), regions=self._regions)

@@ -9,6 +9,7 @@ from torch import Tensor
 from headwise.interfaces import Observation, Rotary
 from headwise.method import Method
 from headwise.select import protected_mask, protection_order, select
+from headwise.serving.engine.pool import Pool
 from headwise.serving.engine.step import GroupStep, Row, Step
 from headwise.shapes import ModelShape
 
@@ -33,12 +34,11 @@ class Compactor:
         groups: Sequence[GroupStep],
         queries: Tensor,
         scaling: float,
-        pool: Tensor,
-        regions: Tensor,
+        pool: Pool,
     ) -> None:
         """Cut every prompt that ends at this step; note the last queries of the others.
 
-        `queries` [T, Hq, D] are the batch's; `regions` [H] the first page of every head in `pool` [pages, block, 2 D].
+        `queries` [T, Hq, D] are the batch's, `groups` those of the layer's heads.
         """
         window = queries[:0]
         if self.method.scorer.query_window:
@@ -50,7 +50,7 @@ class Compactor:
                 window = self.windows[layer].take(step.first_blocks[row.index])
             freed = [group.spec.freed_blocks(row.prompt) for group in groups]
             if any(freed):
-                self._cut(layer, row, groups, freed, window, scaling, pool, regions)
+                self._cut(layer, row, groups, freed, window, scaling, pool)
 
     def rehearse(self, like: Tensor) -> None:
         """Take, once, the memory that cutting the longest prompt will take, so that vLLM leaves it free."""
@@ -71,18 +71,17 @@ class Compactor:
         freed: Sequence[int],
         window: Tensor,
         scaling: float,
-        pool: Tensor,
-        regions: Tensor,
+        pool: Pool,
     ) -> None:
-        block, width, device = pool.shape[1], pool.shape[2], pool.device
+        block, device = pool.block, pool.pages.device
         tables = torch.stack([group.common.block_table_tensor[row.index] for group in groups])  # [H, blocks]
         token = torch.arange(row.prompt, device=device)
-        slots = (tables[:, token // block] + regions[:, None]) * block + token % block  # [H, P], of the whole pool
-        entries = pool.view(-1, width)[slots]  # a copy: [H, P, 2 D]
+        slots = (tables[:, token // block] + pool.regions[:, None]) * block + token % block  # [H, P], of the whole pool
+        entries = pool.entries[slots]  # a copy: [H, P, 2 D]
         gone = torch.tensor(freed, device=device) * block
         kept = self._keep(layer, entries, window, scaling, row.prompt - gone)
         # As many slots from the first that stays as entries are kept, head by head, both in the order of tokens.
-        pool.view(-1, width)[slots[token >= gone[:, None]]] = entries[kept]
+        pool.entries[slots[token >= gone[:, None]]] = entries[kept]
 
     def _keep(self, layer: int, entries: Tensor, window: Tensor, scaling: float, counts: Tensor) -> Tensor:
         """Which tokens of a prompt every head keeps: [H, P]."""
