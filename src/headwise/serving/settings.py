@@ -132,7 +132,10 @@ def static_fractions(method: Method, keep: Keep, shape: ModelShape, tokens: int)
     """What every head keeps of a context of so many tokens, by an allocator that does not look at scores."""
     valid = torch.ones(1, tokens, dtype=torch.bool)
     plan = make_plan(method, keep, shape=shape, entry_bytes=1, valid=valid, positions=torch.arange(tokens)[None])
-    layers, scores = range(len(shape.layers)), torch.zeros(len(shape.layers), 1, shape.kv_heads, tokens)
+    layers = range(len(shape.layers))
+    scores = torch.zeros(1).expand(
+        len(layers), 1, shape.kv_heads, tokens
+    )  # one number: a context may be a million tokens
     counts = method.allocator.allocate(scores, valid & ~plan.protected, layers, plan.demand)
     return counts[:, 0].double() / tokens
 
