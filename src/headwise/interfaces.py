@@ -6,7 +6,7 @@ entries of every head are kept. See docs/how-to-extend.md.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -59,11 +59,19 @@ class Observation:
     queries: Float[Tensor, "batch query_heads window head_dim"]  # rotated; the last `scorer.query_window` ones
     valid: Bool[Tensor, "batch tokens"]
     positions: Int[Tensor, "batch tokens"]
-    output_weight: Float[Tensor, "query_heads head_dim hidden"]  # W_O, one slice per query head
+    project: Callable[[], Tensor]  # makes `output_weight`
     scaling: float
     rotary: Rotary
     statistics: Statistics  # what `accumulate` gathered over the chunks
     totals: tuple[int, ...]  # entries each row may keep over all layers and heads
+
+    @property
+    def output_weight(self) -> Float[Tensor, "query_heads head_dim hidden"]:
+        """W_O as the layer applies it, one slice per query head; made when it is asked for.
+
+        Raises UnsupportedModel where the model has none.
+        """
+        return self.project()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,19 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headwise.errors import BadInput, ShapeMismatch
-from headwise.hf.families import given, view
+from headwise.errors import BadInput, ShapeMismatch, UnsupportedModel
+from headwise.hf.families import TOO_LONG, ModelView, given, view
 from headwise.interfaces import Replay
 from headwise.keep import Keep
 from headwise.method import Method
 from headwise.ragged.cache import RaggedCache
-from headwise.ragged.prefill import TOO_LONG
 from headwise.ragged.store import tokens_fingerprint
 
 Progress = Callable[[int, int], None]
@@ -46,28 +46,35 @@ def compress(
 
     Raises BadInput, ShapeMismatch, UnsupportedModel, BudgetInfeasible, NonFiniteValues.
     """
-    if not isinstance(input_ids, Tensor):
-        raise BadInput(
-            f"input_ids is a {type(input_ids).__name__}; expected a tensor [batch, tokens], such as "
-            "tokenizer(text, return_tensors='pt').input_ids."
-        )
-    mask = _checked_mask(model, input_ids, attention_mask)
+    seen = view(model)
+    mask = _checked_mask(seen, input_ids, attention_mask)
     if prefill_chunk_size is not None and prefill_chunk_size < 1:
         raise BadInput(f"prefill_chunk_size={prefill_chunk_size} must be at least 1 token, or None for all at once.")
     length = input_ids.shape[1]
     cache = RaggedCache(model, method, keep=keep, prompt_length=length, kernel=kernel, replays=True)
-    replay = _fitting(cache.method.scorer.replay, cache.view.max_positions, int(mask.sum(-1).max()))
+    replay = _fitting(cache.method.scorer.replay, seen.max_positions, int(mask.sum(-1).max()))
     steps, done = length * (2 if replay else 1), 0
     for chunk in torch.arange(length).split(prefill_chunk_size or length):
         stop = int(chunk[-1]) + 1
-        _forward(model, input_ids[:, done:stop], mask[:, :stop], cache)
+        _forward(seen.model, input_ids[:, done:stop], mask[:, :stop], cache)
         done = stop
+        _require_filled(cache, done)
         if progress is not None:
             progress(done, steps)
     if replay is not None:
-        _replay(model, input_ids, mask, cache, replay, progress)
+        with seen.unchanged():
+            _replay(seen.model, input_ids, mask, cache, replay, progress)
     cache.tokens_fingerprint = tokens_fingerprint(input_ids, mask)
     return cache
+
+
+def _require_filled(cache: RaggedCache, tokens: int) -> None:
+    """Raise UnsupportedModel if the model did not put its keys and values into the cache that it was given."""
+    if cache.get_seq_length() != tokens:
+        raise UnsupportedModel(
+            f"the model was given {tokens} tokens and put {cache.get_seq_length()} into the cache: something around it "
+            "uses a cache of its own or adds tokens, as prefix and prompt tuning do. Compress with the model inside."
+        )
 
 
 def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: RaggedCache) -> None:
@@ -121,17 +128,40 @@ def _instruction(replay: Replay, ids: Tensor, mask: Tensor, start: int) -> tuple
     )
 
 
-def _checked_mask(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
+def _checked_mask(seen: ModelView, ids: Any, mask: Tensor | None) -> Tensor:
+    _require_ids(seen, ids)
+    if mask is None:
+        mask = torch.ones_like(ids)
+    if mask.shape != ids.shape:
+        raise ShapeMismatch(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}.")
+    if bool(((mask != 0) & (mask != 1)).any()):
+        raise BadInput("attention_mask must be 1 at tokens and 0 at padding; it holds other values.")
+    tokens = int(mask.sum(-1).max())
+    seen.require_positions(tokens, f"has {tokens} tokens")
+    return mask.long()
+
+
+def _require_ids(seen: ModelView, ids: Any) -> None:
+    """Raise BadInput or ShapeMismatch unless these are ids of tokens that the model knows, where the model is."""
+    if not isinstance(ids, Tensor):
+        raise BadInput(
+            f"input_ids is a {type(ids).__name__}; expected a tensor [batch, tokens], such as "
+            "tokenizer(text, return_tensors='pt').input_ids."
+        )
     if ids.ndim != 2 or ids.shape[0] == 0:
         raise ShapeMismatch(f"input_ids must be [batch, tokens]; got shape {tuple(ids.shape)}.")
     if ids.shape[1] == 0:
         raise BadInput("the context is empty: input_ids has no tokens.")
-    limit = view(model).max_positions
-    tokens = ids.shape[1] if mask is None else int(mask.sum(-1).max())
-    if tokens > limit:
-        raise BadInput(f"the context has {tokens} tokens, but this model was made for {limit}. {TOO_LONG}")
-    if mask is None:
-        return torch.ones_like(ids)
-    if mask.shape != ids.shape:
-        raise ShapeMismatch(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}.")
-    return mask
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise BadInput(f"input_ids are {ids.dtype}; token ids are int64 or int32.")
+    if ids.device != seen.model.device:
+        raise BadInput(
+            f"input_ids are on {ids.device}, the model is on {seen.model.device}: use input_ids.to(model.device)."
+        )
+    embedding: Any = seen.model.get_input_embeddings()
+    known = embedding.weight.shape[0]
+    if int(ids.min()) < 0 or int(ids.max()) >= known:
+        raise BadInput(
+            f"input_ids go from {int(ids.min())} to {int(ids.max())}; this model knows 0 to {known - 1}. Is the "
+            "tokenizer that of the model?"
+        )

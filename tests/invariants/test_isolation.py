@@ -1,9 +1,13 @@
 """The cache is the state: nothing is kept on the model, in transformers or in headwise; caches do not meet."""
 
+import copy
+import gc
 import hashlib
 import json
+import pickle
 import subprocess
 import sys
+import weakref
 from functools import cache as once
 
 import pytest
@@ -133,12 +137,45 @@ def state_of(model):
 @pytest.mark.parametrize("method", ["snapkv+adakv", "kvzip", "expected+global"])
 def test_nothing_is_stored_on_the_model(method):
     model = tiny_model()
+    headwise.enable(model)  # see the test after this one
     before = state_of(model)
     cache = headwise.compress(model, random_ids(1, 60), method, keep=0.6)
     with torch.no_grad():
         model(random_ids(1, 3), past_key_values=cache)
     assert state_of(model) == before
     assert model.config._attn_implementation == "headwise"
+
+
+def test_enabling_adds_two_hooks_and_two_methods_to_one_module():
+    """And nothing to any other module, nor a second time; a copy of the model has them too, for itself."""
+    model = tiny_model()
+    before, hooks, _ = state_of(model)
+    headwise.enable(model)
+    headwise.enable(model)
+    after, hooks_after, _ = state_of(model)
+    added = {name: after[name].keys() - before[name].keys() for name in after}
+    assert added.pop("") == {"prepare_inputs_for_generation", "init_continuous_batching"}
+    assert not any(added.values())
+    changed = {name: [b - a for a, b in zip(hooks[name], hooks_after[name], strict=True)] for name in hooks}
+    assert sorted(changed.pop("")) == [0] * (len(hooks[""]) - 2) + [1, 1]
+    assert not any(any(more) for more in changed.values())
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        headwise.enable(copied)
+        assert state_of(copied)[1] == hooks_after
+        assert vars(copied)["prepare_inputs_for_generation"].model is copied
+
+
+def test_a_model_that_is_dropped_is_gone_at_once():
+    """What `enable` adds must not hold the model in a cycle: its memory would wait for the garbage collector."""
+    model = tiny_model()
+    headwise.compress(model, random_ids(1, 60), "keydiff", keep=0.5)
+    there = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 def test_a_model_that_used_other_attention_is_told_once():

@@ -117,7 +117,7 @@ def observe(recording: Recording, prefix: str, scorer: AbstractScorer, count: in
         queries=chunk.queries[:, :, chunk.queries.shape[2] - scorer.query_window :],
         valid=chunk.valid,
         positions=chunk.positions,
-        output_weight=torch.from_numpy(recording[f"{prefix}/output_weight"]),
+        project=lambda: torch.from_numpy(recording[f"{prefix}/output_weight"]),
         scaling=chunk.scaling,
         rotary=chunk.rotary,
         statistics=scorer.accumulate({}, chunk),

@@ -96,7 +96,7 @@ class Layer:
             queries=self.queries[:, :, first:],
             valid=self.valid,
             positions=self.positions,
-            output_weight=self.output_weight,
+            project=lambda: self.output_weight,
             scaling=self.scaling,
             rotary=self.rotary,
             statistics=self.statistics(scorer, cuts),

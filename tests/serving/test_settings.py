@@ -150,7 +150,7 @@ def test_a_rank_scores_its_heads_as_all_would(config):
             queries=torch.zeros(1, shape.query_heads, 0, shape.head_dim),
             valid=torch.ones(1, 50, dtype=torch.bool),
             positions=torch.arange(50)[None],
-            output_weight=torch.zeros(shape.query_heads, shape.head_dim, 0),
+            project=lambda: torch.zeros(shape.query_heads, shape.head_dim, 0),
             scaling=1.0,
             rotary=NoRotation(),
             statistics={},

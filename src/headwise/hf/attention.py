@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from headwise.hf.families import view
+from headwise.hf.passes import tell_caches
 
 NAME = "headwise"
 _TAG = "_headwise_layer"
@@ -38,11 +39,12 @@ class AttentionLayer(Protocol):
 
 
 def enable(model: PreTrainedModel) -> None:
-    """Route the model's attention through headwise: SDPA but for our caches. Raises UnsupportedModel.
+    """Route the model's attention through headwise: SDPA but for our caches. Raises BadInput, UnsupportedModel.
 
+    The model also tells our caches of its forward passes from then on (hf/passes.py); other caches notice nothing.
     Warns if attention was neither SDPA nor headwise before: it then computes, and performs, otherwise from now on.
     """
-    view(model)
+    model = view(model).model
     before = model.config.get_text_config()._attn_implementation
     if before not in (NAME, "sdpa"):
         warnings.warn(
@@ -55,6 +57,7 @@ def enable(model: PreTrainedModel) -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     if not is_enabled(model):
         model.set_attn_implementation(NAME)
+    tell_caches(model)
 
 
 def is_enabled(model: PreTrainedModel) -> bool:

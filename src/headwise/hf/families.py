@@ -5,7 +5,9 @@ attention interface by name, (3) has `o_proj`, (4) uses neither soft-capping nor
 FAMILIES and one tiny configuration to tests/families.py, which runs every invariant on it.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import signature
@@ -14,12 +16,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from headwise.artifacts import config_hash
-from headwise.errors import UnsupportedModel
+from headwise.errors import BadInput, UnsupportedModel
+from headwise.hf.output import output_weight
 from headwise.shapes import ModelShape
+
+TOO_LONG = "Shorten the context, configure rope scaling on the model, or raise config.max_position_embeddings."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +57,25 @@ class ModelView:
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence the model was made for."""
+        """Longest sequence the model may have been made for."""
         return max_positions(self.model.config)
+
+    def require_positions(self, needed: int, what: str) -> None:
+        """Raise BadInput if a context needs more positions than the model has; `what` says what it does or has."""
+        if needed > self.max_positions:
+            raise BadInput(f"the context {what}, but this model was made for {self.max_positions}. {TOO_LONG}")
+
+    def warn_of_positions(self, needed: int) -> None:
+        """Warn if it is not certain that the model has so many positions."""
+        written = self.model.config.get_text_config().max_position_embeddings
+        if needed > written and _stretches_linearly(self.model.config):
+            warnings.warn(
+                f"the context goes beyond the {written} positions that the model's configuration names. Its rope "
+                "scaling is linear, and it does not say whether they are counted before or after scaling: if after, "
+                "answers mean nothing.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     @property
     def config_hash(self) -> str:
@@ -61,9 +83,25 @@ class ModelView:
         return config_hash(self.model.config.get_text_config().to_dict())
 
     def output_weight(self, layer: int) -> Float[Tensor, "query_heads head_dim hidden"]:
-        """W_O of a layer, one slice per query head (a view)."""
-        weight = self._attention(layer).o_proj.weight  # [hidden, query_heads * D]
-        return weight.view(-1, self.shape.query_heads, self.shape.head_dim).permute(1, 2, 0)
+        """W_O of a layer as the layer applies it, adapters and quantisation included. Raises UnsupportedModel."""
+        return output_weight(self._attention(layer).o_proj, self.shape)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Whatever the model reads inside, its rotary embedding is afterwards what it was before.
+
+        Dynamic and long scaling choose frequencies by the longest sequence of a pass, and some keep them.
+        """
+        modules = [m for m in self._decoder.children() if next(m.parameters(), None) is None]
+        fields = [dict(module.__dict__) for module in modules]
+        buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+        try:
+            yield
+        finally:
+            for module, before in zip(modules, fields, strict=True):
+                module.__dict__.update(before)
+            for module, name, buffer, before in buffers:  # some are replaced, some written to
+                module._buffers[name] = buffer.copy_(before)
 
     def rotary(self, layer: int) -> "ModelRotary":
         """The rotary embedding that a layer's queries and keys went through in the latest forward pass.
@@ -131,7 +169,8 @@ def _cache_argument(kind: type[PreTrainedModel]) -> str:
 
 
 def view(model: PreTrainedModel) -> ModelView:
-    """Describe a model. Raises UnsupportedModel, naming what is supported."""
+    """Describe a model. Raises BadInput for what is no model, UnsupportedModel, naming what is supported."""
+    model = _require_model(model)
     config = model.config.get_text_config()
     family, shape = _family(config), shape_of(config)
     devices = {weight.device for weight in model.parameters()}
@@ -176,13 +215,37 @@ def _family(config: PretrainedConfig) -> Family:
 
 
 def max_positions(config: PretrainedConfig) -> int:
-    """Longest sequence a configuration was made for: what it says, or what its rope scaling stretches it to."""
-    config = config.get_text_config()
-    rope = config.rope_parameters or {}
-    rope = rope.get("full_attention", rope)  # some families have one per type of layer
-    written = config.max_position_embeddings
-    original = rope.get("original_max_position_embeddings", written if rope.get("rope_type") == "dynamic" else 0)
+    """Longest sequence a configuration may be made for: what it says, or what its rope scaling stretches it to."""
+    rope, written = _rope(config), config.get_text_config().max_position_embeddings
+    stretched = rope.get("rope_type") in ("dynamic", "linear")
+    original = rope.get("original_max_position_embeddings", written if stretched else 0)
     return max(written, int(original * (rope.get("factor") or 1.0)))
+
+
+def _stretches_linearly(config: PretrainedConfig) -> bool:
+    """Whether positions are scaled down and the configuration does not say how many there were before."""
+    rope = _rope(config)
+    return rope.get("rope_type") == "linear" and "original_max_position_embeddings" not in rope
+
+
+def _rope(config: PretrainedConfig) -> dict[str, Any]:
+    rope = config.get_text_config().rope_parameters or {}
+    return rope.get("full_attention", rope)  # some families have one per type of layer
+
+
+def _require_model(model: Any) -> PreTrainedModel:
+    """The model itself, where it was compiled. Raises BadInput for anything but a model of transformers."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper; dynamo cannot trace what a cache does
+    if isinstance(model, nn.Module) and isinstance(getattr(model, "config", None), PretrainedConfig):
+        return model  # pyright: ignore[reportReturnType]  # peft's wrappers are no PreTrainedModel
+    if isinstance(model, str):
+        raise BadInput(
+            f"the model is the text {model!r}: load it with AutoModelForCausalLM.from_pretrained, and give that."
+        )
+    parts = {name: getattr(model, name, None) for name in ("module", "model")}  # DataParallel, a pipeline
+    inner = next((f"its .{name}" for name, part in parts.items() if isinstance(part, PreTrainedModel)), None)
+    advice = inner or "what AutoModelForCausalLM.from_pretrained returns"
+    raise BadInput(f"a {type(model).__name__} is not a model of transformers: give {advice}.")
 
 
 def _slides(config: PretrainedConfig, layer: int) -> bool:

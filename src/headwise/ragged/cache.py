@@ -1,9 +1,9 @@
 """RaggedCache: a transformers Cache in which every KV head of every layer keeps its own number of entries."""
 
-import copy
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Int
@@ -14,14 +14,26 @@ from transformers.cache_utils import Cache
 from headwise.errors import BadInput, UnsupportedGeneration, UnsupportedModel
 from headwise.hf import attention
 from headwise.hf.families import ModelView, view
+from headwise.hf.passes import Listener
 from headwise.keep import Keep, parse_keep
 from headwise.kernels import get_kernel
 from headwise.method import Method
 from headwise.ragged.layer import Meter, RaggedLayer, SlidingLayer
+from headwise.ragged.masks import require_whole_context
 from headwise.ragged.prefill import Prefill
+from headwise.ragged.transcript import ADVICE, Transcript
 
 
-class RaggedCache(Cache):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pass:
+    """A forward pass that has begun: where the cache stood, and the ids that it brings."""
+
+    seen: int
+    compressed: bool
+    ids: Tensor | None
+
+
+class RaggedCache(Cache, Listener):
     """A KV cache that is cut, head by head, as soon as the prompt has been read; pass it as `past_key_values`.
 
     >>> cache = RaggedCache(model, "snapkv+adakv", keep=0.15)
@@ -55,6 +67,9 @@ class RaggedCache(Cache):
             raise BadInput(f"prompt_length={prompt_length} must be at least 1 token, or None: the first forward pass.")
         self.provenance: dict[str, Any] = {"method": self.method.provenance(), "keep": str(self.keep)}
         self.tokens_fingerprint: str | None = None  # of the context, once it has been read by compress()
+        self.transcript = Transcript()
+        self.context_tokens: tuple[int, ...] | None = None  # of every context, padding excluded, where it is known
+        self._pass: _Pass | None = None  # that has begun and not ended
         self.meter = Meter()
         if self.method.scorer.replay is not None:
             self._require_replay(replays)
@@ -70,7 +85,7 @@ class RaggedCache(Cache):
             for i in range(self.view.shape.num_layers)
         ]
         super().__init__(layers=layers)
-        self.prefill.layers = self.ragged_layers
+        self.prefill.watch(self.ragged_layers)
 
     @property
     def ragged_layers(self) -> list[RaggedLayer]:
@@ -81,6 +96,70 @@ class RaggedCache(Cache):
     def compressed(self) -> bool:
         """Whether the context has been read and cut."""
         return all(layer.frozen for layer in self.ragged_layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, kept or not; those of a forward pass that has not ended do not count."""
+        return self._stood_at()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Keys that a mask covers, and the number of the first of them. Asked for before a forward pass."""
+        self._undo_unfinished()
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def begin(self, ids: Tensor | None, mask: Tensor | None, num_tokens: int) -> None:
+        """A forward pass begins. One before it that did not end well is undone: raises where it cannot be.
+
+        Raises BadInput for a mask that does not fit, UnsupportedGeneration.
+        """
+        self._undo_unfinished()
+        self._pass = None
+        seen = self._stood_at()
+        if mask is not None and mask.ndim == 2:
+            self._require_mask(mask, seen, num_tokens)
+        self._pass = _Pass(seen=seen, compressed=self.compressed, ids=ids)
+
+    def commit(self) -> None:
+        """The forward pass has ended well: what it brought has been seen."""
+        done, self._pass = self._pass, None
+        if done is not None and self._stood_at() > done.seen:  # a second reading brings nothing new
+            self.transcript = self.transcript.followed_by(done.ids)
+            if self.compressed and not done.compressed:
+                self.context_tokens = self.prefill.tokens
+
+    def require_continued(self, ids: Tensor, mask: Tensor | None) -> None:
+        """Raise BadInput unless the prompt `ids` [batch, tokens] begins with what this cache has seen, and goes on."""
+        self.transcript.require_prefix(self._stood_at(), ids, mask)
+
+    def _stood_at(self) -> int:
+        """Tokens seen by every layer before a pass that has not ended."""
+        return self._pass.seen if self._pass is not None else min(layer.seen for layer in self.ragged_layers)
+
+    def _undo_unfinished(self) -> None:
+        """Take back what some or all layers got from a forward pass that did not end well, or raise."""
+        stood = self._stood_at()
+        layers: list[Any] = self.layers
+        if all(layer.get_seq_length() == stood for layer in layers):
+            return
+        if not self.compressed or (self._pass is not None and not self._pass.compressed):
+            self.prefill.refuse_failed()
+        for layer in layers:
+            layer.require_undoable(stood)
+        for layer in layers:
+            layer.undo(stood)
+        self._pass = None
+
+    def _require_mask(self, mask: Tensor, seen: int, num_tokens: int) -> None:
+        """Raise BadInput unless a mask [batch, tokens] is of everything seen and what is new, and hides no context."""
+        if mask.shape[1] != seen + num_tokens:
+            raise BadInput(
+                f"attention_mask is for {mask.shape[1]} tokens, but this cache has seen {seen} and {num_tokens} are "
+                f"new: {ADVICE}."
+            )
+        first = self.ragged_layers[0]
+        if self.compressed and self.context_tokens is not None and (num_tokens > 1 or first.tail_length == 0):
+            assert first.rows is not None
+            counts = torch.tensor(self.context_tokens, dtype=torch.int64, device=first.rows.device)
+            require_whole_context(mask[:, : seen - first.tail_length], counts[first.rows])
 
     @property
     def nbytes(self) -> int:
@@ -99,8 +178,8 @@ class RaggedCache(Cache):
 
     @property
     def index_nbytes(self) -> int:
-        """Bytes of what is not keys and values: kept positions, page tables, rows."""
-        return sum(layer.index_nbytes for layer in self.ragged_layers)
+        """Bytes of what is not keys and values: kept positions, page tables, rows, ids of the tokens seen."""
+        return sum(layer.index_nbytes for layer in self.ragged_layers) + self.transcript.nbytes
 
     @property
     def lengths(self) -> Int[Tensor, "layers batch kv_heads"]:
@@ -137,7 +216,8 @@ class RaggedCache(Cache):
         self._require_compressed()
         if copies < 1:
             raise BadInput(f"copies={copies} must be at least 1.")
-        twin = copy.copy(self)
+        twin = RaggedCache.__new__(RaggedCache)
+        vars(twin).update(vars(self))
         twin.meter = self.meter.fork()
         layers: list[Any] = self.layers
         twin.layers = [layer.fork(twin.meter) for layer in layers]
@@ -161,19 +241,59 @@ class RaggedCache(Cache):
         whole, *others = (cache.fork() for cache in caches)
         stacks: Any = zip(whole.layers, *(other.layers for other in others), strict=True)
         whole.meter, whole.tokens_fingerprint = Meter(), None
+        whole.transcript = Transcript.stacked([cache.transcript for cache in caches])
+        counts = [cache.context_tokens for cache in caches]
+        known = [count for count in counts if count is not None]
+        whole.context_tokens = sum(known, ()) if len(known) == len(counts) else None
         whole.layers = [first.joined(rest, whole.meter) for first, *rest in stacks]
         return whole
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; give minus their number. All layers or none: raises UnsupportedGeneration."""
+        self._undo_unfinished()
         layers: list[Any] = self.layers
         for layer in layers:
             layer.require_croppable(tokens_to_remove)
         super().crop(tokens_to_remove)
+        if tokens_to_remove:
+            self.transcript = self.transcript.cut(self._stood_at())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i continues what row `beam_idx[i]` was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch. Frozen contexts are shared, not copied."""
+        self._pick(lambda t: t.index_select(0, indices.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch. Frozen contexts are shared, not copied."""
+        self._pick(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def _pick(self, pick: Callable[[Tensor], Tensor]) -> None:
+        """Rows of all layers, or of none where one fails."""
+        layers: list[Any] = self.layers
+        if not any(layer.is_initialized for layer in layers):
+            return
+        picked, transcript = [layer.picked(pick) for layer in layers], self.transcript.picked(pick)
+        for layer, states in zip(layers, picked, strict=True):
+            layer.put(states)
+        self.transcript = transcript
+
+    def __copy__(self) -> "RaggedCache":
+        """As fork(): two caches that shared their tails would spoil each other."""
+        return self.fork()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RaggedCache":
         """What transformers' users do to ask twice of one prefix; neither model nor frozen storage is copied."""
         return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be pickled (torch.save and queues of processes do it too): the whole model would go along."""
+        raise UnsupportedGeneration(
+            "a RaggedCache cannot be pickled, because the whole model would be written with it: use "
+            "cache.save('document.safetensors'), and headwise.load('document.safetensors', model) where it is needed."
+        )
 
     def activate_past_recording(self) -> None:
         """Called for assisted generation, which gives the whole prompt to a cache again, read or not."""
@@ -196,6 +316,7 @@ class RaggedCache(Cache):
             )
 
     def _require_compressed(self) -> None:
+        self._undo_unfinished()
         if not self.compressed:
             seen = self.get_seq_length()
             raise UnsupportedGeneration(

@@ -19,8 +19,10 @@ from headwise.errors import BadInput, ShapeMismatch, UnsupportedGeneration, Unsu
 from headwise.hf.attention import tag
 from headwise.kernels import Kernel
 from headwise.layout import Segments
+from headwise.ragged.masks import tail_mask
 
 TAIL_STEP = 64  # tokens; the tail then grows by half
+States = tuple[Tensor | None, ...]
 
 
 @runtime_checkable
@@ -142,17 +144,23 @@ class RaggedLayer(CacheLayerMixin):
     def get_max_cache_shape(self) -> int:
         return -1
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: row i continues what row `beam_idx[i]` was."""
-        self.batch_select_indices(beam_idx)
+    def picked(self, pick: Callable[[Tensor], Tensor]) -> States:
+        """Other rows of the batch, for `put`. Frozen contexts are shared, not copied."""
+        if self.rows is None:
+            raise UnsupportedGeneration("rows of a cache can be chosen only when its context has been compressed.")
+        return tuple(None if t is None else pick(t) for t in (self.rows, self.tail_keys, self.tail_values))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch. Frozen contexts are shared, not copied."""
-        self._select(lambda t: t.index_select(0, indices.to(t.device)))
+    def put(self, states: States) -> None:
+        """Go on with these rows."""
+        self.rows, self.tail_keys, self.tail_values = states
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch. Frozen contexts are shared, not copied."""
-        self._select(lambda t: t.repeat_interleave(repeats, dim=0))
+    def undo(self, stood: int) -> None:
+        """Forget what came after the first `stood` tokens."""
+        self.tail_length -= self.seen - stood
+        self.seen, self.unattended = stood, False
+
+    def require_undoable(self, stood: int) -> None:
+        """Nothing: what a pass has added lies in the tail."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; give minus their number. Raises what `require_croppable` does."""
@@ -277,12 +285,11 @@ class RaggedLayer(CacheLayerMixin):
 
     def _tail_mask(self, mask: Tensor | None, num_queries: int) -> Tensor | None:
         """[B, T, tail], or None when all of the tail is visible to all queries."""
+        assert self.rows is not None
         if mask is not None:
-            mask = mask if mask.dtype == torch.bool else mask >= 0
-            return mask[:, 0, -num_queries:, -self.tail_length :]
+            return tail_mask(mask, len(self.rows), num_queries, self.tail_length)
         if num_queries == 1:
             return None
-        assert self.rows is not None
         square = torch.ones(num_queries, self.tail_length, dtype=torch.bool, device=self.rows.device)
         return square.tril(self.tail_length - num_queries).expand(len(self.rows), -1, -1)
 
@@ -296,29 +303,21 @@ class RaggedLayer(CacheLayerMixin):
         stop = self.tail_length + key_states.shape[-2]
         if self.tail_keys is None or self.tail_values is None or stop > self.tail_keys.shape[2]:
             capacity = -(-max(stop, self.tail_length * 3 // 2) // TAIL_STEP) * TAIL_STEP
-            self.tail_keys = self._enlarged(self.tail_keys, key_states, capacity)
-            self.tail_values = self._enlarged(self.tail_values, value_states, capacity)
+            longer_keys = self._enlarged(self.tail_keys, key_states, capacity)
+            longer_values = self._enlarged(self.tail_values, value_states, capacity, longer_keys)
+            self.tail_keys, self.tail_values = longer_keys, longer_values  # both, or none if memory runs out
             self._report()
         self.tail_keys[:, :, self.tail_length : stop] = key_states
         self.tail_values[:, :, self.tail_length : stop] = value_states
         self.tail_length = stop
 
-    def _enlarged(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
+    def _enlarged(self, old: Tensor | None, like: Tensor, capacity: int, *fresh: Tensor) -> Tensor:
         with torch.inference_mode(False):  # else it could be written to under inference_mode only
             new = like.new_zeros(*like.shape[:2], capacity, like.shape[-1])
         if old is not None:
             new[:, :, : self.tail_length] = old[:, :, : self.tail_length]
-        self._report(new)
+        self._report(new, *fresh)
         return new
-
-    def _select(self, pick: Callable[[Tensor], Tensor]) -> None:
-        if not self.is_initialized:
-            return
-        if self.rows is None:
-            raise UnsupportedGeneration("rows of a cache can be chosen only when its context has been compressed.")
-        self.rows = pick(self.rows)
-        if self.tail_keys is not None and self.tail_values is not None:
-            self.tail_keys, self.tail_values = pick(self.tail_keys), pick(self.tail_values)
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):
@@ -328,13 +327,55 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         super().__init__(sliding_window=sliding_window)
         self.model_index = model_index
         self.meter = meter
+        self.newest = 0  # tokens of the latest update
+        self.dropped: tuple[Tensor, ...] = ()  # keys and values that left the window then
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As transformers'; what stays is copied out of the full states it was cut from."""
-        states = super().update(key_states, value_states, *args, **kwargs)
-        self.keys, self.values = _own(self.keys), _own(self.values)
+        """As transformers'; what stays is copied out of the full states it was cut from. All of it, or nothing."""
+        before = dict(vars(self))
+        try:
+            states = super().update(key_states, value_states, *args, **kwargs)
+            self.keys, self.values = _own(self.keys), _own(self.values)
+            self._note_dropped(before["keys"], before["values"], key_states.shape[-2])
+        except BaseException:
+            vars(self).update(before)
+            raise
         self.meter.report(self.model_index, self.nbytes)
         return states
+
+    def _note_dropped(self, old_keys: Tensor | None, old_values: Tensor | None, num_new: int) -> None:
+        """Remember what left the window, until the next update, so that this one can be undone."""
+        self.newest, self.dropped = num_new, ()
+        if old_keys is not None and old_values is not None and old_keys.numel():
+            count = old_keys.shape[-2] - max(0, self._states("keys").shape[-2] - num_new)
+            self.dropped = (old_keys[:, :, :count].clone(), old_values[:, :, :count].clone())
+
+    def require_undoable(self, stood: int) -> None:
+        """Raise UnsupportedGeneration if more than the latest update would have to be taken back."""
+        if self.cumulative_length - stood not in (0, self.newest):
+            raise UnsupportedGeneration(
+                f"a forward pass failed after {self.cumulative_length - stood} tokens had entered a sliding window, of "
+                f"which only {self.newest} can be taken back: make the cache anew, or fork() before what may fail."
+            )
+
+    def undo(self, stood: int) -> None:
+        """Take back the latest update, so that `stood` tokens have been seen."""
+        if self.cumulative_length > stood:
+            stay = max(0, self._states("keys").shape[-2] - self.newest)
+            kept = self._states("keys")[:, :, :stay], self._states("values")[:, :, :stay]
+            if self.dropped:
+                kept = tuple(torch.cat(parts, dim=-2) for parts in zip(self.dropped, kept, strict=True))
+            self.keys, self.values = kept
+            self.cumulative_length, self.newest, self.dropped = stood, 0, ()
+
+    def picked(self, pick: Callable[[Tensor], Tensor]) -> States:
+        """Other rows of the batch, for `put`."""
+        return tuple(None if t is None else pick(t) for t in (self.keys, self.values))
+
+    def put(self, states: States) -> None:
+        """Go on with these rows."""
+        self.keys, self.values = states
+        self.newest, self.dropped = 0, ()
 
     def joined(self, others: Sequence["SlidingLayer"], meter: Meter) -> "SlidingLayer":
         """A layer whose batch is the rows of this one, then those of the others."""
@@ -342,6 +383,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         whole.keys, whole.values = (
             torch.cat([self._states(name), *(other._states(name) for other in others)]) for name in ("keys", "values")
         )
+        whole.newest, whole.dropped = 0, ()
         meter.report(self.model_index, whole.nbytes)
         return whole
 
@@ -373,8 +415,9 @@ class SlidingLayer(DynamicSlidingWindowLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values held."""
-        return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values) if t is not None)
+        """Bytes of keys and values held, of those too that left the window in the latest pass."""
+        held = (self.keys, self.values, *self.dropped)
+        return sum(t.untyped_storage().nbytes() for t in held if t is not None)
 
 
 def _no_autocast(states: Tensor) -> AbstractContextManager[Any]:

@@ -7,6 +7,9 @@ one full layer. A scope "model" allocator, and a scorer that replays the context
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NoReturn
+from weakref import ref
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,10 +23,9 @@ from headwise.interfaces import Chunk, Demand, Observation, Statistics
 from headwise.keep import Keep
 from headwise.method import Method
 from headwise.ragged.layer import RaggedLayer
+from headwise.ragged.masks import require_causal, require_left_padding, tokens_of
 from headwise.select import protected_mask, protection_order, select
 from headwise.shapes import ModelShape
-
-TOO_LONG = "Shorten the context, configure rope scaling on the model, or raise config.max_position_embeddings."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +61,8 @@ class Prefill:
         self.method = method
         self.keep = keep
         self.prompt_length = prompt_length
-        self.layers: Sequence[RaggedLayer] = ()
+        self.tokens: tuple[int, ...] | None = None  # of every context, once it has been cut
+        self._layers: Sequence[ref[RaggedLayer]] = ()
         self.traces = [_Trace() for _ in view.shape.layers]
         self.deferred = defers(method)
         self.plan: Plan | None = None
@@ -68,11 +71,25 @@ class Prefill:
         self._piece = 0  # tokens of the latest piece of prefill
         self._failure: str | None = None
 
+    def watch(self, layers: Sequence[RaggedLayer]) -> None:
+        """These are the layers. They hold this object, so it holds them weakly: a cycle would outlive its cache."""
+        self._layers = [ref(layer) for layer in layers]
+
+    @property
+    def layers(self) -> list[RaggedLayer]:
+        """The layers that are watched."""
+        found = [layer() for layer in self._layers]
+        return [layer for layer in found if layer is not None]
+
+    def refuse_failed(self) -> NoReturn:
+        """Raise UnsupportedGeneration: what was read is not whole, and cannot be read again."""
+        reason = self._failure or "a forward pass did not finish"
+        raise UnsupportedGeneration(f"this cache failed while reading its context ({reason}): make a new one.")
+
     def expect(self, layer: RaggedLayer, num_tokens: int) -> None:
         """New tokens are about to enter the first layer: raise if they cannot be served, warn of a likely mistake."""
-        if self._failure is not None or len({other.seen for other in self.layers}) > 1:
-            reason = self._failure or "a forward pass did not finish"
-            raise UnsupportedGeneration(f"this cache failed while reading its context ({reason}): make a new one.")
+        if self._failure is not None:
+            self.refuse_failed()
         if not is_enabled(self.view.model):  # it would ignore the frozen part
             raise UnsupportedModel(
                 "the model's attention implementation was changed while a RaggedCache is in use; call "
@@ -139,15 +156,14 @@ class Prefill:
     def _extend(self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Note which tokens are padding, and every token's position; refuse what cannot work, before any cut."""
         batch, length, self._piece = query.shape[0], layer.seen, query.shape[2]
-        valid = _valid_tokens(mask, batch, length, query.device)
+        valid = tokens_of(mask, batch, length, query.device)
+        require_causal(mask, valid)
         fresh = _positions(position_ids, valid, query.shape[2])
         self._valid = valid
         self._positions = fresh if self._positions is None else torch.cat([self._positions, fresh], dim=-1)
-        if int(fresh.max()) >= self.view.max_positions:
-            raise BadInput(
-                f"the context reaches position {int(fresh.max()) + 1}, but this model was made for "
-                f"{self.view.max_positions}. {TOO_LONG}"
-            )
+        needed = int(fresh.max()) + 1
+        self.view.require_positions(needed, f"reaches position {needed}")
+        self.view.warn_of_positions(needed)
         if layer.seen >= (self.prompt_length or 0):
             assert layer.keys is not None
             entry_bytes = self.view.shape.entry_bytes(layer.keys.itemsize)
@@ -168,7 +184,7 @@ class Prefill:
         if layer.replaying:
             assert layer.replayed_keys is not None
             keys = layer.replayed_keys
-            valid = _valid_tokens(mask, query.shape[0], keys.shape[2], query.device)
+            valid = tokens_of(mask, query.shape[0], keys.shape[2], query.device)
             positions = torch.cat([positions, _positions(position_ids, valid, query.shape[2])], dim=-1)
         return Chunk(
             queries=query,
@@ -203,7 +219,7 @@ class Prefill:
             queries=trace.queries,
             valid=self.plan.valid,
             positions=self.plan.positions,
-            output_weight=self.view.output_weight(layer.index),
+            project=partial(self.view.output_weight, layer.index),
             scaling=trace.scaling,
             rotary=self.view.rotary(layer.index),
             statistics=trace.statistics,
@@ -224,8 +240,8 @@ class Prefill:
             layer.freeze(layer_kept, self.plan.positions)
             self.traces[layer.index] = _Trace()
         if all(layer.frozen for layer in self.layers):
+            self.tokens = self.plan.demand.tokens
             self.plan = self._valid = self._positions = None
-            self.layers = ()  # they hold us: in a cycle, a dropped cache's memory would wait for the garbage collector
 
     def _require_finite(self, layer: RaggedLayer) -> None:
         """Padding may hold anything; a real token's key or value may not be NaN or infinite."""
@@ -255,8 +271,7 @@ def make_plan(
     positions: Int[Tensor, "batch tokens"],
 ) -> Plan:
     """Turn `keep` into what the allocator must deliver for this context. Raises BadInput, BudgetInfeasible."""
-    if bool((valid[:, 1:] < valid[:, :-1]).any()):
-        raise BadInput("padding must be on the left: set tokenizer.padding_side = 'left'.")
+    require_left_padding(valid)
     tokens = valid.sum(-1).tolist()
     if min(tokens) == 0:
         raise BadInput("a context is empty: every row needs at least one token that is not padding.")
@@ -292,14 +307,6 @@ def _last(past: Tensor | None, query: Tensor, window: int) -> Tensor:
     """The last `window` queries seen so far (a copy, so that the rest can be freed)."""
     joined = query if past is None else torch.cat([past, query], dim=2)
     return joined[:, :, max(0, joined.shape[2] - window) :].clone()
-
-
-def _valid_tokens(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Bool[Tensor, "batch tokens"]:
-    """The last query sees every token that is not padding."""
-    if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=device)
-    last = mask[:, 0, -1, :length]
-    return (last if last.dtype == torch.bool else last >= 0).expand(batch, -1).clone()
 
 
 def _positions(position_ids: Tensor | None, valid: Tensor, count: int) -> Int[Tensor, "batch queries"]:

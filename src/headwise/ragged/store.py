@@ -6,26 +6,15 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from headwise.artifacts import config_hash, fingerprint, read_tensors, write_tensors
+from headwise.artifacts import fingerprint, read_tensors, write_tensors
 from headwise.errors import ArtifactMismatch, BadInput, UnsupportedGeneration
+from headwise.hf.fingerprint import model_fingerprint
 from headwise.layout import Segments
 from headwise.ragged.cache import RaggedCache
 from headwise.ragged.layer import RaggedLayer
-
-_SAMPLE = 64  # values looked at in each weight
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of the configuration and of a sample of every weight (as float32, so that the dtype does not matter)."""
-    parts: list[str | Tensor] = [config_hash(model.config.get_text_config().to_dict())]
-    for name, weight in model.get_decoder().named_parameters():
-        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight  # shared out among processes
-        step = max(1, weight.numel() // _SAMPLE)
-        parts += [name, weight.detach().flatten()[::step][:_SAMPLE].to("cpu", torch.bfloat16).float()]
-    return fingerprint(*parts)
+from headwise.ragged.transcript import Transcript
 
 
 def tokens_fingerprint(
@@ -43,12 +32,15 @@ def save(cache: RaggedCache, path: str | os.PathLike[str]) -> None:
     for i, layer in enumerate(cache.layers):
         found = _ragged_tensors(layer) if isinstance(layer, RaggedLayer) else _sliding_tensors(layer)
         tensors |= {f"{i}.{name}": tensor for name, tensor in found.items()}
+    if cache.transcript.ids is not None:
+        tensors["ids"] = cache.transcript.ids.to(torch.int32)
     metadata = {
         "model": cache.view.model.config.name_or_path,
         "model_fingerprint": model_fingerprint(cache.view.model),
         "tokens_fingerprint": cache.tokens_fingerprint,
         **cache.provenance,
         "seen": cache.get_seq_length(),
+        "context_tokens": cache.context_tokens,
         "peak_nbytes": cache.peak_nbytes,
     }
     write_tensors(path, "cache", tensors, metadata)
@@ -72,7 +64,8 @@ def load(
     if found != expected:
         raise ArtifactMismatch(
             f"{path} was made with {metadata['model'] or 'a model'} (fingerprint {found[:12]}), not with "
-            f"{model.config.name_or_path or 'this model'} ({expected[:12]}). Compress the context again."
+            f"{model.config.name_or_path or 'this model'} ({expected[:12]}): other weights, or another adapter is active. "
+            "Compress the context again."
         )
     if input_ids is not None:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -80,6 +73,11 @@ def load(
     cache = RaggedCache(model, "random", keep=1.0, kernel=kernel)  # a method is of no use any more: all is cut
     cache.provenance = {name: metadata[name] for name in cache.provenance}
     cache.tokens_fingerprint, cache.meter.peak = metadata["tokens_fingerprint"], metadata["peak_nbytes"]
+    cache.transcript = Transcript().followed_by(
+        ids.to(model.device) if (ids := tensors.get("ids")) is not None else None
+    )
+    counts = metadata.get("context_tokens")
+    cache.context_tokens = None if counts is None else tuple(counts)
     for i, layer in enumerate(cache.layers):
         prefix = f"{i}."
         own = {k.removeprefix(prefix): _for_model(v, model) for k, v in tensors.items() if k.startswith(prefix)}

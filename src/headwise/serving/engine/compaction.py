@@ -2,10 +2,12 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from headwise.errors import UnsupportedModel
 from headwise.interfaces import Observation, Rotary
 from headwise.method import Method
 from headwise.select import protected_mask, protection_order, select
@@ -95,7 +97,7 @@ class Compactor:
             queries=window.transpose(0, 1)[None],
             valid=valid,
             positions=torch.arange(tokens, device=entries.device)[None],
-            output_weight=entries.new_empty(self.shape.query_heads, dim, 0),  # not asked for by what is served
+            project=_no_projection,
             scaling=scaling,
             rotary=self.rotary(),
             statistics={},
@@ -106,6 +108,10 @@ class Compactor:
         # NaN comes from one request's keys or values (float16 overflows): its answer is lost, others' must not be.
         scores = method.scorer.score(observation).nan_to_num(nan=-torch.inf)
         return select(scores, counts[None], valid, protected, order)[0]
+
+
+def _no_projection() -> NoReturn:
+    raise UnsupportedModel("a layer's W_O is not at hand in vLLM: no scorer that is served reads it.")
 
 
 class Windows:
