@@ -88,7 +88,7 @@ def test_a_total_below_one_entry_per_head_is_shared_evenly():
 def test_infeasible_totals_and_other_shapes_are_refused():
     with pytest.raises(BudgetInfeasible, match="hold only 600"):
         counts(BUDGETS, [100], [601])
-    with pytest.raises(BudgetInfeasible, match="need 1 of 100"):
+    with pytest.raises(BudgetInfeasible, match="every head needs 1 of 100"):
         counts(BUDGETS, [100], [5])
     demand = Demand(shape=replace(SHAPE, kv_heads=1), tokens=(9,), totals=(9,), floors=(1,))
     with pytest.raises(ArtifactMismatch, match="kv_heads=1"):

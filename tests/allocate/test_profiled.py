@@ -177,7 +177,7 @@ def test_rows_of_a_batch_do_not_see_each_other():
 def test_infeasible_totals_are_refused():
     for hard, total, words in (
         (True, 50, "sink and window need 20"),
-        (False, 5, "sink and window need 1"),
+        (False, 5, "every head needs 1 of 100 tokens"),
         (False, 601, "hold only 600"),
     ):
         with pytest.raises(BudgetInfeasible, match=words):

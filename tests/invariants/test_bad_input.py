@@ -174,10 +174,34 @@ def test_fewer_bytes_than_one_entry_per_head(model):
     refuse(BudgetInfeasible, "'1tok'", model, random_ids(1, 40), "keydiff", keep="128B")
 
 
-def test_a_window_longer_than_the_context_keeps_it_whole(model):
-    method = Method.parse("snapkv")
-    refuse(BudgetInfeasible, "smallest keep that works is 1", model, random_ids(1, 20), method, keep=0.9)
-    assert headwise.compress(model, random_ids(1, 20), method, keep=1.0).lengths.unique().tolist() == [20]
+@pytest.mark.parametrize("keep", [0.01, 0.9, "1tok", "200B"])
+def test_a_context_no_longer_than_the_window_is_kept_whole(model, keep):
+    """A first turn of a chat: no keep but everything would suit it, and there is nothing to gain."""
+    with pytest.warns(UserWarning, match="context of 20 tokens is kept whole.*: sink 0 and window 32 cover it"):
+        cache = headwise.compress(model, random_ids(1, 20), "snapkv", keep=keep)
+    assert cache.lengths.unique().tolist() == [20]
+    assert headwise.compress(model, random_ids(1, 20), "snapkv", keep=1.0).lengths.unique().tolist() == [20]
+
+
+def test_only_the_rows_that_are_too_short_are_kept_whole(model):
+    ids, mask = random_ids(2, 200), torch.ones(2, 200, dtype=torch.long)
+    mask[1, :170] = 0
+    with pytest.warns(UserWarning, match="context of 30 tokens is kept whole"):
+        cache = headwise.compress(model, ids, "snapkv", keep=0.2, attention_mask=mask)
+    assert cache.lengths.sum((0, 2)).tolist() == [6 * 40, 6 * 30]
+
+
+def test_a_context_of_one_token_is_kept(model):
+    with pytest.warns(UserWarning, match="context of 1 token is kept whole, .*: every head keeps one at least"):
+        assert headwise.compress(model, random_ids(1, 1), "keydiff", keep=0.15).lengths.unique().tolist() == [1]
+
+
+def test_the_message_names_the_keep_that_was_asked(model):
+    """And no protection where there is none."""
+    message = r"^keep=0\.15 gives 3 entries to 6 heads, 0\.5 .* every head needs 1 of 3 tokens\..* works is 0\.3334 "
+    refuse(BudgetInfeasible, message, model, random_ids(1, 3), "keydiff", keep=0.15)
+    refuse(BudgetInfeasible, "^keep=100B gives", model, random_ids(1, 30), "keydiff", keep="100B")
+    refuse(BudgetInfeasible, "sink and window need 32 of 33", model, random_ids(1, 33), "adakv", keep="25%")
 
 
 def test_a_scorer_with_impossible_parameters():

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from headwise.errors import BudgetInfeasible
 from headwise.interfaces import Demand
+from headwise.keep import Keep
 
 
-def require_feasible(demand: Demand) -> None:
-    """Raise BudgetInfeasible unless every row's total lies between its floors and its whole cache."""
+def require_feasible(demand: Demand, asked: Keep | None = None) -> None:
+    """Raise BudgetInfeasible unless every row's total lies between its floors and its whole cache.
+
+    The message names the keep that was `asked`, if it is known.
+    """
     heads = demand.shape.num_heads
     for row, (tokens, total, floor) in enumerate(zip(demand.tokens, demand.totals, demand.floors, strict=True)):
         where = f" (row {row} of the batch)" if len(demand.tokens) > 1 else ""
@@ -21,9 +25,11 @@ def require_feasible(demand: Demand) -> None:
                 f"{total} entries were asked{where}, but {tokens} tokens x {heads} heads hold only {tokens * heads}."
             )
         if total < floor * heads:
+            gives = "" if asked is None else f"keep={asked} gives "
+            needs = f"sink and window need {floor}" if floor > 1 else "every head needs 1"
             raise BudgetInfeasible(
-                f"keep={total / (tokens * heads):.4g} gives {total / heads:.4g} entries per head{where}, but sink and "
-                f"window need {floor} of {tokens} tokens. {_smallest_keep(demand)}"
+                f"{gives}{total} entries to {heads} heads{where}, {total / heads:.4g} entries per head, but {needs} of "
+                f"{tokens} tokens. {_smallest_keep(demand)}"
             )
 
 

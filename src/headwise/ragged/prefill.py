@@ -37,6 +37,7 @@ class Plan:
     protected: Bool[Tensor, "batch tokens"]
     order: Int[Tensor, "batch tokens"] | None  # of the protected tokens, where a head may keep fewer of them
     demand: Demand
+    spared: bool  # whether a row is kept whole, because it has no more tokens than every head must keep
 
     def summarised(self, method: Method, first: Observation) -> "Plan":
         """With what the method's allocator wants to know of the first layer."""
@@ -175,6 +176,18 @@ class Prefill:
                 valid=valid,
                 positions=self._positions,
             )
+            if self.plan.spared:
+                self._warn_of_short_context(self.plan)
+
+    def _warn_of_short_context(self, plan: Plan) -> None:
+        shortest = min(plan.demand.tokens)
+        why = f"sink {self.method.sink} and window {self.method.window} cover it" if max(plan.demand.floors) > 1 else ""
+        warnings.warn(
+            f"a context of {shortest} {'tokens' if shortest > 1 else 'token'} is kept whole, whatever the keep: "
+            f"{why or 'every head keeps one at least'}.",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def _chunk(
         self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None
@@ -270,21 +283,24 @@ def make_plan(
     valid: Bool[Tensor, "batch tokens"],
     positions: Int[Tensor, "batch tokens"],
 ) -> Plan:
-    """Turn `keep` into what the allocator must deliver for this context. Raises BadInput, BudgetInfeasible."""
+    """Turn `keep` into what the allocator must deliver for this context. Raises BadInput, BudgetInfeasible.
+
+    A row that has no more tokens than every head must keep is kept whole, whatever the keep.
+    """
     require_left_padding(valid)
     tokens = valid.sum(-1).tolist()
     if min(tokens) == 0:
         raise BadInput("a context is empty: every row needs at least one token that is not padding.")
     protected = protected_mask(valid, method.sink, method.window)
-    demand = Demand(
-        shape=shape,
-        tokens=tuple(tokens),
-        totals=tuple(keep.entries(shape=shape, tokens=tokens, entry_bytes=entry_bytes)),
-        floors=tuple(max(1, n * method.keeps_protected) for n in protected.sum(-1).tolist()),
-    )
-    require_feasible(demand)
+    floors = [max(1, n * method.keeps_protected) for n in protected.sum(-1).tolist()]
+    asked = keep.entries(shape=shape, tokens=tokens, entry_bytes=entry_bytes)
+    # No keep but everything would suit a context (a short turn of a chat) that has nothing to evict.
+    totals = [shape.num_heads * n if n <= floor else a for n, floor, a in zip(tokens, floors, asked, strict=True)]
+    demand = Demand(shape=shape, tokens=tuple(tokens), totals=tuple(totals), floors=tuple(floors))
+    require_feasible(demand, keep)
     order = None if method.keeps_protected else protection_order(valid, method.sink, method.window)
-    return Plan(valid=valid, positions=positions, protected=protected, order=order, demand=demand)
+    spared = totals != asked
+    return Plan(valid=valid, positions=positions, protected=protected, order=order, demand=demand, spared=spared)
 
 
 def keep_entries(
