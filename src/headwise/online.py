@@ -73,7 +73,7 @@ def _require_filled(cache: RaggedCache, tokens: int) -> None:
     if cache.get_seq_length() != tokens:
         raise UnsupportedModel(
             f"the model was given {tokens} tokens and put {cache.get_seq_length()} into the cache: something around it "
-            "uses a cache of its own or adds tokens, as prefix and prompt tuning do. Compress with the model inside."
+            "uses a cache of its own or adds tokens, as prefix and prompt tuning do. headwise needs a model without that."
         )
 
 

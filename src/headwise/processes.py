@@ -98,7 +98,9 @@ class Sharded(Launched):
         model.requires_grad_(False)
         mesh = init_device_mesh(self.device.type, (self.number,))
         decoder: Any = model.get_decoder()
-        projections = {layer.self_attn.o_proj.to(self.device).weight for layer in decoder.layers}
+        projections = {
+            weight for layer in decoder.layers for weight in layer.self_attn.o_proj.to(self.device).parameters()
+        }
         for module in (*decoder.layers, model):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=projections)
         model.register_forward_pre_hook(self._announce, prepend=True)  # before FSDP's own

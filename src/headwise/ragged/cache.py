@@ -120,9 +120,13 @@ class RaggedCache(Cache, Listener):
 
     def commit(self) -> None:
         """The forward pass has ended well: what it brought has been seen."""
-        done, self._pass = self._pass, None
-        if done is not None and self._stood_at() > done.seen:  # a second reading brings nothing new
-            self.transcript = self.transcript.followed_by(done.ids)
+        done = self._pass
+        if done is None:
+            return
+        transcript = self.transcript.followed_by(done.ids)
+        self._pass = None
+        if self._stood_at() > done.seen:  # a second reading brings nothing new
+            self.transcript = transcript
             if self.compressed and not done.compressed:
                 self.context_tokens = self.prefill.tokens
 
@@ -205,6 +209,7 @@ class RaggedCache(Cache, Listener):
         """Write the compressed cache, its tail included, for headwise.load. Raises UnsupportedGeneration, BadInput."""
         from headwise.ragged import store  # which imports this module
 
+        self._undo_unfinished()
         store.save(self, path)
 
     def fork(self, copies: int = 1) -> "RaggedCache":
