@@ -51,7 +51,7 @@ def compress(
     if prefill_chunk_size is not None and prefill_chunk_size < 1:
         raise BadInput(f"prefill_chunk_size={prefill_chunk_size} must be at least 1 token, or None for all at once.")
     length = input_ids.shape[1]
-    cache = RaggedCache(model, method, keep=keep, prompt_length=length, kernel=kernel, replays=True)
+    cache = RaggedCache(seen.model, method, keep=keep, prompt_length=length, kernel=kernel, replays=True)
     replay = _fitting(cache.method.scorer.replay, seen.max_positions, int(mask.sum(-1).max()))
     steps, done = length * (2 if replay else 1), 0
     for chunk in torch.arange(length).split(prefill_chunk_size or length):
@@ -73,7 +73,7 @@ def _require_filled(cache: RaggedCache, tokens: int) -> None:
     if cache.get_seq_length() != tokens:
         raise UnsupportedModel(
             f"the model was given {tokens} tokens and put {cache.get_seq_length()} into the cache: something around it "
-            "uses a cache of its own or adds tokens, as prefix and prompt tuning do. headwise needs a model without that."
+            "uses a cache of its own or adds tokens, as prefix and prompt tuning do. Use a model without that."
         )
 
 

@@ -1,12 +1,15 @@
 """What the flow reads from a model is what the model does: its rotation, its sizes, its output projection."""
 
 import warnings
+from inspect import unwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import COMMON, CONFIGS, FAMILIES, random_ids, tiny_model
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,7 +19,7 @@ from transformers import (
 )
 
 import headwise
-from headwise.errors import UnsupportedModel
+from headwise.errors import BadInput, UnsupportedModel
 from headwise.hf import families as hf
 from headwise.shapes import ModelShape
 
@@ -36,6 +39,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 LONG = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -55,8 +59,8 @@ def scaled_llama(rope):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=64 if rope == "dynamic" else 256,
-        rope_parameters=dict(SCALED[rope]),
+        max_position_embeddings=64 if rope in ("dynamic", "linear") else 256,
+        rope_parameters=dict({**SCALED, "linear": LINEAR}[rope]),
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
@@ -188,10 +192,115 @@ def test_longest_context(family):
     assert hf.view(tiny_model(family)).max_positions == MAX_POSITIONS
 
 
-@pytest.mark.parametrize(("rope", "limit"), [("yarn", 256), ("llama3", 512), ("dynamic", 256), ("longrope", 256)])
+@pytest.mark.parametrize(
+    ("rope", "limit"), [("yarn", 256), ("llama3", 512), ("dynamic", 256), ("longrope", 256), ("linear", 256)]
+)
 def test_rope_scaling_stretches_the_longest_context(rope, limit):
     """To `original_max_position_embeddings` times `factor`, where that is more than the configuration says."""
     assert hf.max_positions(scaled_llama(rope).config) == limit
+
+
+def test_beyond_what_linear_scaling_certainly_reaches_there_is_a_warning():
+    """vicuna-7b-16k counts positions before scaling (4096 x 4), deepseek-coder after it: configurations are silent."""
+    model = scaled_llama("linear")
+    assert headwise.compress(model, random_ids(1, 64), "keydiff", keep=0.5).compressed  # warnings are errors
+    with pytest.warns(UserWarning, match="beyond the 64 positions .* linear"):
+        assert headwise.compress(model, random_ids(1, 200), "keydiff", keep=0.5).compressed
+    with pytest.raises(BadInput, match="has 257 tokens, but this model was made for 256"):
+        headwise.compress(model, random_ids(1, 257), "keydiff", keep=0.5)
+    model.config.rope_parameters = {**LINEAR, "original_max_position_embeddings": 64}
+    assert headwise.compress(model, random_ids(1, 200), "keydiff", keep=0.5).compressed
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+@pytest.mark.parametrize("method", ["kvzip", "keydiff"])
+def test_a_second_reading_leaves_the_frequencies_of_the_context(rope, method):
+    """Repeating it reaches further than the context; what is asked then must be rotated as what is kept was."""
+    context, question = random_ids(1, 60 if rope == "longrope" else 120), random_ids(1, 6, seed=1)
+    model, stock, full = scaled_llama(rope), scaled_llama(rope), DynamicCache()
+    with torch.no_grad():
+        stock(context, past_key_values=full)
+        cache = headwise.compress(model, context, method, keep=1.0)
+        assert torch.equal(model.model.rotary_emb.inv_freq, stock.model.rotary_emb.inv_freq)
+        asked = model(question, past_key_values=cache).logits, stock(question, past_key_values=full).logits
+    torch.testing.assert_close(*asked, atol=1e-3, rtol=1e-3)
+
+
+def test_frequencies_are_given_back_when_the_second_reading_fails():
+    model, context = scaled_llama("dynamic"), random_ids(1, 120)
+    with torch.no_grad():
+        model(context)
+    before = model.model.rotary_emb.inv_freq.clone()
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1) if len(calls) < 1 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        headwise.compress(model, context, "kvzip", keep=0.5)
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        (lambda: "Qwen/Qwen3-4B", r"the text 'Qwen/Qwen3-4B': load it with AutoModelForCausalLM"),
+        (lambda: torch.nn.DataParallel(tiny_model()), r"a DataParallel is not .*: give its \.module"),
+        (lambda: SimpleNamespace(model=tiny_model()), r"a SimpleNamespace is not .*: give its \.model"),
+        (lambda: tiny_model().config, "a LlamaConfig is not a model.*: give what AutoModelForCausalLM"),
+        (lambda: torch.nn.Linear(2, 2), "a Linear is not a model"),
+        (lambda: None, "a NoneType is not a model"),
+    ],
+)
+def test_what_is_no_model(given, advice):
+    for use in (
+        lambda model: unwrap(headwise.compress)(model, random_ids(1, 40), "keydiff", keep=0.5),
+        unwrap(headwise.enable),
+        lambda model: unwrap(headwise.RaggedCache.__init__)(
+            object.__new__(headwise.RaggedCache), model, "keydiff", keep=1
+        ),
+    ):
+        with pytest.raises(BadInput, match=advice):
+            use(given())
+
+
+def test_a_compiled_model_is_the_model_that_was_compiled():
+    """PyTorch's compiler cannot trace what a cache does; the model inside reads, and generate() goes on as before."""
+    model, context, question = tiny_model(), random_ids(1, 60), random_ids(1, 5, seed=1)
+    prompt, greedy = torch.cat([context, question], dim=-1), {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(prompt, past_key_values=headwise.compress(model, context, "keydiff", keep=0.5), **greedy)
+    compiled = torch.compile(model, backend="eager")
+    cache = unwrap(headwise.compress)(compiled, context, "keydiff", keep=0.5)
+    assert torch.equal(compiled.generate(prompt, past_key_values=cache.fork(), **greedy), expected)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (random_ids(1, 40).to("meta"), "input_ids are on meta, the model is on cpu"),
+        (random_ids(1, 40) + 97, "this model knows 0 to 96. Is the tokenizer that of the model"),
+        (random_ids(1, 40) - 50, "input_ids go from -"),
+    ],
+)
+def test_ids_that_the_model_cannot_read(ids, message):
+    with pytest.raises(BadInput, match=message):
+        headwise.compress(tiny_model(), ids, "keydiff", keep=0.5)
+
+
+def test_ids_that_are_no_whole_numbers():
+    with pytest.raises(BadInput, match=r"input_ids are torch.float32; token ids are int64"):
+        unwrap(headwise.compress)(tiny_model(), random_ids(1, 40).float(), "keydiff", keep=0.5)
+
+
+def test_a_model_that_puts_its_states_elsewhere_is_found_out():
+    """peft's prefix tuning replaces the cache that it is given."""
+    model = tiny_model()
+    plain = model.forward
+
+    def forward(*args, **kwargs):
+        kwargs.update({name: DynamicCache() for name in ("cache", "past_key_values") if name in kwargs})
+        return plain(*args, **kwargs)
+
+    model.forward = forward
+    with pytest.raises(UnsupportedModel, match="given 100 tokens and put 0 into the cache"):
+        headwise.compress(model, random_ids(1, 100), "keydiff", keep=0.5)
 
 
 def test_an_unsupported_model_is_told_what_is_supported():

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import headwise
-from headwise import HeadwiseError, Method, RaggedCache
+from headwise import HeadwiseError, RaggedCache
 from headwise.errors import (
     BadInput,
     BudgetInfeasible,

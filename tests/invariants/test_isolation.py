@@ -3,6 +3,7 @@
 import copy
 import gc
 import hashlib
+import io
 import json
 import pickle
 import subprocess
@@ -18,6 +19,7 @@ from transformers import DynamicCache
 
 import headwise
 from headwise import RaggedCache
+from headwise.errors import UnsupportedGeneration
 from headwise.method import SCORERS
 
 EXPORTED = ["Budget", "HeadwiseError", "Method", "RaggedCache", "__version__", "compress", "enable", "load"]
@@ -163,6 +165,24 @@ def test_enabling_adds_two_hooks_and_two_methods_to_one_module():
         headwise.enable(copied)
         assert state_of(copied)[1] == hooks_after
         assert vars(copied)["prepare_inputs_for_generation"].model is copied
+
+
+@pytest.mark.parametrize("dump", [pickle.dumps, lambda cache: torch.save(cache, io.BytesIO())])
+def test_a_cache_is_not_pickled(dump):
+    """The whole model would go along, unseen."""
+    cache = headwise.compress(tiny_model(), random_ids(1, 60), "keydiff", keep=0.5)
+    for held in (cache, [cache], cache.ragged_layers[0]):
+        with pytest.raises(UnsupportedGeneration, match=r"cannot be pickled.*save\("):
+            dump(held)
+
+
+def test_a_copy_of_a_cache_is_a_fork():
+    model = tiny_model()
+    cache = headwise.compress(model, random_ids(1, 60), "keydiff", keep=0.5)
+    for twin in (copy.copy(cache), copy.deepcopy(cache), cache.fork()):
+        with torch.no_grad():
+            model(random_ids(1, 5), past_key_values=twin)
+        assert (twin.get_seq_length(), cache.get_seq_length()) == (65, 60)
 
 
 def test_a_model_that_is_dropped_is_gone_at_once():

@@ -168,7 +168,7 @@ def _cache_argument(kind: type[PreTrainedModel]) -> str:
     return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"
 
 
-def view(model: PreTrainedModel) -> ModelView:
+def view(model: Any) -> ModelView:
     """Describe a model. Raises BadInput for what is no model, UnsupportedModel, naming what is supported."""
     model = _require_model(model)
     config = model.config.get_text_config()

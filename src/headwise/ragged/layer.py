@@ -7,7 +7,7 @@ frozen    the kept entries (`segments`, shared by forks) and a tail [B, H, capac
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -221,6 +221,10 @@ class RaggedLayer(CacheLayerMixin):
         self.keys = self.values = None
         self.untouched = True
         self._report()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """As its cache, and for the same reason."""
+        raise UnsupportedGeneration("a layer of a RaggedCache cannot be pickled: save() the cache.")
 
     def fork(self, meter: Meter) -> "RaggedLayer":
         """A layer that shares the frozen part and has its own tail."""

@@ -64,8 +64,8 @@ def load(
     if found != expected:
         raise ArtifactMismatch(
             f"{path} was made with {metadata['model'] or 'a model'} (fingerprint {found[:12]}), not with "
-            f"{model.config.name_or_path or 'this model'} ({expected[:12]}): other weights, or another adapter is active. "
-            "Compress the context again."
+            f"{model.config.name_or_path or 'this model'} ({expected[:12]}): the weights differ, or another adapter is "
+            "active. Compress the context again."
         )
     if input_ids is not None:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
