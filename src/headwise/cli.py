@@ -548,7 +548,7 @@ def inspect(
         Path | None, typer.Option("--context", "-c", help="Of a cache: the document it was made from (UTF-8).")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Of a cache: whose tokenizer; left out: that of its model.")
+        str | None, typer.Option("--model", "-m", help="Of a cache: whose tokenizer; left out: the folder it names.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int
 
 from headwise.artifacts import read_tensors, replacing
 from headwise.errors import ArtifactMismatch, BadInput
-from headwise.evals.models import REFERENCE, reference_path
+from headwise.evals.models import REFERENCE, load_tokenizer
 from headwise.ragged.store import tokens_fingerprint
 
 FORMATS = (".html", ".htm")
@@ -77,17 +77,22 @@ def _mask(
     return kept.numpy()
 
 
-def load_tokenizer(name: str) -> Any:
-    """A tokenizer by hub id, by folder, or the bundled one. Raises BadInput if there is none."""
-    from transformers import AutoTokenizer
+def tokenizer_for(found: KeptTokens, model: str | None) -> Any:
+    """The tokenizer of the model that the user names, or else that of the cache's model, if it lies in a folder here.
 
-    if not name:
+    A name in a file is somebody else's word: nothing is fetched for it. Raises BadInput.
+    """
+    if model is not None:
+        return load_tokenizer(model)
+    if not found.model:
         raise BadInput("the cache does not say which model made it: name one with --model, for its tokenizer.")
-    try:
-        return AutoTokenizer.from_pretrained(str(reference_path()) if name == REFERENCE else name)
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"cannot load the tokenizer of {name!r} ({reason}); name the model with --model.") from error
+    # A path that starts so names another machine on Windows, which would be asked.
+    if found.model == REFERENCE or (not found.model.startswith((r"\\", "//")) and Path(found.model).is_dir()):
+        return load_tokenizer(found.model)
+    raise BadInput(
+        f"the cache is of the model {found.model!r}, which is no folder here, and nothing is fetched for a name in a "
+        "file: name the model with --model, for its tokenizer."
+    )
 
 
 def pieces(tokenizer: Any, text: str, found: KeptTokens) -> list[tuple[str, str]]:
@@ -148,8 +153,8 @@ def plot(
 ) -> None:
     """Write the page of a saved cache as .html, at once or not at all.
 
-    `text` is the document that was compressed, `context` its file's name; `model` has the tokenizer, the one that the
-    cache names if it is left out. Raises BadInput, ArtifactMismatch.
+    `text` is the document that was compressed, `context` its file's name; `model` has the tokenizer, left out: the one
+    that the cache names, if it is in a folder. Raises BadInput, ArtifactMismatch.
     """
     target = Path(out)
     if target.suffix.lower() not in FORMATS:
@@ -157,7 +162,7 @@ def plot(
     if target.is_dir():
         raise BadInput(f"{target} is a folder; name a file for the map.")
     found = KeptTokens.load(path)
-    words = pieces(load_tokenizer(model or found.model), text, found)
+    words = pieces(tokenizer_for(found, model), text, found)
     with replacing(target) as temporary:
         temporary.write_text(page(found, words, context.name), encoding="utf-8")
 
