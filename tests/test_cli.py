@@ -1,5 +1,6 @@
 """The command line: what it prints where, exit codes, help with examples, and a page that documents it all."""
 
+import io
 import json
 import re
 import shlex
@@ -20,6 +21,7 @@ from headwise.errors import BudgetInfeasible
 from headwise.evals import models
 from headwise.evals.lexicon import REFERENCE_LEXICON
 from headwise.evals.mini_ruler import generate
+from headwise.evals.streaming import AnswerStreamer
 from headwise.method import ALIASES, ALLOCATORS, SCORERS
 from headwise.shapes import ModelShape
 
@@ -136,6 +138,23 @@ def test_generate_streams_the_answer_it_reports(run):
     assert (found["method"], found["keep"]) == ("keydiff", 0.5)
     assert found["answer"]
     assert succeed(run, line).strip() == found["answer"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("stream", "found"), [(Terminal, r"a\x1b[2J \u202eb"), (io.StringIO, "a\x1b[2J \u202eb")])
+def test_an_answer_is_escaped_for_terminals_only(monkeypatch, stream, found):
+    """A pipe gets the answer as it is."""
+    tokenizer = models.load_tokenizer("reference")
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: "a\x1b[2J \u202eb\n")
+    monkeypatch.setattr(sys, "stdout", stream())
+    streamer = AnswerStreamer(tokenizer)
+    streamer.put(torch.tensor([5]))
+    streamer.end()
+    assert sys.stdout.getvalue() == f"{found}\n\n"
 
 
 def test_generate_saves_the_document_it_has_cut(run, tmp_path):

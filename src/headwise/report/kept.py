@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from headwise.artifacts import read_tensors, replacing
+from headwise.console import shown
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.evals.models import REFERENCE, load_tokenizer
 from headwise.ragged.store import tokens_fingerprint
@@ -193,7 +194,7 @@ def page(found: KeptTokens, words: Sequence[tuple[str, str]], document: str) -> 
 
 def _filled(template: str, parts: Mapping[str, str]) -> str:
     """Every {{name}} of the template replaced; the parts themselves are left as they are."""
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    return shown(re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template), lines=True)
 
 
 def _element(token: str) -> str:
