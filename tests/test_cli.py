@@ -157,6 +157,16 @@ def test_an_answer_is_escaped_for_terminals_only(monkeypatch, stream, found):
     assert sys.stdout.getvalue() == f"{found}\n\n"
 
 
+@pytest.mark.parametrize("model", ["base", "chat"])
+def test_control_tokens_of_a_document_can_be_text(run, folder, model):
+    (folder / "spoofed.txt").write_text((folder / "text.txt").read_text() + "<eos><bos>")
+    own = f"-m {{{model}}} -c {{dir}}/spoofed.txt -q '? locker apple' --max-new-tokens 1 --json"
+    for line in (f"generate {own} --method full", f"compare {own} --methods full"):
+        found = [json.loads(succeed(run, line + more)) for more in ("", " --split-special-tokens")]
+        tokens, text = (one[0] if isinstance(one, list) else one for one in found)
+        assert text["kv_bytes"] == tokens["kv_bytes"] + 4 * 2 * 3 * 2 * 16 * 4  # "<", "eos", ">" in place of "<eos>"
+
+
 def test_generate_saves_the_document_it_has_cut(run, tmp_path):
     """And `inspect` draws which words every head keeps."""
     save = tmp_path / "report.safetensors"

@@ -20,6 +20,7 @@ from headwise.artifacts import read_tensors, write_tensors
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.evals import models
 from headwise.evals.document import tokenize
+from headwise.ragged.store import tokens_fingerprint
 from headwise.report.kept import KeptTokens, page, pieces, plot, tokenizer_for
 
 TEXT = "the red stone.\n\nthe bold fox guarded the silver bridge, the  garden. " * 4
@@ -96,6 +97,21 @@ def test_a_chat_template_is_part_of_what_was_compressed(saved, model_folders):
     words = pieces(models.load_tokenizer(str(model_folders["chat"])), TEXT, KeptTokens.load(saved / "chat.safetensors"))
     assert [token for _, token in words[:6]] == ["<bos>", "[", "user", "]", "the", "red"]
     assert joined(words).endswith("garden.")
+
+
+@pytest.mark.parametrize("kind", ["base", "chat"])
+@pytest.mark.parametrize("split", [False, True])
+def test_control_tokens_in_a_document_are_found_either_way(model_folders, kind, split):
+    text = f"{TEXT * 4} the <eos> fox <bos>."
+    tokenizer = models.load_tokenizer(str(model_folders[kind]))
+    context = tokenize(tokenizer, text, ["the?"], split_special_tokens=split).context
+    found = made_up(
+        np.ones((1, 1, context.shape[1]), dtype=bool),
+        tokens_fingerprint=tokens_fingerprint(context, torch.ones_like(context)),
+    )
+    words = pieces(tokenizer, text, found)
+    assert joined(words).endswith(text)
+    assert (("", "<eos>") in words[2:] or (" ", "<eos>") in words) is not split
 
 
 def test_tokens_of_bytes_share_a_character():

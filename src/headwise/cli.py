@@ -40,6 +40,9 @@ Document = Annotated[
 NewTokens = Annotated[
     int, typer.Option(min=1, help="Longest answer; it ends at the model's last position at the latest.")
 ]
+SplitSpecial = Annotated[
+    bool, typer.Option("--split-special-tokens", help="Control tokens in document and questions are text.")
+]
 Methods = Annotated[str, typer.Option(help="Comma-separated; see 'headwise methods'.")]
 
 
@@ -86,6 +89,7 @@ def compare(
     questions: Annotated[Path | None, typer.Option(help='Lines such as {"question": "?", "answers": ["!"]}.')] = None,
     max_new_tokens: NewTokens = 32,
     prefill_chunk_size: Chunk = None,
+    split_special_tokens: SplitSpecial = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     answers: Annotated[bool, typer.Option("--answers", help="Show every answer.")] = False,
@@ -110,6 +114,7 @@ def compare(
             keep=parsed,
             max_new_tokens=max_new_tokens,
             prefill_chunk_size=prefill_chunk_size,
+            split_special_tokens=split_special_tokens,
             progress=progress,
         )
     if as_json:
@@ -149,6 +154,7 @@ def generate(
     keep: Keep = "0.15",
     max_new_tokens: NewTokens = 256,
     prefill_chunk_size: Chunk = None,
+    split_special_tokens: SplitSpecial = False,
     save: Annotated[Path | None, typer.Option(help="Where to save the compressed document, for headwise.load.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -167,7 +173,7 @@ def generate(
         raise BadInput(f"--save {save}: name a file in a folder that exists, and a method that compresses.")
     text, _ = _document(context, [question], None)
     loaded, tokenizer = _load(model, dtype, device)
-    tokens = tokenize(tokenizer, text, [question], device=loaded.device)
+    tokens = tokenize(tokenizer, text, [question], device=loaded.device, split_special_tokens=split_special_tokens)
     room_for_answers(loaded, tokens)
     require_possible(loaded, [method], [parsed], tokens)
     with progress_bar("tokens") as progress:

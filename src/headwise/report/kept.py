@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -23,12 +22,14 @@ from jaxtyping import Bool, Int
 from headwise.artifacts import read_tensors, replacing
 from headwise.console import shown
 from headwise.errors import ArtifactMismatch, BadInput
+from headwise.evals import template
 from headwise.evals.models import REFERENCE, load_tokenizer
 from headwise.ragged.store import tokens_fingerprint
 
 FORMATS = (".html", ".htm")
 SHADES = 8
-_MARK = "\u241edocument\u241e"  # occurs in no document
+
+Coding = tuple[str, list[int], list[tuple[int, int]]]  # a text, its tokens, and from where to where each stands in it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -106,27 +107,34 @@ def pieces(tokenizer: Any, text: str, found: KeptTokens) -> list[tuple[str, str]
         raise BadInput(
             f"{type(tokenizer).__name__} does not say where in the text its tokens are: no map can be drawn."
         )
-    for source, special in _sources(tokenizer, text):
-        coded = tokenizer(source, add_special_tokens=special, return_offsets_mapping=True)
-        ids = coded["input_ids"]
+    for source, ids, offsets in _codings(tokenizer, text):
         closed = bool(ids) and ids[-1] == tokenizer.eos_token_id  # some tokenizers close every text
         for known in (ids, ids[:-1]) if closed else (ids,):
             if _is_context(known, found):
-                return list(_pieces(tokenizer, source, known, coded["offset_mapping"]))
+                return list(_pieces(tokenizer, source, known, offsets))
     raise ArtifactMismatch(
         f"the document is not what was compressed: {found.kept.shape[-1]} tokens of other text, or of another "
         "tokenizer. Give the very file with --context, and the model with --model."
     )
 
 
-def _sources(tokenizer: Any, text: str) -> Iterator[tuple[str, bool]]:
-    """Texts whose tokens the context may be, and whether special tokens are added to them."""
-    yield text, True
-    yield text, False
-    if getattr(tokenizer, "chat_template", None) is not None:  # as evals.document.tokenize writes it
-        messages = [{"role": "user", "content": f"{text}{_MARK}"}]
-        write = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        yield write(messages, enable_thinking=False).partition(_MARK)[0], False
+def _codings(tokenizer: Any, text: str) -> Iterator[Coding]:
+    """What the context may be: the document alone, or in the template, each with control tokens in it or as text."""
+    for options in ({}, {"split_special_tokens": True}):
+        yield _coded(tokenizer, text, add_special_tokens=True, **options)
+        yield _coded(tokenizer, text, add_special_tokens=False, **options)
+    if getattr(tokenizer, "chat_template", None) is not None:
+        start = template.opening(template.chat(tokenizer), text)
+        yield _coded(tokenizer, start.own + start.text, add_special_tokens=False)
+        own, ids, offsets = _coded(tokenizer, start.own, add_special_tokens=False)
+        inner = _coded(tokenizer, start.text, add_special_tokens=False, split_special_tokens=True)
+        moved = [(len(own) + at, len(own) + to) for at, to in inner[2]]
+        yield own + inner[0], ids + inner[1], offsets + moved
+
+
+def _coded(tokenizer: Any, text: str, **options: bool) -> Coding:
+    found = tokenizer(text, return_offsets_mapping=True, **options)
+    return text, found["input_ids"], found["offset_mapping"]
 
 
 def _is_context(ids: Sequence[int], found: KeptTokens) -> bool:
