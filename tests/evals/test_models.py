@@ -1,9 +1,11 @@
 """Loading models: from a folder, without a network, and what is said when it cannot be done."""
 
+import ast
 import json
 import shutil
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,6 +165,18 @@ def test_a_folder_asks_no_hub(model_folders, online, monkeypatch):
     monkeypatch.setattr(models, "get_hf_file_metadata", lambda url, timeout: pytest.fail("the hub was asked"))
     load(str(model_folders["base"]), device="cpu")
     load_tokenizer(str(model_folders["base"]))
+
+
+def test_every_place_that_reads_a_model_says_that_its_code_is_not_run():
+    root = Path(models.__file__).parents[1]
+    calls = [
+        (path.name, {word.arg: ast.unparse(word.value) for word in node.keywords})
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "from_pretrained"
+    ]
+    assert len(calls) >= 2
+    assert {name: words.get("trust_remote_code") for name, words in calls} == dict.fromkeys(dict(calls), "False")
 
 
 def test_code_that_comes_with_a_model_is_not_run(spoiled):
