@@ -134,6 +134,15 @@ def test_a_template_that_does_not_show_the_message_as_it_is(shows, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("half", [chr(0xD83D), chr(0xDCFF)])
+def test_halves_of_characters_are_refused(half):
+    """From JSON, and from command lines that are not UTF-8. The tokenizer once ended in a TypeError."""
+    with pytest.raises(BadInput, match=r"the document has half of a character .* at 4"):
+        tokenize(word_tokenizer(), f"the {half} red stone", QUESTIONS)
+    with pytest.raises(BadInput, match=r"the question 'who .*' has half of a character"):
+        tokenize(word_tokenizer(), CONTEXT, [f"who {half}?"])
+
+
 # --- control tokens ---
 
 ASKED = f"{'the red stone? ' * 10} <eos>?"

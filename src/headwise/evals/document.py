@@ -154,6 +154,9 @@ def tokenize(
     """
     if not questions or any(not question.strip() for question in questions):
         raise BadInput("a question is empty." if questions else "there is no question to ask.")
+    _require_characters(context, "the document")
+    for question in questions:
+        _require_characters(question, f"the question {question!r}")
     templated = chat and getattr(tokenizer, "chat_template", None) is not None
     write = template.chat(tokenizer) if templated else str
     start = template.opening(write, context)
@@ -204,6 +207,14 @@ class _Reader:
                 "them out of the document and the questions."
             )
         return self._ids(text, special=True, split_special_tokens=True) if special else bare
+
+
+def _require_characters(text: str, what: str) -> None:
+    """Raise BadInput for halves of characters, which JSON and command lines can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{what} has half of a character (a surrogate) at {error.start}; write it in UTF-8.") from error
 
 
 def _require_known(tokenizer: Any, ids: list[int], limit: float, text: str, what: str) -> None:
