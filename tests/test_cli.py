@@ -117,6 +117,26 @@ def test_markup_in_a_question_is_printed_as_it_is(run):
     assert "the [/red] [b] :star: stone" in succeed(run, line)
 
 
+@pytest.mark.parametrize("evil", ["\x1b[2J", "\x9b2J", "\u202e", "\u2066", "\x07", "\r"])
+def test_control_characters_of_others_reach_no_terminal(run, folder, evil):
+    """In questions, documents, and names of files and models."""
+    written = evil.encode("unicode_escape").decode()
+    question = f"the red stone, the blue stone, the red stone? {evil}"
+    out = succeed(run, f"compare -m {{base}} -c {{dir}}/text.txt -q '{question}' --methods full --answers")
+    assert written in out and evil not in out
+    named = folder / f"a{evil}.txt"
+    named.write_text("%PDF-1.4")
+    for line in (
+        f"compare -c '{named}' -q ?",
+        f"plan --model '/no{evil}'",
+        f"inspect 'no{evil}'",
+        f"generate -q 'Ada Lovelace {evil}?'",
+    ):
+        _, out, err = run(line)
+        assert written in err and evil not in out + err
+        assert err.count("\n") == 1
+
+
 def test_compare_names_a_method_once(run):
     rows = json.loads(succeed(run, f"compare {OWN} --methods keydiff,,keydiff --keep 30tok --max-new-tokens 1 --json"))
     assert [(row["method"], row["keep"]) for row in rows] == [("keydiff", "30tok")]
