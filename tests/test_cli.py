@@ -1,5 +1,6 @@
 """The command line: what it prints where, exit codes, help with examples, and a page that documents it all."""
 
+import io
 import json
 import re
 import shlex
@@ -20,6 +21,7 @@ from headwise.errors import BudgetInfeasible
 from headwise.evals import models
 from headwise.evals.lexicon import REFERENCE_LEXICON
 from headwise.evals.mini_ruler import generate
+from headwise.evals.streaming import AnswerStreamer
 from headwise.method import ALIASES, ALLOCATORS, SCORERS
 from headwise.shapes import ModelShape
 
@@ -115,6 +117,26 @@ def test_markup_in_a_question_is_printed_as_it_is(run):
     assert "the [/red] [b] :star: stone" in succeed(run, line)
 
 
+@pytest.mark.parametrize("evil", ["\x1b[2J", "\x9b2J", "\u202e", "\u2066", "\x07", "\r"])
+def test_control_characters_of_others_reach_no_terminal(run, folder, evil):
+    """In questions, documents, and names of files and models."""
+    written = evil.encode("unicode_escape").decode()
+    question = f"the red stone, the blue stone, the red stone? {evil}"
+    out = succeed(run, f"compare -m {{base}} -c {{dir}}/text.txt -q '{question}' --methods full --answers")
+    assert written in out and evil not in out
+    named = folder / f"a{evil}.txt"
+    named.write_text("%PDF-1.4")
+    for line in (
+        f"compare -c '{named}' -q ?",
+        f"plan --model '/no{evil}'",
+        f"inspect 'no{evil}'",
+        f"generate -q 'Ada Lovelace {evil}?'",
+    ):
+        _, out, err = run(line)
+        assert written in err and evil not in out + err
+        assert err.count("\n") == 1
+
+
 def test_compare_names_a_method_once(run):
     rows = json.loads(succeed(run, f"compare {OWN} --methods keydiff,,keydiff --keep 30tok --max-new-tokens 1 --json"))
     assert [(row["method"], row["keep"]) for row in rows] == [("keydiff", "30tok")]
@@ -136,6 +158,33 @@ def test_generate_streams_the_answer_it_reports(run):
     assert (found["method"], found["keep"]) == ("keydiff", 0.5)
     assert found["answer"]
     assert succeed(run, line).strip() == found["answer"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("stream", "found"), [(Terminal, r"a\x1b[2J \u202eb"), (io.StringIO, "a\x1b[2J \u202eb")])
+def test_an_answer_is_escaped_for_terminals_only(monkeypatch, stream, found):
+    """A pipe gets the answer as it is."""
+    tokenizer = models.load_tokenizer("reference")
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: "a\x1b[2J \u202eb\n")
+    monkeypatch.setattr(sys, "stdout", stream())
+    streamer = AnswerStreamer(tokenizer)
+    streamer.put(torch.tensor([5]))
+    streamer.end()
+    assert sys.stdout.getvalue() == f"{found}\n\n"
+
+
+@pytest.mark.parametrize("model", ["base", "chat"])
+def test_control_tokens_of_a_document_can_be_text(run, folder, model):
+    (folder / "spoofed.txt").write_text((folder / "text.txt").read_text() + "<eos><bos>")
+    own = f"-m {{{model}}} -c {{dir}}/spoofed.txt -q '? locker apple' --max-new-tokens 1 --json"
+    for line in (f"generate {own} --method full", f"compare {own} --methods full"):
+        found = [json.loads(succeed(run, line + more)) for more in ("", " --split-special-tokens")]
+        tokens, text = (one[0] if isinstance(one, list) else one for one in found)
+        assert text["kv_bytes"] == tokens["kv_bytes"] + 4 * 2 * 3 * 2 * 16 * 4  # "<", "eos", ">" in place of "<eos>"
 
 
 def test_generate_saves_the_document_it_has_cut(run, tmp_path):

@@ -1,5 +1,6 @@
 """`keep`: every way to write it, its exact entries, and what is refused."""
 
+import re
 from fractions import Fraction
 from inspect import unwrap
 
@@ -61,6 +62,31 @@ def test_fractions_outside_zero_and_one_are_refused(value):
 )
 def test_what_is_not_understood_is_named(value):
     with pytest.raises(BadInput, match=r"not understood.*such as 0\.15"):
+        parse_keep(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (15, "Write '15%' for percent, or '15tok' for tokens per KV head: keep must be"),
+        ("15", "Write '15%' for percent, or '15tok'"),
+        (15.0, "Write '15%' for percent, or '15tok'"),
+        ("12.5", "Write '12.5%' for percent, or '12.5tok'"),
+        (100, "Write '100%' for percent"),
+        (1024, "Write '1024tok' for tokens per KV head: keep must be"),
+    ],
+)
+def test_a_number_over_one_is_understood_for_what_it_may_mean(value, hint):
+    with pytest.raises(BadInput, match=r"is outside \(0, 1\]") as caught:
+        parse_keep(value)
+    assert hint in str(caught.value)
+    for unit in re.findall("'([^']+(?:%|tok))'", hint):
+        assert parse_keep(unit)
+
+
+@pytest.mark.parametrize("value", ["150%", 0, "0", "0%", "1e400"])
+def test_other_numbers_get_no_such_hint(value):
+    with pytest.raises(BadInput, match=r"is outside \(0, 1\]. keep must be"):
         parse_keep(value)
 
 

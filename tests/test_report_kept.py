@@ -20,7 +20,8 @@ from headwise.artifacts import read_tensors, write_tensors
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.evals import models
 from headwise.evals.document import tokenize
-from headwise.report.kept import KeptTokens, load_tokenizer, page, pieces, plot
+from headwise.ragged.store import tokens_fingerprint
+from headwise.report.kept import KeptTokens, page, pieces, plot, tokenizer_for
 
 TEXT = "the red stone.\n\nthe bold fox guarded the silver bridge, the  garden. " * 4
 
@@ -86,16 +87,31 @@ def test_a_damaged_cache_is_refused(saved, tmp_path, damage):
 
 
 def test_every_token_is_found_in_the_document(saved, model_folders):
-    words = pieces(load_tokenizer(str(model_folders["base"])), TEXT, KeptTokens.load(saved / "base.safetensors"))
+    words = pieces(models.load_tokenizer(str(model_folders["base"])), TEXT, KeptTokens.load(saved / "base.safetensors"))
     assert words[:5] == [("", "<bos>"), ("", "the"), (" ", "red"), (" ", "stone"), ("", ".")]
     assert words[5] == ("\n\n", "the")
     assert joined(words) == f"<bos>{TEXT.rstrip()}"
 
 
 def test_a_chat_template_is_part_of_what_was_compressed(saved, model_folders):
-    words = pieces(load_tokenizer(str(model_folders["chat"])), TEXT, KeptTokens.load(saved / "chat.safetensors"))
+    words = pieces(models.load_tokenizer(str(model_folders["chat"])), TEXT, KeptTokens.load(saved / "chat.safetensors"))
     assert [token for _, token in words[:6]] == ["<bos>", "[", "user", "]", "the", "red"]
     assert joined(words).endswith("garden.")
+
+
+@pytest.mark.parametrize("kind", ["base", "chat"])
+@pytest.mark.parametrize("split", [False, True])
+def test_control_tokens_in_a_document_are_found_either_way(model_folders, kind, split):
+    text = f"{TEXT * 4} the <eos> fox <bos>."
+    tokenizer = models.load_tokenizer(str(model_folders[kind]))
+    context = tokenize(tokenizer, text, ["the?"], split_special_tokens=split).context
+    found = made_up(
+        np.ones((1, 1, context.shape[1]), dtype=bool),
+        tokens_fingerprint=tokens_fingerprint(context, torch.ones_like(context)),
+    )
+    words = pieces(tokenizer, text, found)
+    assert joined(words).endswith(text)
+    assert (("", "<eos>") in words[2:] or (" ", "<eos>") in words) is not split
 
 
 def test_tokens_of_bytes_share_a_character():
@@ -200,6 +216,21 @@ def test_the_command_writes_beside_the_cache(run, saved, model_folders, tmp_path
     code, _, err = run(f"{line} --out {tmp_path}/c.html --model {model_folders['chat']}")
     assert (code, err) == (0, "")
     assert (tmp_path / "c.html").read_text() == (saved / "chat.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-4B", "gpt2", "/no/such/folder", "//server/share", r"\\server\share"])
+def test_a_name_in_a_file_is_shown_and_not_fetched(monkeypatch, name):
+    """Whoever wrote the file chose it."""
+    monkeypatch.setattr(models, "_read", lambda *arguments, **options: pytest.fail("something was read"))
+    with pytest.raises(BadInput, match="name the model with --model") as caught:
+        tokenizer_for(made_up(np.ones((1, 1, 5), dtype=bool), model=name), None)
+    assert repr(name) in str(caught.value)
+
+
+def test_a_folder_here_and_the_bundled_model_serve_by_the_name_in_a_file(model_folders):
+    for name in (str(model_folders["base"]), "reference"):
+        tokenizer = tokenizer_for(made_up(np.ones((1, 1, 5), dtype=bool), model=name), None)
+        assert tokenizer.get_vocab() == models.load_tokenizer(name).get_vocab()
 
 
 def test_what_the_command_refuses(run, saved, model_folders, tmp_path):

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import io
 import json
 import random
 import re
@@ -19,11 +20,12 @@ import pytest
 from headwise.errors import BadInput
 from headwise.report import results, tables
 from headwise.report.charts import charts, log_ticks, ticks
+from headwise.report.markup import Entry, Table
 from headwise.report.notes import explanations, warnings
 from headwise.report.page import page
 from headwise.report.picture import apart
 from headwise.report.records import load
-from headwise.report.results import markdown, named, write_report
+from headwise.report.results import as_csv, markdown, named, write_report
 from headwise.report.statistics import Estimate, Setting
 from headwise.report.summary import summarise
 
@@ -556,3 +558,40 @@ def test_without_matplotlib_the_message_says_what_to_install(evaluated, tmp_path
     assert "BadInput: the report's picture needs matplotlib" in done.stderr
     assert "pip install 'headwise[plot]'" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["evaluated"]
+
+
+EVIL = "\x1b[2J\u202e\r\n"
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r=", " =", "\uff1d"])
+def test_no_cell_of_the_table_is_a_formula(start):
+    """Spreadsheets run them: https://owasp.org/www-community/attacks/CSV_Injection"""
+    text = as_csv([{f"{start}head": f'{start}HYPERLINK("http://x","y")', "more": f"x{EVIL}"}])
+    for line in csv.reader(io.StringIO(text)):
+        assert not line[0].startswith(("=", "+", "-", "@", "\t", "\r", " ", "\uff1d"))
+        assert "\x1b" not in line[1] and len(line) == 2
+
+
+def test_numbers_in_the_table_are_numbers():
+    values = {"a": -1.5, "b": "-1.5", "c": "+3", "d": None, "e": "-2e-5", "f": "0.15", "g": "snapkv+adakv"}
+    head, row = csv.reader(io.StringIO(as_csv([values])))
+    assert row == ["-1.5", "-1.5", "+3", "", "-2e-5", "0.15", "snapkv+adakv"]
+    assert head == [*values]
+
+
+def test_names_are_text_in_markdown():
+    name = "a|b\n<img src=x>`c`![d](http://e)\\|f"
+    table = Table(title=name, columns=(name,), rows=((name, (Entry(text=name),)),))
+    heading, _, head, _, row, *_ = table.markdown().splitlines()
+    for line in (heading, head, row):
+        assert "<img" not in line and "[d]" not in line.replace("\\[", "")
+    for line in (head, row):
+        cells = re.sub(r"\\.", "", line)  # what is escaped ends no cell
+        assert cells.count("|") == 3 and "`" not in cells
+
+
+def test_control_characters_stay_out_of_page_and_summary(evaluated):
+    results = load([evaluated])
+    evil = {f"m{EVIL}{name}": summary for name, summary in named(results).items()}
+    for text in (page(evil, 0), markdown(evil, 0)):
+        assert not {"\x1b", "\u202e", "\r"} & set(text)

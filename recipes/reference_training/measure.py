@@ -75,5 +75,6 @@ def _study_heads(directory: Path) -> HeadRoles:
 
 def _load(directory: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    return cast(LlamaForCausalLM, model), cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(directory))
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    return cast(LlamaForCausalLM, model), cast(PreTrainedTokenizerFast, tokenizer)

@@ -17,7 +17,7 @@ import typer
 
 from headwise import __version__
 from headwise.bench import commands
-from headwise.console import count, print_json, print_table, progress_bar, size, split
+from headwise.console import complain, count, open_streams, print_json, print_table, progress_bar, say, size, split
 from headwise.errors import BadInput, HeadwiseError
 
 app = typer.Typer(
@@ -40,15 +40,19 @@ Document = Annotated[
 NewTokens = Annotated[
     int, typer.Option(min=1, help="Longest answer; it ends at the model's last position at the latest.")
 ]
+SplitSpecial = Annotated[
+    bool, typer.Option("--split-special-tokens", help="Control tokens in document and questions are text.")
+]
 Methods = Annotated[str, typer.Option(help="Comma-separated; see 'headwise methods'.")]
 
 
 def main() -> None:
     """Entry point: an error of ours is one line on stderr and an exit code."""
+    open_streams()
     try:
         app()
     except HeadwiseError as error:
-        print(f"headwise: {error}", file=sys.stderr)
+        complain(error)
         sys.exit(2 if isinstance(error, BadInput) else 1)
     except (RuntimeError, MemoryError) as error:
         from headwise.evals.models import is_out_of_memory
@@ -85,6 +89,7 @@ def compare(
     questions: Annotated[Path | None, typer.Option(help='Lines such as {"question": "?", "answers": ["!"]}.')] = None,
     max_new_tokens: NewTokens = 32,
     prefill_chunk_size: Chunk = None,
+    split_special_tokens: SplitSpecial = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     answers: Annotated[bool, typer.Option("--answers", help="Show every answer.")] = False,
@@ -109,6 +114,7 @@ def compare(
             keep=parsed,
             max_new_tokens=max_new_tokens,
             prefill_chunk_size=prefill_chunk_size,
+            split_special_tokens=split_special_tokens,
             progress=progress,
         )
     if as_json:
@@ -148,16 +154,16 @@ def generate(
     keep: Keep = "0.15",
     max_new_tokens: NewTokens = 256,
     prefill_chunk_size: Chunk = None,
+    split_special_tokens: SplitSpecial = False,
     save: Annotated[Path | None, typer.Option(help="Where to save the compressed document, for headwise.load.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Compress a document, ask one question, stream the answer."""
-    from transformers import TextStreamer
-
     from headwise.evals.answers import FULL, answer, known_methods, read_context, require_possible, room_for_answers
     from headwise.evals.document import tokenize
+    from headwise.evals.streaming import AnswerStreamer
     from headwise.keep import parse_keep
     from headwise.ragged.cache import RaggedCache
 
@@ -167,7 +173,7 @@ def generate(
         raise BadInput(f"--save {save}: name a file in a folder that exists, and a method that compresses.")
     text, _ = _document(context, [question], None)
     loaded, tokenizer = _load(model, dtype, device)
-    tokens = tokenize(tokenizer, text, [question], device=loaded.device)
+    tokens = tokenize(tokenizer, text, [question], device=loaded.device, split_special_tokens=split_special_tokens)
     room_for_answers(loaded, tokens)
     require_possible(loaded, [method], [parsed], tokens)
     with progress_bar("tokens") as progress:
@@ -178,7 +184,7 @@ def generate(
     if save is not None:
         assert isinstance(memory, RaggedCache)
         memory.save(save)
-    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = None if as_json else AnswerStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     found = answer(loaded, tokenizer, memory, tokens, max_new_tokens=max_new_tokens, streamer=streamer)
     if as_json:
         kept = 1.0 if method == FULL else parsed.value
@@ -284,7 +290,7 @@ def report(
     if as_json:
         print_json({"written": written})
     else:
-        print(", ".join(written))
+        say(", ".join(written))
 
 
 def _number(value: float | None) -> str:
@@ -341,7 +347,7 @@ def profile(
     if as_json:
         print_json({"profile": str(out), "contexts": len(examples), "scorers": split(scorer)})
     else:
-        print(f"{out}: {len(examples)} contexts, {scorer}. Next: headwise solve {out} --scorer ... --out ...")
+        say(f"{out}: {len(examples)} contexts, {scorer}. Next: headwise solve {out} --scorer ... --out ...")
 
 
 @app.command(epilog="Example: headwise solve profile.safetensors --scorer snapkv --out snapkv.safetensors")
@@ -391,7 +397,7 @@ def solve(
         )
         return
     use = f"{name}+{'fixed' if averaged else 'lukv'}@{out}"
-    print(f"{out}: {name}, {len(points)} ratios, solved in {seconds:.2f} s. Use it as {use}")
+    say(f"{out}: {name}, {len(points)} ratios, solved in {seconds:.2f} s. Use it as {use}")
     if rows:
         header = ["ratio", "lukv", "optimum", "uniform", "adakv", "gap"]
         print_table("share of the utility retained", header, [[f"{row[k]:.4f}" for k in header] for row in rows])
@@ -460,7 +466,7 @@ def train(
     if as_json:
         print_json({"gates": str(out), "log": f"{out}.log.jsonl", "steps": steps, "method": use})
     else:
-        print(f"{out}: {steps} steps on {len(examples)} contexts. Use it as {use}")
+        say(f"{out}: {steps} steps on {len(examples)} contexts. Use it as {use}")
 
 
 @app.command(epilog="Example: headwise methods --json")
@@ -507,8 +513,8 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         print_json(found)
         return
-    print(", ".join(f"{name} {version}" for name, version in found["versions"].items()))
-    print("; ".join(devices) + f"; PyTorch uses {found['cpu_capability']}")
+    say(", ".join(f"{name} {version}" for name, version in found["versions"].items()))
+    say("; ".join(devices) + f"; PyTorch uses {found['cpu_capability']}")
     print_table(
         "Attention kernels. 'auto' takes the one that is used on the model's device.",
         ["kernel", "usable", "used on", "about"],
@@ -527,7 +533,7 @@ def build_kernels(as_json: AsJson = False) -> None:
     if as_json:
         print_json({"path": str(made.path), "features": made.features, "built": made.built, "seconds": seconds})
     else:
-        print(f"{made.path}: {'built in' if made.built else 'was there, loaded in'} {seconds:.1f} s ({made.features})")
+        say(f"{made.path}: {'built in' if made.built else 'was there, loaded in'} {seconds:.1f} s ({made.features})")
 
 
 app.add_typer(commands.app, name="bench", no_args_is_help=True)
@@ -548,7 +554,7 @@ def inspect(
         Path | None, typer.Option("--context", "-c", help="Of a cache: the document it was made from (UTF-8).")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Of a cache: whose tokenizer; left out: that of its model.")
+        str | None, typer.Option("--model", "-m", help="Of a cache: whose tokenizer; left out: the folder it names.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -622,7 +628,7 @@ def plan(
     title = f"{model}, made for {found.max_positions:,} tokens: {found.context:,} x {found.batch}, {found.dtype}"
     print_table(title, ["", "everything kept", f"keep {found.keep}"], rows)
     _print_sliding(found.sliding_kv_bytes)
-    print(f"Note: {found.note}.")
+    say(f"Note: {found.note}.")
 
 
 @app.command(
@@ -665,9 +671,9 @@ def tiers(
         return
     rows = [[f"{each / 1e6:.4f}", str(heads)] for each, heads in found.sizes.items()]
     print_table(f"{model}, {method}, keep {keep}: {found.keep:.4f} on average", ["keep", "KV heads"], rows)
-    print(f"A head's budget changes by at most {served.largest_change:.4f}; groups of {found.heads_per_group} heads.")
-    print(f"A prompt of {tokens:,} tokens takes {before:,} blocks while it is read and {after:,} after it.")
-    print(f"\n{line}")
+    say(f"A head's budget changes by at most {served.largest_change:.4f}; groups of {found.heads_per_group} heads.")
+    say(f"A prompt of {tokens:,} tokens takes {before:,} blocks while it is read and {after:,} after it.")
+    say(f"\n{line}")
 
 
 def _plot(
@@ -764,7 +770,7 @@ def _weight(text: str) -> tuple[str, float]:
 
 def _print_sliding(sliding_bytes: int) -> None:
     if sliding_bytes:
-        print(f"Sliding-window layers are left whole, whatever the keep: {size(sliding_bytes)} of the KV held.")
+        say(f"Sliding-window layers are left whole, whatever the keep: {size(sliding_bytes)} of the KV held.")
 
 
 def _yes(value: bool | None) -> str:

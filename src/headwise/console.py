@@ -1,6 +1,12 @@
-"""What commands have in common: lists in options, a bar on stderr, tables and JSON on stdout."""
+"""What commands have in common: lists in options, a bar on stderr, tables and JSON on stdout.
 
+Documents, answers and names of files and models are somebody else's text. Whatever of it is shown goes through `shown`.
+"""
+
+import io
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +18,43 @@ from rich.table import Table
 from rich.text import Text
 
 from headwise.errors import BadInput
+
+# What moves a cursor, sets colours or a title, types for the user, starts a line, or turns the direction of writing:
+# C0 and C1, marks, overrides and isolates of direction, line separators. And halves of characters, which are none.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: str, *, lines: bool = False) -> str:
+    r"""The text as a terminal may get it: control characters are written out, such as \x1b.
+
+    With `lines`, newlines and tabs stay as they are.
+    """
+    kept = "\n\t" if lines else ""
+    return _CONTROL.sub(lambda found: found[0] if found[0] in kept else repr(found[0])[1:-1], text)
+
+
+def say(text: str) -> None:
+    """A result on stdout."""
+    print(shown(text, lines=True))
+
+
+def complain(error: object) -> None:
+    """An error on stderr, in one line."""
+    print(f"headwise: {shown(str(error))}", file=sys.stderr)
+
+
+def open_streams() -> None:
+    """Make stdout and stderr take any text: a character that their encoding lacks is written out, such as \\u2192.
+
+    Where there is no such stream (pythonw, or closed by the shell) nothing is printed, and commands that write files
+    work. The place is filled, or else the next file that is opened would get its number, and what is printed.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (as long as the process)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def split(text: str) -> list[str]:
@@ -31,7 +74,7 @@ def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
 
         def report(done: int, total: int, text: str = "") -> None:
             bar.total = total
-            bar.set_postfix_str(text, refresh=False)
+            bar.set_postfix_str(shown(text), refresh=False)
             bar.update(done - bar.n)
 
         yield report
@@ -47,10 +90,10 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     console = Console(emoji=False)
     if not console.is_terminal:
         console.width = 140
-    table = Table(*header, box=box.SIMPLE_HEAD)
+    table = Table(*map(shown, header), box=box.SIMPLE_HEAD)
     for row in rows:
-        table.add_row(*row)
-    console.print(Text(title, style="bold"), soft_wrap=True)
+        table.add_row(*(shown(cell, lines=True) for cell in row))
+    console.print(Text(shown(title), style="bold"), soft_wrap=True)
     console.print(table, markup=False)
 
 

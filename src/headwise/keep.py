@@ -69,7 +69,7 @@ def parse_keep(value: "str | float | int | Keep") -> Keep:
         raise BadInput(f"keep={value!r} is not understood. {_ADVICE}.")
     number, unit = Fraction(match[1]), match[2]
     if unit is None or unit == "%":
-        return _fraction(number / (100 if unit else 1), value)
+        return _fraction(number / (100 if unit else 1), value, "" if unit else _meant(number))
     if number <= 0:
         raise BadInput(f"keep={value!r} keeps nothing. {_ADVICE}.")
     if unit == "tok":
@@ -96,7 +96,16 @@ def parse_tokens(text: str | int) -> int:
     return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
 
 
-def _fraction(number: Fraction, value: object) -> Keep:
+def _fraction(number: Fraction, value: object, hint: str) -> Keep:
     if not 0 < number <= 1:
-        raise BadInput(f"keep={value!r} is outside (0, 1]. {_ADVICE}.")
+        raise BadInput(f"keep={value!r} is outside (0, 1]. {hint}{_ADVICE}.")
     return Keep(kind="fraction", amount=number)
+
+
+def _meant(number: Fraction) -> str:
+    """What a number without a unit may have been meant for."""
+    if not 1 < number < 10**9:
+        return ""
+    text = f"{float(number):.15g}"
+    percent = f"'{text}%' for percent, or " if number <= 100 else ""
+    return f"Write {percent}'{text}tok' for tokens per KV head: "

@@ -4,7 +4,9 @@ import pytest
 
 from headwise.bench import prefill
 from headwise.bench.measuring import WrongResult
+from headwise.bench.models import shape_for
 from headwise.bench.prefill import Settings, run
+from headwise.errors import BadInput
 from headwise.ragged.layer import RaggedLayer
 
 SMALL = {
@@ -46,3 +48,9 @@ def test_the_observer_is_put_back():
     before = RaggedLayer.observe
     run(Settings(**SMALL | {"methods": ("knorm",), "rounds": 1}))
     assert RaggedLayer.observe is before
+
+
+@pytest.mark.parametrize("name", ["random-lama-1b", "random-llama-3b"])
+def test_a_slip_in_the_name_of_a_random_model(name):
+    with pytest.raises(BadInput, match=f"there is no folder {name}, and the random models are random-llama-1b"):
+        shape_for(name, None)

@@ -1,12 +1,22 @@
 """Documents and questions: from files, and into tokens."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
+import zipfile
+from itertools import chain, count
 
 import pytest
 import torch
 from folders import CHAT_TEMPLATE, word_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from headwise.errors import BadInput
+from headwise.evals import template
 from headwise.evals.document import Asked, read_questions, read_text, tokenize
 
 CONTEXT = " the red stone.\nthe blue stone. "
@@ -33,6 +43,11 @@ def rendered(tokenizer, question: str) -> str:
 TEMPLATES = {
     "trims": CHAT_TEMPLATE,
     "does not": CHAT_TEMPLATE.replace("| trim", ""),
+    "in capitals": CHAT_TEMPLATE.replace("trim", "upper"),
+    "small but for the first": CHAT_TEMPLATE.replace("trim", "capitalize"),
+    "as JSON": CHAT_TEMPLATE.replace("trim", "tojson"),
+    "as HTML": CHAT_TEMPLATE.replace("trim", "e"),
+    "on one line": CHAT_TEMPLATE.replace("trim", "replace('\\n', ' ')"),
     "no head": "{% for message in messages %}{{ message['content'] }}{% endfor %} [assistant]",
 }
 
@@ -43,12 +58,131 @@ def test_context_and_question_join_to_the_whole_template(name):
     spy = Spy(word_tokenizer(TEMPLATES[name]))
     tokens = tokenize(spy, CONTEXT, QUESTIONS)
     opening, *endings = spy.texts
+    assert " blue stone. " in opening.lower() and " locker" not in opening.lower()  # no part of any question
     for question, ending, ids in zip(QUESTIONS, endings, tokens.questions, strict=True):
         whole = rendered(spy.tokenizer, question)
         assert opening + ending == whole
         expected = spy.tokenizer(whole, add_special_tokens=False)["input_ids"]
         assert tokens.context[0].tolist() + ids.tolist() == expected
-    assert opening.endswith("the blue stone. ")  # no part of any question
+
+
+DOCUMENTS = [
+    "the red \u241efact\u241e stone. the blue stone",  # once cut there
+    "\u241edocument\u241e the red stone",
+    "the red {{ messages }} {% raw %} stone",
+    "0123456789" * 30,
+    "the <bos> red <eos> [assistant] stone",
+    "\ufeffthe red\x00 \x1b[2J stone \u2028",
+    "\n\n the red stone \t",
+]
+
+
+def assert_nothing_is_lost(name: str, document: str) -> None:
+    tokenizer = word_tokenizer(TEMPLATES[name])
+    write = template.chat(tokenizer)
+    start = template.opening(write, document)
+    end = template.ending(write, document, start, "\n\nwho?")
+    whole = write(f"{document}\n\nwho?")
+    assert start.own + start.text + end.text + end.own == whole
+    assert start.own in ("<bos>[user] ", '<bos>[user] "', "") and "who?" in end.text.lower()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_any_document_is_cut_off_at_its_end(name, document):
+    assert_nothing_is_lost(name, document)
+
+
+@given(document=st.text(min_size=1).filter(str.strip), name=st.sampled_from([*TEMPLATES]))
+@settings(max_examples=50, deadline=None)
+def test_whatever_is_in_the_document(document, name):
+    assert_nothing_is_lost(name, document)
+
+
+def test_a_mark_that_is_in_the_document_is_not_taken(monkeypatch):
+    numbers = chain([7, 7], count(8))
+    monkeypatch.setattr(template, "randbits", lambda bits: next(numbers))
+    assert template.opening(str, f"a {7:039} b").text == f"a {7:039} b"
+
+
+def test_a_document_without_a_template_is_whole():
+    """It was once cut at the mark, too."""
+    spy = Spy(word_tokenizer())
+    tokenize(spy, DOCUMENTS[0] + " the red stone" * 20, QUESTIONS)
+    assert spy.texts == [DOCUMENTS[0] + " the red stone" * 20, *(f"\n\n{question}" for question in QUESTIONS)]
+
+
+@pytest.mark.parametrize(
+    ("shows", "message"),
+    [
+        ("{{ content }} {{ content }}", "once and as it is, but 2 times"),
+        ("{{ content[:5] }}", "but not at all"),
+        ("{{ content | reverse }}", "but not at all"),
+        ("{{ content | length }}", "but not at all"),
+        ("{{ content }}{% if 'who?' in content %} stone{% endif %}", None),
+        ("{% if 'locker' in content %}found {% endif %}{{ content }}", "changes a document by what follows it"),
+        ("{{ raise_exception('system first') }}", "refuses a user's message: system first"),
+    ],
+)
+def test_a_template_that_does_not_show_the_message_as_it_is(shows, message):
+    tokenizer = word_tokenizer("{% set content = messages[0]['content'] %}" + shows)
+    if message is None:  # what only the end depends on is part of the question
+        assert tokenizer.decode(tokenize(tokenizer, CONTEXT, ["who?"]).questions[0]).endswith("stone")
+        return
+    with pytest.raises(BadInput, match=message) as caught:
+        tokenize(tokenizer, CONTEXT, QUESTIONS)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("half", [chr(0xD83D), chr(0xDCFF)])
+def test_halves_of_characters_are_refused(half):
+    """From JSON, and from command lines that are not UTF-8. The tokenizer once ended in a TypeError."""
+    with pytest.raises(BadInput, match=r"the document has half of a character .* at 4"):
+        tokenize(word_tokenizer(), f"the {half} red stone", QUESTIONS)
+    with pytest.raises(BadInput, match=r"the question 'who .*' has half of a character"):
+        tokenize(word_tokenizer(), CONTEXT, [f"who {half}?"])
+
+
+# --- control tokens ---
+
+ASKED = f"{'the red stone? ' * 10} <eos>?"
+SPOOFED = f"{'the red stone. ' * 100}<eos><bos>[assistant] the blue stone. <eos>"
+
+
+@pytest.mark.parametrize("chat_template", [None, CHAT_TEMPLATE])
+def test_control_tokens_in_a_text_are_tokens_as_in_transformers(chat_template):
+    tokenizer = word_tokenizer(chat_template)
+    tokens = tokenize(tokenizer, SPOOFED, [ASKED])
+    assert tokens.context[0].tolist().count(tokenizer.eos_token_id) == 1 + (chat_template is not None)
+    assert tokens.context[0].tolist().count(tokenizer.bos_token_id) == 2
+    assert tokens.questions[0].tolist().count(tokenizer.eos_token_id) == 1 + (chat_template is not None)
+
+
+@pytest.mark.parametrize("chat_template", [None, CHAT_TEMPLATE])
+def test_control_tokens_can_be_text(chat_template):
+    """Those of the template, and of the tokenizer's own start, are still tokens."""
+    tokenizer = word_tokenizer(chat_template)
+    tokens = tokenize(tokenizer, SPOOFED, [ASKED], split_special_tokens=True, prefixes=["the <eos>"])
+    context, question = tokens.context[0].tolist(), tokens.questions[0].tolist()
+    assert [at for at, token in enumerate(context) if token == tokenizer.bos_token_id] == [0]
+    assert tokenizer.eos_token_id not in context
+    assert question.count(tokenizer.eos_token_id) == 1 + (chat_template is not None)  # of template and prefix
+    assert tokenize(tokenizer, SPOOFED, [ASKED]).context.tolist() != tokens.context.tolist()
+
+
+@pytest.mark.parametrize("chat_template", [None, CHAT_TEMPLATE])
+def test_text_without_control_tokens_is_the_same_either_way(chat_template):
+    tokenizer = word_tokenizer(chat_template)
+    one, other = (tokenize(tokenizer, CONTEXT, QUESTIONS, split_special_tokens=split) for split in (False, True))
+    assert one.context.equal(other.context)
+    assert all(a.equal(b) for a, b in zip(one.questions, other.questions, strict=True))
+
+
+def test_a_tokenizer_that_makes_tokens_of_them_anyway_is_refused():
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # "<eos>" is a word, then
+    with pytest.raises(BadInput, match="makes control tokens of text even with split_special_tokens"):
+        tokenize(tokenizer, "the red <eos> stone", QUESTIONS, split_special_tokens=True)
 
 
 def test_the_template_opens_the_context_and_closes_every_question():
@@ -96,8 +230,8 @@ REPORT = "The annual report of the company was signed by Ada Lovelace. " * 20
 
 def test_a_document_or_question_of_unknown_words_is_refused():
     """The bundled model of some 500 words once answered questions about English reports, with nonsense."""
-    for template in (None, CHAT_TEMPLATE):
-        tokenizer = word_tokenizer(template)
+    for chat_template in (None, CHAT_TEMPLATE):
+        tokenizer = word_tokenizer(chat_template)
         with pytest.raises(BadInput, match=r"does not know \d+% of the words of the document, such as \w+, \w+, \w+:"):
             tokenize(tokenizer, REPORT, QUESTIONS)
     with pytest.raises(BadInput, match=r"40% of the words of the question 'who was Ada Lovelace\?', .* --model"):
@@ -131,20 +265,71 @@ def test_no_question(questions, message):
         tokenize(word_tokenizer(), CONTEXT, questions)
 
 
-def test_a_document_is_read_as_utf8(tmp_path):
-    (tmp_path / "text").write_bytes("Zoë\n".encode())
+@pytest.mark.parametrize("data", ["Zoë\n", "\ufeffZoë\n", "Zoë\r\n", "Zoë\r"])
+def test_a_document_is_read_as_utf8(tmp_path, data):
+    (tmp_path / "text").write_bytes(data.encode())
     assert read_text(tmp_path / "text") == "Zoë\n"
 
 
-def test_documents_that_are_none(tmp_path):
-    for content, message in [(b"", "is empty"), (b" \n", "is empty"), (b"\xff\xfe\x00", "not UTF-8 text")]:
-        (tmp_path / "text").write_bytes(content)
-        with pytest.raises(BadInput, match=message):
-            read_text(tmp_path / "text")
+@pytest.mark.parametrize(
+    "text", ["PK is the mark of ZIP files", "{rtf}", "a %PDF-1.4 file", "%!TEX root", "<html>\x1b[1m"]
+)
+def test_text_that_looks_like_another_format_is_text(tmp_path, text):
+    (tmp_path / "text").write_bytes(text.encode())
+    assert read_text(tmp_path / "text") == text
+
+
+def zipped() -> bytes:
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w") as archive:
+        archive.writestr("word/document.xml", "<x/>")
+    return raw.getvalue()
+
+
+NO_TEXT = {
+    "empty": (b"", "is empty"),
+    "blank": (b" \n", "is empty"),
+    "mark alone": (b"\xef\xbb\xbf", "is empty"),
+    "utf-16": ("Zoë".encode("utf-16"), "is UTF-16, not UTF-8 text"),
+    "half of utf-16": (b"\xff\xfe\x00", "not UTF-8 text"),
+    "utf-32": ("Zoë".encode("utf-32"), "is UTF-32, not UTF-8 text"),
+    "utf-16 without a mark": ("Who?".encode("utf-16-le"), "not UTF-8 text: it has zero bytes"),
+    "latin-1": ("Zoë".encode("latin-1"), r"not UTF-8 text \(byte 2\)"),
+    "pdf": (b"%PDF-1.4\n1 0 obj\n<< /Type /Catalog >>\nendobj\n%%EOF\n", "is a PDF file, not text; convert it"),
+    "pdf after a line": (b"\xef\xbb\xbf\r\n%PDF-1.4\n", "is a PDF file, not text"),
+    "rtf": (rb"{\rtf1\ansi Who signed it?}", "is an RTF file, not text"),
+    "postscript": (b"%!PS-Adobe-3.0\n(Who) show\n", "is a PostScript file, not text"),
+    "docx": (zipped(), "is a ZIP archive"),
+    "gzip": (gzip.compress(b"Who?"), "is a gzip archive"),
+    "bzip2": (bz2.compress(b"Who?"), "is a bzip2 archive"),
+    "xz": (lzma.compress(b"Who?"), "is an xz archive"),
+    "program": (b"\x7fELF\x02\x01\x01", "is a program"),
+    "zeros": (b"the red\0stone", "it has zero bytes"),
+}
+
+
+@pytest.mark.parametrize("name", NO_TEXT)
+def test_documents_that_are_none(tmp_path, name):
+    """An all-ASCII PDF file was once answered about, with nonsense."""
+    data, message = NO_TEXT[name]
+    (tmp_path / "text").write_bytes(data)
+    with pytest.raises(BadInput, match=message):
+        read_text(tmp_path / "text")
+
+
+def test_documents_that_cannot_be_read(tmp_path):
     with pytest.raises(BadInput, match="cannot read the document"):
         read_text(tmp_path / "nowhere")
     with pytest.raises(BadInput, match="cannot read the document"):
         read_text(tmp_path)
+
+
+def test_questions_after_a_byte_order_mark(tmp_path):
+    (tmp_path / "q.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "Who?"}\r\n')
+    assert read_questions(tmp_path / "q.jsonl") == [Asked(question="Who?")]
+    (tmp_path / "q.jsonl").write_bytes(zipped())
+    with pytest.raises(BadInput, match=r"the file of questions .*q\.jsonl is a ZIP archive"):
+        read_questions(tmp_path / "q.jsonl")
 
 
 def test_questions_with_and_without_answers(tmp_path):

@@ -1,13 +1,21 @@
 """Loading models: from a folder, without a network, and what is said when it cannot be done."""
 
+import ast
+import json
 import shutil
+import socket
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoConfig, AutoTokenizer, GPT2Config
 
 from headwise.errors import BadInput, UnsupportedModel
-from headwise.evals.models import is_out_of_memory, load, load_config
+from headwise.evals import models
+from headwise.evals.models import is_out_of_memory, load, load_config, load_tokenizer
 
 
 @pytest.fixture
@@ -64,6 +72,120 @@ def test_a_folder_that_is_not_there(name):
 @pytest.mark.parametrize("name", ["no/such-model", "nothing here"])
 def test_a_name_that_leads_nowhere(name):
     assert "Give a folder written by save_pretrained, a hub id" in refusal(name)
+
+
+def test_a_bare_name_that_leads_nowhere():
+    said = refusal("mymodel")
+    assert said.startswith("cannot load 'mymodel': there is no folder of this name, and HF_HUB_OFFLINE switches the")
+    assert "Did you mean" not in said
+
+
+@pytest.mark.parametrize("name", ["refrence", "Reference", "references"])
+def test_a_slip_of_the_bundled_name_is_noticed(name):
+    assert "Did you mean 'reference'?" in refusal(name)
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "two words", "a//b", "C:\\models\\mine"])
+def test_a_name_that_no_hub_can_have(name):
+    assert refusal(name).startswith(f"there is no folder {name}. Give a folder")
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """As where the hub may be asked; returns a function that says where it is."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_ETAG_TIMEOUT", raising=False)
+    place = "http://127.0.0.1:{}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    return lambda port: monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", place.format(port))
+
+
+@pytest.mark.parametrize("name", ["mymodel", "some/model"])
+def test_a_hub_that_is_not_there_is_asked_once(online, name):
+    """transformers tries again for half a minute."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        online(unused.getsockname()[1])  # nobody listens
+        start = time.monotonic()
+        said = refusal(name)
+    assert f"cannot load {name!r}: there is no folder of this name, and the hub could not be reached (" in said
+    assert time.monotonic() - start < 3
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(online, monkeypatch):
+    monkeypatch.setattr(models, "PATIENCE", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        online(silent.getsockname()[1])
+        start = time.monotonic()
+        assert "the hub " in refusal("some/model")
+        assert time.monotonic() - start < 3
+        monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")  # read when the library is imported
+        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
+        start = time.monotonic()
+        assert "the hub " in refusal("some/model")
+        assert time.monotonic() - start >= 1
+
+
+def test_a_name_server_that_takes_its_time(online, monkeypatch):
+    """The time for one address says nothing about all of them, nor about finding their names."""
+    monkeypatch.setattr(models, "PATIENCE", 0.1)
+    monkeypatch.setattr(models, "get_hf_file_metadata", lambda url, timeout: time.sleep(5))
+    start = time.monotonic()
+    assert "the hub did not answer within 0.1 seconds (HF_HUB_ETAG_TIMEOUT" in refusal("some/model")
+    assert time.monotonic() - start < 3
+
+
+@pytest.fixture
+def options(monkeypatch):
+    """Those with which transformers is asked for anything."""
+    noted, config = [], GPT2Config()
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **options: noted.append(options) or config)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: noted.append(options))
+    return noted
+
+
+def no_answer(url, timeout):
+    raise ConnectionError("no route")
+
+
+def no_such_file(url, timeout):
+    raise HfHubHTTPError.__new__(HfHubHTTPError)
+
+
+@pytest.mark.parametrize("ask", [no_answer, no_such_file, lambda url, timeout: None])
+def test_a_hub_that_answers_is_left_to_transformers(online, options, monkeypatch, ask):
+    """Whatever it answers; what is in the cache serves where it does not."""
+    monkeypatch.setattr(models, "get_hf_file_metadata", ask)
+    load_config("some/model")
+    load_tokenizer("some/model")
+    local = {"local_files_only": True} if ask is no_answer else {}
+    assert options == [{"trust_remote_code": False, **local}] * 2
+
+
+def test_a_folder_asks_no_hub(model_folders, online, monkeypatch):
+    monkeypatch.setattr(models, "get_hf_file_metadata", lambda url, timeout: pytest.fail("the hub was asked"))
+    load(str(model_folders["base"]), device="cpu")
+    load_tokenizer(str(model_folders["base"]))
+
+
+def test_every_place_that_reads_a_model_says_that_its_code_is_not_run():
+    root = Path(models.__file__).parents[1]
+    calls = [
+        (path.name, {word.arg: ast.unparse(word.value) for word in node.keywords})
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "from_pretrained"
+    ]
+    assert len(calls) >= 2
+    assert {name: words.get("trust_remote_code") for name, words in calls} == dict.fromkeys(dict(calls), "False")
+
+
+def test_code_that_comes_with_a_model_is_not_run(spoiled):
+    """Without a word about it transformers asks on the terminal whether it may be."""
+    (spoiled / "evil.py").write_text("open('ran', 'w')")
+    config = json.loads((spoiled / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (spoiled / "config.json").write_text(json.dumps(config))
+    assert f"cannot load {str(spoiled)!r}" in refusal(spoiled)
 
 
 def test_a_file_in_place_of_its_folder(model_folders):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from headwise import kernels
 from headwise.errors import KernelUnavailable
-from headwise.kernels import get_kernel, native, pages, reference
+from headwise.kernels import compiled, get_kernel, native, pages, reference
 from headwise.layout import Segments
 
 HEADS = 2
@@ -156,14 +156,6 @@ def test_auto_takes_it_on_the_cpu(monkeypatch):
     assert {found.name: found.used_on for found in kernels.survey()}["native"] == "cpu"
 
 
-@needs_compiler
-def test_it_is_compiled_once(monkeypatch, tmp_path):
-    monkeypatch.setenv("HEADWISE_CACHE", str(tmp_path))
-    first, second = native.load.__wrapped__(), native.load.__wrapped__()
-    assert (first.built, second.built, first.path) == (True, False, second.path)
-    assert [path.name for path in tmp_path.iterdir()] == [first.path.name]
-
-
 @pytest.fixture
 def nothing_cached(monkeypatch, tmp_path):
     """As if no kernel had been built or asked for yet."""
@@ -191,38 +183,12 @@ def test_without_a_compiler_pages_serves_and_one_warning_says_so(monkeypatch, no
     assert kernels.fastest(torch.device("cpu")) == "pages"
 
 
-def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch, nothing_cached):
-    broken = nothing_cached / "broken"
-    broken.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such flag' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
-    with pytest.raises(KernelUnavailable, match=r"did not compile the kernel: x\.cpp:1: error: no such flag"):
-        native.load()
-    assert list(nothing_cached.iterdir()) == [broken]
-
-
-@needs_compiler
-def test_a_folder_that_cannot_be_written_to(monkeypatch, nothing_cached):
-    (nothing_cached / "file").touch()
-    monkeypatch.setenv("HEADWISE_CACHE", str(nothing_cached / "file"))
-    with pytest.raises(KernelUnavailable, match="set HEADWISE_CACHE"):
-        native.load()
-
-
-@needs_compiler
-def test_a_damaged_library_is_named(nothing_cached):
-    name = native._name(native.find_compiler())
-    (nothing_cached / f"ragged-{name}.so").write_bytes(b"no library")
-    with pytest.raises(KernelUnavailable, match="delete it"):
-        native.load()
-
-
 @pytest.fixture(scope="module")
 def avx512(tmp_path_factory):
     """The library as CPUs with AVX-512 and bfloat16 dot products get it; those instructions are emulated."""
     made = str(tmp_path_factory.mktemp("avx512") / "made.so")
     emulation = str(Path(__file__).with_name("avx512.h"))
-    command = [native.find_compiler(), *native.FLAGS, "-include", emulation, str(native.SOURCE), "-o", made]
+    command = [*compiled.find_compiler(), *native.FLAGS, "-include", emulation, str(native.SOURCE), "-o", made]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(made)
@@ -252,7 +218,7 @@ def test_it_compiles_for_cpus_with_avx512(tmp_path):
     """Whatever this machine is: that part of the source is seen by the compiler at least."""
     flags = [flag for flag in native.FLAGS if flag != "-march=native"]
     target = ["-march=sapphirerapids"]
-    command = [native.find_compiler(), *flags, *target, str(native.SOURCE), "-o", str(tmp_path / "made.so")]
+    command = [*compiled.find_compiler(), *flags, *target, str(native.SOURCE), "-o", str(tmp_path / "made.so")]
     probe = subprocess.run([command[0], *target, "-E", "-"], input="", capture_output=True, text=True)
     if probe.returncode != 0:
         pytest.skip(f"the compiler knows no {target}")

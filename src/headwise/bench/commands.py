@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headwise.console import numbers, print_json, print_table, progress_bar, size, split
+from headwise.console import numbers, print_json, print_table, progress_bar, say, size, split
 
 app = typer.Typer(help="Speed and memory, next to the full cache and to what memory allows, measured in the same run.")
 
@@ -247,6 +247,6 @@ def _print_rows(
         print_json(rows)
         return
     for about in dict.fromkeys((row["hardware"], tuple(row["versions"].items())) for row in rows):
-        print(f"{about[0]}; " + ", ".join(f"{name} {version}" for name, version in about[1]))
+        say(f"{about[0]}; " + ", ".join(f"{name} {version}" for name, version in about[1]))
     cells = [[f"{row[how]}" if isinstance(how, str) else how(row) for how in shown.values()] for row in rows]
     print_table(title, list(shown), cells)

@@ -1,6 +1,8 @@
 """What is measured: checkpoints, or random weights in the shape of well-known models, for which nothing was trained."""
 
 from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -61,6 +63,8 @@ def shape_for(name: str, layers: int | None) -> dict[str, Any] | None:
         return SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers})
     if layers is not None:
         raise BadInput(f"the layers of a checkpoint are its own: --layers is for {', '.join(SHAPES)}.")
+    if get_close_matches(name, SHAPES, cutoff=0.8) and not Path(name).exists():
+        raise BadInput(f"there is no folder {name}, and the random models are {', '.join(SHAPES)}.")
     shape_of(load_config(name))
     return None
 

@@ -35,7 +35,9 @@ def make_model(job: Job) -> Any:
     """A checkpoint, or a Llama with random weights that depend on its shape only (not on transformers' version)."""
     dtype = getattr(torch, job["dtype"])
     if job["shape"] is None:
-        model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(
+            job["model"], dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
         return model.to(job["device"]).eval().requires_grad_(False)
     with torch.device(job["device"]):
         model: Any = AutoModelForCausalLM.from_config(

@@ -41,17 +41,20 @@ def compare(
     keep: float | str | Keep,
     max_new_tokens: int = 32,
     prefill_chunk_size: int | None = None,
+    split_special_tokens: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Comparison]:
     """Read `context` once per method, answer every question from what was kept, and measure.
 
     Query-agnostic: no question is seen before the context has been cut. Where a question has no known answers, the full
     cache's own answer stands in. "full" is transformers' own cache; it is always measured. One row per method, however
-    often it is named. Before any work it raises BadInput if a method is unknown or the model has no room for the
-    document, and BudgetInfeasible, ArtifactMismatch or UnsupportedModel if one of the methods could not run.
+    often it is named. `split_special_tokens`: see `tokenize`. Before any work it raises BadInput if a method is unknown
+    or the model has no room for the document, and BudgetInfeasible, ArtifactMismatch or UnsupportedModel if one of the
+    methods could not run.
     """
     keep = parse_keep(keep)
-    tokens = tokenize(tokenizer, context, [a.question for a in asked], device=model.device)
+    questions = [a.question for a in asked]
+    tokens = tokenize(tokenizer, context, questions, device=model.device, split_special_tokens=split_special_tokens)
     room_for_answers(model, tokens)
     require_possible(model, methods, [keep], tokens)
     others = [method for method in dict.fromkeys(methods) if method != FULL]

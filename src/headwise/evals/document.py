@@ -1,9 +1,9 @@
 """A document with questions: reading it from files, and turning it into tokens, chat template included."""
 
+import codecs
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from string import punctuation
@@ -14,9 +14,35 @@ from jaxtyping import Int
 from torch import Tensor
 
 from headwise.errors import BadInput
+from headwise.evals import template
 from headwise.evals.models import reference_path
+from headwise.evals.template import Rendered
 
-_MARK = "\u241efact\u241e"  # occurs in no document
+FORMATS = {  # files that are no text, by how they begin; some are all ASCII
+    b"%PDF-": "a PDF file",
+    b"%FDF-": "a PDF form",
+    b"%!PS": "a PostScript file",
+    b"{\\rtf": "an RTF file",
+    b"PK\x03\x04": "a ZIP archive (as .docx, .odt and .epub files are)",
+    b"PK\x05\x06": "an empty ZIP archive",
+    b"\xd0\xcf\x11\xe0": "an Office file (.doc, .xls or .ppt)",
+    b"\x1f\x8b": "a gzip archive",
+    b"BZh91AY&SY": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"\x7fELF": "a program",
+    b"MZ\x90": "a program",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"SQLite format 3\x00": "a database",
+}
+ENCODINGS = {  # by the mark that such text begins with; that of UTF-32 begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 UNKNOWN_IN_CONTEXT, UNKNOWN_IN_QUESTION = 0.05, 0.20  # of the tokens; beyond, an answer means nothing
 
 
@@ -43,18 +69,35 @@ def bundled() -> tuple[str, list[Asked]]:
 
 
 def read_text(path: Path) -> str:
-    """A document. Raises BadInput if it cannot be read or is empty."""
+    """A document. Raises BadInput if it cannot be read, is no text or is empty."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInput(
-            f"the document {path} is not UTF-8 text (byte {error.start}); convert it to a text file."
-        ) from error
+        data = path.read_bytes()
     except OSError as error:
         raise BadInput(f"cannot read the document {path}: {error.strerror}.") from error
+    text = _decoded(data, f"the document {path}")
     if not text.strip():
         raise BadInput(f"the document {path} is empty.")
     return text
+
+
+def _decoded(data: bytes, what: str) -> str:
+    """UTF-8 text, with newlines as Python has them. Raises BadInput for anything else, saying what it is."""
+    start = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip()
+    for magic, kind in FORMATS.items():
+        if start.startswith(magic):
+            raise BadInput(f"{what} is {kind}, not text; convert it to a text file (UTF-8) first.")
+    for mark, encoding in ENCODINGS.items():
+        if data.startswith(mark):
+            raise BadInput(f"{what} is {encoding}, not UTF-8 text; save it as UTF-8 first.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{what} is not UTF-8 text (byte {error.start}); convert it to a text file.") from error
+    if "\0" in text:
+        raise BadInput(
+            f"{what} is not UTF-8 text: it has zero bytes, as binary files and UTF-16 have; convert it first."
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_questions(path: Path) -> list[Asked]:
@@ -63,8 +106,8 @@ def read_questions(path: Path) -> list[Asked]:
     Raises BadInput, naming the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = _decoded(path.read_bytes(), f"the file of questions {path}").split("\n")
+    except OSError as error:
         raise BadInput(f"cannot read questions from {path}: {error}.") from error
     asked = [_parse_question(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
     if not asked:
@@ -94,27 +137,33 @@ def tokenize(
     separator: str = "\n\n",
     prefixes: Sequence[str] | None = None,
     chat: bool = True,
+    split_special_tokens: bool = False,
 ) -> Tokens:
     """Tokens of a document and its questions, in the tokenizer's chat template if it has one and `chat` is set.
 
     The message is the context, a separator (an empty line) and the question. The split lies after the context, so the
     template's opening is part of what is compressed, and its end, which starts the model's turn, is part of each
     question, and so is what the answer is made to begin with (`prefixes`). Models that can think before they answer are
-    asked not to. Raises BadInput, also where the tokenizer does not know the words.
+    asked not to.
+
+    As everywhere in transformers, the text of a control token (`<|im_end|>`, `</s>`) becomes that token, wherever it
+    stands. With `split_special_tokens` it is text in the document and the questions, and a token in the template only;
+    the template's parts are then tokenized apart from them.
+
+    Raises BadInput, also where the tokenizer does not know the words, or the template does not show the message.
     """
     if not questions or any(not question.strip() for question in questions):
         raise BadInput("a question is empty." if questions else "there is no question to ask.")
+    _require_characters(context, "the document")
+    for question in questions:
+        _require_characters(question, f"the question {question!r}")
     templated = chat and getattr(tokenizer, "chat_template", None) is not None
-    write = partial(_message, tokenizer) if templated else str
-    opening = write(f"{context}{_MARK}").partition(_MARK)[0]
-    endings = [
-        write(f"{_MARK}{separator}{question}").partition(_MARK)[2] + prefix
-        for question, prefix in zip(questions, prefixes or [""] * len(questions), strict=True)
-    ]
-    head = tokenizer(opening, add_special_tokens=not templated)["input_ids"]
-    if not templated and head and head[-1] == tokenizer.eos_token_id:
-        head = head[:-1]  # some tokenizers close every text, but this one goes on
-    tails = [tokenizer(ending, add_special_tokens=False)["input_ids"] for ending in endings]
+    write = template.chat(tokenizer) if templated else str
+    start = template.opening(write, context)
+    ends = [template.ending(write, context, start, separator + question) for question in questions]
+    read = _Reader(tokenizer=tokenizer, apart=split_special_tokens)
+    head = read.head(start, special=not templated)
+    tails = [read.tail(end, prefix) for end, prefix in zip(ends, prefixes or [""] * len(ends), strict=True)]
     _require_known(tokenizer, head, UNKNOWN_IN_CONTEXT, context, "the document")
     for question, tail in zip(questions, tails, strict=True):
         _require_known(tokenizer, tail, UNKNOWN_IN_QUESTION, question, f"the question {question!r}")
@@ -122,6 +171,50 @@ def tokenize(
         context=torch.tensor([head], dtype=torch.long, device=device),
         questions=tuple(torch.tensor(tail, dtype=torch.long, device=device) for tail in tails),
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Reader:
+    """Tokenizes parts of a conversation as one text, or the template's own apart from what is in the message."""
+
+    tokenizer: Any
+    apart: bool
+
+    def head(self, start: Rendered, *, special: bool) -> list[int]:
+        """Up to the document's end; `special`: with the tokens that the tokenizer puts before any text."""
+        if self.apart:
+            ids = self._ids(start.own) + self._text_ids(start.text, special=special)
+        else:
+            ids = self._ids(start.own + start.text, special=special)
+        closed = special and ids and ids[-1] == self.tokenizer.eos_token_id
+        return ids[:-1] if closed else ids  # some tokenizers close every text, but this one goes on
+
+    def tail(self, end: Rendered, prefix: str) -> list[int]:
+        """A question, and what the answer begins with."""
+        if self.apart:
+            return self._text_ids(end.text) + self._ids(end.own + prefix)
+        return self._ids(end.text + end.own + prefix)
+
+    def _ids(self, text: str, *, special: bool = False, **options: bool) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=special, **options)["input_ids"] if text or special else []
+
+    def _text_ids(self, text: str, *, special: bool = False) -> list[int]:
+        """Tokens of text in which nothing is a control token."""
+        bare = self._ids(text, split_special_tokens=True)
+        if {*bare} & {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}:
+            raise BadInput(
+                f"{type(self.tokenizer).__name__} makes control tokens of text even with split_special_tokens: take "
+                "them out of the document and the questions."
+            )
+        return self._ids(text, special=True, split_special_tokens=True) if special else bare
+
+
+def _require_characters(text: str, what: str) -> None:
+    """Raise BadInput for halves of characters, which JSON and command lines can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{what} has half of a character (a surrogate) at {error.start}; write it in UTF-8.") from error
 
 
 def _require_known(tokenizer: Any, ids: list[int], limit: float, text: str, what: str) -> None:
@@ -137,12 +230,3 @@ def _require_known(tokenizer: Any, ids: list[int], limit: float, text: str, what
             f"this model does not know {share:.0%} of the words of {what}, such as {', '.join(strange)}: its answers "
             "would mean nothing. Give a model that knows them, such as --model Qwen/Qwen3-4B."
         )
-
-
-def _message(tokenizer: Any, content: str) -> str:
-    """The chat template around one message of the user's, up to where the model's turn starts."""
-    messages = [{"role": "user", "content": content}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=False)
-    if _MARK not in text:
-        raise BadInput("this tokenizer's chat template does not show the user's message; set another chat_template.")
-    return text

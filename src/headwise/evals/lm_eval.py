@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from headwise import __version__
+from headwise.console import complain, open_streams
 from headwise.errors import BadInput, BudgetInfeasible, HeadwiseError
 from headwise.evals.answers import FULL
 from headwise.hf.families import given, view
@@ -38,7 +39,7 @@ except ImportError as error:
     _MISSING = f"this needs the lm-evaluation-harness ({error}): pip install 'headwise[lm-eval]'."
     if __name__ != "__main__":
         raise ModuleNotFoundError(_MISSING, name="lm_eval") from error
-    print(f"headwise: {_MISSING}", file=sys.stderr)
+    complain(_MISSING)
     sys.exit(2)
 
 QUERY_AWARE = "query-aware"
@@ -177,10 +178,12 @@ class HeadwiseLM(HFLM):
 
 def main() -> None:
     """Run the harness's own command line, which knows "headwise" now; an error of ours is one line and an exit code."""
+    open_streams()
     try:
         import_module("lm_eval.__main__").cli_evaluate()
     except HeadwiseError as error:
-        print(f"\nheadwise: {error}", file=sys.stderr)  # the harness has left a progress bar on the line
+        print(file=sys.stderr)  # the harness has left a progress bar on the line
+        complain(error)
         sys.exit(2 if isinstance(error, BadInput) else 1)
 
 

@@ -1,18 +1,12 @@
 """The kernel for decoding on a CPU: C++, one call per layer, compiled for the machine it runs on.
 
 The compiler of the system ($CXX, or c++, g++, clang++) makes it at first use, in a few seconds; the library is kept in
-$HEADWISE_CACHE, or headwise/ in the user's cache folder, under a name that changes with source, compiler and CPU.
+$HEADWISE_CACHE, or headwise/ in the user's cache folder, under a name that changes with source, compiler and CPU, and
+with what is in it (compiled.py).
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
 import struct
-import subprocess
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,13 +16,11 @@ import torch
 from torch import Tensor
 
 from headwise.errors import KernelUnavailable
-from headwise.kernels import pages
+from headwise.kernels import compiled, pages
 from headwise.layout import Segments
 
 SOURCE = Path(__file__).with_name("ragged.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
-COMPILERS = ("c++", "g++", "clang++")
-TIMEOUT = 120  # seconds
 MAX_QUERIES = 128  # that read one segment; for more, matrix products are the better way,
 SHORT = 512  # except where segments are as short on average
 MAX_HEAD_DIM = 256
@@ -86,89 +78,31 @@ def serves(query: Tensor, segments: Segments) -> bool:
 @cache
 def load() -> Native:
     """The library, compiled if it was not yet. Raises KernelUnavailable."""
-    compiler = find_compiler()
-    path = cache_folder() / f"ragged-{_name(compiler)}.so"
-    built = not path.exists()
-    if built:
-        _compile(compiler, path)
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise KernelUnavailable(f"{path} cannot be loaded ({error}): delete it, and it is built anew.") from error
-    function = library.headwise_attend
-    function.argtypes = (ctypes.c_char_p, ctypes.c_double, ctypes.c_int)
+    path, library, built = compiled.library(SOURCE, FLAGS, _bind)
+    dtypes = frozenset(DTYPES) - (set() if library.headwise_has_float16() else {torch.float16})
+    return Native(
+        path=path,
+        features=library.headwise_features().decode(),
+        dtypes=dtypes,
+        function=library.headwise_attend,
+        reader=library.headwise_read,
+        built=built,
+    )
+
+
+def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
+    """With the types of its functions. Raises AttributeError if it lacks one of them."""
+    library.headwise_attend.argtypes = (ctypes.c_char_p, ctypes.c_double, ctypes.c_int)
     library.headwise_features.restype = ctypes.c_char_p
+    library.headwise_has_float16.restype = ctypes.c_int
     reader = library.headwise_read
     reader.argtypes, reader.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int), ctypes.c_int64
-    dtypes = frozenset(DTYPES) - (set() if library.headwise_has_float16() else {torch.float16})
-    features = library.headwise_features().decode()
-    return Native(path=path, features=features, dtypes=dtypes, function=function, reader=reader, built=built)
+    return library
 
 
 def read(states: Tensor) -> None:
     """Read a contiguous tensor from memory, for the floor of `headwise bench`. Raises KernelUnavailable."""
     load().reader(states.data_ptr(), states.nbytes // 8, torch.get_num_threads())
-
-
-def find_compiler() -> str:
-    """Path of the C++ compiler. Raises KernelUnavailable if there is none."""
-    chosen = os.environ.get("CXX")
-    for name in (chosen,) if chosen else COMPILERS:
-        found = shutil.which(name)
-        if found:
-            return found
-    wanted = f"CXX={chosen!r} is not there" if chosen else f"none of {', '.join(COMPILERS)} is installed"
-    raise KernelUnavailable(f"the C++ kernel needs a compiler, and {wanted}: install g++ or clang++, or set CXX.")
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("HEADWISE_CACHE") or Path(base) / "headwise")
-
-
-def _name(compiler: str) -> str:
-    """Changes with everything that the result depends on."""
-    version = _run([compiler, "--version"]).stdout
-    parts = (SOURCE.read_text(encoding="utf-8"), compiler, version, *FLAGS, platform.platform(), _cpu())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _cpu() -> str:
-    """What -march=native looks at, where the system tells."""
-    info = Path("/proc/cpuinfo")
-    wanted = ("model name", "flags", "Features", "CPU part")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else [platform.processor()]
-    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
-
-
-def _compile(compiler: str, path: Path) -> None:
-    """Compile next to the goal, then move there: a second process sees the whole library or none."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            done = _run([compiler, *FLAGS, str(SOURCE), "-o", str(made)])
-            if done.returncode != 0:
-                raise KernelUnavailable(f"{compiler} did not compile the kernel: {_first_error(done.stderr)}")
-            made.replace(path)
-    except OSError as error:
-        raise KernelUnavailable(
-            f"the compiled kernel cannot be stored in {path.parent} ({error}): set HEADWISE_CACHE to a folder that "
-            "can be written to."
-        ) from error
-
-
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelUnavailable(f"{' '.join(command[:2])} failed: {error}") from error
-
-
-def _first_error(text: str) -> str:
-    errors = [line for line in text.splitlines() if "error" in line] or text.splitlines() or ["it gave no reason."]
-    return errors[0]
 
 
 _CALL = struct.Struct("29q")

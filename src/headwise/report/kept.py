@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -21,13 +20,16 @@ import torch
 from jaxtyping import Bool, Int
 
 from headwise.artifacts import read_tensors, replacing
+from headwise.console import shown
 from headwise.errors import ArtifactMismatch, BadInput
-from headwise.evals.models import REFERENCE, reference_path
+from headwise.evals import template
+from headwise.evals.models import REFERENCE, load_tokenizer
 from headwise.ragged.store import tokens_fingerprint
 
 FORMATS = (".html", ".htm")
 SHADES = 8
-_MARK = "\u241edocument\u241e"  # occurs in no document
+
+Coding = tuple[str, list[int], list[tuple[int, int]]]  # a text, its tokens, and from where to where each stands in it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -77,17 +79,22 @@ def _mask(
     return kept.numpy()
 
 
-def load_tokenizer(name: str) -> Any:
-    """A tokenizer by hub id, by folder, or the bundled one. Raises BadInput if there is none."""
-    from transformers import AutoTokenizer
+def tokenizer_for(found: KeptTokens, model: str | None) -> Any:
+    """The tokenizer of the model that the user names, or else that of the cache's model, if it lies in a folder here.
 
-    if not name:
+    A name in a file is somebody else's word: nothing is fetched for it. Raises BadInput.
+    """
+    if model is not None:
+        return load_tokenizer(model)
+    if not found.model:
         raise BadInput("the cache does not say which model made it: name one with --model, for its tokenizer.")
-    try:
-        return AutoTokenizer.from_pretrained(str(reference_path()) if name == REFERENCE else name)
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"cannot load the tokenizer of {name!r} ({reason}); name the model with --model.") from error
+    # A path that starts so names another machine on Windows, which would be asked.
+    if found.model == REFERENCE or (not found.model.startswith((r"\\", "//")) and Path(found.model).is_dir()):
+        return load_tokenizer(found.model)
+    raise BadInput(
+        f"the cache is of the model {found.model!r}, which is no folder here, and nothing is fetched for a name in a "
+        "file: name the model with --model, for its tokenizer."
+    )
 
 
 def pieces(tokenizer: Any, text: str, found: KeptTokens) -> list[tuple[str, str]]:
@@ -100,27 +107,34 @@ def pieces(tokenizer: Any, text: str, found: KeptTokens) -> list[tuple[str, str]
         raise BadInput(
             f"{type(tokenizer).__name__} does not say where in the text its tokens are: no map can be drawn."
         )
-    for source, special in _sources(tokenizer, text):
-        coded = tokenizer(source, add_special_tokens=special, return_offsets_mapping=True)
-        ids = coded["input_ids"]
+    for source, ids, offsets in _codings(tokenizer, text):
         closed = bool(ids) and ids[-1] == tokenizer.eos_token_id  # some tokenizers close every text
         for known in (ids, ids[:-1]) if closed else (ids,):
             if _is_context(known, found):
-                return list(_pieces(tokenizer, source, known, coded["offset_mapping"]))
+                return list(_pieces(tokenizer, source, known, offsets))
     raise ArtifactMismatch(
         f"the document is not what was compressed: {found.kept.shape[-1]} tokens of other text, or of another "
         "tokenizer. Give the very file with --context, and the model with --model."
     )
 
 
-def _sources(tokenizer: Any, text: str) -> Iterator[tuple[str, bool]]:
-    """Texts whose tokens the context may be, and whether special tokens are added to them."""
-    yield text, True
-    yield text, False
-    if getattr(tokenizer, "chat_template", None) is not None:  # as evals.document.tokenize writes it
-        messages = [{"role": "user", "content": f"{text}{_MARK}"}]
-        write = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        yield write(messages, enable_thinking=False).partition(_MARK)[0], False
+def _codings(tokenizer: Any, text: str) -> Iterator[Coding]:
+    """What the context may be: the document alone, or in the template, each with control tokens in it or as text."""
+    for options in ({}, {"split_special_tokens": True}):
+        yield _coded(tokenizer, text, add_special_tokens=True, **options)
+        yield _coded(tokenizer, text, add_special_tokens=False, **options)
+    if getattr(tokenizer, "chat_template", None) is not None:
+        start = template.opening(template.chat(tokenizer), text)
+        yield _coded(tokenizer, start.own + start.text, add_special_tokens=False)
+        own, ids, offsets = _coded(tokenizer, start.own, add_special_tokens=False)
+        inner = _coded(tokenizer, start.text, add_special_tokens=False, split_special_tokens=True)
+        moved = [(len(own) + at, len(own) + to) for at, to in inner[2]]
+        yield own + inner[0], ids + inner[1], offsets + moved
+
+
+def _coded(tokenizer: Any, text: str, **options: bool) -> Coding:
+    found = tokenizer(text, return_offsets_mapping=True, **options)
+    return text, found["input_ids"], found["offset_mapping"]
 
 
 def _is_context(ids: Sequence[int], found: KeptTokens) -> bool:
@@ -148,8 +162,8 @@ def plot(
 ) -> None:
     """Write the page of a saved cache as .html, at once or not at all.
 
-    `text` is the document that was compressed, `context` its file's name; `model` has the tokenizer, the one that the
-    cache names if it is left out. Raises BadInput, ArtifactMismatch.
+    `text` is the document that was compressed, `context` its file's name; `model` has the tokenizer, left out: the one
+    that the cache names, if it is in a folder. Raises BadInput, ArtifactMismatch.
     """
     target = Path(out)
     if target.suffix.lower() not in FORMATS:
@@ -157,7 +171,7 @@ def plot(
     if target.is_dir():
         raise BadInput(f"{target} is a folder; name a file for the map.")
     found = KeptTokens.load(path)
-    words = pieces(load_tokenizer(model or found.model), text, found)
+    words = pieces(tokenizer_for(found, model), text, found)
     with replacing(target) as temporary:
         temporary.write_text(page(found, words, context.name), encoding="utf-8")
 
@@ -188,7 +202,7 @@ def page(found: KeptTokens, words: Sequence[tuple[str, str]], document: str) -> 
 
 def _filled(template: str, parts: Mapping[str, str]) -> str:
     """Every {{name}} of the template replaced; the parts themselves are left as they are."""
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    return shown(re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template), lines=True)
 
 
 def _element(token: str) -> str:

@@ -1,5 +1,6 @@
 """A table of a report, as Markdown and as HTML."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -49,8 +50,8 @@ class Table:
 
 
 def plain(text: str) -> str:
-    """As it is, in Markdown: where a bar would end the column and a tag would be one."""
-    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    """As it is, in Markdown: where a bar would end the column, a tag would be one, and a bracket starts a link."""
+    return re.sub(r"[\\`\[|]", r"\\\g<0>", escape(" ".join(text.split()), quote=False))
 
 
 def _markdown(entry: Entry) -> str:

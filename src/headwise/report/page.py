@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from headwise.console import shown
 from headwise.report import svg, tables
 from headwise.report.charts import charts
 from headwise.report.notes import explanations, warnings
@@ -155,4 +156,4 @@ def _json(value: Any) -> str:
 def filled(name: str, parts: Mapping[str, str]) -> str:
     """A template with every {{name}} replaced; the parts themselves are left as they are."""
     template = (files("headwise.report") / name).read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    return shown(re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template), lines=True)

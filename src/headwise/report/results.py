@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from headwise.console import shown
 from headwise.errors import BadInput
 from headwise.report import benchmarks, speed, tables
 from headwise.report.cells import Cell, Task
@@ -26,6 +27,7 @@ from headwise.report.summary import Summary, summarise
 
 FORMATS = (".html", ".htm")
 BESIDE = (".csv", ".md", ".png")
+FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")  # the last four: as wide as Chinese characters, and taken alike
 
 
 def write_report(sources: Sequence[Path], out: Path) -> list[Path]:
@@ -71,13 +73,30 @@ def table(summaries: Mapping[str, Summary]) -> str:
 
 
 def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    """With all columns that any row has."""
+    """With all columns that any row has. No cell is a formula to a spreadsheet."""
     rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
     file = io.StringIO()
-    writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(map(_cell, names))
+    writer.writerows([_cell(row.get(name)) for name in names] for row in rows)
     return file.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula starts with an apostrophe; numbers stay as they are."""
+    if not isinstance(value, str):
+        return value
+    text = shown(value)
+    return f"'{text}" if text.lstrip()[:1] in FORMULA and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _row(summary: Summary, setting: Setting, task: Task, cell: Cell) -> dict[str, str | float | None]:
@@ -114,7 +133,7 @@ def markdown(summaries: Mapping[str, Summary], duplicates: int) -> str:
         found += [*tables.fidelity(summary), *(tables.cost(summary, keep) for keep in summary.keeps)]
         lines += [one.markdown() for one in found]
         lines += [*(f"- {plain(note)}" for note in explanations(summary)), ""]
-    return "\n".join(lines)
+    return shown("\n".join(lines), lines=True)
 
 
 def _measured(sources: Sequence[Path]) -> bool:

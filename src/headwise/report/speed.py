@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from headwise.console import shown
 from headwise.report import svg
 from headwise.report.benchmarks import Row, Section, said_versions
 from headwise.report.charts import Chart
@@ -114,7 +115,7 @@ def markdown(sections: Sequence[Section]) -> str:
         lines += [f"## {plain(section.name)}", "", *(f"{plain(versions)}\n" for versions in section.versions)]
         lines += [f"    {' '.join(command.split())}\n" for command in section.commands]
         lines += [table(section).markdown(), *(f"- {plain(note)}" for note in NOTES[section.benchmark]), ""]
-    return "\n".join(lines)
+    return shown("\n".join(lines), lines=True)
 
 
 def page(sections: Sequence[Section]) -> str:

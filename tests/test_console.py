@@ -1,0 +1,116 @@
+"""What is printed: text that is safe for a terminal, and that any encoding can carry."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headwise import console
+
+CONTROL = [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
+EVIL = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e\u2066\u2028\r\x00\x7f\udc9b"
+SAFE = r"\x1b]0;title\x07\x1b[2J\x9b31m\u202e\u2066\u2028\r\x00\x7f\udc9b"
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """Stdout and stderr in an encoding, as (stream, what was written to it)."""
+
+    def open_pipe(encoding: str, errors: str = "strict") -> tuple[io.TextIOWrapper, io.BytesIO]:
+        raw = io.BytesIO()
+        stream = io.TextIOWrapper(raw, encoding=encoding, errors=errors)
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        return stream, raw
+
+    return open_pipe
+
+
+@pytest.mark.parametrize("code", CONTROL)
+def test_every_control_character_is_written_out(code):
+    text = console.shown(f"a{chr(code)}b")
+    assert text.isprintable()
+    assert text == f"a{chr(code).encode('unicode_escape').decode()}b"
+
+
+@given(st.text())
+def test_what_is_shown_cannot_move_a_cursor(text):
+    found = console.shown(text)
+    assert not any(ord(letter) in CONTROL or "\ud800" <= letter <= "\udfff" for letter in found)
+    assert console.shown(found) == found
+    assert console.shown(text, lines=True).replace("\n", "\\n").replace("\t", "\\t") == found
+
+
+@pytest.mark.parametrize("text", ["naïve café", "日本語", "שלום", "👩\u200d💻", "a\\b|c<d>", "नमस्ते", ""])
+def test_other_text_is_left_as_it_is(text):
+    assert console.shown(text) == text
+
+
+def test_tables_escape_cells_columns_and_titles(capsys):
+    console.print_table(f"t{EVIL}\n", [f"c{EVIL}"], [[f"x{EVIL}"], ["two\nlines"]])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\u202e" not in out and "\r" not in out
+    for start in "tcx":
+        assert start + SAFE in out
+    assert f"{SAFE}\\n" in out  # a title is one line
+    assert [line.strip() for line in out.splitlines()[-3:-1]] == ["two", "lines"]
+
+
+def test_results_and_errors_are_escaped(capsys):
+    console.say(f"r{EVIL}\nnext")
+    console.complain(ValueError(f"e{EVIL}\nnext"))
+    assert capsys.readouterr() == (f"r{SAFE}\nnext\n", f"headwise: e{SAFE}\\nnext\n")
+
+
+def test_json_is_ascii(capsys):
+    console.print_json({"answer": f"{EVIL}→"})
+    out = capsys.readouterr().out
+    assert out.isascii() and set(out) & {chr(code) for code in CONTROL} == {"\n"}
+    assert json.loads(out)["answer"] == f"{EVIL}→"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "arrow"), [("utf-8", "→"), ("cp1252", r"\u2192"), ("ascii", r"\u2192"), ("cp437", r"\u2192")]
+)
+def test_a_character_that_the_encoding_lacks_is_written_out(pipe, encoding, arrow):
+    stream, raw = pipe(encoding)
+    console.open_streams()
+    console.say("a → é")
+    console.print_table("t →", ["é"], [["→"]])
+    console.complain("→")
+    print("\udc80", file=sys.stderr)  # of a file's name, in a message of another library
+    stream.flush()
+    written = raw.getvalue().decode(encoding)
+    assert written.startswith(f"a {arrow} ")
+    assert written.endswith(f"headwise: {arrow}\n\\udc80\n")
+    assert f"t {arrow}" in written
+
+
+@pytest.mark.parametrize("missing", [None, "closed"])
+def test_where_there_is_no_stdout(monkeypatch, missing):
+    """As under pythonw, or after `>&-`."""
+    for name in ("stdout", "stderr"):
+        stream = io.TextIOWrapper(io.BytesIO())
+        stream.close()
+        monkeypatch.setattr(sys, name, None if missing is None else stream)
+    console.open_streams()
+    console.say("result")
+    console.print_table("t", ["c"], [["x"]])
+    console.complain("error")
+    sys.stdout.close()
+    sys.stderr.close()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_process_with_such_a_stdout_gives_its_result(encoding):
+    """Once a traceback, with nothing printed."""
+    command = [sys.executable, "-m", "headwise", "inspect", "→\x1b[2J"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.decode("ascii").count("\n") == 1
+    assert r"\u2192\x1b[2J" in done.stderr.decode("ascii")
