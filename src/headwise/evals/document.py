@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headwise.errors import BadInput
 from headwise.evals.models import reference_path
+from headwise.evals.seams import following_ids, unclosed
 
 _MARK = "\u241efact\u241e"  # occurs in no document
 UNKNOWN_IN_CONTEXT, UNKNOWN_IN_QUESTION = 0.05, 0.20  # of the tokens; beyond, an answer means nothing
@@ -112,9 +113,9 @@ def tokenize(
         for question, prefix in zip(questions, prefixes or [""] * len(questions), strict=True)
     ]
     head = tokenizer(opening, add_special_tokens=not templated)["input_ids"]
-    if not templated and head and head[-1] == tokenizer.eos_token_id:
-        head = head[:-1]  # some tokenizers close every text, but this one goes on
-    tails = [tokenizer(ending, add_special_tokens=False)["input_ids"] for ending in endings]
+    if not templated:
+        head = unclosed(tokenizer, head)
+    tails = [following_ids(tokenizer, ending) for ending in endings]
     _require_known(tokenizer, head, UNKNOWN_IN_CONTEXT, context, "the document")
     for question, tail in zip(questions, tails, strict=True):
         _require_known(tokenizer, tail, UNKNOWN_IN_QUESTION, question, f"the question {question!r}")
@@ -122,6 +123,15 @@ def tokenize(
         context=torch.tensor([head], dtype=torch.long, device=device),
         questions=tuple(torch.tensor(tail, dtype=torch.long, device=device) for tail in tails),
     )
+
+
+def text_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before every text, and the tokens of this one. Raises BadInput if it lacks the words."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    _require_known(tokenizer, ids, UNKNOWN_IN_CONTEXT, text, "the text")
+    started, alone = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    started = unclosed(tokenizer, started)
+    return started[: len(started) - len(alone)], ids
 
 
 def _require_known(tokenizer: Any, ids: list[int], limit: float, text: str, what: str) -> None:
