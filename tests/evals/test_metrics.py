@@ -113,6 +113,7 @@ def test_korean_particles_follow_a_word(text, answer, share):
         ("cafe\u0301", "cafe", 0),
         ("STRASSE", "Straße", 1),
         ("ΟΔΟΣ", "οδος", 1),
+        ("İSTANBUL", "istanbul", 1),
         ("the ﬁnal day", "final", 1),
         ("Ａｄａ Ｌｏｖｅｌａｃｅ", "ada lovelace", 1),  # noqa: RUF001
         ("It’s “so”", 'it\'s "so"', 1),  # noqa: RUF001

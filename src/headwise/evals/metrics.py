@@ -42,8 +42,8 @@ def exact_match(text: str, answers: Sequence[str]) -> float:
 def word_f1(text: str, answers: Sequence[str]) -> float:
     """F1 of the words of text and answer, normalised as for `exact_match` (SQuAD's F1); the best of the answers.
 
-    In scripts without spaces between words every letter counts as a word, as in CMRC and DRCD, and in Korean every
-    syllable, as in KorQuAD.
+    In scripts without spaces between words every letter counts as a word, as CMRC and DRCD count Chinese, and in
+    Korean every syllable, as in KorQuAD.
     """
     return max(_f1(*_compared(text, answer)) for answer in answers)
 

@@ -29,8 +29,9 @@ def fold(text: str) -> str:
     digits of all scripts, straight and curly quotes, long and short dashes. Characters that do not show are left out.
     Superscripts, fractions and symbols stay what they are.
     """
-    text = "".join(map(_one_form, unicodedata.normalize("NFC", text)))
-    return " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).split())
+    text = unicodedata.normalize("NFC", "".join(map(_one_form, unicodedata.normalize("NFC", text))))
+    small = text.casefold().replace("i\u0307", "i")  # a Turkish capital I keeps its dot
+    return " ".join(unicodedata.normalize("NFC", small).split())
 
 
 def without_gaps(folded: str) -> str:
