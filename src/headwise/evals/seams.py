@@ -14,14 +14,18 @@ def unclosed(tokenizer: Any, ids: list[int]) -> list[int]:
     return ids[:-1] if ids and ids[-1] == getattr(tokenizer, "eos_token_id", None) else ids
 
 
-def following_ids(tokenizer: Any, text: str) -> list[int]:
+def following_ids(tokenizer: Any, text: str, **options: bool) -> list[int]:
     """Tokens of a text as it follows another one, without the space that some tokenizers put before every text."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def ids_of(part: str) -> list[int]:
+        return tokenizer(part, add_special_tokens=False, **options)["input_ids"]
+
+    ids = ids_of(text)
     name_of = getattr(tokenizer, "convert_ids_to_tokens", None)
     if name_of is None or not ids or not str(name_of(ids[0])).startswith(_SPACES):
         return ids
     for before in _PARTED:
-        first, both = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, before + text))
+        first, both = ids_of(before), ids_of(before + text)
         if both[: len(first)] == first:
             return both[len(first) :]
     return ids
