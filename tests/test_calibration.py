@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import text_tokenizers
 import torch
 from folders import CHAT_TEMPLATE, word_tokenizer
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -182,6 +183,15 @@ def test_the_model_continues_a_plain_text_from_its_last_token():
         context, questions = encode(tokenizer, Example(context="the red stone and the key"), device="cpu")
         assert torch.cat([context[0], *questions]).tolist() == tokenizer("the red stone and the key")["input_ids"]
         assert [len(question) for question in questions] == [1]
+
+
+def test_an_end_that_the_tokenizer_adds_is_not_what_a_text_goes_on_from():
+    opened, closed = (
+        encode(text_tokenizers.byte_tokenizer(closes), Example(context="it was"), device="cpu")
+        for closes in (False, True)
+    )
+    assert torch.equal(opened[0], closed[0])
+    assert opened[1][0].tolist() == closed[1][0].tolist()
 
 
 def test_a_text_of_one_token_has_no_future():

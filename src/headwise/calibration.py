@@ -25,6 +25,7 @@ from headwise.errors import BadInput
 from headwise.evals.document import read_text, tokenize
 from headwise.evals.lexicon import Lexicon
 from headwise.evals.mini_ruler import generate, seeded_generator
+from headwise.evals.seams import unclosed
 from headwise.evals.suites import lexicon_for
 
 BUILTIN = "builtin"
@@ -91,7 +92,7 @@ def encode(
     if example.questions:
         tokens = tokenize(tokenizer, example.context, list(example.questions), device=device)
         return tokens.context, tokens.questions
-    ids = torch.tensor([tokenizer(example.context)["input_ids"]], dtype=torch.long, device=device)
+    ids = torch.tensor([unclosed(tokenizer, tokenizer(example.context)["input_ids"])], dtype=torch.long, device=device)
     if ids.shape[1] < 2:
         raise BadInput("a calibration text needs at least two tokens.")
     return ids[:, :-1], (ids[0, -1:],)

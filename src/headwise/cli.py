@@ -140,7 +140,7 @@ def compare(
     )
     _print_sliding(rows[0].sliding_kv_bytes)
     for i, a in enumerate(asked if answers else []):
-        print_table(a.question, ["method", "answer"], [[row.method, row.answers[i]] for row in rows])
+        print_table(a.question, ["method", "answer"], [[row.method, row.answers[i].strip()] for row in rows])
 
 
 @app.command(

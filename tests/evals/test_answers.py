@@ -4,10 +4,11 @@ import pytest
 import torch
 from families import tiny_model
 from folders import word_tokenizer
+from text_tokenizers import byte_tokenizer
 
 from headwise.errors import BadInput
 from headwise.evals import answers
-from headwise.evals.answers import FullMemory, Memory, answer, known_methods, read_context, room_for_answers
+from headwise.evals.answers import FullMemory, Memory, answer, as_texts, known_methods, read_context, room_for_answers
 from headwise.evals.answers import time_decoding as timed
 from headwise.evals.document import Tokens, tokenize
 from headwise.hf.attention import is_enabled
@@ -74,7 +75,14 @@ def test_the_full_memory_answers_as_plain_generate(model, tokenizer, tokens):
     for question, text in zip(tokens.questions, found, strict=True):
         ids = torch.cat([tokens.context, question[None]], dim=-1)
         plain = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-        assert text == tokenizer.decode(plain, skip_special_tokens=True).strip()
+        assert text == tokenizer.decode(plain, skip_special_tokens=True)
+
+
+def test_spaces_around_an_answer_are_part_of_it():
+    """Code once lost its indentation before it was judged."""
+    bytewise, said = byte_tokenizer(), "    return 1\n\n"
+    ids = torch.tensor([*bytewise(said, add_special_tokens=False)["input_ids"], bytewise.eos_token_id])
+    assert as_texts(bytewise, [ids, ids[:3], ids[-1:]]) == [said, "   ", ""]
 
 
 def test_everything_kept_answers_as_the_full_memory(model, tokenizer, tokens):

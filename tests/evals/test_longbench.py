@@ -18,6 +18,7 @@ import pytest
 from families import tiny_model
 from folders import CHAT_TEMPLATE, word_tokenizer
 from rouge import Rouge
+from text_tokenizers import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -286,6 +287,8 @@ def predictions(answer: str, other: str, classes: tuple[str, ...]) -> list[str]:
         answer[: len(answer) // 2],
         f"The answer is: {answer}.",
         f"\n\n{answer}\nQuestion: {other}",
+        f"    {answer}  \n",
+        f" \n{answer}",
         f"{other} {answer}",
         f"“{answer.upper()}”，an {answer}!!",  # noqa: RUF001
         f"```python\n# so\n{answer}\n```",
@@ -651,6 +654,46 @@ def test_a_download_that_fails_says_what_to_do(hub, tmp_path, monkeypatch):
 
 
 # --- through a model -------------------------------------------------------------------------------------------------
+
+
+class Says:
+    """A tokenizer by which every answer of a model reads alike."""
+
+    def __init__(self, tokenizer, text):
+        self.tokenizer, self.text = tokenizer, text
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *texts, **options):
+        return self.tokenizer(*texts, **options)
+
+    def batch_decode(self, answers, **options):
+        return [self.text for _ in answers]
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "said", "score"),
+    [
+        ("lcc", "        mEffects.add(new NoEffect());", "        mEffects.add(new NoEffect());\n    }", 1),
+        ("repobench-p", "\treturn 1;", "\n\treturn 1;\n", 1),
+        ("repobench-p", "\treturn 1;", "return 1;", 0.95),
+        ("triviaqa", "Ada", " \nAda", 0),  # its first line is blank
+        ("triviaqa", "Ada", "\nAda\n", 1),
+    ],
+)
+def test_an_answer_is_judged_as_it_was_said(name, answer, said, score, tmp_path):
+    """It was once stripped before: perfect code was given 0.88."""
+    write(tmp_path / f"{name}.jsonl", {**ROW, "context": "class A {\n    void add() {\n", "answers": [answer]})
+    tokenizer = Says(byte_tokenizer(), said)
+    task = one_task(name, tmp_path, tokenizer=tokenizer, length=1000)
+    task = replace(task, sample=lambda index: replace(one_task(name, tmp_path).sample(index), max_new_tokens=2))
+    evaluation = Evaluation(tasks=(task,), methods=("keydiff",), keeps=(parse_keep(0.5),), timed=0)
+    records = evaluate(tiny_model("llama", vocab_size=len(byte_tokenizer())), tokenizer, evaluation)
+    assert [(record.method, record.predictions, record.score) for record in records] == [
+        (method, (said,), score) for method in ("full", "keydiff")
+    ]
+    assert official_score(name, said, task.sample(0).questions[0]) == score
 
 
 @pytest.mark.slow

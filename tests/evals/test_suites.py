@@ -3,10 +3,13 @@
 import json
 
 import pytest
+from families import tiny_model
 from folders import word_tokenizer
+from text_tokenizers import byte_tokenizer, spacing_tokenizer
 
 from headwise.errors import BadInput
 from headwise.evals.mini_ruler import TASKS, generate
+from headwise.evals.session import Session
 from headwise.evals.suites import SUITES, Sizes, lexicon_for, make_tasks, parse_tasks
 from headwise.evals.tasks import Question
 
@@ -131,3 +134,36 @@ def test_a_text_in_pieces_with_their_continuations(tmp_path):
     assert number // 64 > 3
     with pytest.raises(BadInput, match="makes no piece of 2000"):
         made(f"perplexity:{path}", length=2000)
+
+
+LETTERS = "The harbour master was Ingrid. 港务长是英格丽德。港务长是英格丽德。  Who was it?\n" * 5
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), byte_tokenizer(closes=True), spacing_tokenizer("llama")])
+def test_pieces_have_the_tokens_of_the_text(tmp_path, tokenizer):
+    """Pieces were once decoded and read again: a letter that was cut became others, and every piece got a space."""
+    (tmp_path / "my.txt").write_text(LETTERS, encoding="utf-8")
+    sizes = Sizes(samples=99, length=50, seed=0)
+    (task,) = make_tasks(parse_tasks(f"perplexity:{tmp_path}/my.txt"), tokenizer, sizes)
+    session = Session(model=tiny_model("llama", vocab_size=len(tokenizer)), tokenizer=tokenizer)
+    samples = [task.sample(index) for index in range(task.num_samples)]
+    parts = [tokens for sample in samples for tokens in session.tokens(sample)]
+    assert {(part.context.shape[1], *map(len, part.questions)) for part in parts} == {(44, 6)}
+    assert {part.context[0, 0].item() for part in parts} == {tokenizer.bos_token_id}
+    found = [token for part in parts for token in [*part.context[0, 1:].tolist(), *part.questions[0].tolist()]]
+    expected = tokenizer(LETTERS, add_special_tokens=False)["input_ids"]
+    assert found == expected[: len(found)]
+    assert len(expected) - len(found) < 49
+    shown = [(sample.context, sample.questions[0].prompt) for sample in samples]
+    read_again = [tokenizer(text, add_special_tokens=False)["input_ids"] for texts in shown for text in texts]
+    assert [token for ids in read_again for token in ids] != found  # the texts would not do
+
+
+def test_a_text_that_goes_on_cannot_be_query_aware(tmp_path):
+    """Once its end was compressed with it, and nothing was measured."""
+    (tmp_path / "my.txt").write_text(LETTERS, encoding="utf-8")
+    sizes = Sizes(samples=1, length=50, seed=0)
+    (task,) = make_tasks(parse_tasks(f"perplexity:{tmp_path}/my.txt"), byte_tokenizer(), sizes)
+    session = Session(model=tiny_model("llama"), tokenizer=byte_tokenizer(), query_aware=True)
+    with pytest.raises(BadInput, match="has no question"):
+        session.tokens(task.sample(0))

@@ -141,11 +141,11 @@ def answer(
     batch_size: int = 64,
     streamer: Any = None,
 ) -> list[str]:
-    """Greedy answers to every question, as text; see `answer_tokens`."""
+    """Greedy answers to every question, as texts; see `answer_tokens` and `as_texts`."""
     (answers,) = answer_tokens(
         model, tokenizer, memory, tokens, max_new_tokens=max_new_tokens, batch_size=batch_size, streamer=streamer
     )
-    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    return as_texts(tokenizer, answers)
 
 
 def answer_tokens(
@@ -189,6 +189,11 @@ def answer_tokens(
         for number, found in enumerate(answers):
             found |= zip(batch, rows[number * len(batch) :], strict=False)
     return [[found[i] for i in range(len(tokens.questions))] for found in answers]
+
+
+def as_texts(tokenizer: Any, answers: Sequence[Int[Tensor, " _"]]) -> list[str]:
+    """What was said, but for special tokens. Spaces and line ends around it stay: code begins with its indentation."""
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:

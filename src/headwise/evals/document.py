@@ -16,6 +16,7 @@ from torch import Tensor
 from headwise.errors import BadInput
 from headwise.evals import template
 from headwise.evals.models import reference_path
+from headwise.evals.seams import following_ids, unclosed
 from headwise.evals.template import Rendered
 
 FORMATS = {  # files that are no text, by how they begin; some are all ASCII
@@ -173,6 +174,15 @@ def tokenize(
     )
 
 
+def text_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before every text, and the tokens of this one. Raises BadInput if it lacks the words."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    _require_known(tokenizer, ids, UNKNOWN_IN_CONTEXT, text, "the text")
+    started, alone = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    started = unclosed(tokenizer, started)
+    return started[: len(started) - len(alone)], ids
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Reader:
     """Tokenizes parts of a conversation as one text, or the template's own apart from what is in the message."""
@@ -183,11 +193,11 @@ class _Reader:
     def head(self, start: Rendered, *, special: bool) -> list[int]:
         """Up to the document's end; `special`: with the tokens that the tokenizer puts before any text."""
         if self.apart:
-            ids = self._ids(start.own) + self._text_ids(start.text, special=special)
+            ids = self._ids(start.own, follows=False)
+            ids += self._text_ids(start.text, special=special, follows=bool(start.own))
         else:
-            ids = self._ids(start.own + start.text, special=special)
-        closed = special and ids and ids[-1] == self.tokenizer.eos_token_id
-        return ids[:-1] if closed else ids  # some tokenizers close every text, but this one goes on
+            ids = self._ids(start.own + start.text, special=special, follows=False)
+        return unclosed(self.tokenizer, ids) if special else ids
 
     def tail(self, end: Rendered, prefix: str) -> list[int]:
         """A question, and what the answer begins with."""
@@ -195,18 +205,22 @@ class _Reader:
             return self._text_ids(end.text) + self._ids(end.own + prefix)
         return self._ids(end.text + end.own + prefix)
 
-    def _ids(self, text: str, *, special: bool = False, **options: bool) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=special, **options)["input_ids"] if text or special else []
+    def _ids(self, text: str, *, special: bool = False, follows: bool = True, **options: bool) -> list[int]:
+        if not text and not special:
+            return []
+        if follows:
+            return following_ids(self.tokenizer, text, **options)
+        return self.tokenizer(text, add_special_tokens=special, **options)["input_ids"]
 
-    def _text_ids(self, text: str, *, special: bool = False) -> list[int]:
+    def _text_ids(self, text: str, *, special: bool = False, follows: bool = True) -> list[int]:
         """Tokens of text in which nothing is a control token."""
-        bare = self._ids(text, split_special_tokens=True)
+        bare = self._ids(text, follows=follows, split_special_tokens=True)
         if {*bare} & {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}:
             raise BadInput(
                 f"{type(self.tokenizer).__name__} makes control tokens of text even with split_special_tokens: take "
                 "them out of the document and the questions."
             )
-        return self._ids(text, special=True, split_special_tokens=True) if special else bare
+        return self._ids(text, special=True, follows=False, split_special_tokens=True) if special else bare
 
 
 def _require_characters(text: str, what: str) -> None:

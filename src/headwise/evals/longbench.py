@@ -5,9 +5,10 @@ prompts, answer lengths and metrics are those of https://github.com/THUDM/LongBe
 THU-KEG & Zhipu AI). longbench_prompts.json is its LongBench/config/dataset2prompt.json, word for word.
 
 The official prompt is split right after its document (or its few-shot examples): what comes before is compressed, the
-rest is asked. Ours differs from the official code in two ways. `length` is all there is for chat template, prompt and
-answer, where the official maximum is the prompt's alone. And an answer to samsum goes on after its first line, though
-nothing but that line is judged, as in the official code.
+rest is asked. An answer is judged as it is decoded, spaces included. Ours differs from the official code in two ways.
+`length` is all there is for chat template, prompt and answer, where the official maximum is the prompt's alone. And an
+answer to samsum may be empty, or go on after its first line; the official code wants one token and stops at the line's
+end. Both judge nothing but that line.
 """
 
 import json

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import BadInput
-from headwise.evals.document import read_text
+from headwise.evals.document import read_text, text_ids
 from headwise.evals.metrics import METRICS
 from headwise.evals.tasks import Question, Sample, Task
 
@@ -41,9 +41,12 @@ def file_task(path: Path, length: int) -> Task:
 
 
 def perplexity_task(path: Path, tokenizer: Any, length: int) -> Task:
-    """A text in pieces of `length` tokens, each with its continuation. Raises BadInput for one that is too short."""
-    ids = tokenizer(read_text(path), add_special_tokens=False)["input_ids"]
-    room = length - tokenizer.num_special_tokens_to_add()
+    """A text in pieces of `length` tokens, each with its continuation. Raises BadInput for one that is too short.
+
+    Pieces are the text's own tokens. Decoded and read again, each apart, they would be others where a word is cut.
+    """
+    start, ids = text_ids(tokenizer, read_text(path))
+    room = length - len(start)
     pieces = [ids[start : start + room] for start in range(0, len(ids) - room + 1, room)]
     if not pieces or room < 2 * CONTINUED:
         raise BadInput(f"{path} has {len(ids)} tokens, which makes no piece of {length}: give a smaller --length.")
@@ -56,7 +59,7 @@ def perplexity_task(path: Path, tokenizer: Any, length: int) -> Task:
             max_new_tokens=0,
             verbatim=True,
             chat=False,
-            continues=True,
+            continues=((*start, *piece[:cut]), tuple(piece[cut:])),
         )
 
     return Task(name=f"perplexity:{path.name}", length=length, num_samples=len(pieces), sample=sample, judge=None)

@@ -22,6 +22,7 @@ from headwise.errors import BadInput
 from headwise.evals.answers import FULL, known_methods, require_possible
 from headwise.evals.document import Tokens
 from headwise.evals.records import Record, RunFolder
+from headwise.evals.seams import token_texts
 from headwise.evals.session import WHOLE, Outcome, Pair, Session
 from headwise.evals.tasks import Sample, Task
 from headwise.hf.families import view
@@ -215,7 +216,7 @@ class _Maps:
             for layer in range(len(shape.layers))
             for head in range(shape.kv_heads)
         }
-        texts = [self.tokenizer.decode([token]) for token in tokens.context[0].tolist()]
+        texts = token_texts(self.tokenizer, tokens.context[0].tolist())
         found = {"task": self.task, "index": self.index, "method": pair[0], "keep": _written(pair)}
         self.made.append({**found, "tokens": texts, "kept": kept})
 

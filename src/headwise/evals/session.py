@@ -13,11 +13,13 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from headwise.errors import BadInput
 from headwise.evals.answers import (
     FULL,
     FullMemory,
     Memory,
     answer_tokens,
+    as_texts,
     room_for_answers,
     time_decoding,
 )
@@ -72,8 +74,11 @@ class Session:
     def tokens(self, sample: Sample) -> list[Tokens]:
         """What is compressed and what is asked then: all questions after the context, or each with its own.
 
-        Query-aware, a question is compressed with the context, but for its last token, which starts the answer.
+        Query-aware, a question is compressed with the context, but for its last token, which starts the answer. Raises
+        BadInput where a text that goes on has no question to compress.
         """
+        if sample.continues is not None:
+            return [self._continued(sample.continues)]
         found = tokenize(
             self.tokenizer,
             sample.context,
@@ -90,6 +95,17 @@ class Session:
             Tokens(context=torch.cat([found.context, question[None, :-1]], dim=-1), questions=(question[-1:],))
             for question in found.questions
         ]
+
+    def _continued(self, ids: tuple[tuple[int, ...], tuple[int, ...]]) -> Tokens:
+        if self.query_aware:
+            raise BadInput(
+                "a text whose end is predicted has no question, so nothing can be query-aware. Measure perplexity with "
+                "the protocol query-agnostic."
+            )
+        context, following = (torch.tensor(part, dtype=torch.long, device=self.model.device) for part in ids)
+        found = Tokens(context=context[None], questions=(following,))
+        room_for_answers(self.model, found)
+        return found
 
     def measure(
         self,
@@ -132,7 +148,7 @@ class _Asking:
         self.session, self.tokens, self.timed, self.show = session, tokens, timed, show
         self.model, self.tokenizer = session.model, session.tokenizer
         self.limit = sample.max_new_tokens
-        self.targets = [question[1:] for question in tokens.questions] if sample.continues else None
+        self.targets = None if sample.continues is None else [question[1:] for question in tokens.questions]
         self.yardstick: Yardstick | None = None
 
     def measure(self, pairs: Sequence[Pair]) -> dict[Pair, Outcome]:
@@ -182,9 +198,8 @@ class _Asking:
         for (pair, own, prefill_seconds, shared), one in zip(group, said, strict=True):
             if self.show is not None and isinstance(own, RaggedCache):
                 self.show(pair, self.tokens, own)
-            texts = self.tokenizer.batch_decode(one.answers, skip_special_tokens=True)
             outcome = Outcome(
-                predictions=tuple(text.strip() for text in texts),
+                predictions=tuple(as_texts(self.tokenizer, one.answers)),
                 fidelity=one.fidelity,
                 context_tokens=self.tokens.context.shape[1],
                 kv_bytes=own.nbytes,

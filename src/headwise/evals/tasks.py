@@ -23,8 +23,9 @@ class Sample:
     """A context with questions that can each be asked right after it.
 
     `verbatim`: context and prompt follow each other as they are (official prompts); otherwise an empty line separates
-    them. `chat`: the tokenizer's chat template goes around them, if it has one. `continues`: the prompt is how the
-    context goes on; it is predicted, not answered.
+    them. `chat`: the tokenizer's chat template goes around them, if it has one. `continues`: the tokens of one text,
+    those of its context and those of how it goes on. The latter are predicted, and nothing is answered; context and
+    prompt only show these tokens as text.
     """
 
     context: str
@@ -32,7 +33,7 @@ class Sample:
     max_new_tokens: int
     verbatim: bool = False
     chat: bool = True
-    continues: bool = False
+    continues: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
