@@ -35,6 +35,13 @@ WHOLE_SHAPE = replace(SHAPE, layers=(0, 1, 2))
 DUO_TABLES = Path(__file__).parents[2] / "shared" / "data" / "duo_attention_patterns.tar.xz"
 
 
+def hull():
+    """Of the four heads: two steps each, the last of them one."""
+    width = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.1, 0.9], [1.0, 0.0]])
+    slope = torch.tensor([[3.0, 1.0], [2.0, 2.0], [0.5, -0.5], [1.0, 0.0]], dtype=torch.float64)
+    return {"protected": torch.empty(4, 0), "width": width, "slope": slope}
+
+
 def budget(hull=None):
     fractions = torch.linspace(0, 1, 12).reshape(3, 2, 2)
     origin = Origin(
@@ -56,7 +63,7 @@ def saved(tmp_path):
 
 
 def test_save_and_load_give_back_every_bit(tmp_path):
-    original = budget(hull={"slopes": torch.rand(7), "counts": torch.arange(3)})
+    original = budget(hull=hull())
     original.save(tmp_path / "b.safetensors")
     loaded = Budget.load(tmp_path / "b.safetensors")
     assert loaded.origin == original.origin

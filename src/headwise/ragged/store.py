@@ -1,6 +1,7 @@
 """Saving and loading a RaggedCache: one safetensors file that names the model and the context it belongs to."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from headwise.artifacts import config_hash, fingerprint, read_tensors, write_tensors
-from headwise.errors import ArtifactMismatch, BadInput, UnsupportedGeneration
+from headwise.artifacts import config_hash, fingerprint, opened, write_tensors
+from headwise.errors import ArtifactMismatch, UnsupportedGeneration
+from headwise.hf.families import view
 from headwise.layout import Segments
 from headwise.ragged.cache import RaggedCache
 from headwise.ragged.layer import RaggedLayer
+from headwise.ragged.saved import Expected, read
 
 _SAMPLE = 64  # values looked at in each weight
 
@@ -67,13 +70,9 @@ def load(
     With `input_ids` (and `attention_mask`, if there was one) it is checked that the cache is of that context.
     Raises ArtifactMismatch for a cache of another model or context, BadInput for a missing or damaged file.
     """
-    tensors, metadata = read_tensors(path, "cache")
-    found, expected = metadata["model_fingerprint"], model_fingerprint(model)
-    if found != expected:
-        raise ArtifactMismatch(
-            f"{path} was made with {metadata['model'] or 'a model'} (fingerprint {found[:12]}), not with "
-            f"{model.config.name_or_path or 'this model'} ({expected[:12]}). Compress the context again."
-        )
+    with opened(path, "cache") as file:
+        _require_model(file.metadata, model, path)
+        found, metadata = read(file, _expected(model))
     if input_ids is not None:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         _require_context(tokens_fingerprint(input_ids, mask), metadata["tokens_fingerprint"], path)
@@ -81,13 +80,33 @@ def load(
     cache.provenance = {name: metadata[name] for name in cache.provenance}
     cache.tokens_fingerprint, cache.meter.peak = metadata["tokens_fingerprint"], metadata["peak_nbytes"]
     for i, layer in enumerate(cache.layers):
-        prefix = f"{i}."
-        own = {k.removeprefix(prefix): _for_model(v, model) for k, v in tensors.items() if k.startswith(prefix)}
-        try:
-            _restore(layer, own, metadata["seen"])
-        except KeyError as missing:
-            raise BadInput(f"{path} is damaged: layer {i} has no {missing}. Compress the context again.") from missing
+        own = {name: _for_model(found[i].pop(name), model) for name in list(found[i])}  # one copy at a time
+        _restore(layer, own, metadata["seen"])
     return cache
+
+
+def _require_model(metadata: Mapping[str, Any], model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
+    """Raise ArtifactMismatch for another model; what is no fingerprint at all is refused where the file is read."""
+    found, expected = metadata.get("model_fingerprint"), model_fingerprint(model)
+    if isinstance(found, str) and found != expected:
+        made_with = metadata.get("model") or "a model"
+        raise ArtifactMismatch(
+            f"{path} was made with {made_with!s:.80} (fingerprint {found[:12]}), not with "
+            f"{model.config.name_or_path or 'this model'} ({expected[:12]}). Compress the context again."
+        )
+
+
+def _expected(model: PreTrainedModel) -> Expected:
+    seen, config = view(model), model.config.get_text_config()
+    return Expected(
+        num_layers=seen.shape.num_layers,
+        layers=seen.shape.layers,
+        kv_heads=seen.shape.kv_heads,
+        head_dim=seen.shape.head_dim,
+        window=getattr(config, "sliding_window", None) or 0,
+        max_positions=seen.max_positions,
+        largest=torch.finfo(model.dtype).max,
+    )
 
 
 def _require_context(found: str, expected: str | None, path: str | os.PathLike[str]) -> None:

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
-from headwise.artifacts import read_tensors, replacing
+from headwise.artifacts import opened, replacing
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.evals.models import REFERENCE, reference_path
+from headwise.ragged.saved import read
 from headwise.ragged.store import tokens_fingerprint
 
 FORMATS = (".html", ".htm")
@@ -43,24 +44,29 @@ class KeptTokens:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "KeptTokens":
         """From what `RaggedCache.save` wrote. Raises ArtifactMismatch, BadInput for a batch or a damaged file."""
-        tensors, metadata = read_tensors(path, "cache")
-        layers = tuple(sorted(int(name.split(".")[0]) for name in tensors if name.endswith(".positions")))
+        with opened(path, "cache") as file:
+            found, metadata = read(file)
+        layers = tuple(layer for layer, states in found.items() if "positions" in states)
         if not layers:
             raise BadInput(f"{path} is damaged: it holds no kept positions; compress the context again.")
-        try:
-            tails = [tensors[f"{i}.tail_keys"].shape[2] for i in layers if f"{i}.tail_keys" in tensors]
-            tokens = metadata["seen"] - max(tails, default=0)
-            kept = np.stack([_mask(tensors[f"{i}.positions"], tensors[f"{i}.lengths"], tokens, path) for i in layers])
-            method = "+".join(metadata["method"][part]["name"] for part in ("scorer", "allocator"))
-            return cls(
-                kept=kept,
-                layers=layers,
-                name=f"{method}, keep {metadata['keep']}",
-                model=metadata["model"] or "",
-                tokens_fingerprint=metadata["tokens_fingerprint"],
-            )
-        except (KeyError, TypeError, IndexError, RuntimeError) as error:
-            raise BadInput(f"{path} is damaged ({error}); compress the context again.") from error
+        tails = [found[i]["tail_keys"].shape[2] for i in layers if "tail_keys" in found[i]]
+        tokens = metadata["seen"] - max(tails, default=0)
+        kept = np.stack([_mask(found[i]["positions"], found[i]["lengths"], tokens, path) for i in layers])
+        return cls(
+            kept=kept,
+            layers=layers,
+            name=f"{_method(metadata['method'], path)}, keep {metadata['keep']}",
+            model=metadata["model"] or "",
+            tokens_fingerprint=metadata["tokens_fingerprint"],
+        )
+
+
+def _method(found: Mapping[str, Any], path: str | os.PathLike[str]) -> str:
+    """Scorer and allocator, as the classes are called."""
+    match found:
+        case {"scorer": {"name": str(scorer)}, "allocator": {"name": str(allocator)}}:
+            return f"{scorer}+{allocator}"
+    raise BadInput(f"{path} is damaged: it does not name its method; compress the context again.")
 
 
 def _mask(
