@@ -22,22 +22,24 @@ def require_shapes(
     tail_keys: Tensor,
     tail_values: Tensor,
     mask: Tensor | None,
-) -> None:
-    """The same of a storage in its parts; this is done in every step of decoding, so it takes a microsecond or two."""
-    if query.ndim == 5:
-        batch, heads, _, num_new, dim = query.shape
-        tail = tail_keys.shape
+) -> int:
+    """The same of a storage in its parts; returns the size of a head.
+
+    Done in every step of decoding, so it asks tensors for as little as can be.
+    """
+    asked, tail, stored = query.shape, tail_keys.shape, keys.shape
+    if len(asked) == 5 and len(tail) == 4 and len(stored) == 2 and asked[1] and asked[4]:
+        batch, heads, _, num_new, dim = asked
         if (
-            heads
-            and dim
-            and keys.shape == values.shape == (len(keys), dim)
+            stored[1] == dim
+            and values.shape == stored
+            and tail == (batch, heads, tail[2], dim)
+            and tail_values.shape == tail
             and num_segments % heads == 0
             and rows.shape == (batch,)
-            and len(tail) == 4
-            and tail == tail_values.shape == (batch, heads, tail[2], dim)
             and (mask is None or mask.shape == (batch, num_new, tail[2]))
         ):
-            return
+            return dim
     given = {"query": query, "keys": keys, "values": values, "rows": rows, "tail_keys": tail_keys}
     given |= {"tail_values": tail_values} | ({} if mask is None else {"mask": mask})
     said = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())

@@ -199,20 +199,21 @@ def _attend_ragged(
     """
     _require_fit(query, keys, values, spans, rows, tail_keys, tail_values, mask)
     batch, heads, group, num_new, dim = query.shape
-    tail = tail_keys.shape[2]
-    query, tail_keys, tail_values = _dense(query, 1), _dense(tail_keys, 2), _dense(tail_values, 2)
-    out = torch.empty((batch, heads, group, num_new, dim), dtype=query.dtype)
+    num_keys, segments, tail = keys.shape[0], spans.shape[1], tail_keys.shape[2]
+    query, query_strides = _dense(query, 1)
+    (tail_keys, key_strides), (tail_values, value_strides) = _dense(tail_keys, 2), _dense(tail_values, 2)
+    out, starts = torch.empty((batch, heads, group, num_new, dim), dtype=query.dtype), spans.data_ptr()
     call = _CALL.pack(
-        query.data_ptr(), keys.data_ptr(), values.data_ptr(), spans.data_ptr(), spans[1].data_ptr(), rows.data_ptr(),
+        query.data_ptr(), keys.data_ptr(), values.data_ptr(), starts, starts + 8 * segments, rows.data_ptr(),
         tail_keys.data_ptr(), tail_values.data_ptr(), 0 if mask is None else mask.data_ptr(), out.data_ptr(),
-        batch, heads, group, num_new, dim, spans.shape[1] // heads, tail, len(keys),
-        *query.stride()[:4], *tail_keys.stride()[:2], *tail_values.stride()[:2],
+        batch, heads, group, num_new, dim, segments // heads, tail, num_keys,
+        *query_strides[:4], *key_strides[:2], *value_strides[:2],
         *((0, 0, 0) if mask is None else mask.stride()),
         torch.get_num_threads(),
     )  # fmt: skip
     error = load().function(call, scaling, DTYPES[query.dtype])
     if error:
-        _refuse(error, query.dtype, len(keys))
+        _refuse(error, query.dtype, num_keys)
     return out
 
 
@@ -238,34 +239,37 @@ def _require_fit(
     tail_values: Tensor,
     mask: Tensor | None,
 ) -> None:
-    """Raise ShapeMismatch unless addresses, sizes and strides of these tensors are what the library takes them for."""
+    """Raise ShapeMismatch unless addresses, sizes and strides of these tensors are what the library takes them for.
+
+    All are on the CPU: PyTorch calls the op of another device where any is not.
+    """
     dtype = query.dtype
     if not (
         dtype == keys.dtype == values.dtype == tail_keys.dtype == tail_values.dtype
         and dtype in DTYPES
         and spans.dtype == rows.dtype == torch.int64
-        and (mask is None or (mask.dtype == torch.bool and mask.is_cpu))
+        and (mask is None or mask.dtype == torch.bool)
         and keys.is_contiguous() and values.is_contiguous() and spans.is_contiguous() and rows.is_contiguous()
-        and query.ndim
-        and query.is_cpu and keys.is_cpu and values.is_cpu and spans.is_cpu and rows.is_cpu
-        and tail_keys.is_cpu and tail_values.is_cpu
     ):  # fmt: skip
         raise ShapeMismatch(
-            "ragged attention takes contiguous keys, values, spans and rows on the CPU: query, keys, values and tail "
-            f"of one dtype of {', '.join(map(str, DTYPES))}, spans and rows of int64, a mask of bool."
+            "ragged attention takes contiguous keys, values, spans and rows: query, keys, values and tail of one dtype "
+            f"of {', '.join(map(str, DTYPES))}, spans and rows of int64, a mask of bool."
         )
-    if query.shape[-1] % 16 or query.shape[-1] > MAX_HEAD_DIM or spans.ndim != 2 or len(spans) != 2:
-        raise ShapeMismatch(
-            f"the C++ kernel takes heads of a multiple of 16 up to {MAX_HEAD_DIM} and spans [2, segments]; found query "
-            f"{tuple(query.shape)} and spans {tuple(spans.shape)}."
-        )
-    require_shapes(query, keys, values, spans.shape[1], rows, tail_keys, tail_values, mask)
+    given = spans.shape
+    if len(given) != 2 or given[0] != 2:
+        raise ShapeMismatch(f"spans {tuple(given)} must be [2, segments]: first keys, and numbers of keys.")
+    dim = require_shapes(query, keys, values, given[1], rows, tail_keys, tail_values, mask)
+    if dim % 16 or dim > MAX_HEAD_DIM:
+        raise ShapeMismatch(f"the C++ kernel takes heads of a multiple of 16 up to {MAX_HEAD_DIM}; found {dim}.")
 
 
-def _dense(states: Tensor, axes: int) -> Tensor:
-    """Contiguous in its last `axes` axes; the others may have any stride."""
-    dense = states.stride(-1) == 1 and (axes == 1 or states.stride(-2) == states.shape[-1])
-    return states if dense else states.contiguous()
+def _dense(states: Tensor, axes: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Contiguous in its last `axes` axes; the others may have any stride. With its strides."""
+    strides = states.stride()
+    if strides[-1] == 1 and (axes == 1 or strides[-2] == states.shape[-1]):
+        return states, strides
+    dense = states.contiguous()
+    return dense, dense.stride()
 
 
 _library.impl("attend_ragged", _attend_ragged, "CPU")
