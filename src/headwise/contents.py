@@ -99,6 +99,16 @@ def profile_schema(fields: Mapping[str, Any], shape: ModelShape, found: Mapping[
     return Schema(table=table, sizes=sizes)
 
 
+def part_table(ranks: Mapping[str, int], published: bool) -> dict[str, Numbers]:
+    """Of the curves of one context, by scorer: how many ranks they have."""
+    table: dict[str, Numbers] = {}
+    for scorer, number in ranks.items():
+        table |= {f"{scorer}.{loss}": Numbers(shape=("layers", "kv_heads", number)) for loss in (*LOSSES, "ideal")}
+        if published:
+            table[f"{scorer}.published"] = _shares(99, "layers", "kv_heads")
+    return table
+
+
 def budget_schema(found: Mapping[str, Any], shape: ModelShape, protected: int, advice: str = RETRY) -> Schema:
     """What a budget with tensors of these names must be, for heads with so many protected tokens.
 
