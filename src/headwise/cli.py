@@ -158,6 +158,8 @@ def generate(
 
     from headwise.evals.answers import FULL, answer, known_methods, read_context, require_possible, room_for_answers
     from headwise.evals.document import tokenize
+    from headwise.evals.room import require_room
+    from headwise.hf.families import view
     from headwise.keep import parse_keep
     from headwise.ragged.cache import RaggedCache
 
@@ -167,6 +169,7 @@ def generate(
         raise BadInput(f"--save {save}: name a file in a folder that exists, and a method that compresses.")
     text, _ = _document(context, [question], None)
     loaded, tokenizer = _load(model, dtype, device)
+    require_room(tokenizer, text, view(loaded).max_positions)
     tokens = tokenize(tokenizer, text, [question], device=loaded.device)
     room_for_answers(loaded, tokens)
     require_possible(loaded, [method], [parsed], tokens)

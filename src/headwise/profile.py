@@ -28,6 +28,7 @@ from headwise.artifacts import LOSSES, Origin, Profile, fingerprint, opened, wri
 from headwise.calibration import Example, encode
 from headwise.contents import part_table, sizes_of
 from headwise.errors import BadInput
+from headwise.evals.room import require_room
 from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
 from headwise.losses import RANKS, OutputLoss, keeping_order, marginal_utility
@@ -168,9 +169,10 @@ def _fitting(
     model: PreTrainedModel, tokenizer: Any, example: Example, scorers: Sequence[AbstractScorer], settings: Settings
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Context and question tokens. Raises BadInput where they are too many for the model or too few for a scorer."""
+    limit = view(model).max_positions
+    require_room(tokenizer, example.context, limit)
     context, questions = encode(tokenizer, example, device=model.device)
     tokens = context.shape[1] + max(len(q) for q in questions) + settings.steps
-    limit = view(model).max_positions
     if tokens > limit:
         raise BadInput(
             f"a calibration context of {context.shape[1]} tokens, its longest question and {settings.steps} decoded "

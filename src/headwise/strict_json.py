@@ -1,6 +1,6 @@
 """JSON of files, read strictly, and the checks that its fields are held against: files may be damaged, or made up.
 
-`loads` takes what any other program would take for the same values: no NaN, no numbers that are too long, no name
+`loads` takes what any other program would take for the same values: no NaN, no numbers that are too large, no name
 twice, no half characters, no deep nesting. A check returns a value as it is kept, or raises TypeError or ValueError; a
 table of checks says what the fields of one kind of object are, and `checked` holds an object against it.
 """
@@ -17,26 +17,26 @@ from headwise.errors import BadInput
 Check = Callable[[Any], Any]
 DEEPEST = 64  # lists and objects within each other
 LONGEST_INTEGER = 20  # digits: enough for 64 bits
+MOST_COUNTED = 2**53
+LARGEST = 1e99
 MOST = 2**31 - 1  # of what is counted in tokens, heads or layers
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def loads(text: str | bytes) -> Any:
-    """What a JSON text says. Raises ValueError, saying why not."""
+def loads(text: str | bytes, *, values: bool = True) -> Any:
+    """What a JSON text says. Raises ValueError, saying why not.
+
+    Without `values` numbers and characters are taken as they are: a table of checks, which can name field and line,
+    looks at them.
+    """
     text = text if isinstance(text, str) else text.decode("utf-8-sig")
     try:
-        found = json.loads(
-            text,
-            parse_constant=_no_number,
-            parse_float=_finite,
-            parse_int=_integer,
-            object_pairs_hook=_each_once,
-        )
+        found = json.loads(text, object_pairs_hook=_each_once, **(_NUMBERS if values else {}))
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     if text.count("[") + text.count("{") > DEEPEST:
         _require_shallow(found)
-    if _HALF_CHARACTER.search(text):
+    if values and _HALF_CHARACTER.search(text):
         json.dumps(found, ensure_ascii=False).encode()  # which half a character cannot be: UnicodeEncodeError
     return found
 
@@ -52,7 +52,7 @@ def checked(raw: Any, fields: Mapping[str, Check], place: str, advice: str) -> d
         try:
             found[name] = check(raw[name])
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-            raise BadInput(f"{place} is damaged: {name!r} is {shown(raw[name])}; {advice}") from error
+            raise BadInput(f"{place} is damaged: {name!r} is {str(raw[name])[:60]!r}; {advice}") from error
     return found
 
 
@@ -74,6 +74,9 @@ def _integer(text: str) -> int:
     if len(text) > LONGEST_INTEGER:
         raise ValueError(f"a number has {len(text)} digits")
     return int(text)
+
+
+_NUMBERS: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite, "parse_int": _integer}
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,9 +130,16 @@ def whole(value: Any) -> int:
     return value
 
 
-def count(value: Any) -> int:
-    """An integer that is not negative."""
+def seed(value: Any) -> int:
+    """Any integer that is not negative."""
     if whole(value) < 0:
+        raise ValueError
+    return value
+
+
+def count(value: Any) -> int:
+    """An integer that is not negative, small enough to be added up."""
+    if seed(value) > MOST_COUNTED:
         raise ValueError
     return value
 
@@ -149,8 +159,8 @@ def positive(value: Any) -> int:
 
 
 def number(value: Any) -> float:
-    """A finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """A finite number, small enough to be squared and added up."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         raise TypeError
     return float(value)
 

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from headwise.evals.answers import FULL, answer, read_context, require_possible, room_for_answers, time_decoding
 from headwise.evals.document import Asked, tokenize
 from headwise.evals.metrics import answers_found
+from headwise.evals.room import require_room
+from headwise.hf.families import view
 from headwise.keep import Keep, parse_keep
 
 
@@ -51,6 +53,7 @@ def compare(
     document, and BudgetInfeasible, ArtifactMismatch or UnsupportedModel if one of the methods could not run.
     """
     keep = parse_keep(keep)
+    require_room(tokenizer, context, view(model).max_positions)
     tokens = tokenize(tokenizer, context, [a.question for a in asked], device=model.device)
     room_for_answers(model, tokens)
     require_possible(model, methods, [keep], tokens)

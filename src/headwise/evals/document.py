@@ -1,6 +1,5 @@
 """A document with questions: reading it from files, and turning it into tokens, chat template included."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +12,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from headwise import strict_json
 from headwise.errors import BadInput
 from headwise.evals.models import reference_path
 
+MOST_BYTES = 2**30  # of a file: more than a hundred million words
+_EXAMPLE = '{"question": "Who ...?", "answers": ["Ada"]}'
 _MARK = "\u241efact\u241e"  # occurs in no document
 UNKNOWN_IN_CONTEXT, UNKNOWN_IN_QUESTION = 0.05, 0.20  # of the tokens; beyond, an answer means nothing
 
@@ -45,6 +47,8 @@ def bundled() -> tuple[str, list[Asked]]:
 def read_text(path: Path) -> str:
     """A document. Raises BadInput if it cannot be read or is empty."""
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise BadInput(f"the document {path} is larger than {MOST_BYTES // 2**20} MiB; give a part of it.")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(
@@ -63,6 +67,8 @@ def read_questions(path: Path) -> list[Asked]:
     Raises BadInput, naming the line.
     """
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise BadInput(f"{path} is larger than {MOST_BYTES // 2**20} MiB; give a part of the questions.")
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read questions from {path}: {error}.") from error
@@ -74,7 +80,7 @@ def read_questions(path: Path) -> list[Asked]:
 
 def _parse_question(line: str, place: str) -> Asked:
     try:
-        found = json.loads(line)
+        found = strict_json.loads(line)
     except ValueError:
         found = None
     match found:
@@ -82,7 +88,7 @@ def _parse_question(line: str, place: str) -> Asked:
             answers = found.get("answers", [])
             if isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers):
                 return Asked(question=question, answers=tuple(answers))
-    raise BadInput(f'{place} is no question; write {{"question": "Who ...?", "answers": ["Ada"]}} on one line.')
+    raise BadInput(f"{place} is no question; write {_EXAMPLE} on one line.")
 
 
 def tokenize(

@@ -23,6 +23,7 @@ from headwise.evals.answers import (
 )
 from headwise.evals.document import Tokens, tokenize
 from headwise.evals.fidelity import LOGITS_BYTES, Continuations, Fidelity, Yardstick
+from headwise.evals.room import require_room
 from headwise.evals.tasks import Sample
 from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
@@ -74,6 +75,7 @@ class Session:
 
         Query-aware, a question is compressed with the context, but for its last token, which starts the answer.
         """
+        require_room(self.tokenizer, sample.context, view(self.model).max_positions)
         found = tokenize(
             self.tokenizer,
             sample.context,

@@ -15,6 +15,7 @@ from headwise import strict_json
 from headwise.artifacts import Origin, fingerprint, opened, write_tensors
 from headwise.calibration import Example, encode
 from headwise.errors import BadInput
+from headwise.evals.room import require_room
 from headwise.gates import EntryScores, Gates, HeadBudgets, summary_width
 from headwise.hf.attention import enable
 from headwise.hf.families import view
@@ -286,6 +287,7 @@ def _require(
         )
     limit = view(model).max_positions
     for example in examples:
+        require_room(tokenizer, example.context, limit)
         context, questions = encode(tokenizer, example, device="cpu")
         tokens = context.shape[1] + max(len(q) for q in questions) + settings.answer_tokens
         if tokens > limit:
