@@ -485,7 +485,7 @@ def _open(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path} is damaged or no safetensors file ({error}); get or make it again.") from error
+        raise BadInput(f"{path} is damaged or no safetensors file ({error!s:.200}); get or make it again.") from error
 
 
 def _record(metadata: Mapping[str, str] | None, path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from headwise.ragged.layer import RaggedLayer
 from headwise.ragged.saved import Expected, read
 
 _SAMPLE = 64  # values looked at in each weight
+LARGEST_STATE = 1e9  # of a key or value: what attention makes of them is finite
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
@@ -105,7 +106,7 @@ def _expected(model: PreTrainedModel) -> Expected:
         head_dim=seen.shape.head_dim,
         window=getattr(config, "sliding_window", None) or 0,
         max_positions=seen.max_positions,
-        largest=torch.finfo(model.dtype).max,
+        largest=min(torch.finfo(model.dtype).max, LARGEST_STATE),
     )
 
 
