@@ -45,7 +45,10 @@ def mutate(content: bytes, suffix: str, rng: random.Random) -> bytes:
     """One to three changes, each fitting the kind of file or to its bytes."""
     fitting = {".safetensors": _safetensors, ".json": _json, ".jsonl": _lines, ".zip": _zip}.get(suffix, _bytes)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        content = (fitting if rng.random() < 0.85 else _bytes)(content, rng)
+        try:
+            content = (fitting if rng.random() < 0.85 else _bytes)(content, rng)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, struct.error):
+            content = _bytes(content, rng)  # an earlier change has left nothing that could be changed so
     return content
 
 
@@ -64,11 +67,7 @@ def _bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def _json(content: bytes, rng: random.Random) -> bytes:
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        return _bytes(content, rng)
-    return _text(found, rng).encode("utf-8", "surrogatepass")
+    return _text(json.loads(content), rng).encode("utf-8", "surrogatepass")
 
 
 def _text(found, rng: random.Random) -> str:
@@ -143,23 +142,17 @@ def _archive(name: str, method: int, words: bytes) -> bytes:
 
 
 def _safetensors(content: bytes, rng: random.Random) -> bytes:
-    try:
-        size = struct.unpack("<Q", content[:8])[0]
-        header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
-        tensors = {
-            name: [one["dtype"], list(one["shape"]), data[slice(*one["data_offsets"])]]
-            for name, one in header.items()
-            if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, struct.error, RecursionError, AttributeError):
-        return _bytes(content, rng)
+    size = struct.unpack("<Q", content[:8])[0]
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+    tensors = {
+        name: [one["dtype"], list(one["shape"]), data[slice(*one["data_offsets"])]]
+        for name, one in header.items()
+        if name != "__metadata__"
+    }
     metadata = header.get("__metadata__", {})
     kind = rng.randrange(10)
     if kind < 3 and metadata.get("headwise"):
-        try:
-            metadata["headwise"] = _text(json.loads(metadata["headwise"]), rng)
-        except (ValueError, RecursionError):
-            metadata["headwise"] = rng.choice(RAW)
+        metadata["headwise"] = _text(json.loads(metadata["headwise"]), rng)
     elif kind == 3:
         return _packed_header(_text(header, rng).encode("utf-8", "surrogatepass"), data)
     elif tensors:
