@@ -22,7 +22,7 @@ import headwise
 from headwise import profile as profiling
 from headwise.allocate.fixed import Fixed
 from headwise.allocate.profiled import LUKV
-from headwise.artifacts import LOSSES, Budget, Origin, Profile, describe, write_tensors
+from headwise.artifacts import LOSSES, Budget, Origin, Profile, write_tensors
 from headwise.calibration import load_examples
 from headwise.errors import HeadwiseError
 from headwise.evals.document import read_questions
@@ -35,10 +35,11 @@ from headwise.hf.families import view
 from headwise.interfaces import Demand
 from headwise.losses import RANKS
 from headwise.method import Method
-from headwise.report import benchmarks, records, speed
+from headwise.report import benchmarks, records, results, speed
+from headwise.report.facts import facts
 from headwise.report.gates import log_of
 from headwise.report.kept import KeptTokens
-from headwise.report.summary import summarise
+from headwise.report.page import page
 from headwise.solve import check, solve
 from headwise.train.loop import Settings, Trainer
 from headwise.train.run import _State
@@ -225,7 +226,7 @@ def read_state(path: Path) -> None:
 
 def read_any(path: Path) -> None:
     """As `headwise inspect` does."""
-    json.dumps(describe(path))
+    json.dumps(facts(path), allow_nan=False)
 
 
 # --- tables, texts, questions ---
@@ -305,8 +306,8 @@ def read_results(path: Path) -> None:
         if name != path.name:
             (path.parent / name).write_bytes(make())
     found = records.load([path.parent])
-    for section in found.sections:
-        summarise(section)
+    summaries = results.named(found)
+    results.markdown(summaries, found.duplicates), page(summaries, found.duplicates)
 
 
 EVALUATED = {

@@ -90,15 +90,10 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _require_shallow(found: Any) -> None:
     level, depth = [found], 0
-    while level:
-        level = [
-            part
-            for whole in level
-            if isinstance(whole, dict | list)
-            for part in (whole.values() if isinstance(whole, dict) else whole)
-        ]
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
         depth += 1
-        if depth > DEEPEST + 1:
+        if depth > DEEPEST:
             raise ValueError(_TOO_DEEP)
 
 

@@ -131,7 +131,7 @@ def _load_corpus(
     try:
         corpus = parse(found)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}); {advice}.") from error
+        raise BadInput(f"{path} is damaged ({type(error).__name__}: {error!s:.200}); {advice}.") from error
     if not corpus.asked or not corpus.documents:
         raise BadInput(f"{path} holds no questions with documents; {advice}.")
     return corpus

@@ -6,6 +6,7 @@ The first step of `headwise report`; statistics.py goes on from here. No torch: 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -175,7 +176,7 @@ def _run(folder: Path) -> Run:
     if isinstance(raw, dict):
         if raw.get("format") != FORMAT:
             found = raw.get("format")
-            raise BadInput(f"{path} is of format {found!r}, expected {FORMAT}: use the headwise that wrote it.")
+            raise BadInput(f"{path} is of format {shown(found)}, expected {FORMAT}: use the headwise that wrote it.")
         raw = {"started": None, **raw}
     return Run(**strict_json.checked(raw, fields.RUN, str(path), fields.ADVICE))
 
