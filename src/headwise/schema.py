@@ -81,10 +81,11 @@ class Schema:
                     sizes.setdefault(size, found)
         wanted = tuple(sizes.get(size, size) if isinstance(size, str) else size for size in numbers.shape)
         if header.shape != wanted:
-            axes = ", ".join(map(str, numbers.shape))
+            named = any(isinstance(size, str) for size in numbers.shape)
+            axes = f" ({', '.join(map(str, numbers.shape))})" if named else ""
             need = f"({', '.join(map(str, wanted))}{',' * (len(wanted) == 1)})"
             raise ShapeMismatch(
-                f"{place}: {name!r} has shape {header.shape}, but its sizes ({axes}) need {need}. {self.advice}"
+                f"{place}: {name!r} has shape {header.shape}, but its sizes{axes} need {need}. {self.advice}"
             )
 
     def require_values(self, tensors: Mapping[str, Tensor], place: str) -> None:
