@@ -54,7 +54,8 @@ class ModelShape:
         """In words: layers and KV heads, and whatever else is not the same in `other`."""
         which = self.layers != other.layers and len(self.layers) == len(other.layers)
         said = f"{len(self.layers)} layers{f' {shown(self.layers)}' if which else ''} of {self.kv_heads} KV heads"
-        if self.num_layers != other.num_layers and len(self.layers) != self.num_layers:
+        partial = len(self.layers) < self.num_layers or len(other.layers) < other.num_layers
+        if self.num_layers != other.num_layers and partial:
             said += f", {self.num_layers} layers in all"
         if self.query_heads != other.query_heads:
             said += f", {self.query_heads} query heads"

@@ -18,7 +18,7 @@ Check = Callable[[Any], Any]
 DEEPEST = 64  # lists and objects within each other
 LONGEST_INTEGER = 20  # digits: enough for 64 bits
 MOST_COUNTED = 2**53
-LARGEST = 1e99
+LARGEST, LEAST = 1e50, 1e-50  # of numbers: what is nearer to 0 is 0, so that ratios are finite
 MOST = 2**31 - 1  # of what is counted in tokens, heads or layers
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -154,15 +154,15 @@ def positive(value: Any) -> int:
 
 
 def number(value: Any) -> float:
-    """A finite number, small enough to be squared and added up."""
+    """A finite number, small enough to be divided by another, squared and added up."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         raise TypeError
-    return float(value)
+    return float(value) if abs(value) >= LEAST else 0.0
 
 
 def above_0(value: Any) -> float:
-    """What a logarithm is taken of; beyond these ends there is nothing to measure."""
-    if not 1e-99 < number(value) < 1e99:
+    """What a logarithm is taken of."""
+    if not number(value) > 0:
         raise ValueError
     return float(value)
 

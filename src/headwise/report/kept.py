@@ -28,6 +28,7 @@ from headwise.ragged.store import tokens_fingerprint
 
 FORMATS = (".html", ".htm")
 SHADES = 8
+LARGEST = 2**30  # bytes of a map while it is made: one for every token and head
 _MARK = "\u241edocument\u241e"  # occurs in no document
 
 
@@ -51,6 +52,8 @@ class KeptTokens:
             raise BadInput(f"{path} is damaged: it holds no kept positions; compress the context again.")
         tails = [found[i]["tail_keys"].shape[2] for i in layers if "tail_keys" in found[i]]
         tokens = metadata["seen"] - max(tails, default=0)
+        if tokens * sum(found[i]["lengths"].numel() for i in layers) > LARGEST:
+            raise BadInput(f"{path} says that it saw {metadata['seen']} tokens, which are too many for a map.")
         kept = np.stack([_mask(found[i]["positions"], found[i]["lengths"], tokens, path) for i in layers])
         return cls(
             kept=kept,
