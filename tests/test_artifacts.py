@@ -19,6 +19,7 @@ from headwise.allocate.fixed import Fixed
 from headwise.artifacts import (
     Budget,
     Origin,
+    Profile,
     config_hash,
     describe,
     fingerprint,
@@ -33,6 +34,13 @@ CASES = settings(max_examples=50, deadline=None, derandomize=True)
 SHAPE = ModelShape(num_layers=3, layers=(0, 2), kv_heads=2, query_heads=4, head_dim=8)
 WHOLE_SHAPE = replace(SHAPE, layers=(0, 1, 2))
 DUO_TABLES = Path(__file__).parents[2] / "shared" / "data" / "duo_attention_patterns.tar.xz"
+
+
+def hull():
+    """Of the four heads: two steps each, the last of them one."""
+    width = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.1, 0.9], [1.0, 0.0]])
+    slope = torch.tensor([[3.0, 1.0], [2.0, 2.0], [0.5, -0.5], [1.0, 0.0]], dtype=torch.float64)
+    return {"protected": torch.empty(4, 0), "width": width, "slope": slope}
 
 
 def budget(hull=None):
@@ -56,7 +64,7 @@ def saved(tmp_path):
 
 
 def test_save_and_load_give_back_every_bit(tmp_path):
-    original = budget(hull={"slopes": torch.rand(7), "counts": torch.arange(3)})
+    original = budget(hull=hull())
     original.save(tmp_path / "b.safetensors")
     loaded = Budget.load(tmp_path / "b.safetensors")
     assert loaded.origin == original.origin
@@ -344,3 +352,118 @@ def test_config_hash_sees_the_architecture(other):
     assert config_hash(BASE) != config_hash({**BASE, **other})
     private = {**BASE, "rope_parameters": {**BASE["rope_parameters"], "_cached": 1}}
     assert config_hash(BASE) == config_hash(private)
+
+
+def damaged(**changes):
+    """Hulls with some tensors changed."""
+    return {**hull(), **changes}
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"width": hull()["width"]}, "lacks 'hull.protected'"),
+        (damaged(more=torch.ones(4)), "unknown tensor 'hull.more'"),
+        (damaged(width=torch.ones(4, 3) / 3), r"'hull.slope' has shape \(4, 2\), but .* need \(4, 3\)"),
+        (damaged(width=hull()["width"][:3]), "'hull.width' has shape .* need"),
+        (damaged(protected=torch.zeros(4, 1)), r"'hull.protected' has shape \(4, 1\), .* need \(4, 0\)"),
+        (damaged(width=hull()["width"] * 0.9), "widths must sum to 1 in every head; found sums from 0.9 to 0.9"),
+        (
+            damaged(width=hull()["width"] * torch.tensor([[-1.0], [1], [1], [1]])),
+            "'hull.width' holds numbers from -0.75",
+        ),
+        (damaged(slope=hull()["slope"].flip(-1)), "slopes must not increase"),
+        (damaged(slope=hull()["slope"] * torch.nan), "'hull.slope' holds numbers from nan"),
+        (damaged(slope=hull()["slope"] * torch.inf), "'hull.slope' holds numbers from"),
+        (damaged(slope=hull()["slope"].long()), "'hull.slope' is of dtype I64; expected F64 or"),
+        (damaged(width=hull()["width"].flip(-1)), "unused steps must come last"),
+    ],
+)
+def test_hulls_that_solve_nothing_are_refused(saved, parts, words):
+    """Made in a program or read from a file."""
+    with pytest.raises(BadInput, match=words):
+        budget(hull=parts)
+    tensors = {"ratios": budget().ratios, "fractions": budget().fractions}
+    tensors |= {f"hull.{name}": tensor.contiguous() for name, tensor in parts.items()}
+    write_tensors(saved, "budget", tensors, {"origin": describe(saved)["origin"]})
+    with pytest.raises(BadInput, match=rf"budget\.safetensors.*{words}"):
+        Budget.load(saved)
+
+
+@pytest.mark.parametrize("name", ["curve", "scorer", "ideal"])
+def test_curves_are_finite(name):
+    curves = {one: torch.ones(2, 2, 5) for one in ("curve", "scorer", "ideal")}
+    assert replace(budget(), evidence=curves).evidence == curves
+    curves[name][1, 1, 4] = torch.inf
+    with pytest.raises(BadInput, match=f"'evidence.{name}' holds numbers from 1 to inf"):
+        replace(budget(), evidence=curves)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sink", -1),
+        ("sink", 2**40),
+        ("window", 1.5),
+        ("model", 3),
+        ("scorer_parameters", []),
+        ("shape", {}),
+        ("more", 1),
+    ],
+)
+def test_an_altered_origin_is_named(saved, field, value):
+    tensors, metadata = read_tensors(saved, "budget")
+    write_tensors(saved, "budget", tensors, {"origin": {**metadata["origin"], field: value}})
+    with pytest.raises(BadInput, match=rf"budget\.safetensors: the metadata is incomplete: the origin .*'{field}'"):
+        Budget.load(saved)
+
+
+def test_another_kind_is_named_and_how_to_get_the_right_one(saved):
+    """Versions are told where they differ only."""
+    with pytest.raises(ArtifactMismatch) as caught:
+        Profile.load(saved)
+    told = "is a budget of format 2, expected a profile of format 2. Give a profile: 'headwise profile' makes one."
+    assert str(caught.value) == f"{saved} {told}"
+    for version, told in ((artifacts._library_version(), ""), ("0.0.1", " It was written by headwise 0.0.1, this is ")):
+        record = {"kind": "budget", "format_version": 1, "library_version": version}
+        save_file({"x": torch.ones(1)}, saved, {"headwise": json.dumps(record)})
+        with pytest.raises(ArtifactMismatch, match="expected a budget of format 2") as caught:
+            Budget.load(saved)
+        assert ("It was written by" in str(caught.value)) == bool(told) and told in str(caught.value)
+
+
+def test_budgets_do_not_change_with_their_file(saved):
+    loaded = Budget.load(saved)
+    before = loaded.fractions.clone()
+    saved.write_bytes(b"\0" * saved.stat().st_size)
+    assert loaded.fractions.equal(before)
+
+
+def test_tables_of_numbers_that_are_none_are_refused(tmp_path):
+    table = np.zeros((99, 3, 2))
+    for bad in (np.nan, np.inf):
+        table[5, 1, 1] = bad
+        np.save(tmp_path / "t.npy", table)
+        with pytest.raises(BadInput, match=r"t\.npy holds NaN or infinity"):
+            Budget.from_kvpress(tmp_path / "t.npy", shape=SHAPE)
+        with pytest.raises(BadInput, match=r"heads\.tsv holds NaN or infinity"):
+            Budget.from_duo_attention(duo_table(tmp_path, [[bad, 0], [0, 0], [0, 0]]), shape=SHAPE)
+
+
+@pytest.mark.parametrize("shape", ["(99, 1000000, 1000000)", "(-1, 3, 2)", "(99,", "(" * 5000])
+def test_a_table_that_claims_to_be_huge_takes_no_memory(tmp_path, shape):
+    np.save(tmp_path / "t.npy", np.zeros((99, 3, 2)))
+    content = (tmp_path / "t.npy").read_bytes()
+    (tmp_path / "t.npy").write_bytes(content.replace(b"(99, 3, 2), }", f"{shape}, }}".encode()))
+    with pytest.raises((BadInput, ArtifactMismatch), match=r"t\.npy"):
+        Budget.from_kvpress(tmp_path / "t.npy", shape=SHAPE)
+
+
+def test_a_text_far_larger_than_its_table_is_not_read(tmp_path):
+    path = duo_table(tmp_path, [[1, 0], [0, 1], [1, 1]])
+    path.write_text(path.read_text() + "\n" * 10_000)
+    with pytest.raises(BadInput, match="too large for 3 x 2 numbers"):
+        Budget.from_duo_attention(path, shape=SHAPE)
+    path.write_text("# only a remark\n")
+    with pytest.raises(BadInput, match="no data"):
+        Budget.from_duo_attention(path, shape=SHAPE)

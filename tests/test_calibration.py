@@ -198,3 +198,9 @@ def test_a_text_of_one_token_has_no_future():
     tokenizer = lambda text: {"input_ids": [7]}  # noqa: E731
     with pytest.raises(BadInput, match="at least two tokens"):
         encode(tokenizer, Example(context="stone"), device="cpu")
+
+
+@pytest.mark.parametrize("count", ["100001", "9" * 5000, "0"])
+def test_more_builtin_contexts_than_anybody_waits_for(count):
+    with pytest.raises(BadInput, match="with a number of contexts, at most 100000"):
+        load_examples(f"builtin:{count}", None, max_positions=512)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 
 import pytest
 import torch
@@ -236,7 +237,9 @@ def test_another_model_is_refused_and_both_are_named():
     made.require(SHAPE, "abc")
     made.require(SHAPE)
     other = ModelShape(num_layers=4, layers=(0, 2, 3), kv_heads=1, query_heads=4, head_dim=8)
-    with pytest.raises(ArtifactMismatch, match=r"a/b .*kv_heads=2.*kv_heads=1"):
+    with pytest.raises(
+        ArtifactMismatch, match=r"a/b with 3 layers of 2 KV heads; this model has 3 layers of 1 KV heads"
+    ):
         made.require(other)
     with pytest.raises(ArtifactMismatch, match=r"a/b \(configuration abc\).* is abd"):
         made.require(SHAPE, "abd")
@@ -320,3 +323,34 @@ def test_saved_gates_of_a_model_are_for_that_model():
     assert view(model).shape == view(other).shape
     with pytest.raises(ArtifactMismatch, match="this model's"):
         made.require(view(other).shape, view(other).config_hash)
+
+
+def test_a_file_that_claims_to_be_of_a_huge_model_takes_no_memory(tmp_path):
+    """Modules are made when the tensors are as large as they say."""
+    path, before = tmp_path / "g.safetensors", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    make_gates(SHAPE).save(path)
+    tensors, metadata = read_tensors(path, "gates")
+    huge = {"num_layers": 4096, "layers": list(range(4096)), "kv_heads": 4096, "query_heads": 4096, "head_dim": 65536}
+    write_tensors(path, "gates", tensors, {**metadata, "origin": {**metadata["origin"], "shape": huge}})
+    with pytest.raises(BadInput, match=r"'budgets.embedding' has shape \(6, 64\), but its sizes need \(16777216, 64\)"):
+        Gates.load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("budgets.hidden.weight", float("nan"), "'budgets.hidden.weight' holds numbers from nan"),
+        ("scores.weight_in", float("inf"), "'scores.weight_in' holds numbers from .* to inf"),
+        ("budgets.start", 1e7, "'budgets.start' holds numbers from .* to 1e"),
+        ("budgets.usual", 0.0, "the spread of usual contexts"),
+    ],
+)
+def test_weights_that_give_no_number_are_refused(tmp_path, name, value, words):
+    path = tmp_path / "g.safetensors"
+    make_gates(SHAPE).save(path)
+    tensors, metadata = read_tensors(path, "gates")
+    tensors[name][-1] = value
+    write_tensors(path, "gates", tensors, metadata)
+    with pytest.raises(BadInput, match=rf"g\.safetensors.*{words}"):
+        Gates.load(path)

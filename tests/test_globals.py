@@ -6,10 +6,10 @@ from pathlib import Path
 import headwise
 
 SOURCE = Path(headwise.__file__).parent
-MAKERS = (
-    "arange as_tensor empty eye full linspace logspace ones rand randint randn randperm range scalar_tensor tensor "
-    "tril_indices triu_indices zeros"
-).split()
+MAKERS = {
+    *("arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn"),
+    *("randperm", "range", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"),
+}
 MODULES = ["Embedding", "LayerNorm", "Linear", "RMSNorm"]
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.errors import BadInput
-from headwise.keep import Keep, parse_bytes, parse_keep, parse_tokens, round_half_up
+from headwise.keep import MOST_TOKENS, Keep, parse_bytes, parse_keep, parse_tokens, round_half_up
 from headwise.shapes import ModelShape
 
 CASES = settings(max_examples=100, deadline=None, derandomize=True)
@@ -161,3 +161,21 @@ def test_senseless_context_lengths_are_refused(text):
 @pytest.mark.parametrize(("value", "text"), [(0.15, "0.15"), ("1024tok", "1024tok"), ("500B", "500B")])
 def test_it_prints_as_it_is_written(value, text):
     assert str(parse_keep(value)) == text
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["1e99999999", "1e-9999", "9" * 5000, "9" * 65 + "tok", "1e300tok", "1e19tok", "1e20GiB", 10**400, float("inf")],
+)
+def test_a_number_that_would_take_for_ever_or_is_more_than_there_can_be(value):
+    with pytest.raises(BadInput, match=r"keep must be a fraction in \(0, 1\]") as caught:
+        parse_keep(value)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "9" * 13, "129M", "0", "-1", "1e3", "1e99999999k"])
+def test_tokens_are_as_many_as_there_can_be(text):
+    assert parse_tokens("128M") == MOST_TOKENS
+    with pytest.raises(BadInput, match="is not a number of tokens from 1 to 128M") as caught:
+        parse_tokens(text)
+    assert len(str(caught.value)) < 200

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import file_kinds
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from ranks import Rank
 import headwise
 from headwise import profile as module
 from headwise.allocate.apportion import even_shares
-from headwise.artifacts import Profile, describe
+from headwise.artifacts import Profile, describe, read_tensors, write_tensors
 from headwise.calibration import Example, encode
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.evals import models
@@ -436,3 +437,23 @@ def test_sliding_layers_have_no_curve():
     scorer = SCORERS["keydiff"].make()
     found = measure(model, random_ids(1, 40), (random_ids(1, 3)[0],), [scorer], QUICK)[scorer]
     assert {curve.shape for curve in found.values()} == {(2, 2, 4 + RANKS)}
+
+
+@pytest.mark.parametrize("how", ["another run", "another domain", "NaN", "a curve too few", "another shape"])
+def test_an_altered_part_is_refused(tmp_path, monkeypatch, how):
+    monkeypatch.setattr(file_kinds, "FOLDER", [tmp_path])
+    path = tmp_path / "part.safetensors"
+    path.write_bytes(file_kinds.make_part())
+    file_kinds.read_part(path)
+    tensors, metadata = read_tensors(path, "part")
+    name = "keydiff.raw"
+    if how.startswith("another r"):
+        metadata["run"] = "b"
+    elif how.startswith("another d"):
+        metadata["domain"] = "code"
+    else:
+        changed = {"NaN": tensors[name] * torch.nan, "another shape": tensors[name][:1]}
+        tensors = {n: t for n, t in {**tensors, name: changed.get(how)}.items() if t is not None}
+    write_tensors(path, "part", tensors, metadata)
+    with pytest.raises(BadInput, match=r"part\.safetensors is damaged.*Remove it, and it is measured again"):
+        file_kinds.read_part(path)

@@ -77,7 +77,8 @@ def test_a_curve_starts_with_what_the_protected_tokens_retain(budget):
     found = retained(budget, "ideal")
     np.testing.assert_allclose(found[0], [0.1, 0.3, 0.4, 0.5, 0.5], rtol=1e-6)
     np.testing.assert_allclose(found[3], [0.0, 0.1, 0.2, 0.2, 0.2], rtol=1e-6)
-    without = replace(budget, origin=replace(budget.origin, sink=0))
+    hull = {**budget.hull, "protected": torch.empty(4, 0)}
+    without = replace(budget, origin=replace(budget.origin, sink=0), hull=hull)
     assert retained(without, "ideal").shape == (4, 6)
     assert (retained(without, "ideal")[:, 0] == 0).all()
 
@@ -180,7 +181,7 @@ def test_models_of_any_size_and_heads_that_gain_nothing(tmp_path, layers, heads,
         ratios=torch.tensor([0.5]),
         fractions=torch.full((1, layers, heads), fraction),
         origin=Origin(shape=shape),
-        hull={"width": hulls.width, "slope": hulls.slope},
+        hull={"protected": torch.empty(len(hulls.width), 0), "width": hulls.width, "slope": hulls.slope},
         evidence={"curve": curve, "scorer": curve, "ideal": curve},
     )
     plot(budget, tmp_path / "b.png", ratio=0.5)
@@ -206,9 +207,8 @@ def test_where_no_plot_can_be(budget, tmp_path, name, words):
 @pytest.mark.parametrize("shape", [(2, 2, 1), (2, 3, 5), (4, 5)])
 def test_damaged_evidence_is_refused_and_nothing_half_written(budget, tmp_path, shape):
     (tmp_path / "b.png").write_text("an older one")
-    damaged = replace(budget, evidence={**budget.evidence, "ideal": torch.zeros(*shape)})
-    with pytest.raises(BadInput, match="'ideal' curves have shape"):
-        plot(damaged, tmp_path / "b.png")
+    with pytest.raises(BadInput, match=r"'evidence.ideal' has shape .*need \(2, 2, 5\)"):
+        plot(replace(budget, evidence={**budget.evidence, "ideal": torch.zeros(*shape)}), tmp_path / "b.png")
     assert (tmp_path / "b.png").read_text() == "an older one"
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -83,6 +83,15 @@ def test_a_damaged_cache_is_refused(saved, tmp_path, damage):
         KeptTokens.load(tmp_path / "c.safetensors")
 
 
+def test_a_context_of_more_tokens_than_a_map_can_hold(saved, tmp_path):
+    """The file only says so."""
+    tensors, metadata = read_tensors(saved / "base.safetensors", "cache")
+    del tensors["ids"]  # as files of earlier versions
+    write_tensors(tmp_path / "c.safetensors", "cache", tensors, {**metadata, "seen": 2**31 - 1})
+    with pytest.raises(BadInput, match="saw 2147483647 tokens, which are too many for a map"):
+        KeptTokens.load(tmp_path / "c.safetensors")
+
+
 # --- where in the text ---
 
 

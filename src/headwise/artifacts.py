@@ -5,7 +5,7 @@
     budget    Budget   solve, train, importers       allocate
     cache              ragged.store                  ragged.store
 
-`write_tensors`, `read_tensors` and `describe` serve every kind; `fingerprint` and `config_hash` name what a file was
+`write_tensors`, `opened` and `describe` serve every kind; `fingerprint` and `config_hash` name what a file was
 made from.
 """
 
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 from uuid import uuid4
 
@@ -27,13 +28,34 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headwise.errors import ArtifactMismatch, BadInput, ShapeMismatch
+from headwise import strict_json
+from headwise.contents import (
+    ADVICE,
+    LOSSES,
+    ORIGIN,
+    ORIGIN_DEFAULTS,
+    budget_schema,
+    profile_fields,
+    profile_schema,
+    require_hull,
+    require_totals,
+)
+from headwise.errors import ArtifactMismatch, BadInput
+from headwise.published_tables import load_npy, load_tsv
+from headwise.schema import Header, Schema, extremes, headers
 from headwise.shapes import ModelShape
 
 METADATA_KEY = "headwise"
+_UNFIT = "the parts of a budget do not fit together"
 FORMAT_VERSIONS = {"budget": 2, "cache": 1, "profile": 2, "part": 2, "gates": 2, "training": 1}
-LOSSES = ("output", "normalised", "raw")  # what a profile measures, see losses.py; the first is the default
 _HEADER = ("kind", "format_version", "library_version")
+_MAKERS = {
+    "budget": "'headwise solve' makes one of a profile",
+    "cache": "RaggedCache.save() writes one",
+    "profile": "'headwise profile' makes one",
+    "gates": "'headwise train' makes one",
+}
+_RECORD: Mapping[str, strict_json.Check] = {"kind": strict_json.text, "format_version": strict_json.whole}
 # What of a configuration shapes keys, values and attention. Not the longest context: users raise it.
 _ARCHITECTURE = (
     "model_type",
@@ -75,14 +97,29 @@ class Origin:
     loss: str = ""  # of a profile: what a budget was solved for
 
     @classmethod
-    def parse(cls, metadata: Mapping[str, Any], path: Path) -> "Origin":
+    def parse(cls, metadata: Mapping[str, Any], path: str | os.PathLike[str]) -> "Origin":
         """From a file's metadata. Raises BadInput naming `path` if it is incomplete."""
-        try:
-            fields = dict(metadata["origin"])
-            layers = tuple(fields["shape"]["layers"])
-            return cls(**{**fields, "shape": ModelShape(**{**fields["shape"], "layers": layers})})
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"{path}: the metadata is incomplete ({error}); get or make the file again.") from error
+        raw, where = metadata.get("origin"), f"{path}: the metadata is incomplete: the origin"
+        if isinstance(raw, dict):
+            unknown = raw.keys() - ORIGIN.keys()
+            if unknown:
+                raise BadInput(f"{where} has an unknown field {shown(min(unknown))}; {ADVICE}")
+            raw = {**ORIGIN_DEFAULTS, **raw}
+        return cls(**strict_json.checked(raw, ORIGIN, where, ADVICE))
+
+    def require(self, what: str, shape: ModelShape, config_hash: str, advice: str) -> None:
+        """Raise ArtifactMismatch, saying in words what differs, unless made for `shape` (and, if known, model)."""
+        made_for = self.model or "a model"
+        if shape != self.shape:
+            raise ArtifactMismatch(
+                f"The {what} for {made_for} with {self.shape.told_beside(shape)}; this model has "
+                f"{shape.told_beside(self.shape)}. {advice}"
+            )
+        if config_hash and self.config_hash and config_hash != self.config_hash:
+            raise ArtifactMismatch(
+                f"The {what} for {made_for} (configuration {self.config_hash[:12]}); this model's is "
+                f"{config_hash[:12]}. {advice}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -103,30 +140,32 @@ class Budget:
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = self.origin.shape
-        expected = (len(self.ratios), len(shape.layers), shape.kv_heads)
-        if tuple(self.fractions.shape) != expected:
-            raise ShapeMismatch(
-                f"fractions have shape {tuple(self.fractions.shape)}, but {len(self.ratios)} ratios and {shape} need "
-                f"{expected}."
+        tensors = self._tensors()
+        schema = budget_schema(tensors, self.origin.shape, self.origin.sink + self.origin.window, "Make it again.")
+        sizes = schema.require(headers(tensors), _UNFIT)
+        if sizes.get("ranks", sizes["protected"] + 1) <= sizes["protected"]:
+            raise BadInput(
+                f"A budget's curves of {sizes['ranks']} ranks hold {sizes['protected']} protected tokens only."
             )
-        if not ((self.fractions >= 0) & (self.fractions <= 1)).all():
-            raise BadInput("A budget's fractions must lie in [0, 1] (1 = the head is kept whole).")
+        for name, numbers in (("fractions", self.fractions), ("ratios", self.ratios)):
+            low, high = extremes(numbers)
+            if not 0 <= low <= high <= 1:
+                raise BadInput(f"A budget's {name} must lie in [0, 1] (1 = the head is kept whole).")
         if not (self.closed()[0].diff() > 0).all():
             raise BadInput(f"A budget's ratios must ascend strictly within (0, 1), found {self.ratios.tolist()}.")
+        schema.require_values(tensors, _UNFIT)
+        if self.hull:
+            require_hull(self.hull["width"], self.hull["slope"])
 
     def require(self, shape: ModelShape, config_hash: str = "") -> None:
         """Raise ArtifactMismatch, naming both sides, unless the budget was made for `shape` (and, if known, model)."""
-        made_for = self.origin.model or "a model"
-        if shape != self.origin.shape:
-            raise ArtifactMismatch(
-                f"The budget was made for {made_for} with {self.origin.shape}; this model has {shape}. Make one for it."
-            )
-        if config_hash and self.origin.config_hash and config_hash != self.origin.config_hash:
-            raise ArtifactMismatch(
-                f"The budget was made for {made_for} (configuration {self.origin.config_hash[:12]}); this model's is "
-                f"{config_hash[:12]}. Make one for it."
-            )
+        self.origin.require("budget was made", shape, config_hash, "Make one for it.")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """As they are called in a file."""
+        groups = {"hull": self.hull, "evidence": self.evidence}
+        extra = {f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
+        return {"ratios": self.ratios, "fractions": self.fractions, **extra}
 
     def closed(self) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows layers kv_heads"]]:
         """Ratios and fractions with the two ends every budget has: nothing kept at 0, everything at 1."""
@@ -143,22 +182,26 @@ class Budget:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, at once or not at all."""
-        groups = {"hull": self.hull, "evidence": self.evidence}
-        extra = {f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
-        tensors = {"ratios": self.ratios, "fractions": self.fractions, **extra}
-        write_tensors(path, "budget", tensors, {"origin": asdict(self.origin)})
+        write_tensors(path, "budget", self._tensors(), {"origin": asdict(self.origin)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Budget":
         """Read what `save` wrote. Raises ArtifactMismatch on another kind or format, BadInput on a damaged file."""
-        tensors, metadata = read_tensors(path, "budget")
-        hull, evidence = _group(tensors, "hull"), _group(tensors, "evidence")
-        if not {"ratios", "fractions"} <= tensors.keys():
-            raise BadInput(f"{path} holds {sorted(tensors)} but no ratios and fractions; get or make the file again.")
-        origin = Origin.parse(metadata, Path(path))
-        return cls(
-            ratios=tensors["ratios"], fractions=tensors["fractions"], origin=origin, hull=hull, evidence=evidence
-        )
+        with opened(path, "budget") as file:
+            if not {"ratios", "fractions"} <= file.headers.keys():
+                raise BadInput(f"{path} holds {shown(sorted(file.headers))} but no ratios and fractions; {ADVICE}")
+            origin = Origin.parse(file.metadata, path)
+            tensors = file.read(budget_schema(file.headers, origin.shape, origin.sink + origin.window))
+        try:
+            return cls(
+                ratios=tensors["ratios"],
+                fractions=tensors["fractions"],
+                origin=origin,
+                hull=_group(tensors, "hull"),
+                evidence=_group(tensors, "evidence"),
+            )
+        except BadInput as error:
+            raise BadInput(f"{path}: {error}") from error
 
     @classmethod
     def from_kvpress(
@@ -175,8 +218,7 @@ class Budget:
         Its row i holds the fractions REMOVED when (i + 1)% of the cache is removed; values beyond [0, 1] are clipped,
         as kvpress does. Raises BadInput if it cannot be read, ArtifactMismatch if it is of another shape.
         """
-        removed = _load_npy(Path(path))
-        _require_table(removed.shape, (99, shape.num_layers, shape.kv_heads), path)
+        removed = load_npy(Path(path), (99, shape.num_layers, shape.kv_heads))
         kept = 1 - torch.from_numpy(removed).clamp(0, 1).flip(0)[:, list(shape.layers)]
         origin = Origin(
             shape=shape,
@@ -207,8 +249,7 @@ class Budget:
         Ours differs: equal alphas are ordered by layer and head, where the authors add noise.
         Raises BadInput if the table cannot be read, ArtifactMismatch if it is of another shape.
         """
-        alphas = _load_tsv(Path(path))
-        _require_table(alphas.shape, (shape.num_layers, shape.kv_heads), path)
+        alphas = load_tsv(Path(path), (shape.num_layers, shape.kv_heads))
         alpha = torch.from_numpy(alphas).clamp(0, 1)[list(shape.layers)].flatten()
         rank = torch.argsort(torch.argsort(alpha, descending=True, stable=True))
         whole = torch.arange(1, shape.num_heads)
@@ -292,24 +333,15 @@ class Profile:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Profile":
         """Read what `save` wrote. Raises ArtifactMismatch on another kind or format, BadInput on a damaged file."""
-        tensors, metadata = read_tensors(path, "profile")
+        with opened(path, "profile") as file:
+            fields, origin = profile_fields(file.metadata, path), Origin.parse(file.metadata, path)
+            tensors = file.read(profile_schema(fields, origin.shape, file.headers))
         curves: dict[str, dict[str, Tensor]] = {}
         for name, tensor in _group(tensors, "curve").items():
+            require_totals(tensor, f"{path} is damaged: 'curve.{name}'")
             scorer, _, loss = name.rpartition(".")
             curves.setdefault(scorer, {})[loss] = tensor
-        try:
-            return cls(
-                curves=curves,
-                domains=tuple(metadata["domains"]),
-                contexts=tuple(metadata["contexts"]),
-                protection={name: (sink, window) for name, (sink, window) in metadata["protection"].items()},
-                parameters=metadata["parameters"],
-                settings=metadata["settings"],
-                origin=Origin.parse(metadata, Path(path)),
-                published=_group(tensors, "published"),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"{path}: the metadata is incomplete ({error}); get or make the file again.") from error
+        return cls(**fields, origin=origin, curves=curves, published=_group(tensors, "published"))
 
 
 def write_tensors(
@@ -326,30 +358,69 @@ def write_tensors(
         save_file(contiguous, temporary, {METADATA_KEY: json.dumps({**header, **metadata})})
 
 
-def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and metadata of a file that `write_tensors` wrote.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Opened:
+    """A file whose kind has been checked, of which no tensor has been read yet."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    headers: Mapping[str, Header]
+    file: Any
+
+    def read(self, schema: Schema) -> dict[str, Tensor]:
+        """Its tensors, on the CPU, if they are what they must be. Raises BadInput before any is read, if it can."""
+        schema.require(self.headers, f"{self.path} is damaged")
+        tensors = self.copies()
+        schema.require_values(tensors, f"{self.path} is damaged")
+        return tensors
+
+    def copies(self) -> dict[str, Tensor]:
+        """Its tensors, whatever they are: copies, because what safetensors gives changes when the file does."""
+        return {name: self.file.get_tensor(name).clone() for name in self.headers}
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], kind: str) -> Iterator[Opened]:
+    """A file that `write_tensors` wrote, to be looked at before it is read.
 
     Raises BadInput if the file is missing or damaged, ArtifactMismatch if it is no headwise file or of another kind or
     format version.
     """
     with _open(Path(path)) as file:
         record = _record(file.metadata(), path)
-        found = (record.get("kind"), record.get("format_version"))
-        if found != (kind, FORMAT_VERSIONS[kind]):
-            raise ArtifactMismatch(
-                f"{path} is a {found[0]} of format {found[1]}, expected a {kind} of format {FORMAT_VERSIONS[kind]}; "
-                f"it was written by headwise {record.get('library_version')}, this is {_library_version()}."
-            )
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    return tensors, {name: value for name, value in record.items() if name not in _HEADER}
+        _require_kind(record, kind, path)
+        metadata = {name: value for name, value in record.items() if name not in _HEADER}
+        yield Opened(path=Path(path), metadata=metadata, headers=_headers(file), file=file)
+
+
+def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors (on the CPU) and metadata, whatever they are. Raises as `opened`, which readers of a kind use."""
+    with opened(path, kind) as file:
+        return file.copies(), dict(file.metadata)
+
+
+def _require_kind(record: Mapping[str, Any], kind: str, path: str | os.PathLike[str]) -> None:
+    found = (record["kind"], record["format_version"])
+    if found == (kind, FORMAT_VERSIONS[kind]):
+        return
+    message = f"{path} is a {found[0]:.40} of format {found[1]}, expected a {kind} of format {FORMAT_VERSIONS[kind]}"
+    if found[0] != kind:
+        raise ArtifactMismatch(f"{message}. Give a {kind}{': ' if kind in _MAKERS else ''}{_MAKERS.get(kind, '')}.")
+    writer, reader = shown(record.get("library_version")).strip("'"), _library_version()
+    told = "" if writer == reader else f" It was written by headwise {writer}, this is {reader}."
+    raise ArtifactMismatch(f"{message}.{told} Use the headwise that wrote it, or make the file again.")
+
+
+def _headers(file: Any) -> dict[str, Header]:
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    return {name: Header(dtype=part.get_dtype(), shape=tuple(part.get_shape())) for name, part in slices.items()}
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Kind, versions, metadata and tensor sizes of any headwise file, whatever its version, without reading tensors."""
     with _open(Path(path)) as file:
         record = _record(file.metadata(), path)
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        sizes = {name: {"dtype": part.get_dtype(), "shape": part.get_shape()} for name, part in slices.items()}
+        sizes = {name: {"dtype": one.dtype, "shape": list(one.shape)} for name, one in _headers(file).items()}
     return {**record, "tensors": sizes}
 
 
@@ -414,16 +485,18 @@ def _open(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path} is damaged or no safetensors file ({error}); get or make it again.") from error
+        raise BadInput(f"{path} is damaged or no safetensors file ({error!s:.200}); get or make it again.") from error
 
 
 def _record(metadata: Mapping[str, str] | None, path: str | os.PathLike[str]) -> dict[str, Any]:
     if METADATA_KEY not in (metadata or {}):
         raise ArtifactMismatch(f"{path} is a safetensors file, but headwise did not write it.")
     try:
-        return dict(json.loads((metadata or {})[METADATA_KEY]))
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"{path}: the metadata is damaged ({error}); get or make the file again.") from error
+        record = strict_json.loads((metadata or {})[METADATA_KEY])
+    except ValueError as error:
+        raise BadInput(f"{path}: the metadata is damaged ({error}); {ADVICE}") from error
+    strict_json.checked(record, _RECORD, f"{path}: the metadata", ADVICE)
+    return record
 
 
 def _group(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
@@ -434,22 +507,3 @@ def _group(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
 
 def _percents() -> Float[Tensor, " 99"]:
     return torch.arange(1, 100, dtype=torch.float64) / 100
-
-
-def _load_npy(path: Path) -> np.ndarray:
-    try:
-        return np.asarray(np.load(path, allow_pickle=False), dtype=np.float64)
-    except (OSError, ValueError, EOFError) as error:
-        raise BadInput(f"{path} cannot be read as a .npy table of numbers ({error}).") from error
-
-
-def _load_tsv(path: Path) -> np.ndarray:
-    try:
-        return np.loadtxt(path, delimiter="\t", ndmin=2)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read as a tab-separated table of numbers ({error}).") from error
-
-
-def _require_table(found: tuple[int, ...], expected: tuple[int, ...], path: str | os.PathLike[str]) -> None:
-    if found != expected:
-        raise ArtifactMismatch(f"{path} holds a table of {found}; this model needs {expected}. Get the model's own.")

@@ -10,10 +10,10 @@ The builtin mix is demanding on purpose: a profile from easy contexts, with few 
 the heads that dense retrieval needs.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from headwise import strict_json
 from headwise.errors import BadInput
 from headwise.evals.document import read_text, tokenize
 from headwise.evals.lexicon import Lexicon
@@ -30,6 +31,7 @@ from headwise.evals.suites import lexicon_for
 
 BUILTIN = "builtin"
 DEFAULT_CONTEXTS = 24
+MOST_CONTEXTS = 100_000
 LONGEST = 4096  # tokens of a builtin context
 TASKS = (
     "niah_multikey_dense",
@@ -58,8 +60,11 @@ def load_examples(
     """Examples from a file, a folder or "builtin[:N]" (made from `split`). Raises BadInput naming file and line."""
     name, _, count = source.partition(":")
     if name == BUILTIN:
-        if count and not (count.isdecimal() and int(count) > 0):
-            raise BadInput(f"data={source!r}: write {BUILTIN} or {BUILTIN}:N with a number of contexts.")
+        if count and not (count.isdecimal() and len(count) <= 9 and 0 < int(count) <= MOST_CONTEXTS):
+            raise BadInput(
+                f"data={shown(source)}: write {BUILTIN} or {BUILTIN}:N with a number of contexts, at most "
+                f"{MOST_CONTEXTS}."
+            )
         return builtin(tokenizer, int(count or default), max_positions=max_positions, split=split)
     path = Path(source)
     files = sorted(p for p in path.iterdir() if p.suffix in {".jsonl", ".txt"}) if path.is_dir() else [path]
@@ -134,7 +139,7 @@ def _read(file: Path) -> list[Example]:
 
 def _parse(line: str, where: str) -> Example:
     try:
-        record = json.loads(line)
+        record = strict_json.loads(line)
         context, questions, domain = record["context"], record.get("questions", []), record.get("domain", "text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(

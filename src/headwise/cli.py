@@ -19,6 +19,7 @@ from headwise import __version__
 from headwise.bench import commands
 from headwise.console import complain, count, open_streams, print_json, print_table, progress_bar, say, size, split
 from headwise.errors import BadInput, HeadwiseError
+from headwise.strict_json import MOST
 
 app = typer.Typer(
     name="headwise",
@@ -33,12 +34,12 @@ Keep = Annotated[str, typer.Option("--keep", "-k", help="What to retain: 0.15, 1
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-Chunk = Annotated[int | None, typer.Option(min=1, help="Read the context in pieces of so many tokens.")]
+Chunk = Annotated[int | None, typer.Option(min=1, max=MOST, help="Read the context in pieces of so many tokens.")]
 Document = Annotated[
     Path | None, typer.Option("--context", "-c", help="Text file (UTF-8); left out: the bundled document.")
 ]
 NewTokens = Annotated[
-    int, typer.Option(min=1, help="Longest answer; it ends at the model's last position at the latest.")
+    int, typer.Option(min=1, max=MOST, help="Longest answer; it ends at the model's last position at the latest.")
 ]
 SplitSpecial = Annotated[
     bool, typer.Option("--split-special-tokens", help="Control tokens in document and questions are text.")
@@ -163,7 +164,9 @@ def generate(
     """Compress a document, ask one question, stream the answer."""
     from headwise.evals.answers import FULL, answer, known_methods, read_context, require_possible, room_for_answers
     from headwise.evals.document import tokenize
+    from headwise.evals.room import require_room
     from headwise.evals.streaming import AnswerStreamer
+    from headwise.hf.families import view
     from headwise.keep import parse_keep
     from headwise.ragged.cache import RaggedCache
 
@@ -173,6 +176,7 @@ def generate(
         raise BadInput(f"--save {save}: name a file in a folder that exists, and a method that compresses.")
     text, _ = _document(context, [question], None)
     loaded, tokenizer = _load(model, dtype, device)
+    require_room(tokenizer, text, view(loaded).max_positions)
     tokens = tokenize(tokenizer, text, [question], device=loaded.device, split_special_tokens=split_special_tokens)
     room_for_answers(loaded, tokens)
     require_possible(loaded, [method], [parsed], tokens)
@@ -203,17 +207,17 @@ def evaluate(
     ] = "mini-ruler",
     methods: Methods = "full,snapkv,keydiff,adakv,expected+global",
     keep: Annotated[str, typer.Option("--keep", "-k", help="Comma-separated: 0.15,0.25.")] = "0.15",
-    samples: Annotated[int, typer.Option(min=1, help="Documents per task.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, help="Of the evaluation split; no training data has it.")] = 0,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of document, question and answer.")] = 512,
+    samples: Annotated[int, typer.Option(min=1, max=MOST, help="Documents per task.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, max=MOST, help="Of the evaluation split; no training data has it.")] = 0,
+    length: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of document, question and answer.")] = 512,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for records; a killed run goes on there.")
     ] = None,
     protocol: Annotated[str, typer.Option(help="query-agnostic, or query-aware.")] = "query-agnostic",
     data_dir: Annotated[Path | None, typer.Option(help="Where RULER's and LongBench's data lie.")] = None,
     fidelity: Annotated[bool, typer.Option(help="Also KL and agreement with the full cache.")] = True,
-    timed: Annotated[int, typer.Option(min=0, help="Samples per task of which single steps are timed.")] = 1,
-    rows: Annotated[int, typer.Option(min=1, help="Sequences decoded together, at most.")] = 256,
+    timed: Annotated[int, typer.Option(min=0, max=MOST, help="Samples per task of which single steps are timed.")] = 1,
+    rows: Annotated[int, typer.Option(min=1, max=MOST, help="Sequences decoded together, at most.")] = 256,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -303,11 +307,11 @@ def profile(
     model: Model = "reference",
     scorer: Annotated[str, typer.Option("--scorer", help="Comma-separated; one pass serves all.")] = "snapkv",
     data: Annotated[str, typer.Option(help="FILE.jsonl, FILE.txt, a folder of them, or builtin[:N].")] = "builtin",
-    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded per question.")] = 64,
-    sink: Annotated[int, typer.Option(min=0, help="First tokens that every head keeps first.")] = 4,
-    window: Annotated[int, typer.Option(min=0, help="Last tokens that every head keeps next.")] = 32,
-    temperature: Annotated[float, typer.Option(min=0, help="0 decodes greedily.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens decoded per question.")] = 64,
+    sink: Annotated[int, typer.Option(min=0, max=MOST, help="First tokens that every head keeps first.")] = 4,
+    window: Annotated[int, typer.Option(min=0, max=MOST, help="Last tokens that every head keeps next.")] = 32,
+    temperature: Annotated[float, typer.Option(min=0, max=MOST, help="0 decodes greedily.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST, help="Of sampling.")] = 0,
     published: Annotated[
         bool, typer.Option("--published", help="Also solve every question by itself, as the paper does.")
     ] = False,
@@ -410,15 +414,17 @@ def train(
     data: Annotated[str, typer.Option(help="FILE.jsonl, FILE.txt, a folder of them, or builtin[:N].")] = "builtin:160",
     part: Annotated[str, typer.Option(help="lkv (both), lkv-h (budgets only) or lkv-t (scores only).")] = "lkv",
     scorer: Annotated[str | None, typer.Option(help="The fixed scorer that budgets alone are trained for.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of joint training.")] = 600,
-    warm_steps: Annotated[int, typer.Option(min=0, help="Steps before it, in which every head learns alone.")] = 500,
-    contexts: Annotated[int, typer.Option(min=1, help="Contexts per step, over all processes.")] = 4,
-    questions: Annotated[int, typer.Option(min=1, help="Questions of a context, at most.")] = 12,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens the teacher answers, at most.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Steps of joint training.")] = 600,
+    warm_steps: Annotated[
+        int, typer.Option(min=0, max=MOST, help="Steps before it, in which every head learns alone.")
+    ] = 500,
+    contexts: Annotated[int, typer.Option(min=1, max=MOST, help="Contexts per step, over all processes.")] = 4,
+    questions: Annotated[int, typer.Option(min=1, max=MOST, help="Questions of a context, at most.")] = 12,
+    answer_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens the teacher answers, at most.")] = 16,
     keeps: Annotated[str, typer.Option(help="Smallest and largest keep to train for.")] = "0.03,0.3",
-    sink: Annotated[int, typer.Option(min=0, help="First tokens that every head keeps first.")] = 1,
-    window: Annotated[int, typer.Option(min=0, help="Last tokens that every head keeps next.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same gates.")] = 0,
+    sink: Annotated[int, typer.Option(min=0, max=MOST, help="First tokens that every head keeps first.")] = 1,
+    window: Annotated[int, typer.Option(min=0, max=MOST, help="Last tokens that every head keeps next.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, max=MOST, help="The same seed gives the same gates.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -591,7 +597,7 @@ def plan(
     context: Annotated[str, typer.Option("--context", "-c", help="Tokens, such as 32768 or 128k.")] = "1024",
     keep: Keep = "0.15",
     memory: Annotated[str | None, typer.Option(help="What the device has, such as 24GiB.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=MOST, help="Sequences at a time.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     as_json: AsJson = False,
 ) -> None:
@@ -638,12 +644,14 @@ def tiers(
     model: Model = "reference",
     method: Annotated[str, typer.Option(help="One that can be served: 'headwise methods' marks what can.")] = "keydiff",
     keep: Keep = "0.2",
-    tiers: Annotated[int, typer.Option(min=1, help="Different keeps that heads may have.")] = 8,
+    tiers: Annotated[int, typer.Option(min=1, max=MOST, help="Different keeps that heads may have.")] = 8,
     context: Annotated[
         str | None, typer.Option("--context", "-c", help="Prompt that budgets are solved for; left out: the longest.")
     ] = None,
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a block, as vLLM's --block-size.")] = 16,
-    ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks, as vLLM's --tensor-parallel-size.")] = 1,
+    block_size: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a block, as vLLM's --block-size.")] = 16,
+    ranks: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Tensor-parallel ranks, as vLLM's --tensor-parallel-size.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """What vLLM would be served with: head budgets in tiers, blocks of a prompt, and the command that starts it."""

@@ -24,9 +24,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from headwise.artifacts import Origin, fingerprint, read_tensors, write_tensors
-from headwise.errors import ArtifactMismatch, BadInput
+from headwise import strict_json
+from headwise.artifacts import Origin, fingerprint, opened, write_tensors
+from headwise.contents import ADVICE, RETRY
+from headwise.errors import BadInput
 from headwise.interfaces import Rotary
+from headwise.schema import Numbers, Schema
 from headwise.shapes import ModelShape
 from headwise.soft_topk import soft_topk
 
@@ -36,6 +39,11 @@ SAME = 1e-3  # differences between contexts that do not count
 EMBEDDING, HIDDEN, TRAITS = 64, 64, 16
 GOLDEN = 40503  # 2^16 over the golden ratio: multiples of it, modulo 2^16, stay as far apart as any can
 PLACE_FEATURES = 3
+LARGEST_WEIGHT = 1e6  # of a file: what is computed with such weights stays finite in float32
+LEAST_SPREAD = 1e-6  # it is divided by; SAME is in every one that was trained
+
+
+_SETTINGS: Mapping[str, strict_json.Check] = {"settings": strict_json.mapping}
 
 
 class HeadBudgets(nn.Module):
@@ -173,16 +181,7 @@ class Gates:
 
     def require(self, shape: ModelShape, config_hash: str = "") -> None:
         """Raise ArtifactMismatch, naming both sides, unless the gates were trained for this model."""
-        made_for = self.origin.model or "a model"
-        if shape != self.origin.shape:
-            raise ArtifactMismatch(
-                f"The gates were trained for {made_for} with {self.origin.shape}; this model has {shape}."
-            )
-        if config_hash and self.origin.config_hash and config_hash != self.origin.config_hash:
-            raise ArtifactMismatch(
-                f"The gates were trained for {made_for} (configuration {self.origin.config_hash[:12]}); this model's "
-                f"is {config_hash[:12]}. Train some for it."
-            )
+        self.origin.require("gates were trained", shape, config_hash, "Train some for it.")
 
     def fractions(self, keep: float, summary: Float[Tensor, " width"] | None = None) -> Float[Tensor, " heads"]:
         """What every head keeps at a keep, of a context with this summary or of one without traits; on the CPU."""
@@ -212,26 +211,40 @@ class Gates:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Gates":
         """Read what `save` wrote. Raises ArtifactMismatch on another kind or format, BadInput on a damaged file."""
-        tensors, metadata = read_tensors(path, "gates")
-        origin = Origin.parse(metadata, Path(path))
-        shape, settings = origin.shape, metadata.get("settings", {})
-        modules: dict[str, nn.Module] = {
+        with opened(path, "gates") as file:
+            origin = Origin.parse(file.metadata, path)
+            settings = strict_json.checked({"settings": {}, **file.metadata}, _SETTINGS, f"{path}: it", ADVICE)
+            parts = {name.partition(".")[0] for name in file.headers}
+            modules = {name: module for name, module in _empty(origin.shape).items() if name in parts}
+            if not modules:
+                raise BadInput(f"{path} holds neither budgets nor scores; get or make the file again.")
+            tensors = file.read(_schema(modules))
+        for name, module in modules.items():
+            own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
+            module.to_empty(device="cpu").requires_grad_(False).load_state_dict(own)
+        if "budgets" in modules and not (tensors["budgets.usual"][1] >= LEAST_SPREAD).all():
+            raise BadInput(f"{path}: the spread of usual contexts, 'budgets.usual', must be above 0. {RETRY}")
+        return cls(origin=origin, **settings, **modules)
+
+
+def _empty(shape: ModelShape) -> dict[str, Any]:
+    """Both parts for a model, without memory for any weight."""
+    with torch.device("meta"):
+        return {
             "budgets": HeadBudgets(shape.num_heads, summary_width(shape)),
             "scores": EntryScores(len(shape.layers), shape.kv_heads, shape.head_dim),
         }
-        for name in list(modules):
-            own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
-            if not own:
-                del modules[name]
-                continue
-            try:
-                modules[name].load_state_dict(own)
-            except RuntimeError as error:
-                raise BadInput(f"{path}: the {name} are damaged ({error}); get or make the file again.") from error
-            modules[name].requires_grad_(False)
-        if not modules:
-            raise BadInput(f"{path} holds neither budgets nor scores; get or make the file again.")
-        return cls(origin=origin, settings=settings, **modules)  # pyright: ignore[reportArgumentType]
+
+
+def _schema(modules: Mapping[str, nn.Module]) -> Schema:
+    """What the file of these parts must hold."""
+    return Schema(
+        table={
+            f"{name}.{key}": Numbers(shape=tuple(tensor.shape), low=-LARGEST_WEIGHT, high=LARGEST_WEIGHT)
+            for name, module in modules.items()
+            for key, tensor in module.state_dict().items()
+        }
+    )
 
 
 def load_gates(path: str | os.PathLike[str]) -> Gates:

@@ -10,12 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
+from reprlib import repr as shown
 from typing import Literal
 
 from headwise.errors import BadInput
 from headwise.shapes import ModelShape
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+MOST = 2**63  # tokens or bytes
+MOST_TOKENS = 2**27  # of a context: what is computed of one takes memory for each
+LONGEST = 64  # characters of a number that is written
+_WRITTEN = re.compile(r"(\d*\.?\d+(?:[eE]-?\d{1,3})?|\d+\.)\s*(tok|%|[KMGT]?i?B)?")
 _ADVICE = (
     "keep must be a fraction in (0, 1] such as 0.15, a number of tokens such as '1024tok', or bytes such as '2GiB'"
 )
@@ -62,19 +67,25 @@ def parse_keep(value: "str | float | int | Keep") -> Keep:
     if isinstance(value, Keep):
         return value
     if isinstance(value, bool) or not isinstance(value, str | Real):
-        raise BadInput(f"keep={value!r} is not understood. {_ADVICE}.")
-    text = value.strip() if isinstance(value, str) else repr(float(value))  # the shortest decimal, as it was written
-    match = re.fullmatch(r"(\d*\.?\d+(?:[eE]-?\d+)?|\d+\.)\s*(tok|%|[KMGT]?i?B)?", text)
+        raise BadInput(f"keep={shown(value)} is not understood. {_ADVICE}.")
+    try:
+        text = (
+            value.strip() if isinstance(value, str) else repr(float(value))
+        )  # the shortest decimal, as it was written
+    except OverflowError:
+        text = "inf"
+    match = _WRITTEN.fullmatch(text) if len(text) <= LONGEST else None
     if match is None or (match[2] is not None and match[2] not in {"tok", "%", *UNITS}):
-        raise BadInput(f"keep={value!r} is not understood. {_ADVICE}.")
+        raise BadInput(f"keep={shown(value)} is not understood. {_ADVICE}.")
     number, unit = Fraction(match[1]), match[2]
     if unit is None or unit == "%":
         return _fraction(number / (100 if unit else 1), value, "" if unit else _meant(number))
     if number <= 0:
         raise BadInput(f"keep={value!r} keeps nothing. {_ADVICE}.")
-    if unit == "tok":
-        return Keep(kind="tokens", amount=number)
-    return Keep(kind="bytes", amount=number * UNITS[unit])
+    amount = number * (1 if unit == "tok" else UNITS[unit])
+    if amount >= MOST:
+        raise BadInput(f"keep={value!r} is more than there can be. {_ADVICE}.")
+    return Keep(kind="tokens" if unit == "tok" else "bytes", amount=amount)
 
 
 def parse_bytes(text: str) -> int:
@@ -84,16 +95,20 @@ def parse_bytes(text: str) -> int:
     except BadInput:
         keep = None
     if keep is None or keep.kind != "bytes":
-        raise BadInput(f"{text!r} is not a size in bytes; write for instance 24GiB (units: {', '.join(UNITS)}).")
+        raise BadInput(f"{shown(text)} is not a size in bytes; write for instance 24GiB (units: {', '.join(UNITS)}).")
     return int(keep.amount)
 
 
 def parse_tokens(text: str | int) -> int:
     """Parse a number of tokens such as `4096`, `128k` (times 1024) or `1M`."""
-    match = re.fullmatch(r"(\d+)\s*([kKmM]?)", str(text).strip())
-    if match is None or int(match[1]) == 0:
-        raise BadInput(f"{text!r} is not a number of tokens; write for instance 4096 or 128k.")
-    return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
+    match = re.fullmatch(r"(\d{1,12})\s*([kKmM]?)", str(text).strip())
+    tokens = int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()] if match else 0
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise BadInput(
+            f"{shown(text)} is not a number of tokens from 1 to {MOST_TOKENS // 1024**2}M; write for instance 4096 or "
+            "128k."
+        )
+    return tokens
 
 
 def _fraction(number: Fraction, value: object, hint: str) -> Keep:

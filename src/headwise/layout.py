@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from headwise.errors import ShapeMismatch
+
 MIN_PAGE, MAX_PAGE = 16, 256
 MIN_CHUNK, MAX_CHUNK = 128, 2048
 CHUNKS_PER_PROCESSOR = 4
@@ -60,7 +62,8 @@ class Readers:
 class Segments:
     """Kept keys and values of one layer. Segment s = row * kv_heads + head holds rows `starts[s]` to its end.
 
-    Entries of a segment are in position order; `positions` are the rotary positions they had in the context.
+    Entries of a segment are in position order; `positions` are the rotary positions they had in the context. Raises
+    ShapeMismatch where the parts do not fit together: kernels take that for granted.
     """
 
     keys: Float[Tensor, "rows head_dim"]
@@ -68,6 +71,22 @@ class Segments:
     positions: Int[Tensor, " rows"]
     lengths: tuple[int, ...]
     kv_heads: int
+
+    def __post_init__(self) -> None:
+        lengths, keys = self.lengths, self.keys
+        fits = keys.ndim == 2 and keys.shape == self.values.shape and self.positions.shape == keys.shape[:1]
+        fits = fits and keys.dtype == self.values.dtype and keys.is_contiguous() and self.values.is_contiguous()
+        if not (fits and self.kv_heads >= 1 and lengths):
+            raise ShapeMismatch(
+                f"keys {tuple(keys.shape)}, values {tuple(self.values.shape)} and positions "
+                f"{tuple(self.positions.shape)} of {len(lengths)} segments must be contiguous rows of equally "
+                "many numbers, of one dtype, and one position each."
+            )
+        if len(lengths) % self.kv_heads or min(lengths) < 0 or sum(lengths) != len(keys):
+            raise ShapeMismatch(
+                f"{len(lengths)} segments of {self.kv_heads} KV heads with {sum(lengths)} entries do not fit "
+                f"{len(keys)} keys: there must be a segment for every head of every context, and a key for every entry."
+            )
 
     @property
     def batch(self) -> int:
@@ -221,7 +240,7 @@ def _num_processors(device: torch.device) -> int:
 def readers(rows: Int[Tensor, " batch"], contexts: int) -> Readers:
     """Number the rows that read each context."""
     slot, members = [], [[] for _ in range(contexts)]
-    for row, context in enumerate(rows.tolist()):
+    for row, context in enumerate(listed_rows(rows, contexts)):
         slot.append(len(members[context]))
         members[context].append(row)
     slots = max(len(listed) for listed in members)
@@ -231,6 +250,14 @@ def readers(rows: Int[Tensor, " batch"], contexts: int) -> Readers:
         row=torch.tensor(padded, dtype=torch.int32, device=rows.device),
         slot=torch.tensor(slot, dtype=torch.int32, device=rows.device),
     )
+
+
+def listed_rows(rows: Int[Tensor, " batch"], contexts: int) -> list[int]:
+    """The context of every row. Raises ShapeMismatch where there is none: what lies there instead would be read."""
+    listed = rows.tolist()
+    if listed and not 0 <= min(listed) <= max(listed) < contexts:
+        raise ShapeMismatch(f"rows from {min(listed)} to {max(listed)} were asked for; there are {contexts} contexts.")
+    return listed
 
 
 def _bias(mask: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ several processes can share the work, and why neither changes the result: the pa
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.allocate.profiled import published_counts
-from headwise.artifacts import LOSSES, Origin, Profile, fingerprint, read_tensors, write_tensors
+from headwise.artifacts import LOSSES, Origin, Profile, fingerprint, opened, write_tensors
 from headwise.calibration import Example, encode
+from headwise.contents import part_table, sizes_of
 from headwise.errors import BadInput
+from headwise.evals.room import require_room
 from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
 from headwise.losses import RANKS, OutputLoss, keeping_order, marginal_utility
@@ -35,6 +37,7 @@ from headwise.oracle import Importance, Sampling, decode
 from headwise.processes import Processes
 from headwise.ragged.store import model_fingerprint
 from headwise.reading import can_watch, read
+from headwise.schema import Schema
 
 CURVES = (*LOSSES, "ideal")
 
@@ -97,7 +100,8 @@ def profile(
     processes.catch_up()
     processes.wait()
     if processes.rank == 0:
-        _merge(files, [e.domain for e in examples], chosen, _origin(model, run, files), settings).save(out)
+        origin = _origin(model, run, files)
+        _merge(files, [e.domain for e in examples], chosen, origin, settings, run).save(out)
         shutil.rmtree(parts)
     processes.wait()
 
@@ -165,9 +169,10 @@ def _fitting(
     model: PreTrainedModel, tokenizer: Any, example: Example, scorers: Sequence[AbstractScorer], settings: Settings
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Context and question tokens. Raises BadInput where they are too many for the model or too few for a scorer."""
+    limit = view(model).max_positions
+    require_room(tokenizer, example.context, limit)
     context, questions = encode(tokenizer, example, device=model.device)
     tokens = context.shape[1] + max(len(q) for q in questions) + settings.steps
-    limit = view(model).max_positions
     if tokens > limit:
         raise BadInput(
             f"a calibration context of {context.shape[1]} tokens, its longest question and {settings.steps} decoded "
@@ -198,12 +203,17 @@ def _merge(
     scorers: dict[str, AbstractScorer],
     origin: Origin,
     settings: Settings,
+    run: str,
 ) -> Profile:
     """Mean curves per scorer and domain, summed in the order of the data."""
+    schema = _part_schema(scorers, settings, origin)
     names, counts = list(dict.fromkeys(domains)), dict.fromkeys(domains, 0)
     total: dict[tuple[str, str], Tensor] = {}
     for file, domain in zip(files, domains, strict=True):
-        tensors, _ = read_tensors(file, "part")
+        with opened(file, "part") as part:
+            if part.metadata.get("run") != run or part.metadata.get("domain") != domain:
+                raise BadInput(f"{file} is damaged: it is not of this run and domain. {schema.advice}")
+            tensors = part.read(schema)
         counts[domain] += 1
         for key, tensor in tensors.items():
             total[key, domain] = total[key, domain] + tensor if (key, domain) in total else tensor.double()
@@ -220,4 +230,14 @@ def _merge(
         settings=asdict(settings),
         origin=origin,
         published={name: mean(f"{name}.published") for name in scorers if settings.published},
+    )
+
+
+def _part_schema(scorers: Mapping[str, AbstractScorer], settings: Settings, origin: Origin) -> Schema:
+    """What the file of one context must hold."""
+    ranks = {name: sum(settings.protection(scorer)) + RANKS for name, scorer in scorers.items()}
+    return Schema(
+        table=part_table(ranks, settings.published),
+        sizes=sizes_of(origin.shape),
+        advice="Remove it, and it is measured again.",
     )

@@ -105,13 +105,15 @@ def check(
     _require_loss(loss)
     curve = profile.curve(scorer, domain_weights, loss=loss)[..., sum(profile.protection[scorer]) :]
     layers, heads, ranks = curve.shape
+    if ranks % CHECK_STEPS:
+        raise BadInput(f"curves of {ranks} ranks cannot be cut to {CHECK_STEPS} steps; profile the model again.")
     coarse = curve.reshape(layers, heads, CHECK_STEPS, ranks // CHECK_STEPS).sum(-1)
     flat = coarse.flatten(0, 1)
     gained = torch.nn.functional.pad(flat.cumsum(-1), (1, 0))
     whole = float(gained[:, -1].sum())
 
     def worth(counts: Tensor) -> float:
-        return float(gained.gather(1, counts[:, None]).sum()) / whole
+        return float(gained.gather(1, counts[:, None]).sum()) / whole if whole else 0.0
 
     best = _best_totals(gained)
     found = []
@@ -127,7 +129,7 @@ def check(
             Quality(
                 ratio=ratio,
                 lukv=worth(share(concave_hulls(flat), entries=CHECK_STEPS, total=total)),
-                optimum=float(best[total]) / whole,
+                optimum=float(best[total]) / whole if whole else 0.0,
                 uniform=worth(even),
                 adakv=worth(torch.cat(by_layer)),
             )

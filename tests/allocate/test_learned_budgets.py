@@ -91,7 +91,7 @@ def test_infeasible_totals_and_other_shapes_are_refused():
     with pytest.raises(BudgetInfeasible, match="every head needs 1 of 100"):
         counts(BUDGETS, [100], [5])
     demand = Demand(shape=replace(SHAPE, kv_heads=1), tokens=(9,), totals=(9,), floors=(1,))
-    with pytest.raises(ArtifactMismatch, match="kv_heads=1"):
+    with pytest.raises(ArtifactMismatch, match="layers of 1 KV heads"):
         BUDGETS.allocate(torch.zeros(1, 1, 1, 9), torch.ones(1, 9, dtype=torch.bool), [0], demand)
 
 

@@ -275,8 +275,8 @@ def test_its_own_scorer_and_model_are_taken(tmp_path):
     [
         ({"scorer": "knorm"}, "solved for .*KeyDiff.*but the scorer is .*Knorm"),
         ({"config_hash": "abd"}, r"made for a model \(configuration abc\); this model's is abd"),
-        ({"shape": replace(SHAPE, layers=(0, 1, 2))}, r"layers=\(0, 2, 3\).*layers=\(0, 1, 2\)"),
-        ({"shape": replace(SHAPE, kv_heads=1)}, "kv_heads=2.*kv_heads=1"),
+        ({"shape": replace(SHAPE, layers=(0, 1, 2))}, r"3 layers \(0, 2, 3\) of 2 KV heads.*3 layers \(0, 1, 2\) of"),
+        ({"shape": replace(SHAPE, kv_heads=1)}, "3 layers of 2 KV heads.*3 layers of 1 KV heads"),
     ],
 )
 def test_another_scorer_or_model_is_refused(wrong, words):
@@ -296,7 +296,7 @@ def test_a_budget_without_hulls_is_refused():
 
 def test_a_demand_of_another_shape_is_refused():
     demand = Demand(shape=replace(SHAPE, kv_heads=1), tokens=(9,), totals=(9,), floors=(1,))
-    with pytest.raises(ArtifactMismatch, match="kv_heads=1"):
+    with pytest.raises(ArtifactMismatch, match="3 layers of 1 KV heads"):
         LUKV(budget=budget()).allocate(torch.zeros(1, 1, 1, 9), torch.ones(1, 9, dtype=torch.bool), [0], demand)
 
 

@@ -17,7 +17,8 @@ from tokenizers import pre_tokenizers
 
 from headwise.errors import BadInput
 from headwise.evals import template
-from headwise.evals.document import Asked, read_questions, read_text, tokenize
+from headwise.evals.document import MOST_BYTES, Asked, read_questions, read_text, tokenize
+from headwise.evals.room import require_room
 
 CONTEXT = " the red stone.\nthe blue stone. "
 QUESTIONS = ["? locker apple", "who was it?  "]
@@ -367,3 +368,36 @@ def test_no_questions_in_a_file(tmp_path):
         read_questions(tmp_path / "q.jsonl")
     with pytest.raises(BadInput, match="cannot read questions"):
         read_questions(tmp_path / "nowhere.jsonl")
+
+
+class Endless:
+    """A tokenizer that must not be asked: its longest token has eight characters."""
+
+    def get_vocab(self):
+        return {"a": 0, "word four"[:8]: 1}
+
+    def __call__(self, *texts, **options):
+        pytest.fail("it was tokenised")
+
+
+@pytest.mark.parametrize("text", ["word " * 40_000, "abcdefgh" * 10_000 + " a b" * 10_000])
+def test_a_document_that_cannot_fit_is_not_tokenised(text):
+    with pytest.raises(BadInput, match=r"characters, more than 1,000 tokens however they are cut"):
+        require_room(Endless(), text, 1000)
+
+
+@pytest.mark.parametrize(
+    "text", ["word " * 6000, "w" * 10**6, " " * 10**6 + "a", "ab " * 999, "\n \t" * 9999 + "a " * 999]
+)
+def test_a_document_that_might_fit_is_let_through(text):
+    """Long words may be unknown, each one token; spaces may be none at all."""
+    require_room(Endless(), text, 1000)
+
+
+def test_a_file_that_is_no_document_is_not_read(tmp_path):
+    path = tmp_path / "huge.txt"
+    with path.open("wb") as file:
+        file.truncate(MOST_BYTES + 1)  # takes no room on the disk
+    for read in (read_text, read_questions):
+        with pytest.raises(BadInput, match="is larger than 1024 MiB"):
+            read(path)

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from headwise.errors import BadInput
-from headwise.evals import longbench_metrics
+from headwise.evals import longbench_data, longbench_metrics
 from headwise.evals.longbench import (
     LONGBENCH_E_NAMES,
     LONGBENCH_TASKS,
@@ -717,3 +717,10 @@ def test_a_model_runs_one_sample_of_every_task(longbench, bpe):
         assert len(record.predictions) == 1
         assert record.context_tokens <= 3000
         assert record.kv_bytes / record.full_kv_bytes == pytest.approx(1 if record.method == "full" else 0.2, abs=0.01)
+
+
+def test_a_line_without_an_end_is_not_read(tmp_path):
+    with (tmp_path / "qasper.jsonl").open("wb") as file:
+        file.truncate(longbench_data.LONGEST_LINE + 2)
+    with pytest.raises(BadInput, match="line 1 is longer than 64 MiB; it is no row"):
+        load_rows("qasper", tmp_path)

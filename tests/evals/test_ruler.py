@@ -1,9 +1,11 @@
 import itertools
 import json
 import re
+import resource
 import tarfile
 import zipfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -530,3 +532,36 @@ def test_largest_where_tokens_jump():
     assert (size, num_tokens) == (776, 10)
     assert largest(lambda size: size, room=5000, slack=100, fewest=1, most=30) == (30, 30)
     assert largest(lambda size: 9000, room=5000, slack=0, fewest=4) == (4, 9000)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_small_archive_of_endless_words_is_not_unpacked(tmp_path, method):
+    """3 MB of it were 6 GB in memory once; other methods than deflate cannot be unpacked piece by piece."""
+    with zipfile.ZipFile(tmp_path / "words.zip", "w", method) as archive, archive.open("words/en", "w") as file:
+        for _ in range(40):
+            file.write(b"quokka zebra " * 2**20)
+    assert (tmp_path / "words.zip").stat().st_size < 3 * 2**20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(
+        BadInput, match="words/en is larger than 32 MiB" if method == zipfile.ZIP_DEFLATED else "deflate"
+    ):
+        load_more_words(tmp_path, load_words())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+@pytest.mark.parametrize(("name", "most"), [("english_words.json", 32), ("squad.json", 256)])
+def test_a_file_that_is_far_too_large_is_not_read(tmp_path, name, most):
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(most * 2**20 + 1)
+    load = load_squad if name == "squad.json" else partial(load_more_words, words=load_words())
+    with pytest.raises(BadInput, match=f"is larger than {most} MiB"):
+        load(tmp_path)
+
+
+def test_questions_on_one_subject_share_its_documents(tmp_path):
+    """Thousands of them on thousands of documents would not fit into memory otherwise."""
+    paragraphs = [{"context": f"{n}.", "qas": questions_answers((f"{n}?", ["a"]))} for n in range(2000)]
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    asked = load_squad(tmp_path).asked
+    assert len({id(one.subject) for one in asked}) == 1
+    assert len(asked[7].related) == 1999 and asked[7].documents[0] not in asked[7].related

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise import kernels
-from headwise.errors import KernelUnavailable
+from headwise.errors import BadInput, KernelUnavailable, ShapeMismatch
 from headwise.kernels import compiled, get_kernel, native, pages, reference
 from headwise.layout import Segments
 
@@ -224,3 +224,104 @@ def test_it_compiles_for_cpus_with_avx512(tmp_path):
         pytest.skip(f"the compiler knows no {target}")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def of_op():
+    """Arguments of the op, all of which fit."""
+    query, segments, *rest = make_case([30, 4, 7, 9], [0, 1, 1], num_new=2, tail=5, masked=True)
+    return dict(
+        zip(
+            ("query", "keys", "values", "spans", "rows", "tail_keys", "tail_values", "mask", "scaling"),
+            (query, segments.keys, segments.values, segments.spans, *rest),
+            strict=True,
+        )
+    )
+
+
+def with_one(index, value):
+    def change(tensor):
+        changed = tensor.clone()
+        changed[index] = value
+        return changed
+
+    return change
+
+
+UNFIT = {
+    "a row that is no context": ("rows", with_one(2, 2)),
+    "a row below 0": ("rows", with_one(0, -1)),
+    "a row far away": ("rows", with_one(0, 2**62)),
+    "a span that begins before the keys": ("spans", with_one((0, 0), -1)),
+    "a span that ends behind the keys": ("spans", with_one((1, 3), 10)),
+    "a span whose end is beyond all numbers": ("spans", with_one((1, 0), 2**63 - 1)),
+    "a span of fewer than no keys": ("spans", with_one((1, 0), -1)),
+    "spans of one context": ("spans", lambda x: x[:, :2].contiguous()),
+    "spans of half a context": ("spans", lambda x: x[:, :3].contiguous()),
+    "spans without lengths": ("spans", lambda x: x[:1]),
+    "spans in 32 bits": ("spans", torch.Tensor.int),
+    "spans with gaps": ("spans", lambda x: torch.stack([x, x], dim=-1)[..., 0]),
+    "rows in 32 bits": ("rows", torch.Tensor.int),
+    "fewer rows": ("rows", lambda x: x[:2]),
+    "rows with gaps": ("rows", lambda x: torch.stack([x, x], dim=-1)[:, 0]),
+    "fewer keys": ("keys", lambda x: x[:-1]),
+    "shorter keys": ("keys", lambda x: x[:, :16].contiguous()),
+    "keys of another dtype": ("keys", torch.Tensor.double),
+    "keys of fewer bytes": ("keys", torch.Tensor.bfloat16),
+    "keys with gaps": ("keys", lambda x: torch.stack([x, x], dim=-1)[..., 0]),
+    "keys by columns": ("keys", lambda x: x.T.contiguous().T),
+    "fewer values": ("values", lambda x: x[:3]),
+    "shorter values": ("values", lambda x: x[:, :16].contiguous()),
+    "values of another dtype": ("values", torch.Tensor.half),
+    "a query of another dtype": ("query", torch.Tensor.double),
+    "a query of no dtype of ours": ("query", torch.Tensor.int),
+    "a query of longer heads": ("query", lambda x: torch.cat([x, x], dim=-1)),
+    "a query of more heads": ("query", lambda x: torch.cat([x, x], dim=1)),
+    "a query of more rows": ("query", lambda x: torch.cat([x, x])),
+    "a query without an axis": ("query", lambda x: x[0]),
+    "a query without heads": ("query", lambda x: x[:, :0]),
+    "a query of no axes": ("query", lambda x: x.flatten()[0]),
+    "fewer tail values": ("tail_values", lambda x: x[:, :, :2]),
+    "a tail of fewer rows": ("tail_keys", lambda x: x[:2]),
+    "a tail of fewer heads": ("tail_values", lambda x: x[:, :1]),
+    "a tail of shorter heads": ("tail_keys", lambda x: x[..., :16]),
+    "a tail of another dtype": ("tail_keys", torch.Tensor.bfloat16),
+    "a shorter mask": ("mask", lambda x: x[:, :, :-1]),
+    "a mask of fewer queries": ("mask", lambda x: x[:, :1]),
+    "a mask of numbers": ("mask", torch.Tensor.float),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", UNFIT)
+def test_the_op_refuses_what_would_be_read_out_of_bounds(how):
+    """Anybody can call it; numbers in rows and spans are addresses."""
+    name, change = UNFIT[how]
+    arguments = of_op()
+    expected = torch.ops.headwise.attend_ragged(*arguments.values())
+    with pytest.raises(ShapeMismatch):
+        torch.ops.headwise.attend_ragged(*{**arguments, name: change(arguments[name])}.values())
+    assert torch.equal(torch.ops.headwise.attend_ragged(*arguments.values()), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dim", [8, 272])
+def test_the_op_refuses_heads_that_it_is_not_made_for(dim):
+    query, segments, *rest = make_case([3, 4], [0], dim=dim)
+    with pytest.raises(ShapeMismatch, match=f"multiple of 16 up to 256; found {dim}"):
+        torch.ops.headwise.attend_ragged(query, segments.keys, segments.values, segments.spans, *rest)
+
+
+@needs_compiler
+def test_the_op_gets_no_tensor_of_another_device():
+    """PyTorch itself calls no op for the CPU then."""
+    for name in ("query", "keys", "rows", "spans", "tail_values"):
+        arguments = of_op()
+        arguments[name] = arguments[name].to("meta")
+        assert torch.ops.headwise.attend_ragged(*arguments.values()).is_meta or name != "query"
+
+
+@needs_compiler
+def test_only_memory_in_one_piece_is_read():
+    for states in (torch.ones(4, 4).T[:, :2], torch.ones(4, device="meta")):
+        with pytest.raises(BadInput, match="contiguous tensor on the CPU"):
+            native.read(states)

@@ -88,7 +88,7 @@ def test_another_model_is_refused(make_layer):
     assert scorer.resolve(layer.shape, "abc") is scorer
     with pytest.raises(ArtifactMismatch, match=r"configuration abc.* is abd"):
         scorer.resolve(layer.shape, "abd")
-    with pytest.raises(ArtifactMismatch, match=r"num_layers=3.*num_layers=9"):
+    with pytest.raises(ArtifactMismatch, match=r"3 layers in all.*9 layers in all"):
         scorer.resolve(replace(layer.shape, num_layers=9), "abc")
 
 

@@ -6,6 +6,7 @@ import shlex
 import sys
 from dataclasses import replace
 
+import file_kinds
 import pytest
 import torch
 from launching import SHARDED, launch
@@ -13,6 +14,7 @@ from random_gates import gates_file, gates_for
 
 import headwise
 from headwise import cli
+from headwise.artifacts import read_tensors, write_tensors
 from headwise.calibration import Example, encode
 from headwise.errors import BadInput
 from headwise.evals import models
@@ -393,3 +395,61 @@ def test_what_is_printed_is_how_to_use_it(model_folders, tmp_path, monkeypatch, 
     model, tokenizer = models.load(str(model_folders["qwen3"]), device="cpu")
     ids = torch.tensor([tokenizer(WORDS)["input_ids"]])
     headwise.compress(model, ids, f"keydiff+lkv-h@{out}", keep=0.3)
+
+
+@pytest.fixture
+def state(tmp_path, monkeypatch):
+    """The state of a run after three steps of five."""
+    monkeypatch.setattr(file_kinds, "FOLDER", [tmp_path])
+    path = tmp_path / "g.state"
+    path.write_bytes(file_kinds.make_state())
+    return path
+
+
+def test_a_state_is_taken_up(state):
+    made = file_kinds.trainer()
+    assert module._State(state, made, "a run").restore() == 3
+    assert module._State(state, made, "another run").restore() is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("run", 3),
+        ("done", 6),
+        ("done", -1),
+        ("done", "3"),
+        ("best_loss", None),
+        ("log", []),
+        ("log", [{"step": 0, "loss": 1.0}]),
+        ("log", [{"step": "0", "validation": 1.0, "validation_agreement": 1.0}]),
+    ],
+)
+def test_a_state_with_altered_metadata_is_refused(state, field, value):
+    """It is the work of hours: nothing is begun anew without a word."""
+    tensors, metadata = read_tensors(state, "training")
+    write_tensors(state, "training", tensors, {**metadata, field: value})
+    with pytest.raises(BadInput, match=r"g\.state: the state is damaged: .*remove it to train from the beginning"):
+        module._State(state, file_kinds.trainer(), "a run").restore()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("now.0", lambda x: x * torch.nan, "'now.0' holds numbers from nan"),
+        ("best.1", lambda x: x[:1], "'best.1' has shape"),
+        ("optimizer.0.exp_avg_sq", lambda x: x - 1, "'optimizer.0.exp_avg_sq' holds numbers from -"),
+        ("optimizer.2.step", lambda x: x[None], "'optimizer.2.step' has shape"),
+        ("mean.0", lambda x: None, "lacks 'mean.0'"),
+        ("buffer.start", torch.Tensor.long, "'buffer.start' is of dtype I64"),
+    ],
+)
+def test_a_state_with_altered_tensors_is_refused_and_nothing_is_set(state, name, change, words):
+    tensors, metadata = read_tensors(state, "training")
+    tensors[name] = change(tensors[name])
+    write_tensors(state, "training", {n: t for n, t in tensors.items() if t is not None}, metadata)
+    made = file_kinds.trainer()
+    before = [parameter.clone() for parameter in made.parameters()]
+    with pytest.raises(BadInput, match=f"g.state is damaged: .*{words}.* Remove it to train from the beginning"):
+        module._State(state, made, "a run").restore()
+    assert all(map(torch.equal, before, made.parameters()))

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from headwise.console import numbers, print_json, print_table, progress_bar, say, size, split
+from headwise.strict_json import MOST
 
 app = typer.Typer(help="Speed and memory, next to the full cache and to what memory allows, measured in the same run.")
 
@@ -18,18 +19,26 @@ Model = Annotated[
     str,
     typer.Option("--model", "-m", help="Hub id, folder, or random-llama-1b, random-llama-8b, random-narrow."),
 ]
-Layers = Annotated[int | None, typer.Option(min=1, help="Of a random model; left out: as many as it has.")]
+Layers = Annotated[int | None, typer.Option(min=1, max=MOST, help="Of a random model; left out: as many as it has.")]
 Keep = Annotated[float, typer.Option("--keep", "-k", help="Share kept.")]
 Methods = Annotated[str, typer.Option(help="Comma-separated; see 'headwise methods'.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Tokens = Annotated[str, typer.Option(help="Of context; comma-separated.")]
-Batch = Annotated[int, typer.Option(min=1, help="Sequences.")]
+Batch = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Of PyTorch on the CPU; left out: its default.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=MOST, help="Of PyTorch on the CPU; left out: its default.")]
 KVPress = Annotated[
     Path | None, typer.Option(help="The Python of an environment with kvpress: its head-wise path is measured too.")
 ]
+
+
+def counted(text: str) -> int:
+    """One of several numbers of an option. Raises ValueError, which `numbers` tells."""
+    number = int(text)
+    if number > MOST:
+        raise ValueError(f"{text[:40]} is more than {MOST}")
+    return number
 
 
 @app.command("decode", epilog="Example: headwise bench decode --dtype bfloat16,float32 --keep 0.1,0.2 --json")
@@ -40,7 +49,7 @@ def decode(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; comma-separated.")] = "bfloat16,float32",
     threads: Annotated[str, typer.Option(help="Comma-separated.")] = "1",
     skewed: Annotated[bool, typer.Option(help="Some heads keep much more than others.")] = True,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each candidate; the median counts.")] = 15,
+    rounds: Annotated[int, typer.Option(min=1, max=MOST, help="Runs of each candidate; the median counts.")] = 15,
     kvpress: KVPress = None,
     as_json: AsJson = False,
 ) -> None:
@@ -53,7 +62,11 @@ def decode(
     grid = [
         Settings(tokens=n, keep=k, batch=b, dtype=d, threads=t, skewed=skewed, rounds=rounds, kvpress=kvpress)
         for d, n, k, b, t in product(
-            split(dtype), numbers(tokens, int), numbers(keep, float), numbers(batch, int), numbers(threads, int)
+            split(dtype),
+            numbers(tokens, counted),
+            numbers(keep, float),
+            numbers(batch, counted),
+            numbers(threads, counted),
         )
     ]
     rows = []
@@ -93,7 +106,7 @@ def prefill(
     dtype: Dtype = "bfloat16",
     device: Device = "auto",
     threads: Threads = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each candidate; the median counts.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, max=MOST, help="Runs of each candidate; the median counts.")] = 5,
     as_json: AsJson = False,
 ) -> None:
     """What methods add to the reading of a context, on any model: in turns with the full cache."""
@@ -112,7 +125,7 @@ def prefill(
             threads=threads,
             rounds=rounds,
         )
-        for n in numbers(tokens, int)
+        for n in numbers(tokens, counted)
     ]
     rows = []
     with progress_bar("rounds") as progress:
@@ -141,7 +154,7 @@ def generate(
     methods: Methods = "snapkv+adakv",
     keep: Keep = 0.15,
     tokens: Tokens = "8192",
-    new_tokens: Annotated[int, typer.Option(min=1, help="Decoded; the median step counts.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Decoded; the median step counts.")] = 64,
     batch: Batch = 1,
     dtype: Dtype = "bfloat16",
     device: Device = "auto",
@@ -162,7 +175,7 @@ def memory(
     methods: Methods = "keydiff,snapkv+adakv",
     keep: Keep = 0.15,
     tokens: Tokens = "2048,4096,8192",
-    new_tokens: Annotated[int, typer.Option(min=1, help="Decoded after the context.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Decoded after the context.")] = 8,
     batch: Batch = 1,
     dtype: Dtype = "float32",
     device: Device = "auto",
@@ -207,7 +220,7 @@ def _candidates(
             threads=threads,
             kvpress=kvpress,
         )
-        for n in numbers(tokens, int)
+        for n in numbers(tokens, counted)
     ]
     rows = []
     with progress_bar("candidates") as progress:

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from headwise.evals.answers import FULL, answer, read_context, require_possible, room_for_answers, time_decoding
 from headwise.evals.document import Asked, tokenize
 from headwise.evals.metrics import answers_found
+from headwise.evals.room import require_room
+from headwise.hf.families import view
 from headwise.keep import Keep, parse_keep
 
 
@@ -54,6 +56,7 @@ def compare(
     """
     keep = parse_keep(keep)
     questions = [a.question for a in asked]
+    require_room(tokenizer, context, view(model).max_positions)
     tokens = tokenize(tokenizer, context, questions, device=model.device, split_special_tokens=split_special_tokens)
     room_for_answers(model, tokens)
     require_possible(model, methods, [keep], tokens)

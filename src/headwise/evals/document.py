@@ -1,7 +1,6 @@
 """A document with questions: reading it from files, and turning it into tokens, chat template included."""
 
 import codecs
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,12 +12,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from headwise import strict_json
 from headwise.errors import BadInput
 from headwise.evals import template
 from headwise.evals.models import reference_path
 from headwise.evals.seams import following_ids, unclosed
 from headwise.evals.template import Rendered
 
+MOST_BYTES = 2**30  # of a file: more than a hundred million words
+_EXAMPLE = '{"question": "Who ...?", "answers": ["Ada"]}'
 FORMATS = {  # files that are no text, by how they begin; some are all ASCII
     b"%PDF-": "a PDF file",
     b"%FDF-": "a PDF form",
@@ -72,6 +74,8 @@ def bundled() -> tuple[str, list[Asked]]:
 def read_text(path: Path) -> str:
     """A document. Raises BadInput if it cannot be read, is no text or is empty."""
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise BadInput(f"the document {path} is larger than {MOST_BYTES // 2**20} MiB; give a part of it.")
         data = path.read_bytes()
     except OSError as error:
         raise BadInput(f"cannot read the document {path}: {error.strerror}.") from error
@@ -107,6 +111,8 @@ def read_questions(path: Path) -> list[Asked]:
     Raises BadInput, naming the line.
     """
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise BadInput(f"{path} is larger than {MOST_BYTES // 2**20} MiB; give a part of the questions.")
         lines = _decoded(path.read_bytes(), f"the file of questions {path}").split("\n")
     except OSError as error:
         raise BadInput(f"cannot read questions from {path}: {error}.") from error
@@ -118,7 +124,7 @@ def read_questions(path: Path) -> list[Asked]:
 
 def _parse_question(line: str, place: str) -> Asked:
     try:
-        found = json.loads(line)
+        found = strict_json.loads(line)
     except ValueError:
         found = None
     match found:
@@ -126,7 +132,7 @@ def _parse_question(line: str, place: str) -> Asked:
             answers = found.get("answers", [])
             if isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers):
                 return Asked(question=question, answers=tuple(answers))
-    raise BadInput(f'{place} is no question; write {{"question": "Who ...?", "answers": ["Ada"]}} on one line.')
+    raise BadInput(f"{place} is no question; write {_EXAMPLE} on one line.")
 
 
 def tokenize(

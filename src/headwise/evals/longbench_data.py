@@ -5,7 +5,6 @@ rows come from a folder, or from the official archive on the Hugging Face hub. T
 `datasets` no longer loads it, since version 4 dropped data sets that are read by a script.
 """
 
-import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +13,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from headwise import strict_json
 from headwise.errors import BadInput
+from headwise.evals.archives import pieces
 
 HUB_REPOSITORY, HUB_FILE = "THUDM/LongBench", "data.zip"
 _URL = f"https://huggingface.co/datasets/{HUB_REPOSITORY}/resolve/main/{HUB_FILE}"
+LONGEST_LINE = 2**26  # bytes
+MOST_BYTES = 2**30  # of a dataset
 _FORMAT = '{"input": "...", "context": "...", "answers": ["..."], "length": 12, "all_classes": null, "dataset": "..."}'
 
 
@@ -133,7 +136,7 @@ def read_row(name: str, line: Line) -> Row:
     try:
         with line.path.open("rb") as file:
             file.seek(line.start)
-            text = file.readline()
+            text = file.readline(LONGEST_LINE)
     except OSError as error:
         raise BadInput(f"cannot read {line.path}: {error.strerror}.") from error
     return _parse_row(name, line, _parse(line, text))
@@ -148,7 +151,9 @@ def _scan(path: Path) -> Iterator[tuple[Line, dict[str, Any]]]:
     start = 0
     try:
         with path.open("rb") as file:
-            for number, text in enumerate(file, start=1):
+            for number, text in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+                if len(text) > LONGEST_LINE:
+                    raise BadInput(f"{path}, line {number} is longer than {LONGEST_LINE // 2**20} MiB; it is no row.")
                 if text.strip():
                     line = Line(path=path, number=number, start=start)
                     yield line, _parse(line, text)
@@ -159,7 +164,7 @@ def _scan(path: Path) -> Iterator[tuple[Line, dict[str, Any]]]:
 
 def _parse(line: Line, text: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(text)
+        content = strict_json.loads(text)
     except ValueError as error:
         raise BadInput(f"{line.path}, line {line.number} is damaged: {error}.") from error
     if not isinstance(content, dict):
@@ -197,7 +202,8 @@ def _download(names: Sequence[str]) -> Path:
             members = {Path(member).name: member for member in archive.namelist()}
             for name in missing:
                 part = folder / f"{name}.part"
-                part.write_bytes(archive.read(members[f"{name}.jsonl"]))
+                with part.open("wb") as file:
+                    file.writelines(pieces(archive, members[f"{name}.jsonl"], MOST_BYTES))
                 os.replace(part, folder / f"{name}.jsonl")
     except Exception as error:  # the network's own errors too; the way out is the same for all
         raise BadInput(

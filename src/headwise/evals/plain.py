@@ -8,11 +8,12 @@
 A document is used as it is, however long.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
+from headwise import strict_json
 from headwise.errors import BadInput
 from headwise.evals.document import read_text, text_ids
 from headwise.evals.metrics import METRICS
@@ -68,17 +69,17 @@ def perplexity_task(path: Path, tokenizer: Any, length: int) -> Task:
 def _parse(line: str, where: str) -> tuple[Sample, str]:
     """A sample and its metric."""
     try:
-        found: Any = json.loads(line)
+        found: Any = strict_json.loads(line)
     except ValueError as error:
         raise BadInput(f"{where} is no JSON ({error}); write {EXAMPLE}.") from error
     if not isinstance(found, Mapping) or not _is_text(found.get("context")):
         raise BadInput(f"{where} has no context; write {EXAMPLE}.")
     asked = found.get("questions", [found])
     metric, limit = found.get("metric", "contains"), found.get("max_new_tokens", MAX_NEW_TOKENS)
-    if metric not in METRICS:
-        raise BadInput(f"{where}: metric {metric!r} is not known; choose {', '.join(METRICS)}.")
-    if not isinstance(limit, int) or limit < 1:
-        raise BadInput(f"{where}: max_new_tokens={limit!r} must be a number of at least 1.")
+    if not isinstance(metric, str) or metric not in METRICS:
+        raise BadInput(f"{where}: metric {shown(metric)} is not known; choose {', '.join(METRICS)}.")
+    if type(limit) is not int or not 1 <= limit <= strict_json.MOST:
+        raise BadInput(f"{where}: max_new_tokens={shown(limit)} must be a number of at least 1.")
     if not isinstance(asked, list) or not asked:
         raise BadInput(f"{where} has no questions; write {EXAMPLE}.")
     questions = tuple(_question(one, where) for one in asked)

@@ -21,12 +21,17 @@ INSTRUCTION = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """A question, the documents that hold its answer, and others on the same subject; documents by their number."""
+    """A question, the documents that hold its answer, and all on its subject; documents by their number."""
 
     question: str
     answers: tuple[str, ...]
     documents: tuple[int, ...]
-    related: tuple[int, ...] = ()
+    subject: tuple[int, ...] = ()  # shared by all questions on it: they may be thousands
+
+    @property
+    def related(self) -> tuple[int, ...]:
+        """Those on the subject that do not hold the answer."""
+        return tuple(number for number in self.subject if number not in self.documents)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,8 +110,9 @@ def _write_documents(
 
 def _order_documents(corpus: Corpus, asked: Asked, rng: np.random.Generator) -> list[int]:
     """Order all documents by when they are taken: the needed ones, those on the same subject, the others."""
-    others = np.setdiff1d(np.arange(len(corpus.documents)), [*asked.documents, *asked.related])
-    return [*asked.documents, *rng.permutation(asked.related).astype(int).tolist(), *rng.permutation(others).tolist()]
+    related = asked.related
+    others = np.setdiff1d(np.arange(len(corpus.documents)), [*asked.documents, *related])
+    return [*asked.documents, *rng.permutation(related).astype(int).tolist(), *rng.permutation(others).tolist()]
 
 
 def _first_words(text: str, num_words: int) -> str:
@@ -125,7 +131,7 @@ def _load_corpus(
     try:
         corpus = parse(found)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}); {advice}.") from error
+        raise BadInput(f"{path} is damaged ({type(error).__name__}: {error!s:.200}); {advice}.") from error
     if not corpus.asked or not corpus.documents:
         raise BadInput(f"{path} holds no questions with documents; {advice}.")
     return corpus
@@ -136,12 +142,11 @@ def _parse_squad(found: Any) -> Corpus:
     documents, number = _number(paragraph["context"] for article in articles for paragraph in article)
     asked = []
     for article in articles:
-        numbers = dict.fromkeys(number[paragraph["context"]] for paragraph in article)
+        numbers = tuple(dict.fromkeys(number[paragraph["context"]] for paragraph in article))
         for paragraph in article:
             own = number[paragraph["context"]]
-            related = tuple(other for other in numbers if other != own)
             asked += [
-                Asked(question=str(qa["question"]), answers=_texts(qa), documents=(own,), related=related)
+                Asked(question=str(qa["question"]), answers=_texts(qa), documents=(own,), subject=numbers)
                 for qa in paragraph["qas"]
                 if not qa.get("is_impossible", False) and _texts(qa)
             ]

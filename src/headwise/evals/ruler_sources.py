@@ -11,7 +11,6 @@ The bundled text is generated prose, easier to tell from a needle than an essay 
 two a prompt has: scores on one cannot be compared with scores on the other.
 """
 
-import json
 import re
 import zipfile
 from bisect import bisect_right
@@ -25,9 +24,12 @@ from typing import Any
 
 import numpy as np
 
+from headwise import strict_json
 from headwise.errors import BadInput
+from headwise.evals.archives import DAMAGE, pieces
 from headwise.evals.lexicon import REFERENCE_LEXICON
 
+MOST_BYTES, MOST_WORD_BYTES = 2**28, 2**25  # of a file: documents and questions; words
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NUM_BUNDLED_SENTENCES = 10_000  # about 100000 words, as many as the essays have
 NOUNS_PER_PAIRED_NOUN = 8  # a pair is an adjective and every eighth noun: far more than a list of 128k tokens holds
@@ -123,11 +125,11 @@ def first_file(data_dir: Path | None, patterns: Iterable[str]) -> Path | None:
     return next(found, None)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, most: int = MOST_BYTES) -> Any:
     """Read a JSON file. Raises BadInput, also where it is damaged."""
     try:
-        return json.loads(_read(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return strict_json.loads(_read(path, most))
+    except ValueError as error:
         raise BadInput(f"{path} is damaged, it is no JSON: {error}. Get it again.") from error
 
 
@@ -147,8 +149,10 @@ def _read_essay(path: Path) -> str:
     raise BadInput(f'{path} is not RULER\'s file of essays; it should hold {{"text": "..."}}.')
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, most: int = MOST_BYTES) -> str:
     try:
+        if path.stat().st_size > most:
+            raise BadInput(f"{path} is larger than {most // 2**20} MiB; RULER uses smaller ones. Get its own file.")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path}: {error}.") from error
@@ -189,13 +193,15 @@ def _read_words(path: Path) -> list[str]:
     """Read a word list: RULER's JSON, nltk's archive, or the file in it."""
     match path.suffix:
         case ".json":
-            found = read_json(path)
+            found = read_json(path, MOST_WORD_BYTES)
             words = found.values() if isinstance(found, dict) else found
             return [word for word in words if isinstance(word, str)] if isinstance(words, Iterable) else []
         case ".zip":
             try:
                 with zipfile.ZipFile(path) as archive:
-                    return archive.read("words/en").decode("utf-8").split()
-            except (OSError, zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
+                    return b"".join(pieces(archive, "words/en", MOST_WORD_BYTES)).decode("utf-8").split()
+            except BadInput:
+                raise
+            except DAMAGE as error:
                 raise BadInput(f"{path} is damaged or not nltk's word list: {error}. Get it again.") from error
-    return _read(path).split()
+    return _read(path, MOST_WORD_BYTES).split()

@@ -25,6 +25,7 @@ from headwise.evals.answers import (
 )
 from headwise.evals.document import Tokens, tokenize
 from headwise.evals.fidelity import LOGITS_BYTES, Continuations, Fidelity, Yardstick
+from headwise.evals.room import require_room
 from headwise.evals.tasks import Sample
 from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
@@ -79,6 +80,7 @@ class Session:
         """
         if sample.continues is not None:
             return [self._continued(sample.continues)]
+        require_room(self.tokenizer, sample.context, view(self.model).max_positions)
         found = tokenize(
             self.tokenizer,
             sample.context,

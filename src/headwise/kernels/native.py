@@ -10,13 +10,14 @@ import struct
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from headwise.errors import KernelUnavailable
+from headwise.errors import BadInput, KernelUnavailable, ShapeMismatch
 from headwise.kernels import compiled, pages
+from headwise.kernels.arguments import require_shapes
 from headwise.layout import Segments
 
 SOURCE = Path(__file__).with_name("ragged.cpp")
@@ -101,11 +102,13 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def read(states: Tensor) -> None:
-    """Read a contiguous tensor from memory, for the floor of `headwise bench`. Raises KernelUnavailable."""
+    """Read a contiguous tensor from memory, for the floor of `headwise bench`. Raises KernelUnavailable, BadInput."""
+    if not (states.is_cpu and states.is_contiguous()):
+        raise BadInput("only a contiguous tensor on the CPU can be read from memory.")
     load().reader(states.data_ptr(), states.nbytes // 8, torch.get_num_threads())
 
 
-_CALL = struct.Struct("29q")
+_CALL = struct.Struct("30q")
 _library = torch.library.Library("headwise", "DEF")
 _library.define(
     "attend_ragged(Tensor query, Tensor keys, Tensor values, Tensor spans, Tensor rows, Tensor tail_keys, "
@@ -124,31 +127,83 @@ def _attend_ragged(
     mask: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """The op. `spans` [2, segments]: first row and number of rows of every segment; all other shapes as elsewhere."""
+    """The op. `spans` [2, segments]: first row and number of rows of every segment; all other shapes as elsewhere.
+
+    Anybody can call it: raises ShapeMismatch for whatever would be read out of bounds.
+    """
+    _require_fit(query, keys, values, spans, rows, tail_keys, tail_values, mask)
     batch, heads, group, num_new, dim = query.shape
-    tail = tail_keys.shape[2]
-    query, tail_keys, tail_values = _dense(query, 1), _dense(tail_keys, 2), _dense(tail_values, 2)
-    out = torch.empty((batch, heads, group, num_new, dim), dtype=query.dtype)
+    num_keys, segments, tail = keys.shape[0], spans.shape[1], tail_keys.shape[2]
+    query, query_strides = _dense(query, 1)
+    (tail_keys, key_strides), (tail_values, value_strides) = _dense(tail_keys, 2), _dense(tail_values, 2)
+    out, starts = torch.empty((batch, heads, group, num_new, dim), dtype=query.dtype), spans.data_ptr()
     call = _CALL.pack(
-        query.data_ptr(), keys.data_ptr(), values.data_ptr(), spans.data_ptr(), spans[1].data_ptr(), rows.data_ptr(),
+        query.data_ptr(), keys.data_ptr(), values.data_ptr(), starts, starts + 8 * segments, rows.data_ptr(),
         tail_keys.data_ptr(), tail_values.data_ptr(), 0 if mask is None else mask.data_ptr(), out.data_ptr(),
-        batch, heads, group, num_new, dim, spans.shape[1] // heads, tail,
-        *query.stride()[:4], *tail_keys.stride()[:2], *tail_values.stride()[:2],
+        batch, heads, group, num_new, dim, segments // heads, tail, num_keys,
+        *query_strides[:4], *key_strides[:2], *value_strides[:2],
         *((0, 0, 0) if mask is None else mask.stride()),
         torch.get_num_threads(),
     )  # fmt: skip
     error = load().function(call, scaling, DTYPES[query.dtype])
-    if error == 1:
-        raise MemoryError("there is no memory for the parts of ragged attention.")
     if error:
-        raise KernelUnavailable(f"the C++ kernel was built for a CPU without {query.dtype}: use kernel='pages'.")
+        _refuse(error, query.dtype, num_keys)
     return out
 
 
-def _dense(states: Tensor, axes: int) -> Tensor:
-    """Contiguous in its last `axes` axes; the others may have any stride."""
-    dense = states.stride(-1) == 1 and (axes == 1 or states.stride(-2) == states.shape[-1])
-    return states if dense else states.contiguous()
+def _refuse(error: int, dtype: torch.dtype, num_keys: int) -> NoReturn:
+    """What the library's number for an error means; see the end of ragged.cpp."""
+    if error == 1:
+        raise MemoryError("there is no memory for the parts of ragged attention.")
+    if error == 2:
+        raise KernelUnavailable(f"the C++ kernel was built for a CPU without {dtype}: use kernel='pages'.")
+    raise ShapeMismatch(
+        f"rows name a context, or spans one of the {num_keys} keys, that is not there: every row must be the index of "
+        "a context, and every span a first key and a number of keys."
+    )
+
+
+def _require_fit(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    spans: Tensor,
+    rows: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    mask: Tensor | None,
+) -> None:
+    """Raise ShapeMismatch unless addresses, sizes and strides of these tensors are what the library takes them for.
+
+    All are on the CPU: PyTorch calls the op of another device where any is not.
+    """
+    dtype = query.dtype
+    if not (
+        dtype == keys.dtype == values.dtype == tail_keys.dtype == tail_values.dtype
+        and dtype in DTYPES
+        and spans.dtype == rows.dtype == torch.int64
+        and (mask is None or mask.dtype == torch.bool)
+        and keys.is_contiguous() and values.is_contiguous() and spans.is_contiguous() and rows.is_contiguous()
+    ):  # fmt: skip
+        raise ShapeMismatch(
+            "ragged attention takes contiguous keys, values, spans and rows: query, keys, values and tail of one dtype "
+            f"of {', '.join(map(str, DTYPES))}, spans and rows of int64, a mask of bool."
+        )
+    given = spans.shape
+    if len(given) != 2 or given[0] != 2:
+        raise ShapeMismatch(f"spans {tuple(given)} must be [2, segments]: first keys, and numbers of keys.")
+    dim = require_shapes(query, keys, values, given[1], rows, tail_keys, tail_values, mask)
+    if dim % 16 or dim > MAX_HEAD_DIM:
+        raise ShapeMismatch(f"the C++ kernel takes heads of a multiple of 16 up to {MAX_HEAD_DIM}; found {dim}.")
+
+
+def _dense(states: Tensor, axes: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Contiguous in its last `axes` axes; the others may have any stride. With its strides."""
+    strides = states.stride()
+    if strides[-1] == 1 and (axes == 1 or strides[-2] == states.shape[-1]):
+        return states, strides
+    dense = states.contiguous()
+    return dense, dense.stride()
 
 
 _library.impl("attend_ragged", _attend_ragged, "CPU")

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from headwise.errors import ShapeMismatch
 from headwise.kernels.partial import OwnedPart, attend_part, bias_of, merge
 
 PART = 128  # entries of a sequence that one part of a decoding attention reads, at least
@@ -43,6 +44,7 @@ def attend(
 
     All requests with one query are one batched attention over parts of all their sequences; prompts come one by one.
     """
+    require_fit(query, pool, sequences)
     out = torch.empty_like(query)
     starts = sequences.query_starts
     counts = [stop - start for start, stop in pairwise(starts)]
@@ -57,6 +59,33 @@ def attend(
                 query[rows], pool, sequences.tables[request], sequences.lengths[request].tolist(), scaling
             )
     return out
+
+
+def require_fit(query: Tensor, pool: Tensor, sequences: Sequences) -> None:
+    """Raise ShapeMismatch where sequences name queries or table entries that are not there.
+
+    Page numbers are not looked at: they may be on a GPU, for which nobody waits. On a CPU a wrong one is an IndexError.
+    """
+    tables, lengths, starts = sequences.tables, sequences.lengths, sequences.query_starts
+    if query.ndim == pool.ndim == tables.ndim == 3:
+        room = tables.shape[2] * pool.shape[1]
+        if (
+            pool.shape[2] == 2 * query.shape[2]
+            and tables.shape[:2] == lengths.shape
+            and tables.shape[1]
+            and query.shape[1] % tables.shape[1] == 0
+            and len(starts) == len(tables) + 1
+            and starts[0] >= 0
+            and all(start <= stop for start, stop in pairwise(starts))
+            and starts[-1] <= len(query)
+            and (not lengths.numel() or 0 <= int(lengths.min()) <= int(lengths.max()) <= room)
+        ):
+            return
+    raise ShapeMismatch(
+        f"{len(starts) - 1} requests, with lengths {tuple(lengths.shape)} and tables {tuple(tables.shape)}, do not fit "
+        f"queries {tuple(query.shape)} and a pool {tuple(pool.shape)}: every request needs its queries, and a table as "
+        "long as its sequences."
+    )
 
 
 def _decode(query: Tensor, pool: Tensor, tables: Tensor, lengths: Tensor, scaling: float) -> Tensor:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headwise.kernels.arguments import require_fit
 from headwise.kernels.partial import OwnedPart, attend_part, bias_of, merge
-from headwise.layout import Segments
+from headwise.layout import Segments, listed_rows
 
 MAX_PAGED_QUERIES = 32  # per segment
 MAX_QUERIES = 512  # at a time, per row
@@ -28,6 +29,7 @@ def attend(
     scaling: float,
 ) -> Tensor:
     """Attention over frozen segments and tail; see `reference.attend` for the shapes."""
+    require_fit(query, segments, rows, tail_keys, tail_values, mask)
     if query.shape[3] > MAX_QUERIES:
         return _attend_in_blocks(query, segments, rows, tail_keys, tail_values, mask, scaling)
     queries = query.flatten(2, 3)  # [B, H, G * T, D]
@@ -56,7 +58,7 @@ class Folding:
     def of(cls, rows: Tensor, contexts: int) -> "Folding":
         """Give every row the next free slot of its context."""
         taken: Counter[int] = Counter()
-        slot, listed = [], rows.tolist()
+        slot, listed = [], listed_rows(rows, contexts)
         for context in listed:
             slot.append(taken[context])
             taken[context] += 1

@@ -300,7 +300,7 @@ void see(const typename How::Query* queries, int64_t num_queries, const T* keys,
 // The arguments, in the order in which native.py gives them. Strides count elements; the last axis is dense everywhere.
 struct Call {
   int64_t query, keys, values, starts, lengths, rows, tail_keys, tail_values, seen, out;  // addresses
-  int64_t batch, heads, group, new_tokens, dim, contexts, tail;
+  int64_t batch, heads, group, new_tokens, dim, contexts, tail, num_keys;
   int64_t query_row, query_head, query_group, query_new;
   int64_t tail_key_row, tail_key_head, tail_value_row, tail_value_head;
   int64_t seen_row, seen_new, seen_token;
@@ -308,6 +308,17 @@ struct Call {
 };
 
 template <class T> T* at(int64_t address) { return reinterpret_cast<T*>(address); }
+
+// Whether rows name contexts and segments lie within the keys. All else of a call native.py has seen to.
+bool is_within(const Call& call) {
+  const int64_t *starts = at<const int64_t>(call.starts), *lengths = at<const int64_t>(call.lengths);
+  const int64_t* rows = at<const int64_t>(call.rows);
+  bool within = true;
+  for (int64_t b = 0; b < call.batch; b++) within &= rows[b] >= 0 && rows[b] < call.contexts;
+  for (int64_t s = 0; s < call.contexts * call.heads; s++)
+    within &= starts[s] >= 0 && lengths[s] >= 0 && starts[s] <= call.num_keys && lengths[s] <= call.num_keys - starts[s];
+  return within;
+}
 
 struct Item {
   int64_t context, row, head, start, tokens;  // row < 0: of the frozen part
@@ -414,9 +425,10 @@ template <class How, class T> void attend(const Call& call, float scaling) {
 
 }  // namespace
 
-// 0: done. 1: out of memory. 2: a dtype that this CPU's build does not have.
+// 0: done. 1: out of memory. 2: a dtype that this CPU's build does not have. 3: rows or segments that are not there.
 extern "C" int headwise_attend(const int64_t* arguments, double scaling, int dtype) {
   const Call call = read_as<Call>(arguments);
+  if (!is_within(call)) return 3;
   try {
     switch (dtype) {
       case 0:

@@ -21,6 +21,7 @@ from triton import knobs
 
 from headwise.errors import BadInput
 from headwise.kernels import pages
+from headwise.kernels.arguments import require_fit
 from headwise.layout import Segments
 
 MAX_QUERIES = 512  # that read one segment; for more, matrix products are the better way
@@ -63,6 +64,7 @@ def attend(
     Raises BadInput for tensors that are not on a GPU.
     """
     _require_gpu(query)
+    require_fit(query, segments, rows, tail_keys, tail_values, mask)
     num_folded = segments.readers_of(rows).slots * query.shape[2] * query.shape[3]
     fits = num_folded <= MAX_QUERIES and query.shape[4] <= MAX_HEAD_DIM
     if not fits or query.dtype not in DTYPES or query.dtype != segments.keys.dtype:

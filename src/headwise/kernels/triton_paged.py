@@ -49,6 +49,7 @@ def attend(
     fits = query.shape[2] <= MAX_HEAD_DIM and query.dtype in DTYPES and query.dtype == pool.dtype
     if not fits or not len(query):
         return paged.attend(query, pool, sequences, scaling)
+    paged.require_fit(query, pool, sequences)
     return _launch(query, pool, sequences, scaling)
 
 

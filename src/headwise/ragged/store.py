@@ -1,6 +1,7 @@
 """Saving and loading a RaggedCache: one safetensors file that names the model and the context it belongs to."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,13 +9,17 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headwise.artifacts import fingerprint, read_tensors, write_tensors
-from headwise.errors import ArtifactMismatch, BadInput, UnsupportedGeneration
+from headwise.artifacts import fingerprint, opened, write_tensors
+from headwise.errors import ArtifactMismatch, UnsupportedGeneration
+from headwise.hf.families import view
 from headwise.hf.fingerprint import model_fingerprint
 from headwise.layout import Segments
 from headwise.ragged.cache import RaggedCache
 from headwise.ragged.layer import RaggedLayer
+from headwise.ragged.saved import IDS, Expected, Saved, read
 from headwise.ragged.transcript import Transcript
+
+LARGEST_STATE = 1e9  # of a key or value: what attention makes of them is finite
 
 
 def tokens_fingerprint(
@@ -33,7 +38,7 @@ def save(cache: RaggedCache, path: str | os.PathLike[str]) -> None:
         found = _ragged_tensors(layer) if isinstance(layer, RaggedLayer) else _sliding_tensors(layer)
         tensors |= {f"{i}.{name}": tensor for name, tensor in found.items()}
     if cache.transcript.ids is not None:
-        tensors["ids"] = cache.transcript.ids.to(torch.int32)
+        tensors[IDS] = cache.transcript.ids.to(torch.int32)
     metadata = {
         "model": cache.view.model.config.name_or_path,
         "model_fingerprint": model_fingerprint(cache.view.model),
@@ -59,33 +64,55 @@ def load(
     With `input_ids` (and `attention_mask`, if there was one) it is checked that the cache is of that context.
     Raises ArtifactMismatch for a cache of another model or context, BadInput for a missing or damaged file.
     """
-    tensors, metadata = read_tensors(path, "cache")
-    found, expected = metadata["model_fingerprint"], model_fingerprint(model)
-    if found != expected:
-        raise ArtifactMismatch(
-            f"{path} was made with {metadata['model'] or 'a model'} (fingerprint {found[:12]}), not with "
-            f"{model.config.name_or_path or 'this model'} ({expected[:12]}): the weights differ, or another adapter is "
-            "active. Compress the context again."
-        )
+    with opened(path, "cache") as file:
+        _require_model(file.metadata, model, path)
+        found = read(file, _expected(model))
+    metadata = found.metadata
     if input_ids is not None:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         _require_context(tokens_fingerprint(input_ids, mask), metadata["tokens_fingerprint"], path)
     cache = RaggedCache(model, "random", keep=1.0, kernel=kernel)  # a method is of no use any more: all is cut
     cache.provenance = {name: metadata[name] for name in cache.provenance}
     cache.tokens_fingerprint, cache.meter.peak = metadata["tokens_fingerprint"], metadata["peak_nbytes"]
-    cache.transcript = Transcript().followed_by(
-        ids.to(model.device) if (ids := tensors.get("ids")) is not None else None
-    )
-    counts = metadata.get("context_tokens")
-    cache.context_tokens = None if counts is None else tuple(counts)
+    cache.transcript, cache.context_tokens = _transcript(found, input_ids, model), found.context_tokens
     for i, layer in enumerate(cache.layers):
-        prefix = f"{i}."
-        own = {k.removeprefix(prefix): _for_model(v, model) for k, v in tensors.items() if k.startswith(prefix)}
-        try:
-            _restore(layer, own, metadata["seen"])
-        except KeyError as missing:
-            raise BadInput(f"{path} is damaged: layer {i} has no {missing}. Compress the context again.") from missing
+        states = found.layers[i]
+        own = {name: _for_model(states.pop(name), model) for name in list(states)}  # one copy at a time
+        _restore(layer, own, metadata["seen"])
     return cache
+
+
+def _transcript(found: Saved, input_ids: Tensor | None, model: PreTrainedModel) -> Transcript:
+    """What the file says that was seen; of a file without ids, the context that it was found to be of."""
+    ids = found.ids
+    if ids is None and input_ids is not None and input_ids.shape[1] == found.metadata["seen"]:
+        ids = input_ids
+    return Transcript().followed_by(None if ids is None else ids.to(model.device))
+
+
+def _require_model(metadata: Mapping[str, Any], model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
+    """Raise ArtifactMismatch for another model; what is no fingerprint at all is refused where the file is read."""
+    found, expected = metadata.get("model_fingerprint"), model_fingerprint(model)
+    if isinstance(found, str) and found != expected:
+        made_with = metadata.get("model") or "a model"
+        raise ArtifactMismatch(
+            f"{path} was made with {made_with!s:.80} (fingerprint {found[:12]}), not with "
+            f"{model.config.name_or_path or 'this model'} ({expected[:12]}): the weights differ, or another adapter is "
+            "active. Compress the context again."
+        )
+
+
+def _expected(model: PreTrainedModel) -> Expected:
+    seen, config = view(model), model.config.get_text_config()
+    return Expected(
+        num_layers=seen.shape.num_layers,
+        layers=seen.shape.layers,
+        kv_heads=seen.shape.kv_heads,
+        head_dim=seen.shape.head_dim,
+        window=getattr(config, "sliding_window", None) or 0,
+        max_positions=seen.max_positions,
+        largest=min(torch.finfo(model.dtype).max, LARGEST_STATE),
+    )
 
 
 def _require_context(found: str, expected: str | None, path: str | os.PathLike[str]) -> None:

@@ -3,14 +3,15 @@
 The first step of `headwise report` of such files; curves.py and speed.py go on from here.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headwise import strict_json
 from headwise.errors import BadInput
-from headwise.report.fields import BENCHMARKS, checked
+from headwise.report.fields import BENCHMARKS
+from headwise.strict_json import checked
 
 Row = dict[str, Any]  # fields.BENCHMARKS says of what
 ADVICE = "measure again."
@@ -71,10 +72,10 @@ def load(files: Sequence[Path]) -> list[Section]:
 def _rows(path: Path) -> list[Row]:
     expected = "name files that 'headwise bench ... --json' has written, or folders of 'headwise eval --out DIR'."
     try:
-        raw = json.loads(path.read_bytes())
+        raw = strict_json.loads(path.read_bytes(), values=False)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or 'unreadable'}; {expected}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadInput(f"{path} is damaged ({error}); {ADVICE}") from error
     if not isinstance(raw, list) or not raw:
         raise BadInput(f"{path} holds no list of rows; {expected}")
@@ -89,6 +90,6 @@ def _row(raw: Any, place: str) -> Row:
 
 
 def _known(benchmark: Any) -> str:
-    if benchmark not in BENCHMARKS:
+    if strict_json.text(benchmark) not in BENCHMARKS:
         raise ValueError
     return benchmark

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from headwise.artifacts import Budget
-from headwise.errors import BadInput
 from headwise.report.drawing import (
     BLUE,
     ORANGE,
@@ -44,11 +43,9 @@ def retained(budget: Budget, name: str) -> Float[np.ndarray, "heads points"]:
     """Utility that every head retains, by one curve of the evidence.
 
     Points are equal shares of the tokens that are not protected, from none of them to all. The first is what the
-    protected tokens retain; in a long context those are a negligible part of what is kept. Raises BadInput on damage.
+    protected tokens retain; in a long context those are a negligible part of what is kept.
     """
     curve, protected = budget.evidence[name], budget.origin.sink + budget.origin.window
-    if tuple(curve.shape[:-1]) != tuple(budget.fractions.shape[1:]) or curve.shape[-1] <= protected:
-        raise BadInput(f"the budget's {name!r} curves have shape {tuple(curve.shape)}; get or make the file again.")
     gained = curve.flatten(0, 1).double().numpy().cumsum(-1)
     return np.pad(gained, ((0, 0), (1, 0)))[:, protected:]
 

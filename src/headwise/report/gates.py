@@ -3,7 +3,6 @@
 Drawn for `headwise inspect --plot`. First the numbers, then the drawing.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from headwise import strict_json
 from headwise.artifacts import Budget, describe
 from headwise.errors import BadInput
 from headwise.gates import Gates
@@ -51,9 +51,10 @@ def log_of(path: str | os.PathLike[str]) -> list[Row]:
 
 def _row(line: str, place: str) -> Row:
     try:
-        row = {str(name): float(value) for name, value in dict(json.loads(line)).items()}
+        found = strict_json.mapping(strict_json.loads(line, values=False))  # a loss may have become NaN
+        row = {name: float(value) for name, value in found.items()}
         return {**row, "step": row["step"]}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise BadInput(f"{place} is no line of a training log; move the log away to draw the gates alone.") from error
 
 

@@ -19,15 +19,17 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
-from headwise.artifacts import read_tensors, replacing
+from headwise.artifacts import opened, replacing
 from headwise.console import shown
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.evals import template
 from headwise.evals.models import REFERENCE, load_tokenizer
+from headwise.ragged.saved import read
 from headwise.ragged.store import tokens_fingerprint
 
 FORMATS = (".html", ".htm")
 SHADES = 8
+LARGEST = 2**30  # bytes of a map while it is made: one for every token and head
 
 Coding = tuple[str, list[int], list[tuple[int, int]]]  # a text, its tokens, and from where to where each stands in it
 
@@ -45,24 +47,32 @@ class KeptTokens:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "KeptTokens":
         """From what `RaggedCache.save` wrote. Raises ArtifactMismatch, BadInput for a batch or a damaged file."""
-        tensors, metadata = read_tensors(path, "cache")
-        layers = tuple(sorted(int(name.split(".")[0]) for name in tensors if name.endswith(".positions")))
+        with opened(path, "cache") as file:
+            saved = read(file)
+        found, metadata = saved.layers, saved.metadata
+        layers = tuple(layer for layer, states in found.items() if "positions" in states)
         if not layers:
             raise BadInput(f"{path} is damaged: it holds no kept positions; compress the context again.")
-        try:
-            tails = [tensors[f"{i}.tail_keys"].shape[2] for i in layers if f"{i}.tail_keys" in tensors]
-            tokens = metadata["seen"] - max(tails, default=0)
-            kept = np.stack([_mask(tensors[f"{i}.positions"], tensors[f"{i}.lengths"], tokens, path) for i in layers])
-            method = "+".join(metadata["method"][part]["name"] for part in ("scorer", "allocator"))
-            return cls(
-                kept=kept,
-                layers=layers,
-                name=f"{method}, keep {metadata['keep']}",
-                model=metadata["model"] or "",
-                tokens_fingerprint=metadata["tokens_fingerprint"],
-            )
-        except (KeyError, TypeError, IndexError, RuntimeError) as error:
-            raise BadInput(f"{path} is damaged ({error}); compress the context again.") from error
+        tails = [found[i]["tail_keys"].shape[2] for i in layers if "tail_keys" in found[i]]
+        tokens = metadata["seen"] - max(tails, default=0)
+        if tokens * sum(found[i]["lengths"].numel() for i in layers) > LARGEST:
+            raise BadInput(f"{path} says that it saw {metadata['seen']} tokens, which are too many for a map.")
+        kept = np.stack([_mask(found[i]["positions"], found[i]["lengths"], tokens, path) for i in layers])
+        return cls(
+            kept=kept,
+            layers=layers,
+            name=f"{_method(metadata['method'], path)}, keep {metadata['keep']}",
+            model=metadata["model"] or "",
+            tokens_fingerprint=metadata["tokens_fingerprint"],
+        )
+
+
+def _method(found: Mapping[str, Any], path: str | os.PathLike[str]) -> str:
+    """Scorer and allocator, as the classes are called."""
+    match found:
+        case {"scorer": {"name": str(scorer)}, "allocator": {"name": str(allocator)}}:
+            return f"{scorer}+{allocator}"
+    raise BadInput(f"{path} is damaged: it does not name its method; compress the context again.")
 
 
 def _mask(

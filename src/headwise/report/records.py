@@ -3,23 +3,24 @@
 The first step of `headwise report`; statistics.py goes on from here. No torch: a report needs the files only.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from headwise import strict_json
 from headwise.errors import BadInput
 from headwise.report import fields
-from headwise.report.fields import checked
 from headwise.shapes import ModelShape
 
 FORMAT = 1
 FULL = "full"  # the method that keeps everything: the yardstick
 RUN = "run.json"
+LARGEST_MAP = 2**26  # tokens times heads; those that are written have 2048 tokens at most
 RECORDS, MAPS = "records*.jsonl", "maps*.jsonl"  # one of each, but while several processes write
 
 
@@ -166,7 +167,7 @@ def load(folders: Sequence[Path]) -> Results:
 def _run(folder: Path) -> Run:
     path = folder / RUN
     try:
-        raw = json.loads(path.read_bytes())
+        raw = strict_json.loads(path.read_bytes(), values=False)
     except OSError as error:
         reason = error.strerror or "unreadable"
         raise BadInput(f"{path}: {reason}; name folders that 'headwise eval --out DIR' has written.") from error
@@ -175,15 +176,15 @@ def _run(folder: Path) -> Run:
     if isinstance(raw, dict):
         if raw.get("format") != FORMAT:
             found = raw.get("format")
-            raise BadInput(f"{path} is of format {found!r}, expected {FORMAT}: use the headwise that wrote it.")
+            raise BadInput(f"{path} is of format {shown(found)}, expected {FORMAT}: use the headwise that wrote it.")
         raw = {"started": None, **raw}
-    return Run(**checked(raw, fields.RUN, str(path)))
+    return Run(**strict_json.checked(raw, fields.RUN, str(path), fields.ADVICE))
 
 
 def _records(folder: Path, run: Run) -> Iterator[Record]:
     expected = (len(run.shape.layers), run.shape.kv_heads)
     for place, raw in _lines(folder, RECORDS):
-        found = checked(raw, fields.RECORD, place)
+        found = strict_json.checked(raw, fields.RECORD, place, fields.ADVICE)
         if found["versions"] == run.versions:
             found["versions"] = run.versions  # one for thousands of records
         record = Record(**found)
@@ -197,8 +198,10 @@ def _records(folder: Path, run: Run) -> Iterator[Record]:
 def _maps(folder: Path, run: Run) -> Iterator[TokenMap]:
     layers = run.shape.layers
     for place, raw in _lines(folder, MAPS):
-        found = checked(raw, fields.TOKEN_MAP, place)
+        found = strict_json.checked(raw, fields.TOKEN_MAP, place, fields.ADVICE)
         by_head, tokens = found.pop("kept"), len(found["tokens"])
+        if len(by_head) * tokens > LARGEST_MAP:
+            raise BadInput(f"{place} maps {tokens} tokens of {len(by_head)} heads, which is no map; {fields.ADVICE}")
         kept = np.zeros((len(by_head), tokens), dtype=bool)
         for row, ((layer, head), indices) in zip(kept, by_head.items(), strict=True):
             if layer >= len(layers) or head >= run.shape.kv_heads or max(indices, default=-1) >= tokens:
@@ -215,7 +218,7 @@ def _lines(folder: Path, names: str) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(file, start=1):
                 place = f"{path}, line {number}"
                 try:
-                    found = json.loads(line) if line.strip() else None
+                    found = strict_json.loads(line, values=False) if line.strip() else None
                 except ValueError as error:
                     if not line.endswith(b"\n"):
                         break

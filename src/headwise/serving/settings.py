@@ -6,6 +6,7 @@ The same settings are read where the engine starts, in the scheduler and in ever
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from reprlib import repr as shown
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers import PretrainedConfig
 from headwise.artifacts import config_hash
 from headwise.errors import BadInput, UnsupportedModel
 from headwise.hf.families import FAMILIES, max_positions, shape_of
-from headwise.keep import Keep, parse_keep
+from headwise.keep import MOST_TOKENS, Keep, parse_keep
 from headwise.method import ALLOCATORS, SCORERS, Entry, Method, entries_of
 from headwise.ragged.prefill import make_plan
 from headwise.serving.tiers import WHOLE, Tiers, quantise
@@ -45,8 +46,8 @@ class Settings:
             value = getattr(self, name)
             if value is None and name != "tiers":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise BadInput(f"{name}={value!r} must be a whole number, 1 or more.")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_TOKENS:
+                raise BadInput(f"{name}={shown(value)} must be a whole number, from 1 to {MOST_TOKENS}.")
         require_servable(self.method)
 
     @classmethod

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headwise.artifacts import Origin, fingerprint, read_tensors, write_tensors
+from headwise import strict_json
+from headwise.artifacts import Origin, fingerprint, opened, write_tensors
 from headwise.calibration import Example, encode
 from headwise.errors import BadInput
+from headwise.evals.room import require_room
 from headwise.gates import EntryScores, Gates, HeadBudgets, summary_width
 from headwise.hf.attention import enable
 from headwise.hf.families import view
@@ -22,6 +24,7 @@ from headwise.method import Method
 from headwise.processes import Processes
 from headwise.ragged.store import model_fingerprint
 from headwise.reading import can_watch
+from headwise.schema import Numbers, Schema
 from headwise.train.loop import Lesson, Settings, Trainer, prepare
 from headwise.train.warm import warm_budgets, warm_scores
 
@@ -29,6 +32,13 @@ Part = Literal["lkv", "lkv-h", "lkv-t"]
 SAVE_EVERY = 100  # steps
 _SHOWN = 0.15  # the keep whose budgets progress tells of
 POOL = 4 * 2**30  # bytes of lessons that are kept in memory; others are made anew each time
+
+_RESTART = "remove it to train from the beginning."
+_STATE: Mapping[str, strict_json.Check] = {
+    "done": strict_json.size,
+    "best_loss": strict_json.number,
+    "log": strict_json.list_of(strict_json.mapping_of(strict_json.number)),
+}
 
 
 class Lessons(Sequence[Lesson]):
@@ -177,9 +187,13 @@ class _State:
         """Steps already done; None if there is no state, or it is of another run."""
         if not self.path.is_file():
             return None
-        tensors, metadata = read_tensors(self.path, "training")
-        if metadata["run"] != self.run:
-            return None
+        place = f"{self.path}: the state"
+        with opened(self.path, "training") as file:
+            if strict_json.checked(file.metadata, {"run": strict_json.text}, place, _RESTART)["run"] != self.run:
+                return None
+            metadata = strict_json.checked(file.metadata, _STATE, place, _RESTART)
+            self._require_log(metadata["log"], metadata["done"])
+            tensors = file.read(self._schema(file.headers))
         device, count = self.trainer.model.device, len(self.trainer.mean)
 
         def group(name: str) -> list[Tensor]:
@@ -197,8 +211,30 @@ class _State:
                 state.setdefault(int(number), {})[key] = tensor
         groups = self.trainer.optimizer.state_dict()["param_groups"]
         self.trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.log, self.best_loss = metadata["log"], metadata["best_loss"]
-        return int(metadata["done"])
+        self.log, self.best_loss = list(metadata["log"]), metadata["best_loss"]
+        return metadata["done"]
+
+    def _require_log(self, log: Sequence[Mapping[str, float]], done: int) -> None:
+        """Raise BadInput unless the log says what validation found, and no more steps are done than there are."""
+        validated = [row for row in log if "validation" in row]
+        if done > self.trainer.settings.steps or not validated or "validation_agreement" not in validated[-1]:
+            raise BadInput(f"{self.path}: the state is damaged: {done} steps, {len(log)} rows of its log; {_RESTART}")
+
+    def _schema(self, found: Collection[str]) -> Schema:
+        """What the file must hold: the optimizer is there as soon as it has made a step."""
+        table: dict[str, Numbers] = {}
+        started = any(name.startswith("optimizer.") for name in found)
+        for n, parameter in enumerate(self.trainer.parameters()):
+            numbers = Numbers(shape=tuple(parameter.shape))
+            table |= {f"{group}.{n}": numbers for group in ("now", "mean", "best")}
+            if started:
+                table[f"optimizer.{n}.step"] = Numbers(shape=(), low=0.0)
+                table[f"optimizer.{n}.exp_avg"] = numbers
+                table[f"optimizer.{n}.exp_avg_sq"] = Numbers(shape=tuple(parameter.shape), low=0.0)
+        if self.trainer.budgets is not None:
+            buffers = self.trainer.budgets.named_buffers()
+            table |= {f"buffer.{name}": Numbers(shape=tuple(buffer.shape)) for name, buffer in buffers}
+        return Schema(table=table, advice=_RESTART.capitalize())
 
 
 @torch.no_grad()
@@ -251,6 +287,7 @@ def _require(
         )
     limit = view(model).max_positions
     for example in examples:
+        require_room(tokenizer, example.context, limit)
         context, questions = encode(tokenizer, example, device="cpu")
         tokens = context.shape[1] + max(len(q) for q in questions) + settings.answer_tokens
         if tokens > limit:
