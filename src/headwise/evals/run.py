@@ -8,6 +8,7 @@ calibration ever sees them.
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -71,6 +72,8 @@ class Evaluation:
             raise BadInput("there is nothing to evaluate: give at least one task and one keep.")
         if self.protocol not in PROTOCOLS:
             raise BadInput(f"protocol={self.protocol!r}: choose {' or '.join(PROTOCOLS)}.")
+        if abs(self.seed) >= 2**63:
+            raise BadInput("the seed is out of range: choose one from 0 to 2**63 - 1.")
         if min(self.rows, self.timed + 1, self.seed + 1) < 1:
             raise BadInput(f"rows={self.rows} must be at least 1, timed={self.timed} and seed={self.seed} at least 0.")
         known_methods(self.methods)
@@ -97,10 +100,22 @@ def evaluate(
 ) -> list[Record]:
     """Measure everything that `folder` does not hold yet; all records of the evaluation, its samples in order.
 
-    Several `processes` share the samples. Raises BadInput, and what `require_possible` raises for the first sample of
-    any task, before any work.
+    Several `processes` share the samples, and the folder, which the first one keeps other runs out of. Raises BadInput,
+    and what `require_possible` raises for the first sample of any task, before any work.
     """
     processes = processes or Processes()
+    with nullcontext() if folder is None or processes.rank > 0 else folder.locked():
+        return _evaluate(model, tokenizer, evaluation, folder, processes, progress)
+
+
+def _evaluate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    evaluation: Evaluation,
+    folder: RunFolder | None,
+    processes: Processes,
+    progress: Callable[[int, int], None],
+) -> list[Record]:
     session = Session(
         model=model,
         tokenizer=tokenizer,
