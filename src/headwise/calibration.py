@@ -57,7 +57,7 @@ def load_examples(
     """Examples from a file, a folder or "builtin[:N]" (made from `split`). Raises BadInput naming file and line."""
     name, _, count = source.partition(":")
     if name == BUILTIN:
-        if count and not (count.isdecimal() and int(count) > 0):
+        if count and not (count.isdecimal() and len(count) < 10 and int(count) > 0):
             raise BadInput(f"data={source!r}: write {BUILTIN} or {BUILTIN}:N with a number of contexts.")
         return builtin(tokenizer, int(count or default), max_positions=max_positions, split=split)
     path = Path(source)
@@ -125,9 +125,9 @@ def _code(lexicon: Lexicon, number: int, length: int, seed: int, split: str) -> 
 
 
 def _read(file: Path) -> list[Example]:
-    text = read_text(file)
     if file.suffix != ".jsonl":
-        return [Example(context=text, domain=file.stem)]
+        return [Example(context=read_text(file), domain=file.stem)]
+    text = read_text(file, newline="\n")
     return [_parse(line, f"{file}, line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 

@@ -1,6 +1,6 @@
 """The command line. Every command is thin: parse, call the library, print. Results on stdout, progress on stderr.
 
-Exit codes: 0 done, 1 it could not be done, 2 the command line or an input is wrong.
+Exit codes: 0 done, 1 it could not be done, 2 the command line or an input is wrong, 130 interrupted (endings.py).
 """
 
 import json
@@ -18,10 +18,14 @@ import typer
 from headwise import __version__
 from headwise.bench import commands
 from headwise.console import count, print_json, print_table, progress_bar, size, split
-from headwise.errors import BadInput, HeadwiseError
+from headwise.endings import Commands
+from headwise.endings import run as run_to_the_end
+from headwise.errors import BadInput
+from headwise.writing import require_file
 
 app = typer.Typer(
     name="headwise",
+    cls=Commands,
     epilog="Example: headwise compare --model reference --methods full,snapkv,adakv --keep 0.15",
     no_args_is_help=True,
     add_completion=False,
@@ -41,23 +45,12 @@ NewTokens = Annotated[
     int, typer.Option(min=1, help="Longest answer; it ends at the model's last position at the latest.")
 ]
 Methods = Annotated[str, typer.Option(help="Comma-separated; see 'headwise methods'.")]
+SEEDS = 2**63 - 1  # the largest
 
 
 def main() -> None:
-    """Entry point: an error of ours is one line on stderr and an exit code."""
-    try:
-        app()
-    except HeadwiseError as error:
-        print(f"headwise: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadInput) else 1)
-    except (RuntimeError, MemoryError) as error:
-        from headwise.evals.models import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        advice = "try --prefill-chunk-size, a shorter document or --dtype bfloat16; see 'headwise plan'"
-        print(f"headwise: the device is out of memory; {advice}.", file=sys.stderr)
-        sys.exit(1)
+    """Entry point: an error is one line on stderr and an exit code."""
+    run_to_the_end(app)
 
 
 def _version(asked: bool | None) -> None:
@@ -165,6 +158,8 @@ def generate(
     known_methods([method])
     if save is not None and (method == FULL or save.is_dir() or not save.resolve().parent.is_dir()):
         raise BadInput(f"--save {save}: name a file in a folder that exists, and a method that compresses.")
+    if save is not None:
+        require_file(save, inputs=_inputs(model, [method], context))
     text, _ = _document(context, [question], None)
     loaded, tokenizer = _load(model, dtype, device)
     tokens = tokenize(tokenizer, text, [question], device=loaded.device)
@@ -198,7 +193,7 @@ def evaluate(
     methods: Methods = "full,snapkv,keydiff,adakv,expected+global",
     keep: Annotated[str, typer.Option("--keep", "-k", help="Comma-separated: 0.15,0.25.")] = "0.15",
     samples: Annotated[int, typer.Option(min=1, help="Documents per task.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, help="Of the evaluation split; no training data has it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the evaluation split; no training data has it.")] = 0,
     length: Annotated[int, typer.Option(min=1, help="Tokens of document, question and answer.")] = 512,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for records; a killed run goes on there.")
@@ -214,7 +209,7 @@ def evaluate(
 ) -> None:
     """Quality and measured memory of methods on tasks, against the full cache. Also under 'accelerate launch'."""
     from headwise.evals.answers import known_methods
-    from headwise.evals.records import RunFolder
+    from headwise.evals.records import RunFolder, require_place
     from headwise.evals.run import Evaluation, manifest, summarise
     from headwise.evals.run import evaluate as run
     from headwise.evals.suites import Sizes, make_tasks, parse_tasks
@@ -222,6 +217,8 @@ def evaluate(
 
     named, keeps, names = parse_tasks(tasks), tuple(parse_keep(k) for k in split(keep)), split(methods)
     known_methods(names)
+    if out is not None:
+        require_place(out)
     processes, loaded, tokenizer = _load_launched(model, dtype, device, shared_out=False)
     made = make_tasks(named, tokenizer, Sizes(samples=samples, length=length, seed=seed, data_dir=data_dir))
     evaluation = Evaluation(
@@ -301,7 +298,7 @@ def profile(
     sink: Annotated[int, typer.Option(min=0, help="First tokens that every head keeps first.")] = 4,
     window: Annotated[int, typer.Option(min=0, help="Last tokens that every head keeps next.")] = 32,
     temperature: Annotated[float, typer.Option(min=0, help="0 decodes greedily.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=-SEEDS, max=SEEDS, help="Of sampling.")] = 0,
     published: Annotated[
         bool, typer.Option("--published", help="Also solve every question by itself, as the paper does.")
     ] = False,
@@ -316,6 +313,7 @@ def profile(
     from headwise.profile import Settings
     from headwise.profile import profile as run
 
+    require_file(out, inputs=_inputs(model, split(scorer), Path(data)))
     processes, loaded, tokenizer = _load_launched(model, dtype, device)
     examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions)
     settings = Settings(
@@ -366,6 +364,7 @@ def solve(
     from headwise.solve import check as compare_with_optimum
     from headwise.solve import solve as run
 
+    require_file(out, inputs=[path])
     found = Profile.load(path)
     if scorer is None and len(found.curves) > 1:
         raise BadInput(f"{path} holds {', '.join(found.curves)}: choose one with --scorer.")
@@ -412,7 +411,7 @@ def train(
     keeps: Annotated[str, typer.Option(help="Smallest and largest keep to train for.")] = "0.03,0.3",
     sink: Annotated[int, typer.Option(min=0, help="First tokens that every head keeps first.")] = 1,
     window: Annotated[int, typer.Option(min=0, help="Last tokens that every head keeps next.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same gates.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="The same seed gives the same gates.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -423,12 +422,15 @@ def train(
     from headwise.keep import parse_keep
     from headwise.train.loop import Settings
     from headwise.train.run import train as run
+    from headwise.train.run import written
 
     if part not in ("lkv", "lkv-h", "lkv-t"):
         raise BadInput(f"part={part!r}: choose lkv, lkv-h or lkv-t.")
     bounds = [float(parse_keep(keep).amount) for keep in split(keeps)]
     if len(bounds) != 2:
         raise BadInput(f"keeps={keeps!r}: write the smallest and the largest, such as 0.03,0.5.")
+    for path in written(out):
+        require_file(path, inputs=_inputs(model, [scorer or ""], Path(data)))
     processes, loaded, tokenizer = _load_launched(model, dtype, device)
     examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions, split="train", default=160)
     settings = Settings(
@@ -689,11 +691,13 @@ def _plot(
         if context is None:
             raise BadInput("the words that a cache keeps are those of its document: name the file with --context.")
         target = out or path.with_suffix(".html")
+        require_file(target, inputs=[path, context])
         draw_kept(path, target, context=context, text=read_text(context), model=model)
         return target
     if context is not None or model is not None:
         raise BadInput(f"--context and --model are for the plot of a cache; {path} is a {kind}.")
     target = out or path.with_suffix(".png")
+    require_file(target, inputs=[path] if beside is None else [path, beside])
     if kind == "gates":
         from headwise.report.gates import plot as draw_gates
 
@@ -727,6 +731,16 @@ def _document(context: Path | None, question: Sequence[str] | None, questions: P
     if not asked:
         raise BadInput("a document needs questions: add --question 'Who ...?' or --questions FILE.jsonl.")
     return read_text(context), asked
+
+
+def _inputs(model: str, methods: Sequence[str], text: Path | None) -> list[Path]:
+    """Files that a command reads: the model's, those that methods name, and a text, or the texts of a folder."""
+    of_model = [*Path(model).iterdir()] if Path(model).is_dir() else []
+    texts = [] if text is None else [text]
+    if text is not None and text.is_dir():
+        texts = [file for file in text.iterdir() if file.suffix in (".jsonl", ".txt")]
+    named = [Path(part.partition("@")[2]) for method in methods for part in method.split("+") if "@" in part]
+    return [*of_model, *texts, *named]
 
 
 def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:

@@ -16,6 +16,8 @@ from headwise.errors import BadInput
 from headwise.shapes import ModelShape
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+LONGEST = 60  # characters of a keep
+DIGITS = 15  # of a number of tokens
 _ADVICE = (
     "keep must be a fraction in (0, 1] such as 0.15, a number of tokens such as '1024tok', or bytes such as '2GiB'"
 )
@@ -63,8 +65,15 @@ def parse_keep(value: "str | float | int | Keep") -> Keep:
         return value
     if isinstance(value, bool) or not isinstance(value, str | Real):
         raise BadInput(f"keep={value!r} is not understood. {_ADVICE}.")
-    text = value.strip() if isinstance(value, str) else repr(float(value))  # the shortest decimal, as it was written
-    match = re.fullmatch(r"(\d*\.?\d+(?:[eE]-?\d+)?|\d+\.)\s*(tok|%|[KMGT]?i?B)?", text)
+    try:
+        text = (
+            value.strip() if isinstance(value, str) else repr(float(value))
+        )  # the shortest decimal, as it was written
+    except OverflowError as error:
+        raise BadInput(f"the number given as keep is too large. {_ADVICE}.") from error
+    if len(text) > LONGEST:
+        raise BadInput(f"the text given as keep has {len(text)} characters, at most {LONGEST} make sense. {_ADVICE}.")
+    match = re.fullmatch(r"(\d*\.?\d+(?:[eE]-?\d{1,3})?|\d+\.)\s*(tok|%|[KMGT]?i?B)?", text)
     if match is None or (match[2] is not None and match[2] not in {"tok", "%", *UNITS}):
         raise BadInput(f"keep={value!r} is not understood. {_ADVICE}.")
     number, unit = Fraction(match[1]), match[2]
@@ -84,15 +93,17 @@ def parse_bytes(text: str) -> int:
     except BadInput:
         keep = None
     if keep is None or keep.kind != "bytes":
-        raise BadInput(f"{text!r} is not a size in bytes; write for instance 24GiB (units: {', '.join(UNITS)}).")
+        raise BadInput(
+            f"{text[:LONGEST]!r} is not a size in bytes; write for instance 24GiB (units: {', '.join(UNITS)})."
+        )
     return int(keep.amount)
 
 
 def parse_tokens(text: str | int) -> int:
     """Parse a number of tokens such as `4096`, `128k` (times 1024) or `1M`."""
-    match = re.fullmatch(r"(\d+)\s*([kKmM]?)", str(text).strip())
+    match = re.fullmatch(rf"(\d{{1,{DIGITS}}})\s*([kKmM]?)", str(text).strip())
     if match is None or int(match[1]) == 0:
-        raise BadInput(f"{text!r} is not a number of tokens; write for instance 4096 or 128k.")
+        raise BadInput(f"{str(text)[:LONGEST]!r} is not a number of tokens; write for instance 4096 or 128k.")
     return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
 
 

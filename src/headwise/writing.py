@@ -33,7 +33,7 @@ def require_file(path: str | os.PathLike[str], *, inputs: Iterable[str | os.Path
         found = _status(path)
         if found is not None:
             _require_regular(path, found)
-            if any(os.path.samestat(found, other) for other in map(_status, inputs) if other is not None):
+            if any(os.path.exists(one) and os.path.samestat(found, os.stat(one)) for one in inputs):
                 raise BadInput(f"cannot write {path}: it is one of the files that are read. Name another file.")
         folder = _target(path).parent
         if not folder.is_dir():
@@ -107,17 +107,17 @@ def append(path: str | os.PathLike[str], content: bytes) -> None:
         raise failed(path, error) from error
 
 
-def leftovers(path: str | os.PathLike[str]) -> list[Path]:
-    """What killed processes have left of writing `path`: folders, which `replacing` named."""
-    goal = _target(path)
-    name = re.compile(rf"\.{re.escape(goal.name[:_SHOWN])}\.[0-9a-f]{{12}}\.tmp")
-    return [found for found in goal.parent.iterdir() if name.fullmatch(found.name) and found.is_dir()]
+def leftover(goal: str) -> re.Pattern[str]:
+    """How the folders are named that killed processes leave of writing a file of the name `goal`."""
+    return re.compile(rf"\.{re.escape(goal[:_SHOWN])}\.[0-9a-f]{{12}}\.tmp")
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
     """Remove them. Only for one who is alone in writing `path`, see locks.py."""
-    for found in leftovers(path):
-        shutil.rmtree(found, ignore_errors=True)
+    goal = _target(path)
+    for found in goal.parent.iterdir():
+        if leftover(goal.name).fullmatch(found.name):
+            shutil.rmtree(found, ignore_errors=True)
 
 
 def failed(path: str | os.PathLike[str], error: OSError) -> WriteFailed:

@@ -42,10 +42,14 @@ def bundled() -> tuple[str, list[Asked]]:
     return read_text(folder / "demo.txt"), read_questions(folder / "demo.jsonl")
 
 
-def read_text(path: Path) -> str:
-    """A document. Raises BadInput if it cannot be read or is empty."""
+def read_text(path: Path, *, newline: str | None = None) -> str:
+    """A document, the ends of its lines as "\\n"; with newline="\\n" as they are.
+
+    Raises BadInput if it cannot be read or is empty.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8", newline=newline) as file:
+            text = file.read()
     except UnicodeDecodeError as error:
         raise BadInput(
             f"the document {path} is not UTF-8 text (byte {error.start}); convert it to a text file."
@@ -63,7 +67,7 @@ def read_questions(path: Path) -> list[Asked]:
     Raises BadInput, naming the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read questions from {path}: {error}.") from error
     asked = [_parse_question(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1) if line.strip()]

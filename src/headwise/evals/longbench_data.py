@@ -6,7 +6,6 @@ rows come from a folder, or from the official archive on the Hugging Face hub. T
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from headwise.errors import BadInput
+from headwise.writing import write_bytes
 
 HUB_REPOSITORY, HUB_FILE = "THUDM/LongBench", "data.zip"
 _URL = f"https://huggingface.co/datasets/{HUB_REPOSITORY}/resolve/main/{HUB_FILE}"
@@ -196,9 +196,7 @@ def _download(names: Sequence[str]) -> Path:
         with zipfile.ZipFile(hf_hub_download(HUB_REPOSITORY, HUB_FILE, repo_type="dataset")) as archive:
             members = {Path(member).name: member for member in archive.namelist()}
             for name in missing:
-                part = folder / f"{name}.part"
-                part.write_bytes(archive.read(members[f"{name}.jsonl"]))
-                os.replace(part, folder / f"{name}.jsonl")
+                write_bytes(folder / f"{name}.jsonl", archive.read(members[f"{name}.jsonl"]))
     except Exception as error:  # the network's own errors too; the way out is the same for all
         raise BadInput(
             f"cannot download LongBench ({type(error).__name__}). Download {_URL} yourself, unpack it and give its "

@@ -25,7 +25,7 @@ EXAMPLE = '{"context": "...", "question": "Who ...?", "answers": ["Ada"], "metri
 
 def file_task(path: Path, length: int) -> Task:
     """Documents with questions. Raises BadInput, naming the line."""
-    lines = [(n, line) for n, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(read_text(path, newline="\n").split("\n"), start=1) if line.strip()]
     parsed = [_parse(line, f"{path}, line {number}") for number, line in lines]
     metrics = {metric for _, metric in parsed}
     if len(metrics) > 1:

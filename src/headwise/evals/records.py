@@ -6,8 +6,8 @@
 
 A killed run, started again with the same --out, repeats no sample and loses none: the last one is dropped if it is not
 complete. Methods, keeps, tasks and samples may be added to a folder; a model, seed, length or protocol of its own
-needs another. One run at a time: `locked` keeps a second one out. Lines are JSON in ASCII and end at "\n", nowhere else.
-Imports no torch.
+needs another. One run at a time: `locked` keeps a second one out. Lines are JSON in ASCII, and only a line feed ends
+them. Imports no torch.
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import Any
 
 from headwise.errors import BadInput
 from headwise.locks import SUFFIX, locked
-from headwise.writing import append, leftovers, reason, remove_leftovers, require_file, require_folder, write_bytes
+from headwise.writing import append, leftover, reason, remove_leftovers, require_file, require_folder, write_bytes
 
 FORMAT = 1
 RUN, RECORDS, MAPS = "run.json", "records.jsonl", "maps.jsonl"
@@ -84,8 +84,9 @@ def require_place(path: str | os.PathLike[str]) -> None:
     names = (RUN, RECORDS, MAPS)
     for name in names:
         require_file(folder / name)
-    temporary = {found.name for name in names for found in leftovers(folder / name)} | {f"{n}.new" for n in names}
-    if not (folder / RUN).is_file() and {found.name for found in folder.iterdir()} - temporary - {SUFFIX}:
+    found = {path.name for path in folder.iterdir()} - {SUFFIX, *(f"{name}.new" for name in names)}
+    others = [one for one in found if not any(leftover(name).fullmatch(one) for name in names)]
+    if others and not (folder / RUN).is_file():
         raise BadInput(f"{folder} holds other files and no {RUN}; name a new or empty folder with --out.")
 
 

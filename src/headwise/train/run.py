@@ -79,13 +79,13 @@ def train(
     where `out` cannot be written, and WriteFailed.
     """
     processes = processes or Processes()
-    for path in _files(out):
+    for path in written(out):
         require_file(path)
     with nullcontext() if processes.rank > 0 else locked(lock_of(out), out):
         _train(model, tokenizer, examples, out, part, scorer, settings or Settings(), processes, progress)
 
 
-def _files(out: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
+def written(out: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
     """What training writes: gates, log, and the state that a killed run goes on from."""
     name = os.fspath(out)
     return Path(name), Path(f"{name}.log.jsonl"), Path(f"{name}.state")
@@ -102,7 +102,7 @@ def _train(
     processes: Processes,
     progress: Callable[[int, int, str], None],
 ) -> None:
-    seen, (_, log, kept) = view(model), _files(out)
+    seen, (_, log, kept) = view(model), written(out)
     fixed = _fixed_scorer(part, scorer)
     if fixed is not None:
         fixed = fixed.resolve(seen.shape, seen.config_hash)
