@@ -22,7 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from headwise.errors import BadInput
-from headwise.evals.document import read_text, tokenize
+from headwise.evals.document import read_text, require_whole, tokenize
 from headwise.evals.lexicon import Lexicon
 from headwise.evals.mini_ruler import generate, seeded_generator
 from headwise.evals.suites import lexicon_for
@@ -91,6 +91,7 @@ def encode(
     if example.questions:
         tokens = tokenize(tokenizer, example.context, list(example.questions), device=device)
         return tokens.context, tokens.questions
+    require_whole(example.context, repr(example.context[:40]))
     ids = torch.tensor([tokenizer(example.context)["input_ids"]], dtype=torch.long, device=device)
     if ids.shape[1] < 2:
         raise BadInput("a calibration text needs at least two tokens.")

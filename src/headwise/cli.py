@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 it could not be done, 2 the command line or an input is wr
 
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -156,7 +157,7 @@ def generate(
 
     parsed = parse_keep(keep)
     known_methods([method])
-    if save is not None and (method == FULL or save.is_dir() or not save.resolve().parent.is_dir()):
+    if save is not None and (method == FULL or not os.path.isdir(save.parent)):
         raise BadInput(f"--save {save}: name a file in a folder that exists, and a method that compresses.")
     if save is not None:
         require_file(save, inputs=_inputs(model, [method], context))

@@ -65,10 +65,8 @@ def parse_keep(value: "str | float | int | Keep") -> Keep:
         return value
     if isinstance(value, bool) or not isinstance(value, str | Real):
         raise BadInput(f"keep={value!r} is not understood. {_ADVICE}.")
-    try:
-        text = (
-            value.strip() if isinstance(value, str) else repr(float(value))
-        )  # the shortest decimal, as it was written
+    try:  # of a number the shortest decimal, as it was written
+        text = value.strip() if isinstance(value, str) else repr(float(value))
     except OverflowError as error:
         raise BadInput(f"the number given as keep is too large. {_ADVICE}.") from error
     if len(text) > LONGEST:

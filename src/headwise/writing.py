@@ -21,6 +21,7 @@ from uuid import uuid4
 from headwise.errors import BadInput, WriteFailed
 
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_LEFT = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp")
 _SHOWN = 40  # characters of a goal's name in the name of its temporary file; a name has at most 255 bytes
 
 
@@ -107,16 +108,17 @@ def append(path: str | os.PathLike[str], content: bytes) -> None:
         raise failed(path, error) from error
 
 
-def leftover(goal: str) -> re.Pattern[str]:
-    """How the folders are named that killed processes leave of writing a file of the name `goal`."""
-    return re.compile(rf"\.{re.escape(goal[:_SHOWN])}\.[0-9a-f]{{12}}\.tmp")
+def left_of(name: str) -> str | None:
+    """The start of the name of the file that a killed process was writing, if it has left a folder of this name."""
+    found = _LEFT.fullmatch(name)
+    return found and found[1]
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Remove them. Only for one who is alone in writing `path`, see locks.py."""
+    """Remove what killed processes left of writing `path`. Only for one who is alone in doing so, see locks.py."""
     goal = _target(path)
     for found in goal.parent.iterdir():
-        if leftover(goal.name).fullmatch(found.name):
+        if left_of(found.name) == goal.name[:_SHOWN]:
             shutil.rmtree(found, ignore_errors=True)
 
 

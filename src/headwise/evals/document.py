@@ -61,6 +61,16 @@ def read_text(path: Path, *, newline: str | None = None) -> str:
     return text
 
 
+def require_whole(text: str, what: str) -> None:
+    """Raise BadInput for half a character, which JSON and the command line let through: no tokenizer reads it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(
+            f"{what} holds half a character (a lone surrogate, character {error.start + 1}). Write the whole character."
+        ) from error
+
+
 def read_questions(path: Path) -> list[Asked]:
     """Questions from JSON lines such as {"question": "Who ...?", "answers": ["Ada"]}; "answers" may be left out.
 
@@ -108,6 +118,8 @@ def tokenize(
     """
     if not questions or any(not question.strip() for question in questions):
         raise BadInput("a question is empty." if questions else "there is no question to ask.")
+    for text in (context, *questions, *(prefixes or ())):
+        require_whole(text, repr(text[:40]))
     templated = chat and getattr(tokenizer, "chat_template", None) is not None
     write = partial(_message, tokenizer) if templated else str
     opening = write(f"{context}{_MARK}").partition(_MARK)[0]

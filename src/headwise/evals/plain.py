@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import BadInput
-from headwise.evals.document import read_text
+from headwise.evals.document import read_text, require_whole
 from headwise.evals.metrics import METRICS
 from headwise.evals.tasks import Question, Sample, Task
 
@@ -79,6 +79,8 @@ def _parse(line: str, where: str) -> tuple[Sample, str]:
     if not isinstance(asked, list) or not asked:
         raise BadInput(f"{where} has no questions; write {EXAMPLE}.")
     questions = tuple(_question(one, where) for one in asked)
+    for text in (found["context"], *(question.prompt for question in questions)):
+        require_whole(text, where)
     return Sample(context=found["context"], questions=questions, max_new_tokens=limit), metric
 
 

@@ -12,6 +12,8 @@ them. Imports no torch.
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,12 +22,13 @@ from typing import Any
 
 from headwise.errors import BadInput
 from headwise.locks import SUFFIX, locked
-from headwise.writing import append, leftover, reason, remove_leftovers, require_file, require_folder, write_bytes
+from headwise.writing import append, left_of, reason, require_file, require_folder, write_bytes
 
 FORMAT = 1
 RUN, RECORDS, MAPS = "run.json", "records.jsonl", "maps.jsonl"
 _SAME = ("format", "model", "config_hash", "dtype", "protocol", "seed", "length", "fidelity")
 _GROW = ("tasks", "methods", "keeps", "samples")
+_OURS = re.compile(r"run\.json|(records|maps)(\.\d+)?\.jsonl")
 Unit = tuple[str, int]  # a task and the index of a sample
 
 
@@ -81,13 +84,17 @@ def require_place(path: str | os.PathLike[str]) -> None:
     require_folder(folder)
     if not folder.is_dir():
         return
-    names = (RUN, RECORDS, MAPS)
-    for name in names:
+    for name in (RUN, RECORDS, MAPS):
         require_file(folder / name)
-    found = {path.name for path in folder.iterdir()} - {SUFFIX, *(f"{name}.new" for name in names)}
-    others = [one for one in found if not any(leftover(name).fullmatch(one) for name in names)]
+    others = [path.name for path in folder.iterdir() if path.name != SUFFIX and not _left(path.name)]
     if others and not (folder / RUN).is_file():
         raise BadInput(f"{folder} holds other files and no {RUN}; name a new or empty folder with --out.")
+
+
+def _left(name: str) -> bool:
+    """Whether a file or folder of this name is what a killed process was writing, be it of an older headwise."""
+    goal = left_of(name) or (name.removesuffix(".new") if name.endswith(".new") else "")
+    return _OURS.fullmatch(goal) is not None
 
 
 class RunFolder:
@@ -115,6 +122,7 @@ class RunFolder:
         self._clear()
         if known is not None:
             self._drop_unfinished([tuple(pair) for pair in known["latest"]])
+            self._drop_maps()
         self.manifest = grown
         _write(self.path / RUN, [json.dumps(self.manifest, indent=1) + "\n"])
         self.merge()
@@ -153,12 +161,17 @@ class RunFolder:
             raise BadInput(f"cannot write to {self.path}: {reason(error)}. Name a folder with --out.") from error
 
     def _clear(self) -> None:
-        """Remove what killed processes were writing, and the ends of lines that they did not finish."""
-        for name in (RUN, RECORDS, MAPS):
-            remove_leftovers(self.path / name)
-            (self.path / f"{name}.new").unlink(missing_ok=True)  # of an older headwise
+        """Remove what killed processes were writing."""
+        for found in self.path.iterdir():
+            if _left(found.name):
+                shutil.rmtree(found) if found.is_dir() else found.unlink()
+
+    def _drop_maps(self) -> None:
+        """Forget maps without a record: a run was killed before it wrote that, and what it measures again has them."""
+        keys = {record.key for record in self.records()}
         for file in self.path.glob("maps*.jsonl"):
-            _write(file, dict.fromkeys(_lines(file)))
+            lines = [(line, f"{file}, line {number}") for number, line in enumerate(_lines(file), start=1)]
+            _write(file, dict.fromkeys(line for line, where in lines if _key_of_map(line, where) in keys))
 
     def _drop_unfinished(self, pairs: Iterable[tuple[str, ...]]) -> None:
         """Forget the sample that a killed run was writing, if not all of these (method, keep) have a record.
@@ -233,6 +246,14 @@ def _record(line: str, where: str) -> Record:
         return Record(**{**fields, "predictions": tuple(fields["predictions"]), "scores": tuple(fields["scores"])})
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{where} is no record: {error}. Remove the line, or name another folder with --out.") from error
+
+
+def _key_of_map(line: str, where: str) -> tuple[Unit, str, str]:
+    try:
+        found = json.loads(line)
+        return (found["task"], found["index"]), found["method"], found["keep"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{where} is no map: {error}. Remove the line, or name another folder with --out.") from error
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
