@@ -58,7 +58,7 @@ def load_examples(
     name, _, count = source.partition(":")
     if name == BUILTIN:
         if count and not (count.isdecimal() and len(count) < 10 and int(count) > 0):
-            raise BadInput(f"data={source!r}: write {BUILTIN} or {BUILTIN}:N with a number of contexts.")
+            raise BadInput(f"data={source[:60]!r}: write {BUILTIN} or {BUILTIN}:N with a number of contexts.")
         return builtin(tokenizer, int(count or default), max_positions=max_positions, split=split)
     path = Path(source)
     files = sorted(p for p in path.iterdir() if p.suffix in {".jsonl", ".txt"}) if path.is_dir() else [path]

@@ -736,9 +736,9 @@ def _document(context: Path | None, question: Sequence[str] | None, questions: P
 
 def _inputs(model: str, methods: Sequence[str], text: Path | None) -> list[Path]:
     """Files that a command reads: the model's, those that methods name, and a text, or the texts of a folder."""
-    of_model = [*Path(model).iterdir()] if Path(model).is_dir() else []
+    of_model = [*Path(model).iterdir()] if os.path.isdir(model) else []
     texts = [] if text is None else [text]
-    if text is not None and text.is_dir():
+    if text is not None and os.path.isdir(text):
         texts = [file for file in text.iterdir() if file.suffix in (".jsonl", ".txt")]
     named = [Path(part.partition("@")[2]) for method in methods for part in method.split("+") if "@" in part]
     return [*of_model, *texts, *named]

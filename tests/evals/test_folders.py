@@ -133,7 +133,7 @@ def test_a_second_run_is_kept_out_until_the_first_ends_however_it_ends(go, whole
     out, ranks = tmp_path / "run", (Rank(0, 2), Rank(0, 2)) if number == 2 else (None, None)
     process, end = holding(go, out, ranks[0])
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(BadInput, match="another process is writing .*run. Wait until it has ended, or name another"):
+    with pytest.raises(BadInput, match=r"another process is writing .*run\. Wait until it has ended, or name another"):
         go(out, ranks[1])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     os.kill(process, signal.SIGKILL)
