@@ -135,3 +135,24 @@ def test_senseless_context_lengths_are_refused(text):
 @pytest.mark.parametrize(("value", "text"), [(0.15, "0.15"), ("1024tok", "1024tok"), ("500B", "500B")])
 def test_it_prints_as_it_is_written(value, text):
     assert str(parse_keep(value)) == text
+
+
+NINES = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "value",
+    [NINES, f"0.{NINES}", f"{NINES}tok", f"{NINES}GiB", "1e-999999999", 10**5000, -(10**5000)],
+    ids=["digits", "decimals", "tokens", "bytes", "exponent", "integer", "negative"],
+)
+def test_numbers_beyond_all_bounds_are_refused_at_once_and_briefly(value):
+    with pytest.raises(BadInput, match="keep must be a fraction") as caught:
+        parse_keep(value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("value", [NINES, f"{NINES}k", 10**5000], ids=["digits", "thousands", "integer"])
+def test_no_context_has_so_many_tokens(value):
+    with pytest.raises(BadInput, match="is not a number of tokens") as caught:
+        parse_tokens(value)
+    assert len(str(caught.value)) < 200

@@ -29,7 +29,6 @@ from headwise.oracle import Sampling, decode, entry_importance
 from headwise.profile import CURVES, Settings, measure, profile
 from headwise.reading import read
 from headwise.solve import solve
-from headwise.writing import left_of
 
 QUICK = Settings(steps=2, sink=1, window=3)
 WORDS = "locker apple red stone. the key was under the old tower, near a river. "
@@ -468,7 +467,7 @@ def test_a_profile_that_is_killed_at_any_step_of_its_writing_is_finished_later(l
             break
         make(loaded, folder / "p")
         assert (folder / "p").read_bytes() == whole[1].read_bytes()
-        assert [path for path in folder.iterdir() if not left_of(path.name)] == [folder / "p"]
+        assert [*folder.iterdir()] == [folder / "p"]
     assert step > 30
 
 

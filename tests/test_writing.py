@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, write):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_disk_that_is_full_is_told(tmp_path):
+def test_a_disk_that_is_full_or_read_only_is_told(tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("file systems are mounted by root only")
@@ -273,6 +273,12 @@ def test_a_disk_that_is_full_is_told(tmp_path):
         with pytest.raises(WriteFailed, match="No space left on device"):
             append(path, bytes(100_000))
         assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"old", [path])
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
+        for check in (require_file, require_folder, WRITERS["bytes"]):
+            with pytest.raises(BadInput, match="Read-only file system"):
+                check(tmp_path / "new")
+        with pytest.raises(WriteFailed, match="Read-only file system"):
+            append(path, b"more")
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 

@@ -22,7 +22,7 @@ from headwise.console import count, print_json, print_table, progress_bar, size,
 from headwise.endings import Commands
 from headwise.endings import run as run_to_the_end
 from headwise.errors import BadInput
-from headwise.writing import require_file
+from headwise.writing import require_file, require_folder
 
 app = typer.Typer(
     name="headwise",
@@ -315,6 +315,7 @@ def profile(
     from headwise.profile import profile as run
 
     require_file(out, inputs=_inputs(model, split(scorer), Path(data)))
+    require_folder(f"{out}.parts")
     processes, loaded, tokenizer = _load_launched(model, dtype, device)
     examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions)
     settings = Settings(

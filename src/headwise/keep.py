@@ -99,9 +99,10 @@ def parse_bytes(text: str) -> int:
 
 def parse_tokens(text: str | int) -> int:
     """Parse a number of tokens such as `4096`, `128k` (times 1024) or `1M`."""
-    match = re.fullmatch(rf"(\d{{1,{DIGITS}}})\s*([kKmM]?)", str(text).strip())
+    written = text.strip() if isinstance(text, str) else f"{min(text, 10**DIGITS)}"
+    match = re.fullmatch(rf"(\d{{1,{DIGITS}}})\s*([kKmM]?)", written)
     if match is None or int(match[1]) == 0:
-        raise BadInput(f"{str(text)[:LONGEST]!r} is not a number of tokens; write for instance 4096 or 128k.")
+        raise BadInput(f"{written[:LONGEST]!r} is not a number of tokens; write for instance 4096 or 128k.")
     return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
 
 

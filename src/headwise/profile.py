@@ -13,7 +13,6 @@ several processes can share the work, and why neither changes the result: the pa
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -38,7 +37,7 @@ from headwise.oracle import Importance, Sampling, decode
 from headwise.processes import Processes
 from headwise.ragged.store import model_fingerprint
 from headwise.reading import can_watch, read
-from headwise.writing import failed, require_file, require_folder
+from headwise.writing import failed, remove, remove_leftovers, require_file, require_folder
 
 CURVES = (*LOSSES, "ideal")
 _PART = re.compile(r"[0-9a-f]{24}\.safetensors")
@@ -109,6 +108,7 @@ def profile(
         if processes.rank == 0:
             _merge(files, [e.domain for e in examples], chosen, _origin(model, run, files), settings).save(out)
             _remove(parts)
+            remove_leftovers(out)
         processes.wait()
 
 
@@ -137,10 +137,8 @@ def _make(parts: Path) -> None:
 def _remove(parts: Path) -> None:
     """Remove parts, and their folder if nobody has put something else there."""
     for path in parts.iterdir():
-        if _TEMPORARY.fullmatch(path.name) and path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif _TEMPORARY.fullmatch(path.name) or _PART.fullmatch(path.name):
-            path.unlink()
+        if _TEMPORARY.fullmatch(path.name) or _PART.fullmatch(path.name):
+            remove(path)
     with suppress(OSError):
         parts.rmdir()
 

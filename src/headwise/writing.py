@@ -108,6 +108,17 @@ def append(path: str | os.PathLike[str], content: bytes) -> None:
         raise failed(path, error) from error
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with what is in it, that this program has made. Raises WriteFailed."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise WriteFailed(f"cannot remove {path}: {reason(error)}. Remove it yourself.") from error
+
+
 def left_of(name: str) -> str | None:
     """The start of the name of the file that a killed process was writing, if it has left a folder of this name."""
     found = _LEFT.fullmatch(name)
@@ -119,7 +130,7 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
     goal = _target(path)
     for found in goal.parent.iterdir():
         if left_of(found.name) == goal.name[:_SHOWN]:
-            shutil.rmtree(found, ignore_errors=True)
+            remove(found)
 
 
 def failed(path: str | os.PathLike[str], error: OSError) -> WriteFailed:

@@ -13,7 +13,7 @@ from folders import word_tokenizer
 from killing import ended, forked, killed_at
 from ranks import Rank
 
-from headwise.errors import BadInput, WriteFailed
+from headwise.errors import BadInput, BudgetInfeasible, WriteFailed
 from headwise.evals import run
 from headwise.evals.records import RunFolder
 from headwise.evals.run import evaluate, manifest, summarise
@@ -225,6 +225,14 @@ def test_a_damaged_run_is_told(go, whole, tmp_path, text):
 
 
 # --- the system ---
+
+
+def test_what_is_refused_leaves_no_folder(model, tmp_path):
+    small = evaluation_of(word_tokenizer(), "mini-ruler:vt", ["snapkv"], [0.01], length=120)
+    folder = RunFolder(tmp_path / "run", manifest(model, "tiny", small, 120, "headwise eval"))
+    with pytest.raises(BudgetInfeasible):
+        evaluate(model, word_tokenizer(), small, folder=folder)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_what_a_full_disk_refuses_is_measured_again(go, whole, tmp_path):

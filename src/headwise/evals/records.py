@@ -13,7 +13,6 @@ them. Imports no torch.
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from typing import Any
 
 from headwise.errors import BadInput
 from headwise.locks import SUFFIX, locked
-from headwise.writing import append, left_of, reason, require_file, require_folder, write_bytes
+from headwise.writing import append, left_of, reason, remove, require_file, require_folder, write_bytes
 
 FORMAT = 1
 RUN, RECORDS, MAPS = "run.json", "records.jsonl", "maps.jsonl"
@@ -86,7 +85,11 @@ def require_place(path: str | os.PathLike[str]) -> None:
         return
     for name in (RUN, RECORDS, MAPS):
         require_file(folder / name)
-    others = [path.name for path in folder.iterdir() if path.name != SUFFIX and not _left(path.name)]
+    try:
+        found = [*folder.iterdir()]
+    except OSError as error:
+        raise BadInput(f"cannot read {folder}: {reason(error)}. Name another folder with --out.") from error
+    others = [path.name for path in found if path.name != SUFFIX and not _left(path.name)]
     if others and not (folder / RUN).is_file():
         raise BadInput(f"{folder} holds other files and no {RUN}; name a new or empty folder with --out.")
 
@@ -151,7 +154,7 @@ class RunFolder:
         maps = [line for file in sorted(self.path.glob("maps*.jsonl")) for line in _lines(file)]
         _write(self.path / MAPS, dict.fromkeys(maps))
         for part in parts:
-            part.unlink()
+            remove(part)
 
     def _make(self) -> None:
         require_place(self.path)
@@ -164,7 +167,7 @@ class RunFolder:
         """Remove what killed processes were writing."""
         for found in self.path.iterdir():
             if _left(found.name):
-                shutil.rmtree(found) if found.is_dir() else found.unlink()
+                remove(found)
 
     def _drop_maps(self) -> None:
         """Forget maps without a record: a run was killed before it wrote that, and what it measures again has them."""
@@ -198,7 +201,7 @@ class RunFolder:
         if not file.is_file():
             return None
         try:
-            known = json.loads(file.read_bytes().decode())
+            known = json.loads(_content(file).decode())
             return {name: known[name] for name in ("latest", *_GROW)} | known
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(f"{file} is damaged: {error}. Name another folder with --out.") from error
@@ -226,12 +229,19 @@ def _line(record: Record) -> str:
 
 def _lines(file: Path) -> list[str]:
     """Complete lines; a killed run may have left the last one half-written, even in the middle of a character."""
-    whole, end, _ = file.read_bytes().rpartition(b"\n")
+    whole, end, _ = _content(file).rpartition(b"\n")
     try:
         return [f"{line}\n" for line in whole.decode().split("\n")] if end else []
     except UnicodeDecodeError as error:
         number = whole.count(b"\n", 0, error.start) + 1
         raise BadInput(f"{file}, line {number} is not UTF-8. Remove the line.") from error
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise BadInput(f"cannot read {file}: {reason(error)}. Name another folder with --out.") from error
 
 
 def _read(file: Path) -> list[Record]:

@@ -104,18 +104,6 @@ def evaluate(
     and what `require_possible` raises for the first sample of any task, before any work.
     """
     processes = processes or Processes()
-    with nullcontext() if folder is None or processes.rank > 0 else folder.locked():
-        return _evaluate(model, tokenizer, evaluation, folder, processes, progress)
-
-
-def _evaluate(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    evaluation: Evaluation,
-    folder: RunFolder | None,
-    processes: Processes,
-    progress: Callable[[int, int], None],
-) -> list[Record]:
     session = Session(
         model=model,
         tokenizer=tokenizer,
@@ -126,6 +114,18 @@ def _evaluate(
     for task in evaluation.tasks:
         for tokens in session.tokens(task.sample(0)):
             require_possible(model, evaluation.methods, evaluation.keeps, tokens)
+    with nullcontext() if folder is None or processes.rank > 0 else folder.locked():
+        return _asked_for(_measured(session, evaluation, folder, processes, progress), evaluation)
+
+
+def _measured(
+    session: Session,
+    evaluation: Evaluation,
+    folder: RunFolder | None,
+    processes: Processes,
+    progress: Callable[[int, int], None],
+) -> list[Record]:
+    """Records of all samples: those that the folder holds, and what it lacks."""
     made = list(_resumed(folder, evaluation, processes))
     have = {(record.unit, record.method, record.keep) for record in made}
     units, share = evaluation.units, processes.share(len(evaluation.units))
@@ -145,7 +145,7 @@ def _evaluate(
             folder.merge()
         processes.wait()
         made = folder.records()
-    return _asked_for(made, evaluation)
+    return made
 
 
 def _resumed(folder: RunFolder | None, evaluation: Evaluation, processes: Processes) -> list[Record]:

@@ -26,7 +26,7 @@ from headwise.ragged.store import model_fingerprint
 from headwise.reading import can_watch
 from headwise.train.loop import Lesson, Settings, Trainer, prepare
 from headwise.train.warm import warm_budgets, warm_scores
-from headwise.writing import reason, remove_leftovers, require_file, write_bytes
+from headwise.writing import reason, remove, remove_leftovers, require_file, write_bytes
 
 Part = Literal["lkv", "lkv-h", "lkv-t"]
 SAVE_EVERY = 100  # steps
@@ -178,8 +178,9 @@ def _train(
     )
     write_bytes(log, "".join(json.dumps(row) + "\n" for row in state.log).encode())
     Gates(origin=origin, budgets=budgets, scores=scores, settings={**asdict(settings), "part": part}).save(out)
-    state.path.unlink(missing_ok=True)
-    remove_leftovers(state.path)
+    remove(state.path)
+    for path in written(out):
+        remove_leftovers(path)
 
 
 class _State:
