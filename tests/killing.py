@@ -6,6 +6,8 @@ import sys
 import traceback
 import warnings
 
+import torch
+
 STEPS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "os.listdir"}
 
 
@@ -18,6 +20,9 @@ def forked(work):
     if process:
         return process
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.set_num_threads(1)  # gives up the threads that were not forked along, before others need them
         work()
         os._exit(0)
     except BaseException:
