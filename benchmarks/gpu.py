@@ -21,7 +21,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -39,6 +38,7 @@ from headwise import layout
 from headwise.kernels import pages, reference, triton_decode
 from headwise.layout import Segments
 from headwise.ragged.cache import RaggedCache
+from headwise.writing import write_bytes
 
 PROFILE = (1.00, 0.20, 0.12, 0.10, 0.08, 0.05, 0.03, 0.02)  # kept fraction of each KV head: 20% on average
 HEADS, GROUP, TAIL = len(PROFILE), 4, 64
@@ -154,7 +154,7 @@ class Record:
 
     def write(self) -> None:
         if self.path:
-            Path(self.path).write_text(json.dumps(self.content, indent=1))
+            write_bytes(self.path, json.dumps(self.content, indent=1).encode())
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:

@@ -173,9 +173,30 @@ def test_a_number_that_would_take_for_ever_or_is_more_than_there_can_be(value):
     assert len(str(caught.value)) < 250
 
 
-@pytest.mark.parametrize("text", ["9" * 5000, "9" * 13, "129M", "0", "-1", "1e3", "1e99999999k"])
+@pytest.mark.parametrize("text", ["9" * 5000, "9" * 13, "129M", "0", "-1", "1e3", "1e99999999k", -1, 10**5000])
 def test_tokens_are_as_many_as_there_can_be(text):
     assert parse_tokens("128M") == MOST_TOKENS
     with pytest.raises(BadInput, match="is not a number of tokens from 1 to 128M") as caught:
         parse_tokens(text)
+    assert len(str(caught.value)) < 200
+
+
+NINES = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "value",
+    [NINES, f"0.{NINES}", f"{NINES}tok", f"{NINES}GiB", "1e-999999999", 10**5000, -(10**5000)],
+    ids=["digits", "decimals", "tokens", "bytes", "exponent", "integer", "negative"],
+)
+def test_numbers_beyond_all_bounds_are_refused_at_once_and_briefly(value):
+    with pytest.raises(BadInput, match="keep must be a fraction") as caught:
+        parse_keep(value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("value", [NINES, f"{NINES}k", 10**5000], ids=["digits", "thousands", "integer"])
+def test_no_context_has_so_many_tokens(value):
+    with pytest.raises(BadInput, match="is not a number of tokens") as caught:
+        parse_tokens(value)
     assert len(str(caught.value)) < 200

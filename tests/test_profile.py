@@ -1,13 +1,16 @@
 """Profiles: what is pooled and summed, resuming, sharing the work between processes, and what is refused."""
 
 import json
+import os
 from dataclasses import replace
+from itertools import count
 
 import file_kinds
 import numpy as np
 import pytest
 import torch
 from families import random_ids, tiny_model
+from killing import ended, forked, killed_at
 from launching import launch
 from random_gates import gates_file
 from ranks import Rank
@@ -457,3 +460,91 @@ def test_an_altered_part_is_refused(tmp_path, monkeypatch, how):
     write_tensors(path, "part", tensors, metadata)
     with pytest.raises(BadInput, match=r"part\.safetensors is damaged.*Remove it, and it is measured again"):
         file_kinds.read_part(path)
+
+
+# --- files ---
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """What a context gives, measured once: the tests below are of files."""
+    known = {}
+
+    def told(model, context, questions, *given):
+        key = (tuple(context.flatten().tolist()), len(questions))
+        if key not in known:
+            known[key] = measure(model, context, questions, *given)
+        return dict(zip(given[0], known[key].values(), strict=True))
+
+    monkeypatch.setattr(module, "measure", told)
+
+
+def test_a_profile_that_is_killed_at_any_step_of_its_writing_is_finished_later(loaded, whole, tmp_path, at_once):
+    make(loaded, tmp_path / "once")
+    for step in count(0, 3):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        if not killed_at(step, folder, lambda folder=folder: make(loaded, folder / "p")):
+            break
+        make(loaded, folder / "p")
+        assert (folder / "p").read_bytes() == whole[1].read_bytes()
+        assert [*folder.iterdir()] == [folder / "p"]
+    assert step > 30
+
+
+def test_two_runs_at_once_are_refused(loaded, whole, tmp_path, at_once):
+    (begun, ready), (wait, end) = os.pipe(), os.pipe()
+
+    def hold(done, total):
+        if done == 2:
+            os.write(ready, b"!")
+            os.read(wait, 1)
+
+    process = forked(lambda: make(loaded, tmp_path / "p", progress=hold))
+    os.read(begun, 1)
+    for processes in (None, Rank(0, 2)):
+        with pytest.raises(BadInput, match=r"another process is writing .*p\. Wait"):
+            make(loaded, tmp_path / "p", processes=processes)
+    os.write(end, b"!")
+    assert ended(process) == 0
+    assert (tmp_path / "p").read_bytes() == whole[1].read_bytes()
+    assert list(tmp_path.iterdir()) == [tmp_path / "p"]
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", f"{'0' * 24}.safetensors", "folder"])
+def test_a_folder_of_the_user_s_own_is_not_removed(loaded, whole, tmp_path, monkeypatch, name):
+    mine = tmp_path / "p.parts" / name
+    mine.parent.mkdir()
+    if name == "folder":
+        (mine / "deep").mkdir(parents=True)
+    elif name == "thesis.tex":
+        mine.write_text("mine")
+    else:  # the name of a part, but a profile
+        mine.write_bytes(whole[1].read_bytes())
+    calls = interrupted_after(99, monkeypatch)
+    with pytest.raises(BadInput, match=f"p.parts holds {name}, which is no part of a profile. Move it away"):
+        make(loaded, tmp_path / "p")
+    assert (calls, [*mine.parent.iterdir()], [*tmp_path.iterdir()]) == ([], [mine], [mine.parent])
+
+
+def test_what_the_user_puts_there_meanwhile_stays(loaded, tmp_path, at_once):
+    make(loaded, tmp_path / "p", progress=lambda done, total: done == 2 and (tmp_path / "p.parts" / "x").touch())
+    assert [*(tmp_path / "p.parts").iterdir()] == [tmp_path / "p.parts" / "x"]
+
+
+def test_parts_in_no_folder_and_linked_ones(loaded, whole, tmp_path, at_once):
+    (tmp_path / "p.parts").touch()
+    with pytest.raises(BadInput, match=r"p\.parts is no folder"):
+        make(loaded, tmp_path / "p")
+    (tmp_path / "p.parts").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "p.parts").symlink_to(tmp_path / "elsewhere")
+    make(loaded, tmp_path / "p")
+    assert (tmp_path / "p").read_bytes() == whole[1].read_bytes()
+    assert [*(tmp_path / "elsewhere").iterdir()] == []
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**5000], ids=["above", "below", "far above"])
+def test_seeds_beyond_what_there_is(seed):
+    with pytest.raises(BadInput, match="the seed is out of range"):
+        Sampling(temperature=0.7, seed=seed)

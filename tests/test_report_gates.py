@@ -231,3 +231,8 @@ def test_what_the_command_refuses(run, folder, tmp_path):
         assert words in err
         assert (code, out, err.count("\n")) == (expected, "", 1)
     assert [file.name for file in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_log_s_lines_end_at_line_feeds_only(tmp_path):
+    (tmp_path / "g.log.jsonl").write_bytes('{"step": 0,\r"loss": 1}\n{"step": 1, "of \u2028": 2}\n'.encode())
+    assert log_of(tmp_path / "g") == [{"step": 0.0, "loss": 1.0}, {"step": 1.0, "of \u2028": 2.0}]

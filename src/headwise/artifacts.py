@@ -19,7 +19,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -40,10 +39,11 @@ from headwise.contents import (
     require_hull,
     require_totals,
 )
-from headwise.errors import ArtifactMismatch, BadInput
+from headwise.errors import ArtifactMismatch, BadInput, WriteFailed
 from headwise.published_tables import load_npy, load_tsv
 from headwise.schema import Header, Schema, extremes, headers
 from headwise.shapes import ModelShape
+from headwise.writing import replacing
 
 METADATA_KEY = "headwise"
 _UNFIT = "the parts of a budget do not fit together"
@@ -234,7 +234,7 @@ class Budget:
         shape = self.origin.shape
         removed = np.zeros((99, shape.num_layers, shape.kv_heads))
         removed[:, list(shape.layers)] = 1 - self.at(_percents()).flip(0).double().numpy()
-        with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             np.save(file, removed, allow_pickle=False)
 
     @classmethod
@@ -349,13 +349,18 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file of a kind of FORMAT_VERSIONS; a reader sees the old file or the new one, never half.
 
-    `metadata` must be JSON and leave the names kind, format_version and library_version alone.
+    `metadata` must be JSON and leave the names kind, format_version and library_version alone. Raises BadInput where no
+    file can be written, WriteFailed where writing fails.
     """
     assert not set(_HEADER) & metadata.keys(), f"metadata may not hold {_HEADER}"
     header = dict(zip(_HEADER, (kind, FORMAT_VERSIONS[kind], _library_version()), strict=True))
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with replacing(Path(path)) as temporary:
-        save_file(contiguous, temporary, {METADATA_KEY: json.dumps({**header, **metadata})})
+    text = {METADATA_KEY: json.dumps({**header, **metadata})}
+    try:
+        with replacing(path) as temporary:
+            save_file(contiguous, temporary, text)
+    except SafetensorError as error:  # where the disk is full, too
+        raise WriteFailed(f"cannot write {path}: {error}. What was there before is unchanged.") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -459,22 +464,6 @@ def _library_version() -> str:
         return version("headwise")
     except PackageNotFoundError:  # run from a source tree
         return "unknown"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and is removed when not."""
-    if not path.parent.is_dir():
-        raise BadInput(f"Cannot write {path}: the folder {path.parent} does not exist; create it first.")
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    try:
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes its files private; artifacts are for sharing
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from headwise import strict_json
 from headwise.errors import BadInput
-from headwise.evals.document import read_text, tokenize
+from headwise.evals.document import read_text, require_whole, tokenize
 from headwise.evals.lexicon import Lexicon
 from headwise.evals.mini_ruler import generate, seeded_generator
 from headwise.evals.seams import unclosed
@@ -97,6 +97,7 @@ def encode(
     if example.questions:
         tokens = tokenize(tokenizer, example.context, list(example.questions), device=device)
         return tokens.context, tokens.questions
+    require_whole(example.context, repr(example.context[:40]))
     ids = torch.tensor([unclosed(tokenizer, tokenizer(example.context)["input_ids"])], dtype=torch.long, device=device)
     if ids.shape[1] < 2:
         raise BadInput("a calibration text needs at least two tokens.")
@@ -131,9 +132,9 @@ def _code(lexicon: Lexicon, number: int, length: int, seed: int, split: str) -> 
 
 
 def _read(file: Path) -> list[Example]:
-    text = read_text(file)
     if file.suffix != ".jsonl":
-        return [Example(context=text, domain=file.stem)]
+        return [Example(context=read_text(file), domain=file.stem)]
+    text = read_text(file, newline="\n")
     return [_parse(line, f"{file}, line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 

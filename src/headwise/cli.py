@@ -1,10 +1,11 @@
 """The command line. Every command is thin: parse, call the library, print. Results on stdout, progress on stderr.
 
-Exit codes: 0 done, 1 it could not be done, 2 the command line or an input is wrong.
+Exit codes: 0 done, 1 it could not be done, 2 the command line or an input is wrong, 130 interrupted (endings.py).
 """
 
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -17,12 +18,16 @@ import typer
 
 from headwise import __version__
 from headwise.bench import commands
-from headwise.console import complain, count, open_streams, print_json, print_table, progress_bar, say, size, split
-from headwise.errors import BadInput, HeadwiseError
+from headwise.console import count, print_json, print_table, progress_bar, say, size, split
+from headwise.endings import Commands
+from headwise.endings import run as run_to_the_end
+from headwise.errors import BadInput
 from headwise.strict_json import MOST
+from headwise.writing import require_file, require_folder
 
 app = typer.Typer(
     name="headwise",
+    cls=Commands,
     epilog="Example: headwise compare --model reference --methods full,snapkv,adakv --keep 0.15",
     no_args_is_help=True,
     add_completion=False,
@@ -45,24 +50,12 @@ SplitSpecial = Annotated[
     bool, typer.Option("--split-special-tokens", help="Control tokens in document and questions are text.")
 ]
 Methods = Annotated[str, typer.Option(help="Comma-separated; see 'headwise methods'.")]
+SEEDS = 2**63 - 1  # the largest
 
 
 def main() -> None:
-    """Entry point: an error of ours is one line on stderr and an exit code."""
-    open_streams()
-    try:
-        app()
-    except HeadwiseError as error:
-        complain(error)
-        sys.exit(2 if isinstance(error, BadInput) else 1)
-    except (RuntimeError, MemoryError) as error:
-        from headwise.evals.models import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        advice = "try --prefill-chunk-size, a shorter document or --dtype bfloat16; see 'headwise plan'"
-        print(f"headwise: the device is out of memory; {advice}.", file=sys.stderr)
-        sys.exit(1)
+    """Entry point: an error is one line on stderr and an exit code."""
+    run_to_the_end(app)
 
 
 def _version(asked: bool | None) -> None:
@@ -172,8 +165,10 @@ def generate(
 
     parsed = parse_keep(keep)
     known_methods([method])
-    if save is not None and (method == FULL or save.is_dir() or not save.resolve().parent.is_dir()):
+    if save is not None and (method == FULL or not os.path.isdir(save.parent)):
         raise BadInput(f"--save {save}: name a file in a folder that exists, and a method that compresses.")
+    if save is not None:
+        require_file(save, inputs=_inputs(model, [method], context))
     text, _ = _document(context, [question], None)
     loaded, tokenizer = _load(model, dtype, device)
     require_room(tokenizer, text, view(loaded).max_positions)
@@ -208,7 +203,7 @@ def evaluate(
     methods: Methods = "full,snapkv,keydiff,adakv,expected+global",
     keep: Annotated[str, typer.Option("--keep", "-k", help="Comma-separated: 0.15,0.25.")] = "0.15",
     samples: Annotated[int, typer.Option(min=1, max=MOST, help="Documents per task.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, max=MOST, help="Of the evaluation split; no training data has it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the evaluation split; no training data has it.")] = 0,
     length: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of document, question and answer.")] = 512,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for records; a killed run goes on there.")
@@ -224,7 +219,7 @@ def evaluate(
 ) -> None:
     """Quality and measured memory of methods on tasks, against the full cache. Also under 'accelerate launch'."""
     from headwise.evals.answers import known_methods
-    from headwise.evals.records import RunFolder
+    from headwise.evals.records import RunFolder, require_place
     from headwise.evals.run import Evaluation, manifest, summarise
     from headwise.evals.run import evaluate as run
     from headwise.evals.suites import Sizes, make_tasks, parse_tasks
@@ -232,6 +227,8 @@ def evaluate(
 
     named, keeps, names = parse_tasks(tasks), tuple(parse_keep(k) for k in split(keep)), split(methods)
     known_methods(names)
+    if out is not None:
+        require_place(out)
     processes, loaded, tokenizer = _load_launched(model, dtype, device, shared_out=False)
     made = make_tasks(named, tokenizer, Sizes(samples=samples, length=length, seed=seed, data_dir=data_dir))
     evaluation = Evaluation(
@@ -311,7 +308,7 @@ def profile(
     sink: Annotated[int, typer.Option(min=0, max=MOST, help="First tokens that every head keeps first.")] = 4,
     window: Annotated[int, typer.Option(min=0, max=MOST, help="Last tokens that every head keeps next.")] = 32,
     temperature: Annotated[float, typer.Option(min=0, max=MOST, help="0 decodes greedily.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=MOST, help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=-SEEDS, max=SEEDS, help="Of sampling.")] = 0,
     published: Annotated[
         bool, typer.Option("--published", help="Also solve every question by itself, as the paper does.")
     ] = False,
@@ -326,6 +323,8 @@ def profile(
     from headwise.profile import Settings
     from headwise.profile import profile as run
 
+    require_file(out, inputs=_inputs(model, split(scorer), Path(data)))
+    require_folder(f"{out}.parts")
     processes, loaded, tokenizer = _load_launched(model, dtype, device)
     examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions)
     settings = Settings(
@@ -376,6 +375,7 @@ def solve(
     from headwise.solve import check as compare_with_optimum
     from headwise.solve import solve as run
 
+    require_file(out, inputs=[path])
     found = Profile.load(path)
     if scorer is None and len(found.curves) > 1:
         raise BadInput(f"{path} holds {', '.join(found.curves)}: choose one with --scorer.")
@@ -424,7 +424,7 @@ def train(
     keeps: Annotated[str, typer.Option(help="Smallest and largest keep to train for.")] = "0.03,0.3",
     sink: Annotated[int, typer.Option(min=0, max=MOST, help="First tokens that every head keeps first.")] = 1,
     window: Annotated[int, typer.Option(min=0, max=MOST, help="Last tokens that every head keeps next.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, max=MOST, help="The same seed gives the same gates.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="The same seed gives the same gates.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -435,12 +435,15 @@ def train(
     from headwise.keep import parse_keep
     from headwise.train.loop import Settings
     from headwise.train.run import train as run
+    from headwise.train.run import written
 
     if part not in ("lkv", "lkv-h", "lkv-t"):
         raise BadInput(f"part={part!r}: choose lkv, lkv-h or lkv-t.")
     bounds = [float(parse_keep(keep).amount) for keep in split(keeps)]
     if len(bounds) != 2:
         raise BadInput(f"keeps={keeps!r}: write the smallest and the largest, such as 0.03,0.5.")
+    for path in written(out):
+        require_file(path, inputs=_inputs(model, [scorer or ""], Path(data)))
     processes, loaded, tokenizer = _load_launched(model, dtype, device)
     examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions, split="train", default=160)
     settings = Settings(
@@ -703,11 +706,13 @@ def _plot(
         if context is None:
             raise BadInput("the words that a cache keeps are those of its document: name the file with --context.")
         target = out or path.with_suffix(".html")
+        require_file(target, inputs=[path, context])
         draw_kept(path, target, context=context, text=read_text(context), model=model)
         return target
     if context is not None or model is not None:
         raise BadInput(f"--context and --model are for the plot of a cache; {path} is a {kind}.")
     target = out or path.with_suffix(".png")
+    require_file(target, inputs=[path] if beside is None else [path, beside])
     if kind == "gates":
         from headwise.report.gates import plot as draw_gates
 
@@ -741,6 +746,16 @@ def _document(context: Path | None, question: Sequence[str] | None, questions: P
     if not asked:
         raise BadInput("a document needs questions: add --question 'Who ...?' or --questions FILE.jsonl.")
     return read_text(context), asked
+
+
+def _inputs(model: str, methods: Sequence[str], text: Path | None) -> list[Path]:
+    """Files that a command reads: the model's, those that methods name, and a text, or the texts of a folder."""
+    of_model = [*Path(model).iterdir()] if os.path.isdir(model) else []
+    texts = [] if text is None else [text]
+    if text is not None and os.path.isdir(text):
+        texts = [file for file in text.iterdir() if file.suffix in (".jsonl", ".txt")]
+    named = [Path(part.partition("@")[2]) for method in methods for part in method.split("+") if "@" in part]
+    return [*of_model, *texts, *named]
 
 
 def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:

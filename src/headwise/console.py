@@ -117,4 +117,4 @@ def numbers(text: str, kind: Callable[[str], Any]) -> list[Any]:
     try:
         return [kind(part) for part in split(text)]
     except ValueError as error:
-        raise BadInput(f"{text!r} is no list of numbers: {error}.") from error
+        raise BadInput(f"{text[:60]!r} is no list of numbers: {error}.") from error

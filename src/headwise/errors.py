@@ -8,6 +8,7 @@
     ├── UnsupportedGeneration             a generation mode or cache operation that cannot work on a ragged cache
     ├── ArtifactMismatch                  a saved file made for another model, shape or format
     ├── NonFiniteValues (ArithmeticError) NaN or infinity in keys, values or scores
+    ├── WriteFailed (OSError)             the system failed while a file was written: a full disk, a limit
     └── KernelUnavailable                 a kernel that was asked for cannot be built or run here
 
 Messages say what was found, what was expected and what to do next.
@@ -44,6 +45,10 @@ class ArtifactMismatch(HeadwiseError):
 
 class NonFiniteValues(HeadwiseError, ArithmeticError):
     """NaN or infinity where finite numbers are needed."""
+
+
+class WriteFailed(HeadwiseError, OSError):
+    """The system failed while a file was written."""
 
 
 class KernelUnavailable(HeadwiseError):

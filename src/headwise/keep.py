@@ -68,12 +68,10 @@ def parse_keep(value: "str | float | int | Keep") -> Keep:
         return value
     if isinstance(value, bool) or not isinstance(value, str | Real):
         raise BadInput(f"keep={shown(value)} is not understood. {_ADVICE}.")
-    try:
-        text = (
-            value.strip() if isinstance(value, str) else repr(float(value))
-        )  # the shortest decimal, as it was written
-    except OverflowError:
-        text = "inf"
+    try:  # of a number the shortest decimal, as it was written
+        text = value.strip() if isinstance(value, str) else repr(float(value))
+    except OverflowError as error:
+        raise BadInput(f"the number given as keep is too large. {_ADVICE}.") from error
     match = _WRITTEN.fullmatch(text) if len(text) <= LONGEST else None
     if match is None or (match[2] is not None and match[2] not in {"tok", "%", *UNITS}):
         raise BadInput(f"keep={shown(value)} is not understood. {_ADVICE}.")
@@ -101,12 +99,13 @@ def parse_bytes(text: str) -> int:
 
 def parse_tokens(text: str | int) -> int:
     """Parse a number of tokens such as `4096`, `128k` (times 1024) or `1M`."""
-    match = re.fullmatch(r"(\d{1,12})\s*([kKmM]?)", str(text).strip())
+    written = text.strip() if isinstance(text, str) else str(min(text, MOST_TOKENS + 1))
+    match = re.fullmatch(r"(\d{1,12})\s*([kKmM]?)", written)
     tokens = int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()] if match else 0
     if not 1 <= tokens <= MOST_TOKENS:
         raise BadInput(
-            f"{shown(text)} is not a number of tokens from 1 to {MOST_TOKENS // 1024**2}M; write for instance 4096 or "
-            "128k."
+            f"{shown(written)} is not a number of tokens from 1 to {MOST_TOKENS // 1024**2}M; write for instance 4096 "
+            "or 128k."
         )
     return tokens
 

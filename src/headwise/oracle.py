@@ -37,6 +37,10 @@ class Sampling:
     temperature: float = 0.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**63:
+            raise BadInput("the seed is out of range: choose one from 0 to 2**63 - 1.")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:

@@ -12,8 +12,9 @@ several processes can share the work, and why neither changes the result: the pa
 """
 
 import os
-import shutil
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.allocate.profiled import published_counts
-from headwise.artifacts import LOSSES, Origin, Profile, fingerprint, opened, write_tensors
+from headwise.artifacts import LOSSES, Origin, Profile, describe, fingerprint, opened, write_tensors
 from headwise.calibration import Example, encode
 from headwise.contents import part_table, sizes_of
 from headwise.errors import BadInput
 from headwise.evals.room import require_room
 from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
+from headwise.locks import lock_of, locked
 from headwise.losses import RANKS, OutputLoss, keeping_order, marginal_utility
 from headwise.method import Method
 from headwise.oracle import Importance, Sampling, decode
@@ -38,8 +40,12 @@ from headwise.processes import Processes
 from headwise.ragged.store import model_fingerprint
 from headwise.reading import can_watch, read
 from headwise.schema import Schema
+from headwise.writing import failed, remove, remove_leftovers, require_file, require_folder
 
 CURVES = (*LOSSES, "ideal")
+_PART = re.compile(r"[0-9a-f]{24}\.safetensors")
+# What a killed process leaves of writing one: a folder now, files when headwise was older.
+_TEMPORARY = re.compile(rf"\.{_PART.pattern}\.[0-9a-f]{{12,32}}\.tmp|\.tmp\w{{6}}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,36 +80,71 @@ def profile(
 ) -> None:
     """Measure every example for every scorer and write the Profile `out`; resumes what a killed run left.
 
-    Several `processes` share the examples, and `out`. Raises BadInput before anything is measured; ArtifactMismatch or
-    BadInput for parts that are damaged. Parts of another model, other settings or other scorers are not taken up.
+    Several `processes` share the examples, and `out`; other runs are kept out. Raises BadInput before anything is
+    measured, also where `out` cannot be written; ArtifactMismatch or BadInput for parts that are damaged; WriteFailed.
+    Parts of another model, other settings or other scorers are not taken up.
     """
     settings, parts = settings or Settings(), Path(f"{os.fspath(out)}.parts")
     chosen = _scorers(scorers)
     if not examples:
         raise BadInput("there is nothing to profile: give at least one example.")
-    if Path(out).is_dir():
-        raise BadInput(f"{out} is a folder; name a file for the profile.")
-    encoded = [_fitting(model, tokenizer, example, list(chosen.values()), settings) for example in examples]
-    parameters = sorted((name, repr(scorer.provenance())) for name, scorer in chosen.items())
-    run = fingerprint(model_fingerprint(model), repr((asdict(settings), parameters, RANKS)))
-    files = [parts / f"{fingerprint(run, context, *questions)[:24]}.safetensors" for context, questions in encoded]
-    parts.mkdir(parents=True, exist_ok=True)
+    require_file(out)
     processes = processes or Processes()
-    mine = processes.share(len(examples))
-    for done, index in enumerate(mine):
-        progress(done, len(mine))
-        if not files[index].is_file():
-            measured = measure(model, *encoded[index], list(chosen.values()), settings)
-            tensors = {f"{n}.{k}": t.float() for n, s in chosen.items() for k, t in measured[s].items()}
-            write_tensors(files[index], "part", tensors, {"run": run, "domain": examples[index].domain})
-    progress(len(mine), len(mine))
-    processes.catch_up()
-    processes.wait()
-    if processes.rank == 0:
-        origin = _origin(model, run, files)
-        _merge(files, [e.domain for e in examples], chosen, origin, settings, run).save(out)
-        shutil.rmtree(parts)
-    processes.wait()
+    with nullcontext() if processes.rank > 0 else locked(lock_of(out), out):
+        if processes.rank == 0:
+            _require_parts(parts)
+        encoded = [_fitting(model, tokenizer, example, list(chosen.values()), settings) for example in examples]
+        parameters = sorted((name, repr(scorer.provenance())) for name, scorer in chosen.items())
+        run = fingerprint(model_fingerprint(model), repr((asdict(settings), parameters, RANKS)))
+        files = [parts / f"{fingerprint(run, *texts)[:24]}.safetensors" for texts in ((c, *qs) for c, qs in encoded)]
+        _make(parts)
+        mine = processes.share(len(examples))
+        for done, index in enumerate(mine):
+            progress(done, len(mine))
+            if not files[index].is_file():
+                measured = measure(model, *encoded[index], list(chosen.values()), settings)
+                tensors = {f"{n}.{k}": t.float() for n, s in chosen.items() for k, t in measured[s].items()}
+                write_tensors(files[index], "part", tensors, {"run": run, "domain": examples[index].domain})
+        progress(len(mine), len(mine))
+        processes.catch_up()
+        processes.wait()
+        if processes.rank == 0:
+            origin = _origin(model, run, files)
+            _merge(files, [e.domain for e in examples], chosen, origin, settings, run).save(out)
+            _remove(parts)
+            remove_leftovers(out)
+        processes.wait()
+
+
+def _require_parts(parts: Path) -> None:
+    """Raise BadInput if the folder of parts cannot be written, or holds what this module did not write.
+
+    A folder that is a user's own must not be removed at the end.
+    """
+    require_folder(parts)
+    for path in parts.iterdir() if parts.is_dir() else ():
+        ours = _TEMPORARY.fullmatch(path.name) or (_PART.fullmatch(path.name) and describe(path).get("kind") == "part")
+        if not ours:
+            raise BadInput(
+                f"the folder {parts} holds {path.name}, which is no part of a profile. Move it away, or name another "
+                "--out."
+            )
+
+
+def _make(parts: Path) -> None:
+    try:
+        parts.mkdir(exist_ok=True)
+    except OSError as error:
+        raise failed(parts, error) from error
+
+
+def _remove(parts: Path) -> None:
+    """Remove parts, and their folder if nobody has put something else there."""
+    for path in parts.iterdir():
+        if _TEMPORARY.fullmatch(path.name) or _PART.fullmatch(path.name):
+            remove(path)
+    with suppress(OSError):
+        parts.rmdir()
 
 
 def measure(

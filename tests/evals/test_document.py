@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
+from headwise.calibration import Example, encode, load_examples
 from headwise.errors import BadInput
 from headwise.evals import template
 from headwise.evals.document import MOST_BYTES, Asked, read_questions, read_text, tokenize
+from headwise.evals.plain import file_task
 from headwise.evals.room import require_room
 
 CONTEXT = " the red stone.\nthe blue stone. "
@@ -401,3 +403,40 @@ def test_a_file_that_is_no_document_is_not_read(tmp_path):
     for read in (read_text, read_questions):
         with pytest.raises(BadInput, match="is larger than 1024 MiB"):
             read(path)
+
+
+HALF = "locker marble \ud800 robin"
+
+
+def test_half_a_character_is_refused_before_the_tokenizer_sees_it(tmp_path):
+    tokenizer = word_tokenizer()
+    for text, questions in ((HALF, ["who?"]), ("locker apple " * 20, ["who?", HALF])):
+        with pytest.raises(BadInput, match=r"holds half a character .*character 15"):
+            tokenize(tokenizer, text, questions)
+    with pytest.raises(BadInput, match="holds half a character"):
+        encode(tokenizer, Example(context=HALF), device="cpu")
+    task = tmp_path / "own.jsonl"
+    good = {"context": "locker apple", "question": "who?", "answers": [HALF]}
+    task.write_text(json.dumps(good) + "\n")
+    assert file_task(task, 100).sample(0).questions[0].answers == (HALF,)  # compared with, never read
+    for bad in ({"context": HALF}, {"question": HALF}):
+        task.write_text(json.dumps(good) + "\n" + json.dumps(good | bad) + "\n")
+        with pytest.raises(BadInput, match="line 2 holds half a character"):
+            file_task(task, 100)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\r"])
+def test_json_lines_end_at_line_feeds_only(tmp_path, mark, end):
+    """A carriage return alone is space between two fields of JSON; the others are text."""
+    text = "a" if mark == "\r" else f"a{mark}b"
+    fields = [f'"context": "locker {text}"', f'"question": "who {text}"', '"answers": ["x"]']
+    line = ("{" + (f",{mark}" if mark == "\r" else ", ").join(fields) + "}" + end).encode()
+    path = tmp_path / "some.jsonl"
+    path.write_bytes(2 * line)
+    assert read_questions(path) == 2 * [Asked(question=f"who {text}", answers=("x",))]
+    assert file_task(path, 100).num_samples == 2
+    assert file_task(path, 100).sample(1).context == f"locker {text}"
+    path.write_bytes(2 * line.replace(b'"question": "', b'"questions": ["').replace(b'", "answers"', b'"], "answers"'))
+    path.write_bytes(path.read_bytes().replace(b'",\r"answers"', b'"],\r"answers"'))
+    assert [e.questions for e in load_examples(str(path), None, max_positions=1)] == 2 * [(f"who {text}",)]

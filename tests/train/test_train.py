@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
 import shlex
+import signal
 import sys
 from dataclasses import replace
 
 import file_kinds
 import pytest
 import torch
+from killing import ended, forked
 from launching import SHARDED, launch
 from random_gates import gates_file, gates_for
 
@@ -453,3 +456,78 @@ def test_a_state_with_altered_tensors_is_refused_and_nothing_is_set(state, name,
     with pytest.raises(BadInput, match=f"g.state is damaged: .*{words}.* Remove it to train from the beginning"):
         module._State(state, made, "a run").restore()
     assert all(map(torch.equal, before, made.parameters()))
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize("beside", ["", ".state", ".log.jsonl"])
+def test_what_training_cannot_write_is_told_before_it_starts(loaded, tmp_path, monkeypatch, beside):
+    done = steps_until(monkeypatch)
+    pipe = tmp_path / f"g{beside}"
+    os.mkfifo(pipe)
+    with pytest.raises(BadInput, match=f"cannot write .*g{beside}: it is a pipe"):
+        make(loaded, tmp_path / "g")
+    assert (done, [*tmp_path.iterdir()]) == ([], [pipe])
+
+
+@pytest.mark.parametrize("text", ["dear diary\n", '{"loss": 1}\n', "[1]\n", "[" * 100_000])
+def test_a_log_of_the_user_s_own_is_not_replaced(loaded, tmp_path, monkeypatch, text):
+    done = steps_until(monkeypatch)
+    mine = tmp_path / "g.log.jsonl"
+    mine.write_text(text)
+    with pytest.raises(BadInput, match=r"g\.log\.jsonl is no log of a training. Move it away"):
+        make(loaded, tmp_path / "g")
+    assert (done, [*tmp_path.iterdir()], mine.read_text()) == ([], [mine], text)
+
+
+def test_a_state_of_the_user_s_own_is_not_replaced(loaded, tmp_path, monkeypatch):
+    done = steps_until(monkeypatch)
+    mine = tmp_path / "g.state"
+    mine.write_text("mine")
+    with pytest.raises(BadInput, match=r"g\.state"):
+        make(loaded, tmp_path / "g")
+    assert (done, [*tmp_path.iterdir()], mine.read_text()) == ([], [mine], "mine")
+
+
+def test_gates_and_log_replace_those_of_an_earlier_training_and_keep_modes_and_links(loaded, whole, tmp_path):
+    names = ("g.safetensors", "g.safetensors.log.jsonl")
+    for name in names:
+        (tmp_path / name).symlink_to(f"real.{name}")
+        (tmp_path / f"real.{name}").touch(0o600)
+    out = tmp_path / names[0]
+    assert same(make(loaded, out, settings=replace(QUICK, seed=1)), make(loaded, out, settings=replace(QUICK, seed=1)))
+    for name in names:
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / f"real.{name}").stat().st_mode & 0o777 == 0o600
+    assert len(log_of(out)) == 6
+    assert len([*tmp_path.iterdir()]) == 4
+
+
+def test_two_trainings_at_once_are_refused_and_a_killed_one_goes_on(loaded, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SAVE_EVERY", 2)
+    out, (begun, ready) = tmp_path / "g.safetensors", os.pipe()
+
+    def hold(done, total, text):
+        if done == 3:
+            os.write(ready, b"!")
+            signal.pause()
+
+    process = forked(lambda: make(loaded, out, progress=hold))
+    os.read(begun, 1)
+    with pytest.raises(BadInput, match=r"another process is writing .*g\.safetensors"):
+        make(loaded, out)
+    os.kill(process, signal.SIGKILL)
+    ended(process)
+    done = steps_until(monkeypatch)
+    assert same(make(loaded, out), whole[0])
+    assert done == [2, 3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [out.name, f"{out.name}.log.jsonl"]
+
+
+def test_the_largest_seed_trains_and_beyond_it_none(loaded, tmp_path):
+    make(loaded, tmp_path / "g", settings=replace(QUICK, steps=1, warm_steps=1, seed=2**63 - 1))
+    for seed in (2**63, -1, 10**5000):
+        with pytest.raises(BadInput, match="the seed is out of range"):
+            make(loaded, tmp_path / "h", settings=replace(QUICK, seed=seed))
+    assert not (tmp_path / "h").exists()

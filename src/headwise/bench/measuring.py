@@ -104,7 +104,12 @@ def in_worker(name: str, job: Mapping[str, Any], python: Path | None = None) -> 
         # -P: else modules beside worker.py would hide others of their names
         command = [str(python or sys.executable), "-P", str(worker), json.dumps(job), str(out)]
         done = subprocess.run(
-            command, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, stdout=sys.stderr, text=True
+            command,
+            env=os.environ | ENVIRONMENT,
+            stderr=subprocess.PIPE,
+            stdout=sys.stderr,
+            text=True,
+            errors="replace",
         )
         if done.returncode != 0:
             raise HeadwiseError(f"{name} could not be measured: {_reason(done)}")
@@ -114,7 +119,7 @@ def in_worker(name: str, job: Mapping[str, Any], python: Path | None = None) -> 
 def require_kvpress(python: Path) -> None:
     """Raise BadInput unless it is a Python that can import kvpress."""
     try:
-        done = subprocess.run([str(python), "-c", "import kvpress"], capture_output=True, text=True)
+        done = subprocess.run([str(python), "-c", "import kvpress"], capture_output=True, text=True, errors="replace")
     except OSError as error:
         raise BadInput(f"{python} cannot be run: {error.strerror}.") from error
     if done.returncode != 0:

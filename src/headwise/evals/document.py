@@ -71,8 +71,11 @@ def bundled() -> tuple[str, list[Asked]]:
     return read_text(folder / "demo.txt"), read_questions(folder / "demo.jsonl")
 
 
-def read_text(path: Path) -> str:
-    """A document. Raises BadInput if it cannot be read, is no text or is empty."""
+def read_text(path: Path, *, newline: str | None = None) -> str:
+    """A document, the ends of its lines as "\\n"; with newline="\\n" as they are.
+
+    Raises BadInput if it cannot be read, is no text or is empty.
+    """
     try:
         if path.stat().st_size > MOST_BYTES:
             raise BadInput(f"the document {path} is larger than {MOST_BYTES // 2**20} MiB; give a part of it.")
@@ -80,13 +83,15 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise BadInput(f"cannot read the document {path}: {error.strerror}.") from error
     text = _decoded(data, f"the document {path}")
+    if newline is None:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise BadInput(f"the document {path} is empty.")
     return text
 
 
 def _decoded(data: bytes, what: str) -> str:
-    """UTF-8 text, with newlines as Python has them. Raises BadInput for anything else, saying what it is."""
+    """UTF-8 text. Raises BadInput for anything else, saying what it is."""
     start = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip()
     for magic, kind in FORMATS.items():
         if start.startswith(magic):
@@ -102,7 +107,17 @@ def _decoded(data: bytes, what: str) -> str:
         raise BadInput(
             f"{what} is not UTF-8 text: it has zero bytes, as binary files and UTF-16 have; convert it first."
         )
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text
+
+
+def require_whole(text: str, what: str) -> None:
+    """Raise BadInput for half a character, which JSON and the command line let through: no tokenizer reads it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(
+            f"{what} holds half a character (a lone surrogate, character {error.start + 1}). Write the whole character."
+        ) from error
 
 
 def read_questions(path: Path) -> list[Asked]:
@@ -161,9 +176,9 @@ def tokenize(
     """
     if not questions or any(not question.strip() for question in questions):
         raise BadInput("a question is empty." if questions else "there is no question to ask.")
-    _require_characters(context, "the document")
-    for question in questions:
-        _require_characters(question, f"the question {question!r}")
+    require_whole(context, "the document")
+    for text in (*questions, *(prefixes or ())):
+        require_whole(text, f"the question {text[:40]!r}")
     templated = chat and getattr(tokenizer, "chat_template", None) is not None
     write = template.chat(tokenizer) if templated else str
     start = template.opening(write, context)
@@ -227,14 +242,6 @@ class _Reader:
                 "them out of the document and the questions."
             )
         return self._ids(text, special=True, follows=False, split_special_tokens=True) if special else bare
-
-
-def _require_characters(text: str, what: str) -> None:
-    """Raise BadInput for halves of characters, which JSON and command lines can hold and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadInput(f"{what} has half of a character (a surrogate) at {error.start}; write it in UTF-8.") from error
 
 
 def _require_known(tokenizer: Any, ids: list[int], limit: float, text: str, what: str) -> None:

@@ -5,7 +5,6 @@ rows come from a folder, or from the official archive on the Hugging Face hub. T
 `datasets` no longer loads it, since version 4 dropped data sets that are read by a script.
 """
 
-import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from headwise import strict_json
 from headwise.errors import BadInput
 from headwise.evals.archives import pieces
+from headwise.writing import replacing
 
 HUB_REPOSITORY, HUB_FILE = "THUDM/LongBench", "data.zip"
 _URL = f"https://huggingface.co/datasets/{HUB_REPOSITORY}/resolve/main/{HUB_FILE}"
@@ -201,10 +201,8 @@ def _download(names: Sequence[str]) -> Path:
         with zipfile.ZipFile(hf_hub_download(HUB_REPOSITORY, HUB_FILE, repo_type="dataset")) as archive:
             members = {Path(member).name: member for member in archive.namelist()}
             for name in missing:
-                part = folder / f"{name}.part"
-                with part.open("wb") as file:
+                with replacing(folder / f"{name}.jsonl") as part, part.open("wb") as file:
                     file.writelines(pieces(archive, members[f"{name}.jsonl"], MOST_BYTES))
-                os.replace(part, folder / f"{name}.jsonl")
     except Exception as error:  # the network's own errors too; the way out is the same for all
         raise BadInput(
             f"cannot download LongBench ({type(error).__name__}). Download {_URL} yourself, unpack it and give its "

@@ -15,7 +15,7 @@ from typing import Any
 
 from headwise import strict_json
 from headwise.errors import BadInput
-from headwise.evals.document import read_text, text_ids
+from headwise.evals.document import read_text, require_whole, text_ids
 from headwise.evals.metrics import METRICS
 from headwise.evals.tasks import Question, Sample, Task
 
@@ -26,7 +26,7 @@ EXAMPLE = '{"context": "...", "question": "Who ...?", "answers": ["Ada"], "metri
 
 def file_task(path: Path, length: int) -> Task:
     """Documents with questions. Raises BadInput, naming the line."""
-    lines = [(n, line) for n, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(read_text(path, newline="\n").split("\n"), start=1) if line.strip()]
     parsed = [_parse(line, f"{path}, line {number}") for number, line in lines]
     metrics = {metric for _, metric in parsed}
     if len(metrics) > 1:
@@ -83,6 +83,8 @@ def _parse(line: str, where: str) -> tuple[Sample, str]:
     if not isinstance(asked, list) or not asked:
         raise BadInput(f"{where} has no questions; write {EXAMPLE}.")
     questions = tuple(_question(one, where) for one in asked)
+    for text in (found["context"], *(question.prompt for question in questions)):
+        require_whole(text, where)
     return Sample(context=found["context"], questions=questions, max_new_tokens=limit), metric
 
 

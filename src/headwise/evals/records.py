@@ -6,21 +6,28 @@
 
 A killed run, started again with the same --out, repeats no sample and loses none: the last one is dropped if it is not
 complete. Methods, keeps, tasks and samples may be added to a folder; a model, seed, length or protocol of its own
-needs another. Imports no torch.
+needs another. One run at a time: `locked` keeps a second one out. Lines are JSON in ASCII, and only a line feed ends
+them. Imports no torch.
 """
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from headwise.errors import BadInput
+from headwise.locks import SUFFIX, locked
+from headwise.writing import append, left_of, reason, remove, require_file, require_folder, write_bytes
 
 FORMAT = 1
+RUN, RECORDS, MAPS = "run.json", "records.jsonl", "maps.jsonl"
 _SAME = ("format", "model", "config_hash", "dtype", "protocol", "seed", "length", "fidelity")
 _GROW = ("tasks", "methods", "keeps", "samples")
+_OURS = re.compile(r"run\.json|(records|maps)(\.\d+)?\.jsonl")
 Unit = tuple[str, int]  # a task and the index of a sample
 
 
@@ -64,6 +71,34 @@ class Record:
         """The sample it is of."""
         return self.task, self.index
 
+    @property
+    def key(self) -> tuple[Unit, str, str]:
+        """What a folder holds once: a method at a keep on a sample."""
+        return self.unit, self.method, self.keep
+
+
+def require_place(path: str | os.PathLike[str]) -> None:
+    """Raise BadInput unless `path` is a folder of an evaluation, or one can be made there."""
+    folder = Path(path)
+    require_folder(folder)
+    if not folder.is_dir():
+        return
+    for name in (RUN, RECORDS, MAPS):
+        require_file(folder / name)
+    try:
+        found = [*folder.iterdir()]
+    except OSError as error:
+        raise BadInput(f"cannot read {folder}: {reason(error)}. Name another folder with --out.") from error
+    others = [path.name for path in found if path.name != SUFFIX and not _left(path.name)]
+    if others and not (folder / RUN).is_file():
+        raise BadInput(f"{folder} holds other files and no {RUN}; name a new or empty folder with --out.")
+
+
+def _left(name: str) -> bool:
+    """Whether a file or folder of this name is what a killed process was writing, be it of an older headwise."""
+    goal = left_of(name) or (name.removesuffix(".new") if name.endswith(".new") else "")
+    return _OURS.fullmatch(goal) is not None
+
 
 class RunFolder:
     """The folder of an evaluation. Raises BadInput if it cannot be written, or is of another evaluation."""
@@ -72,45 +107,41 @@ class RunFolder:
         self.path, self.part = Path(path), "" if rank is None else f".{rank}"
         self.manifest = {"format": FORMAT, **manifest}
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder and keep other runs out of it. Raises BadInput if one is at work there."""
+        self._make()
+        with locked(self.path / SUFFIX, self.path):
+            yield
+
     def open(self) -> None:
-        """Make or check the folder, note what is run, and put together what processes of a killed run left."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"cannot write to {self.path}: {error.strerror}. Name a folder with --out.") from error
+        """Make or check the folder, note what is run, and put together what processes of a killed run left.
+
+        Only for one who holds `locked`.
+        """
+        self._make()
         known = self._known()
-        if known is None and any(self.path.iterdir()):
-            raise BadInput(f"{self.path} holds other files and no run.json; name a new or empty folder with --out.")
         grown = self._grown(known)
+        self._clear()
         if known is not None:
             self._drop_unfinished([tuple(pair) for pair in known["latest"]])
+            self._drop_maps()
         self.manifest = grown
-        _write(self.path / "run.json", json.dumps(self.manifest, indent=1) + "\n")
+        _write(self.path / RUN, [json.dumps(self.manifest, indent=1) + "\n"])
         self.merge()
 
     def records(self) -> list[Record]:
-        """Everything that was written so far. Raises BadInput for a damaged line."""
-        return [record for file in self._files() for record in _read(file)]
-
-    def _drop_unfinished(self, pairs: Iterable[tuple[str, ...]]) -> None:
-        """Forget the sample that a killed run was writing, if not all of these (method, keep) have a record."""
-        wanted, records = set(pairs), self.records()
-        for file in self._files():
-            lines = _lines(file)
-            found = [_record(line, f"{file}, line {number}") for number, line in enumerate(lines, start=1)]
-            last = found[-1].unit if found else None
-            whole = wanted <= {(record.method, record.keep) for record in records if record.unit == last}
-            while not whole and found and found[-1].unit == last and (found[-1].method, found[-1].keep) in wanted:
-                found.pop()
-            _write(file, "".join(lines[: len(found)]))  # and without a torn line
+        """Everything that was written so far, each once. Raises BadInput for a damaged line."""
+        return list({record.key: record for file in self._files() for record in _read(file)}.values())
 
     def append(self, records: Sequence[Record], maps: Sequence[dict[str, Any]] = ()) -> None:
-        """Add what one sample gave."""
-        for name, lines in (("records", map(_line, records)), ("maps", (json.dumps(one) + "\n" for one in maps))):
-            text = "".join(lines)
-            if text:
-                with (self.path / f"{name}{self.part}.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(text)
+        """Add what one sample gave. Raises WriteFailed.
+
+        Its records come last: a sample that has them has everything.
+        """
+        for name, lines in (("maps", [*map(json.dumps, maps)]), ("records", [*map(_line, records)])):
+            if lines:
+                append(self.path / f"{name}{self.part}.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
     def merge(self) -> None:
         """One file of what all processes wrote, in the order of tasks and samples."""
@@ -119,22 +150,60 @@ class RunFolder:
         if not parts:
             return
         found = sorted(self.records(), key=lambda r: (order.get(r.task, len(order)), r.index))
-        _write(self.path / "records.jsonl", "".join(map(_line, found)))
+        _write(self.path / RECORDS, [_line(record) + "\n" for record in found])
         maps = [line for file in sorted(self.path.glob("maps*.jsonl")) for line in _lines(file)]
-        _write(self.path / "maps.jsonl", "".join(dict.fromkeys(maps)))
+        _write(self.path / MAPS, dict.fromkeys(maps))
         for part in parts:
-            part.unlink()
+            remove(part)
+
+    def _make(self) -> None:
+        require_place(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"cannot write to {self.path}: {reason(error)}. Name a folder with --out.") from error
+
+    def _clear(self) -> None:
+        """Remove what killed processes were writing."""
+        for found in self.path.iterdir():
+            if _left(found.name):
+                remove(found)
+
+    def _drop_maps(self) -> None:
+        """Forget maps without a record: a run was killed before it wrote that, and what it measures again has them."""
+        keys = {record.key for record in self.records()}
+        for file in self.path.glob("maps*.jsonl"):
+            lines = [(line, f"{file}, line {number}") for number, line in enumerate(_lines(file), start=1)]
+            _write(file, dict.fromkeys(line for line, where in lines if _key_of_map(line, where) in keys))
+
+    def _drop_unfinished(self, pairs: Iterable[tuple[str, ...]]) -> None:
+        """Forget the sample that a killed run was writing, if not all of these (method, keep) have a record.
+
+        What is there twice, because two older processes shared a folder, stays once.
+        """
+        wanted, records, seen = set(pairs), self.records(), set[Any]()
+        for file in self._files():
+            found = list(zip(_lines(file), _read(file), strict=True))
+            last = found[-1][1].unit if found else None
+            whole = wanted <= {(record.method, record.keep) for record in records if record.unit == last}
+            while not whole and found and found[-1][1].unit == last and found[-1][1].key[1:] in wanted:
+                found.pop()
+            kept = [(line, record.key) for line, record in found if record.key not in seen]
+            once = {key: line for line, key in reversed(kept)}
+            seen |= once.keys()
+            _write(file, reversed(once.values()))
 
     def _files(self) -> list[Path]:
         return sorted(self.path.glob("records*.jsonl"))
 
     def _known(self) -> dict[str, Any] | None:
-        file = self.path / "run.json"
+        file = self.path / RUN
         if not file.is_file():
             return None
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            known = json.loads(_content(file).decode())
+            return {name: known[name] for name in ("latest", *_GROW)} | known
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(f"{file} is damaged: {error}. Name another folder with --out.") from error
 
     def _grown(self, known: dict[str, Any] | None) -> dict[str, Any]:
@@ -155,12 +224,24 @@ class RunFolder:
 
 
 def _line(record: Record) -> str:
-    return json.dumps(asdict(record), ensure_ascii=False) + "\n"
+    return json.dumps(asdict(record))
 
 
 def _lines(file: Path) -> list[str]:
-    """Complete lines; a killed run may have left the last one half-written."""
-    return [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    """Complete lines; a killed run may have left the last one half-written, even in the middle of a character."""
+    whole, end, _ = _content(file).rpartition(b"\n")
+    try:
+        return [f"{line}\n" for line in whole.decode().split("\n")] if end else []
+    except UnicodeDecodeError as error:
+        number = whole.count(b"\n", 0, error.start) + 1
+        raise BadInput(f"{file}, line {number} is not UTF-8. Remove the line.") from error
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise BadInput(f"cannot read {file}: {reason(error)}. Name another folder with --out.") from error
 
 
 def _read(file: Path) -> list[Record]:
@@ -173,12 +254,17 @@ def _record(line: str, where: str) -> Record:
         for name in ("answers", "kept"):
             fields[name] = tuple(map(tuple, fields[name]))
         return Record(**{**fields, "predictions": tuple(fields["predictions"]), "scores": tuple(fields["scores"])})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{where} is no record: {error}. Remove the line, or name another folder with --out.") from error
 
 
-def _write(path: Path, text: str) -> None:
-    """At once or not at all."""
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
+def _key_of_map(line: str, where: str) -> tuple[Unit, str, str]:
+    try:
+        found = json.loads(line)
+        return (found["task"], found["index"]), found["method"], found["keep"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{where} is no map: {error}. Remove the line, or name another folder with --out.") from error
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    write_bytes(path, "".join(lines).encode("utf-8", "backslashreplace"))

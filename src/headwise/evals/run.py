@@ -8,6 +8,7 @@ calibration ever sees them.
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -72,6 +73,8 @@ class Evaluation:
             raise BadInput("there is nothing to evaluate: give at least one task and one keep.")
         if self.protocol not in PROTOCOLS:
             raise BadInput(f"protocol={self.protocol!r}: choose {' or '.join(PROTOCOLS)}.")
+        if abs(self.seed) >= 2**63:
+            raise BadInput("the seed is out of range: choose one from 0 to 2**63 - 1.")
         if min(self.rows, self.timed + 1, self.seed + 1) < 1:
             raise BadInput(f"rows={self.rows} must be at least 1, timed={self.timed} and seed={self.seed} at least 0.")
         known_methods(self.methods)
@@ -98,8 +101,8 @@ def evaluate(
 ) -> list[Record]:
     """Measure everything that `folder` does not hold yet; all records of the evaluation, its samples in order.
 
-    Several `processes` share the samples. Raises BadInput, and what `require_possible` raises for the first sample of
-    any task, before any work.
+    Several `processes` share the samples, and the folder, which the first one keeps other runs out of. Raises BadInput,
+    and what `require_possible` raises for the first sample of any task, before any work.
     """
     processes = processes or Processes()
     session = Session(
@@ -112,6 +115,18 @@ def evaluate(
     for task in evaluation.tasks:
         for tokens in session.tokens(task.sample(0)):
             require_possible(model, evaluation.methods, evaluation.keeps, tokens)
+    with nullcontext() if folder is None or processes.rank > 0 else folder.locked():
+        return _asked_for(_measured(session, evaluation, folder, processes, progress), evaluation)
+
+
+def _measured(
+    session: Session,
+    evaluation: Evaluation,
+    folder: RunFolder | None,
+    processes: Processes,
+    progress: Callable[[int, int], None],
+) -> list[Record]:
+    """Records of all samples: those that the folder holds, and what it lacks."""
     made = list(_resumed(folder, evaluation, processes))
     have = {(record.unit, record.method, record.keep) for record in made}
     units, share = evaluation.units, processes.share(len(evaluation.units))
@@ -131,7 +146,7 @@ def evaluate(
             folder.merge()
         processes.wait()
         made = folder.records()
-    return _asked_for(made, evaluation)
+    return made
 
 
 def _resumed(folder: RunFolder | None, evaluation: Evaluation, processes: Processes) -> list[Record]:

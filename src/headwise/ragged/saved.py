@@ -26,7 +26,7 @@ FIELDS: Mapping[str, strict_json.Check] = {
     "method": strict_json.mapping,
     "keep": strict_json.text,
     "seen": strict_json.size,
-    "context_tokens": strict_json.or_none(strict_json.list_of(strict_json.size)),
+    "context_tokens": strict_json.or_none(strict_json.list_of(strict_json.positive)),
     "peak_nbytes": strict_json.count,
 }
 IDS = "ids"  # of all tokens seen, where they are known

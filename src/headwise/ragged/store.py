@@ -30,7 +30,10 @@ def tokens_fingerprint(
 
 
 def save(cache: RaggedCache, path: str | os.PathLike[str]) -> None:
-    """Write a compressed cache, its tail included. Raises UnsupportedGeneration if its context is not complete."""
+    """Write a compressed cache, its tail included.
+
+    Raises UnsupportedGeneration if its context is not complete, BadInput and WriteFailed as `write_tensors`.
+    """
     if not cache.compressed:
         raise UnsupportedGeneration("this cache has not read its context yet: there is nothing to save.")
     tensors: dict[str, Tensor] = {}

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from headwise.artifacts import replacing
 from headwise.errors import BadInput, HeadwiseError
+from headwise.writing import replacing
 
 try:
     import matplotlib
@@ -41,12 +41,10 @@ def require_ratio(ratio: float) -> None:
 
 
 def write_page(path: str | os.PathLike[str], make: Callable[[], Figure]) -> None:
-    """Write a page as .png, .svg or .pdf, at once or not at all. Raises BadInput."""
+    """Write a page as .png, .svg or .pdf, at once or not at all. Raises BadInput, WriteFailed."""
     out = Path(path)
     if out.suffix.lower() not in FORMATS:
         raise BadInput(f"{out}: a plot is a {', '.join(FORMATS)} file; name one.")
-    if out.is_dir():
-        raise BadInput(f"{out} is a folder; name a file for the plot.")
     with matplotlib.rc_context(STYLE), replacing(out) as temporary:
         make().savefig(temporary, format=out.suffix.lower()[1:], dpi=120, facecolor="white")
 

@@ -43,7 +43,7 @@ def log_of(path: str | os.PathLike[str]) -> list[Row]:
     if not log.is_file():
         return []
     try:
-        lines = log.read_text(encoding="utf-8").splitlines()
+        lines = log.read_bytes().decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read the log {log}: {error}. Move it away to draw the gates alone.") from error
     return [_row(line, f"{log}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]

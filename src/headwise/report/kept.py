@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
-from headwise.artifacts import opened, replacing
+from headwise.artifacts import opened
 from headwise.console import shown
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.evals import template
 from headwise.evals.models import REFERENCE, load_tokenizer
 from headwise.ragged.saved import read
 from headwise.ragged.store import tokens_fingerprint
+from headwise.writing import require_file, write_bytes
 
 FORMATS = (".html", ".htm")
 SHADES = 8
@@ -173,17 +174,15 @@ def plot(
     """Write the page of a saved cache as .html, at once or not at all.
 
     `text` is the document that was compressed, `context` its file's name; `model` has the tokenizer, left out: the one
-    that the cache names, if it is in a folder. Raises BadInput, ArtifactMismatch.
+    that the cache names, if it is in a folder. Raises BadInput, ArtifactMismatch, WriteFailed.
     """
     target = Path(out)
     if target.suffix.lower() not in FORMATS:
         raise BadInput(f"{target}: the map of a cache is a web page; name an .html file.")
-    if target.is_dir():
-        raise BadInput(f"{target} is a folder; name a file for the map.")
+    require_file(target, inputs=[path])
     found = KeptTokens.load(path)
     words = pieces(tokenizer_for(found, model), text, found)
-    with replacing(target) as temporary:
-        temporary.write_text(page(found, words, context.name), encoding="utf-8")
+    write_bytes(target, page(found, words, context.name).encode(errors="replace"))  # half a character is no text
 
 
 def page(found: KeptTokens, words: Sequence[tuple[str, str]], document: str) -> str:

@@ -5,13 +5,11 @@ records.py reads, summary.py counts, page.py, picture.py and this module write. 
 
 import csv
 import io
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from headwise.console import shown
 from headwise.errors import BadInput
@@ -24,6 +22,7 @@ from headwise.report.page import page
 from headwise.report.records import Results, load
 from headwise.report.statistics import Setting
 from headwise.report.summary import Summary, summarise
+from headwise.writing import replacing, require_file
 
 FORMATS = (".html", ".htm")
 BESIDE = (".csv", ".md", ".png")
@@ -35,9 +34,9 @@ def write_report(sources: Sequence[Path], out: Path) -> list[Path]:
 
     Sources are folders of `headwise eval`, or files of `headwise bench`. All four are written, or none. Raises BadInput
     for sources of both kinds or written by something else, for damaged or missing records, for a page that cannot be
-    written there, and where matplotlib is missing.
+    written there, and where matplotlib is missing. Raises WriteFailed where the system fails.
     """
-    paths = _paths(out)
+    paths = _paths(out, sources)
     from headwise.report.picture import draw  # matplotlib, which is optional
 
     if _measured(sources):
@@ -52,7 +51,7 @@ def write_report(sources: Sequence[Path], out: Path) -> list[Path]:
     contents = [*(text.encode(errors="replace") for text in texts), draw(drawn)]  # half a character is no text
     with ExitStack() as stack:
         for path, content in zip(paths, contents, strict=True):
-            stack.enter_context(_replacing(path)).write_bytes(content)
+            stack.enter_context(replacing(path)).write_bytes(content)
     return paths
 
 
@@ -147,27 +146,11 @@ def _measured(sources: Sequence[Path]) -> bool:
     return bool(files)
 
 
-def _paths(out: Path) -> list[Path]:
+def _paths(out: Path, sources: Sequence[Path]) -> list[Path]:
     """The page's and those beside it, where all of them can be."""
     if out.suffix.lower() not in FORMATS:
         raise BadInput(f"{out}: a report is a web page; name an .html file.")
-    if not out.parent.is_dir():
-        raise BadInput(f"cannot write {out}: the folder {out.parent} does not exist; create it first.")
     paths = [out, *(out.with_suffix(suffix) for suffix in BESIDE)]
     for path in paths:
-        if path.is_dir():
-            raise BadInput(f"cannot write {path}: it is a folder; name another file.")
+        require_file(path, inputs=sources)
     return paths
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """As artifacts.replacing, which imports torch: a temporary file that takes the place of `path` if all ends well."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BadInput(f"cannot write {path} ({error.strerror}); name another file.") from error
-    finally:
-        temporary.unlink(missing_ok=True)

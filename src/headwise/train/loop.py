@@ -218,7 +218,7 @@ class Trainer:
     def step(self, number: int) -> tuple[float, float]:
         """One step; mean loss, and mean agreement on answers."""
         s = self.settings
-        draw = torch.Generator().manual_seed(s.seed * 1_000_003 + number)
+        draw = torch.Generator().manual_seed((s.seed * 1_000_003 + number) % 2**63)
         rate = min(1.0, (number + 1) / s.warmup) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * number / s.steps)))
         for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = base * rate

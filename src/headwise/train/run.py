@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from headwise.gates import EntryScores, Gates, HeadBudgets, summary_width
 from headwise.hf.attention import enable
 from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
+from headwise.locks import lock_of, locked
 from headwise.method import Method
 from headwise.processes import Processes
 from headwise.ragged.store import model_fingerprint
@@ -27,6 +29,7 @@ from headwise.reading import can_watch
 from headwise.schema import Numbers, Schema
 from headwise.train.loop import Lesson, Settings, Trainer, prepare
 from headwise.train.warm import warm_budgets, warm_scores
+from headwise.writing import reason, remove, remove_leftovers, require_file, write_bytes
 
 Part = Literal["lkv", "lkv-h", "lkv-t"]
 SAVE_EVERY = 100  # steps
@@ -82,10 +85,34 @@ def train(
 
     `part`: "lkv" trains budgets and scores, "lkv-h" budgets for a fixed `scorer`, "lkv-t" scores with equal budgets.
     Every tenth example is kept for validation; the gates with the best validation loss are written. Several `processes`
-    share the contexts of a step. Raises BadInput before anything is trained.
+    share the contexts of a step, and `out`; other runs are kept out. Raises BadInput before anything is trained, also
+    where `out` cannot be written, and WriteFailed.
     """
-    settings, processes = settings or Settings(), processes or Processes()
-    seen = view(model)
+    processes = processes or Processes()
+    for path in written(out):
+        require_file(path)
+    with nullcontext() if processes.rank > 0 else locked(lock_of(out), out):
+        _train(model, tokenizer, examples, out, part, scorer, settings or Settings(), processes, progress)
+
+
+def written(out: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
+    """What training writes: gates, log, and the state that a killed run goes on from."""
+    name = os.fspath(out)
+    return Path(name), Path(f"{name}.log.jsonl"), Path(f"{name}.state")
+
+
+def _train(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    out: str | os.PathLike[str],
+    part: Part,
+    scorer: str | None,
+    settings: Settings,
+    processes: Processes,
+    progress: Callable[[int, int, str], None],
+) -> None:
+    seen, (_, log, kept) = view(model), written(out)
     fixed = _fixed_scorer(part, scorer)
     if fixed is not None:
         fixed = fixed.resolve(seen.shape, seen.config_hash)
@@ -94,7 +121,8 @@ def train(
         )  # what inference will protect
     held_out = examples[9::10]
     taught = [e for n, e in enumerate(examples) if n % 10 != 9]
-    _require(model, tokenizer, examples, settings, taught, out)
+    _require(model, tokenizer, examples, settings, taught)
+    _require_log(log)
     processes.require_equal_shares(settings.contexts_per_step)
     enable(model)
     torch.manual_seed(settings.seed)
@@ -114,7 +142,7 @@ def train(
     tests = Lessons(lambda at: prepare(model, tokenizer, held_out[at], settings, fixed), len(held_out))
     data = fingerprint(repr([asdict(e) for e in examples]))
     run = fingerprint(model_fingerprint(model), data, repr((asdict(settings), part, scorer)))
-    state = _State(Path(f"{os.fspath(out)}.state"), trainer, run)
+    state = _State(kept, trainer, run)
     start = state.restore()
     main = processes.rank == 0
     if start is None:
@@ -158,10 +186,11 @@ def train(
         window=settings.window,
         calibration=run,
     )
-    log = "".join(json.dumps(row) + "\n" for row in state.log)
-    Path(f"{os.fspath(out)}.log.jsonl").write_text(log, encoding="utf-8")
+    write_bytes(log, "".join(json.dumps(row) + "\n" for row in state.log).encode())
     Gates(origin=origin, budgets=budgets, scores=scores, settings={**asdict(settings), "part": part}).save(out)
-    state.path.unlink(missing_ok=True)
+    remove(state.path)
+    for path in written(out):
+        remove_leftovers(path)
 
 
 class _State:
@@ -269,12 +298,9 @@ def _require(
     examples: Sequence[Example],
     settings: Settings,
     taught: Sequence[Example],
-    out: str | os.PathLike[str],
 ) -> None:
-    if Path(out).is_dir():
-        raise BadInput(f"{out} is a folder; name a file for the gates.")
-    if not Path(out).resolve().parent.is_dir():
-        raise BadInput(f"the folder of {out} does not exist; create it first.")
+    if not 0 <= settings.seed < 2**63:
+        raise BadInput("the seed is out of range: choose one from 0 to 2**63 - 1.")
     low, high = settings.keeps
     numbers = {name: getattr(settings, name) for name in ("steps", "contexts_per_step", "questions", "answer_tokens")}
     if not (0 < low <= high < 1 and min(numbers.values()) > 0):
@@ -300,3 +326,18 @@ def _require(
                 f"a context of {context.shape[1]} tokens is no longer than the {settings.sink + settings.window} that "
                 f"are protected: {example.context[:40]!r}."
             )
+
+
+def _require_log(log: Path) -> None:
+    """Raise BadInput for a file that no training has written: it would be lost."""
+    if not log.exists():
+        return
+    try:
+        with log.open("rb") as file:
+            first = file.readline()
+        if first:
+            float(json.loads(first)["step"])
+    except OSError as error:
+        raise BadInput(f"cannot read {log}: {reason(error)}. Move it away, or name another --out.") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadInput(f"{log} is no log of a training. Move it away, or name another --out.") from error

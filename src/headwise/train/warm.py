@@ -50,7 +50,7 @@ def warm_scores(
     optimizer = torch.optim.AdamW(scores.parameters(), lr=3 * settings.lr_scores, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(settings.warm_steps):
         number = WARM + step
-        draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+        draw = torch.Generator().manual_seed((settings.seed * 1_000_003 + number) % 2**63)
         chosen = torch.randint(len(lessons), (settings.contexts_per_step,), generator=draw).tolist()
         rate = min(1.0, (step + 1) / 20) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / settings.warm_steps)))
         for group in optimizer.param_groups:
