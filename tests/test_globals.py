@@ -1,10 +1,40 @@
 """torch's default device and dtype are the user's: headwise names both wherever it makes a tensor."""
 
 import ast
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import headwise
+import pytest
+import torch
+from safetensors.torch import load_file
 
+import headwise
+from headwise.artifacts import Profile
+from headwise.calibration import Example
+from headwise.evals import models
+from headwise.method import SCORERS
+from headwise.profile import Settings, profile
+from headwise.solve import solve
+from headwise.train.loop import Settings as Training
+from headwise.train.run import train
+
+WORDS = "locker apple red stone. the key was under the old tower, near a river. "
+EXAMPLES = [
+    Example(context=f"{opening} {WORDS * 2}", questions=("? locker apple", "? who"))
+    for opening in (
+        "then",
+        "he saw a",
+        "she had a",
+        "near the",
+        "under the",
+        "a red",
+        "an old",
+        "the key",
+        "who",
+        "all",
+    )
+]
 SOURCE = Path(headwise.__file__).parent
 MAKERS = {
     *("arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn"),
@@ -40,3 +70,80 @@ def test_every_tensor_names_its_device_and_dtype():
         for line, call in unnamed(path.read_text(encoding="utf-8"))
     ]
     assert not found, "\n".join(found)
+
+
+@contextmanager
+def defaults(dtype=torch.float32, device=None):
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+# "meta" stands for a GPU: what is made there by mistake cannot be mixed with what is on the CPU.
+OTHERS = {
+    "float64": {"dtype": torch.float64},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "device": {"device": "meta"},
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folders):
+    return models.load(str(model_folders["qwen3"]), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def bundled_model():
+    return models.load("reference")[0]
+
+
+def kept(model, ids, method):
+    """What stays of a context, and the logits of a question."""
+    with torch.no_grad():
+        cache = headwise.compress(model, ids, method, keep=0.4)
+        logits = model(ids[:, :9], past_key_values=cache.fork()).logits
+    layers = range(len(cache.ragged_layers))
+    return cache.lengths, torch.cat([cache.positions(layer, 0, 0) for layer in layers]), logits
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("method", [*SCORERS, "snapkv+pyramid", "adakv", "expected+global", "keydiff+lukv", "lkv"])
+def test_every_method_keeps_the_same_under_other_defaults(bundled_model, method, name):
+    ids = torch.randint(10, 300, (1, 130), generator=torch.Generator().manual_seed(0))
+    expected = kept(bundled_model, ids, method)
+    with defaults(**OTHERS[name]):
+        found = kept(bundled_model, ids, method)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[2], expected[2], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_are_the_same_under_other_defaults(loaded, tmp_path, monkeypatch, name):
+    """A profile, the budget solved from it, gates that were trained, a cache that was saved and loaded."""
+    monkeypatch.setattr("headwise.train.warm.PROFILED", 1)
+    for folder, chosen in (("plain", {}), ("other", OTHERS[name])):
+        (tmp_path / folder).mkdir()
+        with defaults(**chosen):
+            make_files(loaded, tmp_path / folder)
+    for file in ("profile", "budget", "gates", "cache"):
+        found, expected = (load_file(tmp_path / folder / file) for folder in ("other", "plain"))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), file
+
+
+def make_files(loaded, folder):
+    torch.manual_seed(0)
+    model, _ = loaded
+    profile(*loaded, EXAMPLES[:2], ["keydiff", "expected"], folder / "profile", settings=Settings(steps=2, window=3))
+    solve(Profile.load(folder / "profile"), "keydiff").save(folder / "budget")
+    quick = replace(Training(), steps=2, warm_steps=2, contexts_per_step=2, questions=2, answer_tokens=3)
+    train(*loaded, EXAMPLES, folder / "gates", settings=quick)
+    ids = torch.randint(3, 90, (1, 130), generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
+    headwise.compress(model, ids, f"keydiff+lukv@{folder / 'budget'}", keep=0.4).save(folder / "saved")
+    headwise.load(folder / "saved", model, input_ids=ids).save(folder / "cache")

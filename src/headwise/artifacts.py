@@ -252,7 +252,7 @@ class Budget:
         alphas = load_tsv(Path(path), (shape.num_layers, shape.kv_heads))
         alpha = torch.from_numpy(alphas).clamp(0, 1)[list(shape.layers)].flatten()
         rank = torch.argsort(torch.argsort(alpha, descending=True, stable=True))
-        whole = torch.arange(1, shape.num_heads)
+        whole = torch.arange(1, shape.num_heads, dtype=torch.int64, device="cpu")
         fractions = (rank < whole[:, None]).float().unflatten(1, (-1, shape.kv_heads))
         origin = Origin(
             shape=shape,
@@ -319,7 +319,7 @@ class Profile:
         ]
         if not (min(shares) >= 0 and 0 < sum(shares) < float("inf")):
             raise BadInput(f"domain weights {dict(weights or {})} must be finite, at least 0, and not all of them 0.")
-        share = torch.tensor(shares, dtype=torch.float64) / sum(shares)
+        share = torch.tensor(shares, dtype=torch.float64, device="cpu") / sum(shares)
         return torch.einsum("d,d...->...", share, by_domain.double())
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -495,4 +495,4 @@ def _group(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
 
 
 def _percents() -> Float[Tensor, " 99"]:
-    return torch.arange(1, 100, dtype=torch.float64) / 100
+    return torch.arange(1, 100, dtype=torch.float64, device="cpu") / 100

@@ -57,17 +57,18 @@ class HeadBudgets(nn.Module):
     start: Float[Tensor, "heads knots"]
     usual: Float[Tensor, "2 width"]  # mean and spread of summaries
 
-    def __init__(self, heads: int, width: int):
+    def __init__(self, heads: int, width: int, *, device: str = "cpu"):
         super().__init__()
-        self.register_buffer("start", torch.zeros(heads, len(KNOTS)))
-        self.register_buffer("usual", torch.stack([torch.zeros(width), torch.ones(width)]))
-        self.embedding = nn.Parameter(torch.randn(heads, EMBEDDING))
-        self.hidden = nn.Linear(EMBEDDING + 1, HIDDEN)
-        self.out = nn.Linear(HIDDEN, 1)
+        self.register_buffer("start", torch.zeros(heads, len(KNOTS), dtype=torch.float32, device=device))
+        usual = torch.zeros(width, dtype=torch.float32, device=device)
+        self.register_buffer("usual", torch.stack([usual, usual + 1]))
+        self.embedding = nn.Parameter(torch.randn(heads, EMBEDDING, dtype=torch.float32, device=device))
+        self.hidden = nn.Linear(EMBEDDING + 1, HIDDEN, dtype=torch.float32, device=device)
+        self.out = nn.Linear(HIDDEN, 1, dtype=torch.float32, device=device)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        self.traits = nn.Linear(width, TRAITS, bias=False)
-        self.leaning = nn.Parameter(torch.zeros(heads, TRAITS))
+        self.traits = nn.Linear(width, TRAITS, bias=False, dtype=torch.float32, device=device)
+        self.leaning = nn.Parameter(torch.zeros(heads, TRAITS, dtype=torch.float32, device=device))
 
     def forward(self, keep: float, summary: Float[Tensor, " width"] | None = None) -> Float[Tensor, " heads"]:
         """Fractions at one keep in (0, 1]; without a summary, those of a context with no traits."""
@@ -101,12 +102,16 @@ class HeadBudgets(nn.Module):
 class EntryScores(nn.Module):
     """LKV-T: one small network per KV head, on intrinsic features of an entry. Scores compare within a head only."""
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int):
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, *, device: str = "cpu"):
         super().__init__()
         width = 2 * head_dim + 2 + PLACE_FEATURES
-        self.weight_in = nn.Parameter(torch.randn(layers, kv_heads, width, HIDDEN) * width**-0.5)
-        self.bias_in = nn.Parameter(torch.zeros(layers, kv_heads, 1, HIDDEN))
-        self.weight_out = nn.Parameter(torch.randn(layers, kv_heads, HIDDEN) * HIDDEN**-0.5)
+        self.weight_in = nn.Parameter(
+            torch.randn(layers, kv_heads, width, HIDDEN, dtype=torch.float32, device=device) * width**-0.5
+        )
+        self.bias_in = nn.Parameter(torch.zeros(layers, kv_heads, 1, HIDDEN, dtype=torch.float32, device=device))
+        self.weight_out = nn.Parameter(
+            torch.randn(layers, kv_heads, HIDDEN, dtype=torch.float32, device=device) * HIDDEN**-0.5
+        )
 
     def forward(
         self, features: Float[Tensor, "batch kv_heads tokens width"], layer: int
@@ -155,7 +160,7 @@ def context_summary(
     """What a context is like, float32: the means over its tokens of key (before rotation) and value in every head of a
     layer, both scaled to unit mean square. In the first layer they say which tokens a context is made of.
     """
-    share = (valid / valid.sum(-1, keepdim=True))[:, None, :, None]
+    share = (valid.float() / valid.sum(-1, keepdim=True))[:, None, :, None]
     states = rotary.unrotate(keys, positions), values.float()
     means = [(share * _unit(x).where(share > 0, 0)).sum(2).flatten(1) for x in states]  # padding may hold anything
     return torch.cat(means, dim=-1)
@@ -229,11 +234,10 @@ class Gates:
 
 def _empty(shape: ModelShape) -> dict[str, Any]:
     """Both parts for a model, without memory for any weight."""
-    with torch.device("meta"):
-        return {
-            "budgets": HeadBudgets(shape.num_heads, summary_width(shape)),
-            "scores": EntryScores(len(shape.layers), shape.kv_heads, shape.head_dim),
-        }
+    return {
+        "budgets": HeadBudgets(shape.num_heads, summary_width(shape), device="meta"),
+        "scores": EntryScores(len(shape.layers), shape.kv_heads, shape.head_dim, device="meta"),
+    }
 
 
 def _schema(modules: Mapping[str, nn.Module]) -> Schema:

@@ -105,7 +105,7 @@ class Segments:
     @cached_property
     def spans(self) -> Int[Tensor, "2 segments"]:
         """First row and number of rows of every segment, int64, where the storage is."""
-        return torch.tensor([self.starts, self.lengths], device=self.keys.device)
+        return torch.tensor([self.starts, self.lengths], device=self.keys.device, dtype=torch.int64)
 
     @cached_property
     def pages(self) -> PageTable:
@@ -187,25 +187,30 @@ def masked_value(dtype: torch.dtype) -> float:
     return max(-1e30, torch.finfo(dtype).min / 2)
 
 
+def bias_of(mask: Bool[Tensor, "*axes"], dtype: torch.dtype) -> Float[Tensor, "*axes"]:
+    """What to add to the logits so that nothing is seen where `mask` is False."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, masked_value(dtype))
+
+
 def page_table(lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> PageTable:
     """Cut a flat storage of segments into pages. The page size follows the mean segment length, 16 to 256 rows."""
     total = sum(lengths)
     mean = max(1, total // len(lengths))
     size = min(MAX_PAGE, max(MIN_PAGE, 1 << (mean.bit_length() - 1)))
-    segment, page, first, stop = _pieces(torch.tensor(lengths), size)
+    segment, page, first, stop = _pieces(torch.tensor(lengths, dtype=torch.int64, device="cpu"), size)
     num_pages = total // size
     main = _largest_of_page(page, stop - first, num_pages)
-    row = torch.arange(size)
+    row = torch.arange(size, dtype=torch.int64, device="cpu")
     offset = page * size
     inside = (row >= (first - offset)[:, None]) & (row < (stop - offset)[:, None])  # [pieces, size]
     index = (first[:, None] + row).clamp(max=max(total - 1, 0))
     return PageTable(
         size=size,
         owner=segment[main].to(device),
-        bias=_bias(inside[main], device, dtype),
+        bias=bias_of(inside[main], dtype).to(device),
         extra_owner=segment[~main].to(device),
         extra_index=index[~main].to(device),
-        extra_bias=_bias((row < (stop - first)[:, None])[~main], device, dtype),
+        extra_bias=bias_of((row < (stop - first)[:, None])[~main], dtype).to(device),
     )
 
 
@@ -218,10 +223,10 @@ def chunk_table(lengths: tuple[int, ...], device: torch.device) -> ChunkTable:
 
 def split_into_chunks(lengths: tuple[int, ...], size: int, device: torch.device) -> ChunkTable:
     """Split segments into as few chunks of at most `size` rows as there can be."""
-    length = torch.tensor(lengths)
+    length = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     count = (length + size - 1) // size
-    segment = torch.repeat_interleave(torch.arange(len(length)), count)
-    nth = torch.arange(len(segment)) - (count.cumsum(0) - count)[segment]
+    segment = torch.repeat_interleave(torch.arange(len(length), dtype=torch.int64, device="cpu"), count)
+    nth = torch.arange(len(segment), dtype=torch.int64, device="cpu") - (count.cumsum(0) - count)[segment]
     begin = (length.cumsum(0) - length)[segment]
     first = functional.pad(count.cumsum(0), (1, 0))
     return ChunkTable(
@@ -260,27 +265,25 @@ def listed_rows(rows: Int[Tensor, " batch"], contexts: int) -> list[int]:
     return listed
 
 
-def _bias(mask: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.where(mask, 0.0, masked_value(dtype)).to(device, dtype)
-
-
 def _pieces(lengths: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cut segments at page borders: segment, page, first row and end row of every piece, in storage order."""
     end = lengths.cumsum(0)
     start = end - lengths
     count = torch.where(lengths > 0, (end - 1) // size - start // size + 1, 0)
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), count)
-    nth = torch.arange(len(segment)) - torch.repeat_interleave(count.cumsum(0) - count, count)
+    segment = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int64, device="cpu"), count)
+    nth = torch.arange(len(segment), dtype=torch.int64, device="cpu") - torch.repeat_interleave(
+        count.cumsum(0) - count, count
+    )
     page = start[segment] // size + nth
     return segment, page, torch.maximum(start[segment], page * size), torch.minimum(end[segment], (page + 1) * size)
 
 
 def _largest_of_page(page: Tensor, rows: Tensor, num_pages: int) -> Tensor:
     """Marks, for each full page, its largest piece (the first of equals)."""
-    main = torch.zeros(len(page), dtype=torch.bool)
+    main = torch.zeros(len(page), dtype=torch.bool, device="cpu")
     order = torch.argsort(-rows, stable=True)
     order = order[torch.argsort(page[order], stable=True)]  # by page, then largest first
-    leading = torch.ones(len(page), dtype=torch.bool)
+    leading = torch.ones(len(page), dtype=torch.bool, device="cpu")
     leading[1:] = page[order][1:] != page[order][:-1]
     main[order[leading & (page[order] < num_pages)]] = True
     return main

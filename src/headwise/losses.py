@@ -40,7 +40,7 @@ def marginal_utility(
     """Importance in the order of keeping: one by one for the protected tokens, then in equal shares. float64."""
     gained = importance.double().gather(-1, order).cumsum(-1)
     gained = torch.nn.functional.pad(gained, (1, 0))  # nothing kept, nothing gained
-    return _by_rank(gained, torch.arange(gained.shape[-1], device=gained.device), protected, ranks)
+    return _by_rank(gained, torch.arange(gained.shape[-1], device=gained.device, dtype=torch.int64), protected, ranks)
 
 
 class OutputLoss:
@@ -56,8 +56,12 @@ class OutputLoss:
         candidates = order.shape[-1] - protected
         self.whole, self.order, self.protected, self.ranks = whole, order, protected, ranks
         self.block = -(-candidates // ranks)  # entries per recorded point
-        ends = torch.arange(self.block, candidates + self.block, self.block).clamp(max=candidates)
-        self.kept = torch.cat([torch.arange(protected + 1), protected + ends]).to(order.device)
+        ends = torch.arange(self.block, candidates + self.block, self.block, dtype=torch.int64, device="cpu").clamp(
+            max=candidates
+        )
+        self.kept = torch.cat([torch.arange(protected + 1, dtype=torch.int64, device="cpu"), protected + ends]).to(
+            order.device
+        )
         self.gram = [output_gram(whole, layer) for layer in range(len(order))]
         self._squares = torch.zeros(*order.shape[:-1], len(self.kept), dtype=torch.float64, device=order.device)
         self._sums: dict[int, Tensor] = {}  # layer -> [H, G, points, D]

@@ -53,14 +53,13 @@ def compress(
     length = input_ids.shape[1]
     cache = RaggedCache(seen.model, method, keep=keep, prompt_length=length, kernel=kernel, replays=True)
     replay = _fitting(cache.method.scorer.replay, seen.max_positions, int(mask.sum(-1).max()))
-    steps, done = length * (2 if replay else 1), 0
-    for chunk in torch.arange(length).split(prefill_chunk_size or length):
-        stop = int(chunk[-1]) + 1
-        _forward(seen.model, input_ids[:, done:stop], mask[:, :stop], cache)
-        done = stop
-        _require_filled(cache, done)
+    steps, size = length * (2 if replay else 1), prefill_chunk_size or length
+    for start in range(0, length, size):
+        stop = min(length, start + size)
+        _forward(seen.model, input_ids[:, start:stop], mask[:, :stop], cache)
+        _require_filled(cache, stop)
         if progress is not None:
-            progress(done, steps)
+            progress(stop, steps)
     if replay is not None:
         with seen.unchanged():
             _replay(seen.model, input_ids, mask, cache, replay, progress)

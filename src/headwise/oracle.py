@@ -210,7 +210,8 @@ def _decode(
     recorder.listen(cache)
     if longest > 1:
         _forward(model, cache, ids[:, :-1], mask[:, :-1])
-    recorder.recording, ids, said, lengths = True, ids[:, -1:], [], 0
+    recorder.recording, ids, said = True, ids[:, -1:], []
+    lengths = torch.zeros(len(questions), dtype=torch.int64, device=ids.device)
     for _ in range(steps):
         ids = _next(_forward(model, cache, ids, mask), sampling, generator)
         said.append(ids)
@@ -219,7 +220,7 @@ def _decode(
         if not bool(recorder.answering.any()):
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-    return [row[:length] for row, length in zip(torch.cat(said, dim=-1), torch.as_tensor(lengths), strict=True)]
+    return [row[:length] for row, length in zip(torch.cat(said, dim=-1), lengths.tolist(), strict=True)]
 
 
 def _forward(

@@ -130,7 +130,7 @@ class Sharded(Launched):
             self._others_at_work(True)
 
     def _others_at_work(self, at_work: bool) -> bool:
-        found = torch.tensor(float(at_work), device=self.device)
+        found = torch.tensor(float(at_work), device=self.device, dtype=torch.float32)
         torch.distributed.all_reduce(found)
         return not at_work and bool(found > 0)
 

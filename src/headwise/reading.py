@@ -65,7 +65,7 @@ class _Watchers(AbstractScorer):
                 self.scores.setdefault(scorer, []).append(scorer.score(seen))
         if observation.layer == 0:
             self.first.append(observation)
-        return torch.zeros(observation.keys.shape[:3], device=observation.keys.device)
+        return torch.zeros(observation.keys.shape[:3], device=observation.keys.device, dtype=torch.float32)
 
     def _seen_by(self, number: int, scorer: AbstractScorer, observation: Observation) -> Observation:
         last = observation.queries.shape[2] - scorer.query_window

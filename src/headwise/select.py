@@ -51,7 +51,7 @@ def select(
     ranked = scores.float().clamp(-limit, limit)
     ranked = ranked.masked_fill(protected.unsqueeze(1), torch.inf).masked_fill(~valid.unsqueeze(1), -torch.inf)
     best = torch.argsort(ranked, dim=-1, descending=True, stable=True)
-    winners = torch.arange(scores.shape[-1], device=scores.device) < counts.unsqueeze(-1)
+    winners = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.int64) < counts.unsqueeze(-1)
     kept = torch.zeros_like(winners).scatter(-1, best, winners)
     if order is None:
         return kept

@@ -58,7 +58,7 @@ def solve(
     rows = [share(hulls, entries=GRID, total=int(ratio * GRID * heads)) for ratio in exact]
     evidence = {"curve": loss, "scorer": "raw", "ideal": "ideal"}
     return Budget(
-        ratios=torch.tensor([float(ratio) for ratio in exact], dtype=torch.float64),
+        ratios=torch.tensor([float(ratio) for ratio in exact], dtype=torch.float64, device="cpu"),
         fractions=torch.stack(rows).unflatten(1, (len(shape.layers), shape.kv_heads)).double() / GRID,
         origin=_origin(profile, scorer, loss),
         hull={"protected": protected.contiguous(), "width": hulls.width, "slope": hulls.slope},
@@ -72,7 +72,7 @@ def published(profile: Profile, scorer: str, *, domain_weights: Mapping[str, flo
     Has no hulls; use it as `scorer+fixed@FILE`. Raises BadInput if the profile was made without `published`.
     """
     return Budget(
-        ratios=torch.arange(1, 100, dtype=torch.float64) / 100,
+        ratios=torch.arange(1, 100, dtype=torch.float64, device="cpu") / 100,
         fractions=profile.published_fractions(scorer, domain_weights),
         origin=_origin(profile, scorer, "published"),
     )
@@ -123,7 +123,7 @@ def check(
             share(concave_hulls(layer), entries=CHECK_STEPS, total=total * (i + 1) // layers - total * i // layers)
             for i, layer in enumerate(coarse)
         ]
-        even = torch.full((len(flat),), total // len(flat))
+        even = torch.full((len(flat),), total // len(flat), dtype=torch.int64, device="cpu")
         even[: total % len(flat)] += 1
         found.append(
             Quality(

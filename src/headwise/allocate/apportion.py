@@ -39,7 +39,7 @@ def even_shares(totals: Int[Tensor, "*rows"], parts: int) -> Int[Tensor, "*rows 
     Nested: no part shrinks when the total grows.
     """
     totals = totals.unsqueeze(-1)
-    return totals // parts + (torch.arange(parts, device=totals.device) < totals % parts)
+    return totals // parts + (torch.arange(parts, device=totals.device, dtype=torch.int64) < totals % parts)
 
 
 def apportion(
@@ -60,7 +60,7 @@ def apportion(
     remainder = ((nearest - counts) * 2**24).round().masked_fill(counts >= upper, -1)
     order = torch.argsort(remainder, dim=-1, descending=True, stable=True)
     missing = totals.unsqueeze(-1) - counts.sum(dim=-1, keepdim=True)
-    winners = torch.arange(wishes.shape[-1], device=wishes.device) < missing
+    winners = torch.arange(wishes.shape[-1], device=wishes.device, dtype=torch.int64) < missing
     return counts.scatter_add(-1, order, winners.long())
 
 

@@ -64,9 +64,9 @@ class Fixed(AbstractAllocator):
         rows = self.budget.closed()[1].flatten(1).double()  # [R, L * H]
         limits = list(zip(demand.tokens, demand.totals, demand.floors, strict=True))
         wishes = torch.stack([_wishes(rows, tokens, total, floor) for tokens, total, floor in limits])
-        lower = torch.tensor(demand.floors)[:, None].expand(wishes.shape)
-        upper = torch.tensor(demand.tokens)[:, None].expand(wishes.shape)
-        counts = apportion(wishes, torch.tensor(demand.totals), lower, upper)
+        lower = torch.tensor(demand.floors, dtype=torch.int64, device="cpu")[:, None].expand(wishes.shape)
+        upper = torch.tensor(demand.tokens, dtype=torch.int64, device="cpu")[:, None].expand(wishes.shape)
+        counts = apportion(wishes, torch.tensor(demand.totals, dtype=torch.int64, device="cpu"), lower, upper)
         return counts.unflatten(1, (len(demand.shape.layers), demand.shape.kv_heads))
 
 

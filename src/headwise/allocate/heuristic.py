@@ -62,10 +62,14 @@ class Pyramid(AbstractAllocator):
         """Counts that fall with depth. Raises BudgetInfeasible below the floors."""
         require_feasible(demand)
         heads, depth = demand.shape.kv_heads, len(demand.shape.layers)
-        wishes = torch.tensor([self._line(demand, row) for row in range(len(demand.totals))], dtype=torch.float64)
-        floors = torch.tensor(demand.floors)[:, None].expand(-1, depth)
-        tokens = torch.tensor(demand.tokens)[:, None].expand(-1, depth)
-        totals = apportion(wishes * heads, torch.tensor(demand.totals), floors * heads, tokens * heads)
+        wishes = torch.tensor(
+            [self._line(demand, row) for row in range(len(demand.totals))], dtype=torch.float64, device="cpu"
+        )
+        floors = torch.tensor(demand.floors, dtype=torch.int64, device="cpu")[:, None].expand(-1, depth)
+        tokens = torch.tensor(demand.tokens, dtype=torch.int64, device="cpu")[:, None].expand(-1, depth)
+        totals = apportion(
+            wishes * heads, torch.tensor(demand.totals, dtype=torch.int64, device="cpu"), floors * heads, tokens * heads
+        )
         return _equal_heads(totals, layers, demand).to(scores.device)
 
     def _line(self, demand: Demand, row: int) -> list[float]:
@@ -175,7 +179,7 @@ def _pooled(scores: Float[Tensor, "heads candidates"], *, safe: int, total: int)
 
 def _equal_layers(demand: Demand) -> Int[Tensor, "batch layers"]:
     """Every row's total, shared equally among the layers."""
-    return even_shares(torch.tensor(demand.totals), len(demand.shape.layers))
+    return even_shares(torch.tensor(demand.totals, dtype=torch.int64, device="cpu"), len(demand.shape.layers))
 
 
 def _equal_heads(

@@ -76,9 +76,14 @@ def budget_counts(fractions: Float[Tensor, " heads"], tokens: int, total: int, f
     """Whole entries of every head at an exact total; evenly where the total is below the floors."""
     heads = len(fractions)
     if total < heads * floor:
-        return even_shares(torch.tensor(total), heads)
-    lower, upper = torch.full((1, heads), floor), torch.full((1, heads), tokens)
-    return apportion((fractions.detach().cpu() * tokens)[None], torch.tensor([total]), lower, upper)[0]
+        return even_shares(torch.tensor(total, dtype=torch.int64, device="cpu"), heads)
+    lower, upper = (
+        torch.full((1, heads), floor, dtype=torch.int64, device="cpu"),
+        torch.full((1, heads), tokens, dtype=torch.int64, device="cpu"),
+    )
+    return apportion(
+        (fractions.detach().cpu() * tokens)[None], torch.tensor([total], dtype=torch.int64, device="cpu"), lower, upper
+    )[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -74,7 +74,7 @@ class LUKV(AbstractAllocator):
         """Counts from the hulls, whatever the scores. Raises ArtifactMismatch if it is for another ModelShape."""
         self.budget.require(demand.shape)
         require_feasible(demand)
-        protected = (torch.tensor(demand.tokens) - candidates.sum(-1).cpu()).tolist()
+        protected = (torch.tensor(demand.tokens, dtype=torch.int64, device="cpu") - candidates.sum(-1).cpu()).tolist()
         limits = zip(demand.tokens, protected, demand.totals, demand.floors, strict=True)
         rows = [_counts(self.budget, *row) for row in limits]
         table = torch.stack(rows, dim=1).unflatten(0, (len(demand.shape.layers), demand.shape.kv_heads))
@@ -105,7 +105,7 @@ def lukv_counts(
     """Counts in a context of `tokens`: `first` is the utility of the protected ones, `rest` the hulls of the others."""
     heads, least = len(rest.width), max(floor, int(LEAST_SHARE * tokens))
     if total < heads * least:  # a floor that grew with the total would take from the steepest heads again
-        return even_shares(torch.tensor(total), heads)
+        return even_shares(torch.tensor(total, dtype=torch.int64, device="cpu"), heads)
     if floor >= protected:  # they are paid for, whatever they are worth
         spent, others = heads * protected, tokens - protected
         return protected + share(rest, entries=others, total=total - spent, floor=max(least - protected, 0))

@@ -142,7 +142,10 @@ def _row(benchmark: str, settings: Settings, method: str, one: dict[str, Any], f
 
 
 def _logits_error(one: dict[str, Any], full: dict[str, Any]) -> float:
-    return relative_error(torch.tensor(one["logits"]), torch.tensor(full["logits"]))
+    return relative_error(
+        torch.tensor(one["logits"], dtype=torch.float32, device="cpu"),
+        torch.tensor(full["logits"], dtype=torch.float32, device="cpu"),
+    )
 
 
 def _require_right(settings: Settings, method: str, one: dict[str, Any], full: dict[str, Any]) -> None:

@@ -166,8 +166,10 @@ def run(settings: Settings) -> list[Row]:
 def kept_fractions(settings: Settings) -> Float[Tensor, " kv_heads"]:
     """Of every head; their mean is `keep`."""
     if not settings.skewed:
-        return torch.full((settings.kv_heads,), settings.keep)
-    shape = torch.tensor([SKEW[head % len(SKEW)] for head in range(settings.kv_heads)], dtype=torch.float64)
+        return torch.full((settings.kv_heads,), settings.keep, dtype=torch.float32, device="cpu")
+    shape = torch.tensor(
+        [SKEW[head % len(SKEW)] for head in range(settings.kv_heads)], dtype=torch.float64, device="cpu"
+    )
     low, high = 0.0, 1 / float(shape.min())
     for _ in range(60):  # a head cannot keep more than everything
         middle = (low + high) / 2
@@ -185,8 +187,10 @@ def _require_right(candidates: Sequence[_Candidate], errors: dict[str, float]) -
 def _make_layer(settings: Settings) -> _Layer:
     batch, heads, tokens, dim = settings.batch, settings.kv_heads, settings.tokens + settings.tail, settings.head_dim
     dtype = DTYPES[settings.dtype]
-    query = 2 * torch.randn(batch, heads * settings.group, 1, dim).to(dtype)
-    keys, values = (torch.randn(batch, heads, tokens, dim).to(dtype) for _ in range(2))
+    query = 2 * torch.randn(batch, heads * settings.group, 1, dim, dtype=torch.float32, device="cpu").to(dtype)
+    keys, values = (
+        torch.randn(batch, heads, tokens, dim, dtype=torch.float32, device="cpu").to(dtype) for _ in range(2)
+    )
     kept = functional.pad(_kept(settings), (0, settings.tail), value=True)
     return _Layer(query=query, keys=keys, values=values, kept=kept)
 
@@ -204,10 +208,13 @@ def _candidates(settings: Settings, layer: _Layer) -> tuple[list[_Candidate], Se
     exact = [_exactly(query, keys, values, mask, scaling) for mask in masks]
     plain = [_plain_error(layer, mask, one) for mask, one in zip(masks, exact, strict=True)]
     segments = layout.gather(
-        keys[:, :, :tokens], values[:, :, :tokens], kept[:, :, :tokens], torch.arange(tokens).expand(batch, tokens)
+        keys[:, :, :tokens],
+        values[:, :, :tokens],
+        kept[:, :, :tokens],
+        torch.arange(tokens, dtype=torch.int64, device="cpu").expand(batch, tokens),
     )
     tail = keys[:, :, tokens:].clone(), values[:, :, tokens:].clone()
-    rows, attention = torch.arange(batch), _Attention(group)
+    rows, attention = torch.arange(batch, dtype=torch.int64, device="cpu"), _Attention(group)
     dense = _copies((keys, values), settings.gigabytes)
     ragged = [_with_storage(segments, *pair) for pair in _copies((segments.keys, segments.values), settings.gigabytes)]
     grouped = query.view(batch, heads, group, 1, dim)
@@ -248,7 +255,11 @@ def _kept(settings: Settings) -> Bool[Tensor, "batch kv_heads tokens"]:
     """Random entries, as many of each head as its fraction says; every row has another order of heads."""
     fractions = kept_fractions(settings)
     counts = torch.stack([fractions.roll(row) for row in range(settings.batch)]).mul(settings.tokens).round()
-    order = torch.rand(settings.batch, settings.kv_heads, settings.tokens).argsort(-1).argsort(-1)
+    order = (
+        torch.rand(settings.batch, settings.kv_heads, settings.tokens, dtype=torch.float32, device="cpu")
+        .argsort(-1)
+        .argsort(-1)
+    )
     return order < counts.clamp(min=1)[..., None]
 
 

@@ -92,7 +92,13 @@ def _rows(settings: Settings, model: Any, progress: Progress | None) -> list[Row
     from headwise.evals.run import hardware, versions
 
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (settings.batch, settings.tokens), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        vocabulary,
+        (settings.batch, settings.tokens),
+        generator=torch.Generator().manual_seed(1),
+        dtype=torch.int64,
+        device="cpu",
+    )
     ids, keep = ids.to(model.device), parse_keep(settings.keep)
     methods = {
         name: None if name == FULL else method_for(name, model) for name in dict.fromkeys((FULL, *settings.methods))

@@ -170,7 +170,9 @@ def measure_model(job: Job) -> dict[str, Any]:
     device, candidate = model.device, Candidate(job, model)
     generator = torch.Generator().manual_seed(1)
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (job["batch"], job["tokens"]), generator=generator).to(device)
+    ids = torch.randint(
+        vocabulary, (job["batch"], job["tokens"]), generator=generator, dtype=torch.int64, device="cpu"
+    ).to(device)
     _warm_up(model, candidate, ids)
     memory = Memory(job["device"])
     memory.reset_peak()

@@ -109,8 +109,8 @@ def require_possible(
                     parse_keep(keep),
                     shape=found.shape,
                     entry_bytes=found.shape.entry_bytes(model.dtype.itemsize),
-                    valid=torch.ones(1, length, dtype=torch.bool),
-                    positions=torch.arange(length)[None],
+                    valid=torch.ones(1, length, dtype=torch.bool, device="cpu"),
+                    positions=torch.arange(length, dtype=torch.int64, device="cpu")[None],
                 )
             except BudgetInfeasible as error:
                 raise BudgetInfeasible(f"{name} cannot work with keep={keep}: {error}") from error
@@ -204,7 +204,7 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
 
 def _until_end(ids: Int[Tensor, " new"], ends: Sequence[int]) -> Int[Tensor, " _"]:
     """Up to and with the first end token."""
-    stops = torch.isin(ids, torch.tensor(ends, device=ids.device)).nonzero()
+    stops = torch.isin(ids, torch.tensor(ends, device=ids.device, dtype=torch.int64)).nonzero()
     return ids[: int(stops[0]) + 1] if len(stops) else ids
 
 

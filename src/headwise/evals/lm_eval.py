@@ -96,7 +96,9 @@ class HeadwiseLM(HFLM):
             total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests"
         ) as bar:
             for context, numbers in _by_context(requests, self.max_length):
-                scores = self._score(torch.tensor(context), [requests[i][2] for i in numbers])
+                scores = self._score(
+                    torch.tensor(context, dtype=torch.int64, device="cpu"), [requests[i][2] for i in numbers]
+                )
                 for number, score in zip(numbers, scores, strict=True):
                     found[number] = score
                     self.cache_hook.add_partial("loglikelihood", requests[number][0], score)

@@ -77,7 +77,7 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=name, dtype=torch.float32).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three
         raise BadInput(f"device={name!r} cannot be used: {_reason(error)} Choose auto, cpu or cuda.") from error
 

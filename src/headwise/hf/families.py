@@ -147,8 +147,8 @@ class ModelRotary:
         """The rotation matrix averaged over positions; float32."""
         cos, sin = (x.mean(1) for x in self._tables(positions))  # [B, rotary_dim]
         dim = cos.shape[-1]
-        eye = torch.eye(dim, device=cos.device)
-        matrix = torch.eye(self.head_dim, device=cos.device).repeat(len(cos), 1, 1)
+        eye = torch.eye(dim, device=cos.device, dtype=torch.float32)
+        matrix = torch.eye(self.head_dim, device=cos.device, dtype=torch.float32).repeat(len(cos), 1, 1)
         matrix[:, :dim, :dim] = cos[:, :, None] * eye + sin[:, :, None] * _rotate_half(eye).T
         return matrix
 

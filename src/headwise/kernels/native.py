@@ -136,7 +136,7 @@ def _attend_ragged(
     num_keys, segments, tail = keys.shape[0], spans.shape[1], tail_keys.shape[2]
     query, query_strides = _dense(query, 1)
     (tail_keys, key_strides), (tail_values, value_strides) = _dense(tail_keys, 2), _dense(tail_values, 2)
-    out, starts = torch.empty((batch, heads, group, num_new, dim), dtype=query.dtype), spans.data_ptr()
+    out, starts = torch.empty((batch, heads, group, num_new, dim), dtype=query.dtype, device="cpu"), spans.data_ptr()
     call = _CALL.pack(
         query.data_ptr(), keys.data_ptr(), values.data_ptr(), starts, starts + 8 * segments, rows.data_ptr(),
         tail_keys.data_ptr(), tail_values.data_ptr(), 0 if mask is None else mask.data_ptr(), out.data_ptr(),

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from headwise.errors import ShapeMismatch
-from headwise.kernels.partial import OwnedPart, attend_part, bias_of, merge
+from headwise.kernels.partial import OwnedPart, attend_part, merge
+from headwise.layout import bias_of
 
 PART = 128  # entries of a sequence that one part of a decoding attention reads, at least
 MAX_PARTS = 4096  # at a time: what they read is copied
@@ -50,7 +51,7 @@ def attend(
     counts = [stop - start for start, stop in pairwise(starts)]
     single = [r for r, count in enumerate(counts) if count == 1]
     if single:
-        rows = torch.tensor([starts[r] for r in single], device=query.device)
+        rows = torch.tensor([starts[r] for r in single], device=query.device, dtype=torch.int64)
         out[rows] = _decode(query[rows], pool, sequences.tables[single], sequences.lengths[single], scaling)
     for request, count in enumerate(counts):
         if count > 1:
@@ -95,11 +96,13 @@ def _decode(query: Tensor, pool: Tensor, tables: Tensor, lengths: Tensor, scalin
     pages = -(-PART // block)  # of a part
     length = lengths.flatten()
     count = -(-length // (pages * block))  # parts of a sequence
-    owner = torch.repeat_interleave(torch.arange(len(length)), count)
-    first = (torch.arange(len(owner)) - (count.cumsum(0) - count)[owner]) * pages  # page of the sequence
+    owner = torch.repeat_interleave(torch.arange(len(length), dtype=torch.int64, device="cpu"), count)
+    first = (
+        torch.arange(len(owner), dtype=torch.int64, device="cpu") - (count.cumsum(0) - count)[owner]
+    ) * pages  # page of the sequence
     left = (length[owner] - first * block).clamp(max=pages * block)  # entries of a part
     parts: list[OwnedPart] = []
-    for some in torch.arange(len(owner)).split(MAX_PARTS):
+    for some in torch.arange(len(owner), dtype=torch.int64, device="cpu").split(MAX_PARTS):
         parts.append(_parts(folded, pool, tables.flatten(0, 1), owner[some], first[some], left[some], pages, scaling))
     return merge(parts, len(folded)).to(query.dtype).view_as(query)
 
@@ -108,11 +111,11 @@ def _parts(
     query: Tensor, pool: Tensor, tables: Tensor, owner: Tensor, first: Tensor, left: Tensor, pages: int, scaling: float
 ) -> OwnedPart:
     block, dim = pool.shape[1], query.shape[-1]
-    nth = torch.arange(pages)
+    nth = torch.arange(pages, dtype=torch.int64, device="cpu")
     wanted = torch.minimum(nth, (left[:, None] - 1) // block)  # no page beyond a sequence's last is looked up
     owner, index = owner.to(query.device), (first[:, None] + wanted).to(query.device)
     rows = pool.index_select(0, tables[owner[:, None], index].flatten()).flatten(0, 1)  # a copy
-    seen = torch.arange(pages * block) < left[:, None]
+    seen = torch.arange(pages * block, dtype=torch.int64, device="cpu") < left[:, None]
     rows.index_fill_(0, (~seen).flatten().nonzero()[:, 0].to(query.device), 0)  # a page may hold anything beyond
     entries = rows.view(len(owner), 1, pages * block, -1)
     bias = bias_of(seen, query.dtype).to(query.device)[:, None, None]
@@ -126,7 +129,7 @@ def _prefill(query: Tensor, pool: Tensor, table: Tensor, lengths: list[int], sca
     grouped = query.view(len(query), heads, -1, query.shape[-1]).permute(1, 2, 0, 3)  # [H, G, T, D]
     out = torch.empty_like(grouped)
     for length in sorted(set(lengths)):
-        alike = torch.tensor([h for h in range(heads) if lengths[h] == length], device=query.device)
+        alike = torch.tensor([h for h in range(heads) if lengths[h] == length], device=query.device, dtype=torch.int64)
         entries = read(pool, table[alike], length)
         out[alike] = _causal(grouped[alike], entries, scaling)
     return out.permute(2, 0, 1, 3).reshape(query.shape)
@@ -138,9 +141,9 @@ def _causal(query: Tensor, entries: Tensor, scaling: float) -> Tensor:
     hidden = length - num_queries  # entries that every query sees
     keys, values = entries[:, None, :, :dim], entries[:, None, :, dim:]
     outs = []
-    for some in torch.arange(num_queries, device=query.device).split(MAX_QUERIES):
+    for some in torch.arange(num_queries, device=query.device, dtype=torch.int64).split(MAX_QUERIES):
         stop = hidden + int(some[-1]) + 1
-        visible = torch.arange(stop, device=query.device) <= hidden + some[:, None]
+        visible = torch.arange(stop, device=query.device, dtype=torch.int64) <= hidden + some[:, None]
         outs.append(
             functional.scaled_dot_product_attention(
                 query[:, :, some],

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from headwise.kernels.arguments import require_fit
-from headwise.kernels.partial import OwnedPart, attend_part, bias_of, merge
-from headwise.layout import Segments, listed_rows
+from headwise.kernels.partial import OwnedPart, attend_part, merge
+from headwise.layout import Segments, bias_of, listed_rows
 
 MAX_PAGED_QUERIES = 32  # per segment
 MAX_QUERIES = 512  # at a time, per row
@@ -38,7 +38,7 @@ def attend(
     frozen = _attend_pages if folded.shape[1] <= MAX_PAGED_QUERIES else _attend_slices
     parts = frozen(folded, segments, scaling)
     out, lse = attend_part(queries, tail_keys, tail_values, _tail_bias(mask, query), scaling)
-    everyone = torch.arange(len(folded), device=query.device)
+    everyone = torch.arange(len(folded), device=query.device, dtype=torch.int64)
     parts.append((folding.fold(out), folding.fold(lse), everyone))
     merged = folding.unfold(merge(parts, len(folded)), queries.shape[1])
     return merged.to(query.dtype).view_as(query)
@@ -92,7 +92,7 @@ def _attend_in_blocks(
     scaling: float,
 ) -> Tensor:
     """A long question or turn, some queries at a time: its mask would be quadratic in memory."""
-    blocks = torch.arange(query.shape[3], device=query.device).split(MAX_QUERIES)
+    blocks = torch.arange(query.shape[3], device=query.device, dtype=torch.int64).split(MAX_QUERIES)
     masks = [None if mask is None else mask[:, block] for block in blocks]
     return torch.cat(
         [
@@ -117,7 +117,7 @@ def _attend_slices(query: Tensor, segments: Segments, scaling: float) -> list[Ow
             part = segments.slice(segment)
             keys, values = segments.keys[None, None, part], segments.values[None, None, part]
             out, lse = attend_part(query[None, segment, None], keys, values, None, scaling)
-            parts.append((out[0], lse[0], torch.tensor([segment], device=query.device)))
+            parts.append((out[0], lse[0], torch.tensor([segment], device=query.device, dtype=torch.int64)))
     return parts
 
 

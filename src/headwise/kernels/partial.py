@@ -6,18 +6,11 @@ softmax(q K^T) V over a union of key sets is the mean of the parts' outputs, wei
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-
-from headwise.layout import masked_value
 
 Part = tuple[Float[Tensor, "parts heads queries head_dim"], Float[Tensor, "parts heads queries"]]
 OwnedPart = tuple[Float[Tensor, "_ queries head_dim"], Float[Tensor, "_ queries"], Int[Tensor, " _"]]
-
-
-def bias_of(mask: Bool[Tensor, "*axes"], dtype: torch.dtype) -> Float[Tensor, "*axes"]:
-    """What to add to the logits so that nothing is seen where `mask` is False."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, masked_value(dtype))
 
 
 def attend_part(

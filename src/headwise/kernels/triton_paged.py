@@ -89,11 +89,11 @@ def _shape(num_rows: int, dim: int, dtype: torch.dtype) -> Tiles:
 @lru_cache(maxsize=8)  # all layers of a step have the same, and all steps of decoding
 def _tiles(query_starts: tuple[int, ...], group: int, size: int) -> Int32[Tensor, "tiles 4"]:
     """Request, its first query, its number of queries, and the first of its rows that the tile holds."""
-    starts = torch.tensor(query_starts)
+    starts = torch.tensor(query_starts, dtype=torch.int64, device="cpu")
     counts = starts.diff()
     num_tiles = -(-counts * group // size)
     request = torch.repeat_interleave(num_tiles)
-    nth = torch.arange(len(request)) - (num_tiles.cumsum(0) - num_tiles)[request]
+    nth = torch.arange(len(request), dtype=torch.int64, device="cpu") - (num_tiles.cumsum(0) - num_tiles)[request]
     return torch.stack([request, starts[request], counts[request], nth * size], dim=1).int()
 
 

@@ -190,7 +190,7 @@ class RaggedCache(Cache, Listener):
         """Kept entries of every head, for the contexts that were compressed."""
         self._require_compressed()
         kept = [layer.segments.lengths for layer in self.ragged_layers if layer.segments is not None]
-        return torch.tensor(kept).view(len(kept), -1, self.view.shape.kv_heads)
+        return torch.tensor(kept, dtype=torch.int64, device="cpu").view(len(kept), -1, self.view.shape.kv_heads)
 
     def positions(self, layer: int, row: int, head: int) -> Int[Tensor, " kept"]:
         """Rotary positions, ascending, of the entries a head has kept, in a context that was compressed.

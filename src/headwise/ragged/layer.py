@@ -216,7 +216,7 @@ class RaggedLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None
         self.meter.start_cutting()
         self.segments = layout.gather(self.keys, self.values, kept, positions)
-        self.rows = torch.arange(kept.shape[0], device=kept.device)
+        self.rows = torch.arange(kept.shape[0], device=kept.device, dtype=torch.int64)
         self._report()
         self.keys = self.values = None
         self.untouched = True

@@ -119,7 +119,10 @@ class Prefill:
         marks = {"replay_start": start, "replay_end": stop, "num_prefix": num_prefix}
         for layer, trace in zip(self.layers, self.traces, strict=True):
             layer.replaying = True
-            trace.statistics = {**trace.statistics, **{k: torch.tensor(v) for k, v in marks.items()}}
+            trace.statistics = {
+                **trace.statistics,
+                **{k: torch.tensor(v, dtype=torch.int64, device="cpu") for k, v in marks.items()},
+            }
 
     def finish_replay(self) -> None:
         """The context has been repeated: score and cut."""

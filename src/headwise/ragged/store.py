@@ -137,7 +137,7 @@ def _ragged_tensors(layer: RaggedLayer) -> dict[str, Tensor]:
         "keys": segments.keys,
         "values": segments.values,
         "positions": segments.positions,
-        "lengths": torch.tensor(segments.lengths).view(-1, segments.kv_heads),
+        "lengths": torch.tensor(segments.lengths, dtype=torch.int64, device="cpu").view(-1, segments.kv_heads),
         "rows": layer.rows,
     }
     if layer.tail_keys is not None and layer.tail_values is not None:

@@ -85,7 +85,7 @@ def budgets_at(path: str | os.PathLike[str], gates: Gates, ratio: float) -> tupl
         return _kind(other), fractions(other, ratio, path)
     budget = Budget.load(path)
     budget.require(shape, config_hash)
-    kept = budget.at(torch.tensor([ratio], dtype=torch.float64))[0]
+    kept = budget.at(torch.tensor([ratio], dtype=torch.float64, device="cpu"))[0]
     solved = ", solved (LU-KV)" if budget.hull else ""
     return f"budget for {budget.origin.scorer or 'an unknown scorer'}{solved}", kept.double().numpy()
 

@@ -85,8 +85,8 @@ def _mask(
     batch, heads = lengths.shape
     if batch != 1:
         raise BadInput(f"{path} holds {batch} contexts; a map is of one. Compress the one to draw by itself.")
-    kept = torch.zeros(heads, tokens, dtype=torch.bool)
-    kept[torch.arange(heads).repeat_interleave(lengths[0]), positions.long()] = True
+    kept = torch.zeros(heads, tokens, dtype=torch.bool, device="cpu")
+    kept[torch.arange(heads, dtype=torch.int64, device="cpu").repeat_interleave(lengths[0]), positions.long()] = True
     return kept.numpy()
 
 
@@ -151,7 +151,7 @@ def _coded(tokenizer: Any, text: str, **options: bool) -> Coding:
 def _is_context(ids: Sequence[int], found: KeptTokens) -> bool:
     if len(ids) != found.kept.shape[-1]:
         return False
-    tokens = torch.tensor([ids])
+    tokens = torch.tensor([ids], dtype=torch.int64, device="cpu")
     return found.tokens_fingerprint in (None, tokens_fingerprint(tokens, torch.ones_like(tokens)))
 
 

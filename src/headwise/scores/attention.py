@@ -24,7 +24,7 @@ def causal_mask(
 
     A padding query sees nothing.
     """
-    tokens = torch.arange(valid.shape[1], device=valid.device)
+    tokens = torch.arange(valid.shape[1], device=valid.device, dtype=torch.int64)
     rows = tokens[offset : offset + num_queries]
     causal = tokens <= rows.unsqueeze(-1)
     return causal & valid.unsqueeze(1) & valid[:, rows].unsqueeze(-1)

@@ -89,7 +89,7 @@ class ExpectedAttention(AbstractScorer):
         return logits
 
     def _future_rotation(self, observation: Observation) -> Float[Tensor, "batch 1 head_dim head_dim"]:
-        ahead = torch.arange(1, self.num_future + 1, device=observation.positions.device)
+        ahead = torch.arange(1, self.num_future + 1, device=observation.positions.device, dtype=torch.int64)
         future = observation.positions[:, -1:] + ahead  # rows are padded on the left: the last token is never padding
         return observation.rotary.mean_rotation(future).double().unsqueeze(1)
 

@@ -82,9 +82,11 @@ class Random(AbstractScorer):
     def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
         """Draw one score in [0, 1) for every head and valid token; padding gets 0."""
         valid = observation.valid.cpu()
-        scores = torch.zeros(observation.keys.shape[:3])
+        scores = torch.zeros(observation.keys.shape[:3], dtype=torch.float32, device="cpu")
         for row in range(len(valid)):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + observation.layer)
-            drawn = torch.rand(scores.shape[1], int(valid[row].sum()), generator=generator)
+            drawn = torch.rand(
+                scores.shape[1], int(valid[row].sum()), generator=generator, dtype=torch.float32, device="cpu"
+            )
             scores[row][:, valid[row]] = drawn
         return scores.to(observation.keys.device)

@@ -88,7 +88,7 @@ class CriticalKV(AbstractScorer):
     def _first_stage_sizes(self, observation: Observation) -> Int[Tensor, " batch"]:
         shares = [total // observation.shape.num_heads for total in observation.totals]
         sizes = [max(1, int(share * self.first_stage)) if self.first_stage > 0 else 0 for share in shares]
-        return torch.tensor(sizes, device=observation.keys.device)
+        return torch.tensor(sizes, device=observation.keys.device, dtype=torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +152,7 @@ class KVzip(AbstractScorer):
         tokens = chunk.keys.shape[2]
         for first in range(chunk.offset, tokens, _QUERY_BLOCK):
             stop = min(tokens, first + _QUERY_BLOCK)
-            rows = torch.arange(first, stop, device=columns.device)
+            rows = torch.arange(first, stop, device=columns.device, dtype=torch.int64)
             queries = chunk.queries[:, :, first - chunk.offset : stop - chunk.offset]
             known = columns.shape[1] - (tokens - stop)  # the replay's later tokens apart
             visible = seen[:, None, :known] & chunk.valid[:, rows, None] & (columns[:, None, :known] <= rows[:, None])
@@ -186,9 +186,9 @@ def _replay_columns(
 
     A row's sinks are its first tokens after the padding; those inside the replayed range are not taken twice.
     """
-    tokens = torch.arange(chunk.keys.shape[2], device=chunk.keys.device)
+    tokens = torch.arange(chunk.keys.shape[2], device=chunk.keys.device, dtype=torch.int64)
     first = chunk.valid.long().argmax(-1, keepdim=True)
-    sinks = (first + torch.arange(sink, device=tokens.device)).clamp(max=len(tokens) - 1)
+    sinks = (first + torch.arange(sink, device=tokens.device, dtype=torch.int64)).clamp(max=len(tokens) - 1)
     others = torch.cat([tokens[start:end], tokens[chunk.offset :]]).expand(len(sinks), -1)
     seen = torch.cat([sinks < start, chunk.valid.gather(1, others)], dim=1)
     return torch.cat([sinks, others], dim=1), seen

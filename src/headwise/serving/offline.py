@@ -50,7 +50,9 @@ class Tiered(AbstractAllocator):
         demand: Demand,
     ) -> Int[Tensor, "layers batch kv_heads"]:
         """Counts from the tiers. Raises BadInput for another total than theirs: the `keep` of `equivalent` has it."""
-        counts = torch.tensor([self.tiers.kept(tokens, self.block) for tokens in demand.tokens])  # [B, L, H]
+        counts = torch.tensor(
+            [self.tiers.kept(tokens, self.block) for tokens in demand.tokens], dtype=torch.int64, device="cpu"
+        )  # [B, L, H]
         totals = tuple(counts.flatten(1).sum(-1).tolist())
         if totals != demand.totals:
             raise BadInput(

@@ -90,7 +90,7 @@ class Served:
     @property
     def largest_change(self) -> float:
         """By which rounding to tiers changed a head's fraction."""
-        rounded = torch.tensor(self.tiers.keeps, dtype=torch.float64) / WHOLE
+        rounded = torch.tensor(self.tiers.keeps, dtype=torch.float64, device="cpu") / WHOLE
         return float((rounded - self.fractions).abs().max())
 
     @classmethod
@@ -131,10 +131,17 @@ def require_servable(method: str) -> None:
 
 def static_fractions(method: Method, keep: Keep, shape: ModelShape, tokens: int) -> Float[Tensor, "layers kv_heads"]:
     """What every head keeps of a context of so many tokens, by an allocator that does not look at scores."""
-    valid = torch.ones(1, tokens, dtype=torch.bool)
-    plan = make_plan(method, keep, shape=shape, entry_bytes=1, valid=valid, positions=torch.arange(tokens)[None])
+    valid = torch.ones(1, tokens, dtype=torch.bool, device="cpu")
+    plan = make_plan(
+        method,
+        keep,
+        shape=shape,
+        entry_bytes=1,
+        valid=valid,
+        positions=torch.arange(tokens, dtype=torch.int64, device="cpu")[None],
+    )
     layers = range(len(shape.layers))
-    scores = torch.zeros(1).expand(
+    scores = torch.zeros(1, dtype=torch.float32, device="cpu").expand(
         len(layers), 1, shape.kv_heads, tokens
     )  # one number: a context may be a million tokens
     counts = method.allocator.allocate(scores, valid & ~plan.protected, layers, plan.demand)

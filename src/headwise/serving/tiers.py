@@ -100,7 +100,7 @@ def quantise(
         (found for unit in _divisors(len(ranked), ranks) if (found := _cut(ranked, unit, tiers, noise)) is not None),
         key=lambda found: (round(found.error, 12), -found.unit),
     )
-    keeps = torch.empty(len(ranked), dtype=torch.long)
+    keeps = torch.empty(len(ranked), dtype=torch.long, device="cpu")
     start = 0
     for size in best.sizes:
         mean = sum(ranked[start : start + size]) / size
@@ -121,7 +121,12 @@ class _Cut:
 
 def _order(fractions: Float[torch.Tensor, "layers kv_heads"], ranks: int) -> Int[torch.Tensor, " heads"]:
     """Heads from much to little: the first of every rank, then the second of every rank, and so on."""
-    numbers = torch.arange(fractions.numel()).view(len(fractions), ranks, -1).transpose(0, 1).flatten(1)  # [ranks, n]
+    numbers = (
+        torch.arange(fractions.numel(), dtype=torch.int64, device="cpu")
+        .view(len(fractions), ranks, -1)
+        .transpose(0, 1)
+        .flatten(1)
+    )  # [ranks, n]
     within = torch.argsort(fractions.double().flatten()[numbers], dim=-1, descending=True, stable=True)
     return numbers.gather(1, within).T.flatten()
 

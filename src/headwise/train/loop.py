@@ -94,10 +94,10 @@ def prepare(
     said = answers(model, reading.whole, questions, steps=settings.answer_tokens)
     texts = [torch.cat([question, answer]) for question, answer in zip(questions, said, strict=True)]
     ids = pad_sequence(texts, batch_first=True)
-    at = torch.arange(ids.shape[1], device=ids.device)
-    starts = torch.tensor([len(q) - 1 for q in questions], device=ids.device)[:, None]
-    ends = torch.tensor([len(text) - 1 for text in texts], device=ids.device)[:, None]
-    seen, positions = view(model), torch.arange(context.shape[1], device=ids.device)[None]
+    at = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int64)
+    starts = torch.tensor([len(q) - 1 for q in questions], device=ids.device, dtype=torch.int64)[:, None]
+    ends = torch.tensor([len(text) - 1 for text in texts], device=ids.device, dtype=torch.int64)[:, None]
+    seen, positions = view(model), torch.arange(context.shape[1], device=ids.device, dtype=torch.int64)[None]
     states = [states_of(reading.whole, layer) for layer in range(len(seen.shape.layers))]
     features = [
         entry_features(keys[None], values[None], positions, seen.rotary(layer))[0]
@@ -145,7 +145,7 @@ def hard_choice(
 ) -> Bool[Tensor, "layers kv_heads tokens"]:
     """The entries that inference would keep."""
     best = scores.argsort(dim=-1, descending=True, stable=True)
-    winners = torch.arange(scores.shape[-1], device=scores.device) < counts[..., None]
+    winners = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.int64) < counts[..., None]
     return torch.zeros_like(winners).scatter(-1, best, winners)
 
 
@@ -208,7 +208,7 @@ class Trainer:
     def fractions(self, keep: float, summary: Float[Tensor, " width"] | None = None) -> Float[Tensor, " heads"]:
         """Budgets of a context, or of one without traits, at a keep."""
         if self.budgets is None:
-            return torch.full((view(self.model).shape.num_heads,), keep, device=self.model.device)
+            return torch.full((view(self.model).shape.num_heads,), keep, device=self.model.device, dtype=torch.float32)
         return self.budgets(keep, summary)
 
     def parameters(self) -> list[Tensor]:
@@ -222,11 +222,17 @@ class Trainer:
         rate = min(1.0, (number + 1) / s.warmup) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * number / s.steps)))
         for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = base * rate
-        chosen = torch.randperm(len(self.lessons), generator=draw)[: s.contexts_per_step].tolist()
+        chosen = torch.randperm(len(self.lessons), generator=draw, dtype=torch.int64, device="cpu")[
+            : s.contexts_per_step
+        ].tolist()
         low, high = (math.log(keep) for keep in s.keeps)
-        keeps = (low + (high - low) * torch.rand(len(chosen), generator=draw)).exp().tolist()
+        keeps = (
+            (low + (high - low) * torch.rand(len(chosen), generator=draw, dtype=torch.float32, device="cpu"))
+            .exp()
+            .tolist()
+        )
         self.optimizer.zero_grad()
-        seen = torch.zeros(2)
+        seen = torch.zeros(2, dtype=torch.float32, device="cpu")
         for place in self.processes.share(len(chosen)):
             at = chosen[place]
             lesson = self.lessons[at]
@@ -241,7 +247,7 @@ class Trainer:
                 draw=draw_for(s, number, at),
             )
             (objective / len(chosen)).backward()
-            seen += torch.tensor([found.loss, found.agreement]) / len(chosen)
+            seen += torch.tensor([found.loss, found.agreement], dtype=torch.float32, device="cpu") / len(chosen)
         add_up(self.parameters(), self.processes)
         for group in self.optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], s.clip)
@@ -263,10 +269,10 @@ class Trainer:
                 lesson_step(self.model, lesson, self.fractions, self.scores, keep=keep, settings=self.settings)[1]
                 for keep in VALIDATION_KEEPS
             ]
-            found.append(torch.tensor([[one.loss, one.agreement] for one in judged]))
+            found.append(torch.tensor([[one.loss, one.agreement] for one in judged], dtype=torch.float32, device="cpu"))
         self.put(last)
         self.processes.catch_up()
-        template = torch.zeros(len(VALIDATION_KEEPS), 2, device=self.model.device)
+        template = torch.zeros(len(VALIDATION_KEEPS), 2, device=self.model.device, dtype=torch.float32)
         loss, agree = self.processes.gather(found, len(lessons), template).double().flatten(0, 1).mean(0).tolist()
         return loss, agree
 

@@ -203,7 +203,7 @@ def student_logits(
     """
     cache = _student_cache(whole, len(ids), kept, heard)
     seen = whole.get_seq_length()
-    positions = torch.arange(seen, seen + ids.shape[1], device=ids.device).expand(len(ids), -1)
+    positions = torch.arange(seen, seen + ids.shape[1], device=ids.device, dtype=torch.int64).expand(len(ids), -1)
     return model(input_ids=ids, position_ids=positions, **given(model, cache)).logits
 
 

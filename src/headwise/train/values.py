@@ -46,7 +46,7 @@ class Teaching:
         rest_weight: float,
     ) -> "Teaching":
         """Ask the full cache. `real` are the positions that predict a token of the text; others do not count."""
-        weight = answer / answer.sum() + rest_weight * real / real.sum()
+        weight = answer.float() / answer.sum() + rest_weight * real.float() / real.sum()
         heard: list[Heard] = []
         logits = _centred(student_logits(model, whole, ids, None, heard))
         spread = float((weight[..., None] * logits.square()).sum())
@@ -84,7 +84,7 @@ def judge(
     agree = (logits.argmax(-1) == teaching.logits.argmax(-1))[teaching.answer].float().mean()
     if draw is None:
         return Judgement(loss=float(loss), agreement=float(agree), values=None)
-    random = torch.randn(logits.shape, generator=draw).to(logits.device)
+    random = torch.randn(logits.shape, generator=draw, dtype=torch.float32, device="cpu").to(logits.device)
     projected = ((teaching.weight / teaching.spread).sqrt()[..., None] * random * logits).sum()
     return Judgement(loss=float(loss.detach()), agreement=float(agree), values=values_of(loss, projected, kept))
 

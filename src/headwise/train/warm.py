@@ -51,12 +51,14 @@ def warm_scores(
     for step in range(settings.warm_steps):
         number = WARM + step
         draw = torch.Generator().manual_seed((settings.seed * 1_000_003 + number) % 2**63)
-        chosen = torch.randint(len(lessons), (settings.contexts_per_step,), generator=draw).tolist()
+        chosen = torch.randint(
+            len(lessons), (settings.contexts_per_step,), generator=draw, dtype=torch.int64, device="cpu"
+        ).tolist()
         rate = min(1.0, (step + 1) / 20) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / settings.warm_steps)))
         for group in optimizer.param_groups:
             group["lr"] = 3 * settings.lr_scores * rate
         optimizer.zero_grad()
-        change = torch.zeros(1)
+        change = torch.zeros(1, dtype=torch.float32, device="cpu")
         for place in processes.share(len(chosen)):
             objective, lost = alone_step(lessons[chosen[place]], scores, settings, draw_for(settings, number, place))
             (objective / len(chosen)).backward()
@@ -78,17 +80,21 @@ def alone_step(
     ranked = with_protection(lesson_scores(lesson, raw_scores(lesson, scores)), settings.sink, settings.window)
     layers, heads, tokens = ranked.shape
     low, high = (math.log(keep) for keep in settings.warm_keeps)
-    counts = (low + (high - low) * torch.rand(layers, heads, generator=draw)).exp() * tokens
+    counts = (
+        low + (high - low) * torch.rand(layers, heads, generator=draw, dtype=torch.float32, device="cpu")
+    ).exp() * tokens
     counts = counts.round().long().clamp(min(settings.sink + settings.window + 1, tokens), tokens).to(ranked.device)
     kept = Kept.of(hard_choice(ranked.detach(), counts))
     weight = lesson.teaching.weight
-    asked = torch.randint(len(weight), (settings.warm_questions,), generator=draw).to(weight.device)
+    asked = torch.randint(len(weight), (settings.warm_questions,), generator=draw, dtype=torch.int64, device="cpu").to(
+        weight.device
+    )
     lost, projected = [], []
     for layer in range(layers):
         change, spread = _written(lesson, layer, asked, kept)  # [questions, H, T, hidden], [H]
         share = (weight[asked] / weight[asked].sum())[:, None]
         scale = (share / spread[:, None]).sqrt()[..., None]  # [questions, H, T, 1]
-        random = torch.randn(change.shape, generator=draw).to(change.device)
+        random = torch.randn(change.shape, generator=draw, dtype=torch.float32, device="cpu").to(change.device)
         lost.append((scale * change).square().sum())
         projected.append((scale * random * change).sum())
     loss = torch.stack(lost).sum()
@@ -124,7 +130,7 @@ def warm_budgets(
     first, rest = curve[:, :protected], concave_hulls(curve[:, protected:])
     tokens = max(lesson.features.shape[2] for lesson in lessons[:PROFILED])
     counts = [lukv_counts(first, rest, tokens, protected, round(keep * tokens * len(first)), 1) for keep in KNOTS]
-    budgets.start_from(torch.stack(counts, dim=-1) / tokens)
+    budgets.start_from(torch.stack(counts, dim=-1).float() / tokens)
     summaries = [lessons[at].summary for at in processes.share(len(lessons))]
     processes.catch_up()
     budgets.get_used_to(processes.gather(summaries, len(lessons), budgets.usual[0]))
@@ -141,7 +147,9 @@ def _mean_curve(
     """LU-KV's curve of the scores, every lesson counting the same; on the CPU."""
     shape = view(model).shape
     # Whole also where a process has no lesson.
-    total = torch.zeros(len(shape.layers), shape.kv_heads, settings.sink + settings.window + RANKS)
+    total = torch.zeros(
+        len(shape.layers), shape.kv_heads, settings.sink + settings.window + RANKS, dtype=torch.float32, device="cpu"
+    )
     for lesson in (lessons[at] for at in processes.share(len(lessons))):
         found = lesson.fixed_scores if scores is None else raw_scores(lesson, scores)
         assert found is not None

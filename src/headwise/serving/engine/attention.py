@@ -34,7 +34,9 @@ class HeadCache(AttentionLayerBase):
     def __init__(self, name: str, head_dim: int, dtype: torch.dtype, keep: int, floor: int):
         self.layer_name = name
         self.head_dim, self.dtype, self.keep, self.floor = head_dim, dtype, keep, floor
-        self.kv_cache = torch.tensor([])  # [blocks, 1, block, 2 D], once vLLM has bound it
+        self.kv_cache = torch.tensor(
+            [], dtype=torch.float32, device="cpu"
+        )  # [blocks, 1, block, 2 D], once vLLM has bound it
         layers = get_current_vllm_config().compilation_config.static_forward_context
         if name in layers:
             raise ValueError(f"there are two layers called {name}")

@@ -62,7 +62,7 @@ class Compactor:
         shape, dim = self.shape, self.shape.head_dim
         entries = like.new_zeros(shape.kv_heads, self.longest, 2 * dim)
         window = like.new_zeros(min(self.method.scorer.query_window, self.longest), shape.query_heads, dim)
-        counts = torch.full((shape.kv_heads,), self.longest, device=like.device)
+        counts = torch.full((shape.kv_heads,), self.longest, device=like.device, dtype=torch.int64)
         entries[self._keep(0, entries, window, 1.0, counts)]
 
     def _cut(
@@ -77,10 +77,10 @@ class Compactor:
     ) -> None:
         block, device = pool.block, pool.pages.device
         tables = torch.stack([group.common.block_table_tensor[row.index] for group in groups])  # [H, blocks]
-        token = torch.arange(row.prompt, device=device)
+        token = torch.arange(row.prompt, device=device, dtype=torch.int64)
         slots = (tables[:, token // block] + pool.regions[:, None]) * block + token % block  # [H, P], of the whole pool
         entries = pool.entries[slots]  # a copy: [H, P, 2 D]
-        gone = torch.tensor(freed, device=device) * block
+        gone = torch.tensor(freed, device=device, dtype=torch.int64) * block
         kept = self._keep(layer, entries, window, scaling, row.prompt - gone)
         # As many slots from the first that stays as entries are kept, head by head, both in the order of tokens.
         pool.entries[slots[token >= gone[:, None]]] = entries[kept]
@@ -96,7 +96,7 @@ class Compactor:
             values=entries[None, ..., dim:],
             queries=window.transpose(0, 1)[None],
             valid=valid,
-            positions=torch.arange(tokens, device=entries.device)[None],
+            positions=torch.arange(tokens, device=entries.device, dtype=torch.int64)[None],
             project=_no_projection,
             scaling=scaling,
             rotary=self.rotary(),

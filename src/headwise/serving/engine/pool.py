@@ -28,7 +28,9 @@ class Pool:
             assert shared and paged, "the heads' KV caches are not regions of one allocation"
         return cls(
             pages=whole(first),
-            regions=torch.tensor([cache.storage_offset() // page for cache in caches], device=first.device),
+            regions=torch.tensor(
+                [cache.storage_offset() // page for cache in caches], device=first.device, dtype=torch.int64
+            ),
         )
 
     @property

@@ -135,14 +135,22 @@ def _rows(common: CommonAttentionMetadata) -> list[Row]:
 def _part(rows: list[Row], counts: list[int], some: bool, device: torch.device) -> Part:
     queries = None
     if some:
-        spans = [torch.arange(row.first, row.first + count) for row, count in zip(rows, counts, strict=True)]
+        spans = [
+            torch.arange(row.first, row.first + count, dtype=torch.int64, device="cpu")
+            for row, count in zip(rows, counts, strict=True)
+        ]
         queries = torch.cat(spans).to(device)
     cut = tuple(row.start >= row.prompt for row in rows)
     return Part(rows=tuple(rows), counts=tuple(counts), queries=queries, cut=cut)
 
 
 def _after(split: list[Row], device: torch.device) -> Part:
-    spans = [torch.arange(row.first + row.border - row.start, row.first + row.stop - row.start) for row in split]
+    spans = [
+        torch.arange(
+            row.first + row.border - row.start, row.first + row.stop - row.start, dtype=torch.int64, device="cpu"
+        )
+        for row in split
+    ]
     return Part(
         rows=tuple(split),
         counts=tuple(row.stop - row.border for row in split),
@@ -157,15 +165,19 @@ def _views(part: Part, groups: Sequence[GroupStep]) -> dict[int, Views]:
         return {}
     block, device = groups[0].spec.block_size, groups[0].common.block_table_tensor.device
     freed = torch.tensor(
-        [[_gone(group, row, cut) for row, cut in zip(part.rows, part.cut, strict=True)] for group in groups]
+        [[_gone(group, row, cut) for row, cut in zip(part.rows, part.cut, strict=True)] for group in groups],
+        dtype=torch.int64,
+        device="cpu",
     )
     stops = [
         row.stop if cut else row.start + count for row, count, cut in zip(part.rows, part.counts, part.cut, strict=True)
     ]
-    lengths = torch.tensor(stops) - freed * block  # [groups, rows]
+    lengths = torch.tensor(stops, dtype=torch.int64, device="cpu") - freed * block  # [groups, rows]
     width = int(-(-lengths.max() // block))
-    index = torch.tensor([row.index for row in part.rows]).to(device)[:, None]
-    blocks = (freed[..., None] + torch.arange(width)).to(device)  # [groups, rows, width]
+    index = torch.tensor([row.index for row in part.rows], dtype=torch.int64, device="cpu").to(device)[:, None]
+    blocks = (freed[..., None] + torch.arange(width, dtype=torch.int64, device="cpu")).to(
+        device
+    )  # [groups, rows, width]
     views = {}
     for number, group in enumerate(groups):
         table = group.common.block_table_tensor
