@@ -284,6 +284,15 @@ def test_ids_that_the_model_cannot_read(ids, message):
         headwise.compress(tiny_model(), ids, "keydiff", keep=0.5)
 
 
+def test_a_decoder_without_a_head_is_a_model():
+    """It has no generate(), so there is nothing to show its caches."""
+    model = tiny_model().model
+    cache = headwise.compress(model, random_ids(1, 60), "keydiff", keep=0.5)
+    with torch.no_grad():
+        assert model(random_ids(1, 5), past_key_values=cache).last_hidden_state.shape == (1, 5, 64)
+    assert cache.transcript.length == 65
+
+
 def test_ids_that_are_no_whole_numbers():
     with pytest.raises(BadInput, match=r"input_ids are torch.float32; token ids are int64"):
         unwrap(headwise.compress)(tiny_model(), random_ids(1, 40).float(), "keydiff", keep=0.5)

@@ -91,7 +91,7 @@ def test_reported_bytes_are_those_of_the_storages_held(family, method):
     for piece in (ids[:, :50], ids[:, 50:], random_ids(2, 1), random_ids(2, 40), random_ids(2, 40)):
         with torch.no_grad():
             model(piece, past_key_values=cache)
-        held = sum(storages_in(*cache.layers, cache.transcript, without=[cache.prefill]).values())
+        held = sum(storages_in(*cache.layers, cache._noted, without=[cache.prefill]).values())
         scalars = sum(layer._sliding_window_tensor.nbytes for layer in cache.layers if layer.is_sliding)
         assert cache.nbytes + cache.index_nbytes == held - scalars
     assert cache.compressed

@@ -128,6 +128,28 @@ def test_what_was_given_as_embeddings_is_not_known_and_not_refused(model):
     assert answered(model, cache, torch.cat([random_ids(1, 106, seed=9), QUESTION], dim=-1)).shape[1] == 116
 
 
+def test_a_pass_that_no_hook_tells_of_makes_the_ids_unknown(model, tmp_path):
+    """Not refused for it, then or later, and not saved."""
+    cache = headwise.compress(model, CONTEXT, "keydiff", keep=0.5)
+    with torch.no_grad():
+        model.model(QUESTION, past_key_values=cache)
+        model(QUESTION, past_key_values=cache)
+    assert cache.transcript.ids is None
+    cache.save(tmp_path / "cache.safetensors")
+    assert headwise.load(tmp_path / "cache.safetensors", model).transcript.ids is None
+    cache.crop(-7)
+    assert answered(model, cache, torch.cat([random_ids(1, 105, seed=9), QUESTION], dim=-1)).shape[1] == 115
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_generate_takes_embeddings_as_before(model, fresh):
+    embed = model.get_input_embeddings()
+    cache = RaggedCache(model, "keydiff", keep=0.5) if fresh else headwise.compress(model, CONTEXT, "keydiff", keep=0.5)
+    said = model.generate(inputs_embeds=embed(PROMPT), past_key_values=cache.fork() if not fresh else cache, **GREEDY)
+    expected = answered(model, RaggedCache(model, "keydiff", keep=0.5) if fresh else cache)
+    assert torch.equal(said, expected[:, 106:])
+
+
 def test_cropped_and_joined_caches_know_what_is_left(model):
     cache = headwise.compress(model, CONTEXT, "keydiff", keep=0.5)
     with torch.no_grad():

@@ -6,7 +6,7 @@ cache has seen. All three do nothing for any cache but ours.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -14,7 +14,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from headwise.errors import BadInput, UnsupportedGeneration
 
@@ -42,15 +42,26 @@ def tell_caches(model: nn.Module) -> None:
         return
     inner.register_forward_pre_hook(_begin, with_kwargs=True)
     inner.register_forward_hook(_commit, with_kwargs=True)
-    inner.__dict__["prepare_inputs_for_generation"] = _Shown(inner)
-    inner.__dict__["init_continuous_batching"] = _Refused(inner)
+    for kind in (_Shown, _Refused) if isinstance(inner, GenerationMixin) else ():
+        inner.__dict__[kind.name] = kind(inner)
 
 
 class _Instead:
-    """Stands in for a method of one model, which it holds weakly: a cycle would keep a dropped model in memory."""
+    """Stands in for a method of one model, which it holds weakly: a cycle would keep a dropped model in memory.
+
+    It has the method's signature, which generate() looks at.
+    """
+
+    name = ""  # of the method
 
     def __init__(self, model: nn.Module):
         self._model = ref(model)
+        self.__signature__ = signature(self.original)
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The model's own method."""
+        return getattr(type(self.model), self.name).__get__(self.model)
 
     @property
     def model(self) -> Any:
@@ -65,18 +76,23 @@ class _Instead:
 
 
 class _Shown(_Instead):
-    """`prepare_inputs_for_generation`: the first call of a generate() gets the whole prompt."""
+    """The first call of a generate() gets the whole prompt."""
+
+    name = "prepare_inputs_for_generation"
 
     def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         cache = _cache_in(kwargs)
-        # Without next_sequence_length the ids are new ones only.
-        if cache is not None and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None:
+        # Without next_sequence_length the ids are new ones only, and with embeddings there are none.
+        whole = kwargs.get("next_sequence_length") is not None and kwargs.get("inputs_embeds") is None
+        if cache is not None and whole and kwargs.get("is_first_iteration"):
             cache.require_continued(input_ids, kwargs.get("attention_mask"))
-        return type(self.model).prepare_inputs_for_generation(self.model, input_ids, *args, **kwargs)
+        return self.original(input_ids, *args, **kwargs)
 
 
 class _Refused(_Instead):
-    """`init_continuous_batching`, which knows no attention but transformers' own, and names no way out."""
+    """Continuous batching knows no attention but transformers' own, and names no way out."""
+
+    name = "init_continuous_batching"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from headwise.hf.attention import is_enabled  # which imports this module
@@ -87,7 +103,7 @@ class _Refused(_Instead):
                 "model.set_attn_implementation('sdpa') before it, and headwise.enable(model) before a cache of "
                 "headwise is used again."
             )
-        return type(self.model).init_continuous_batching(self.model, *args, **kwargs)
+        return self.original(*args, **kwargs)
 
 
 def _begin(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

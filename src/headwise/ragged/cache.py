@@ -67,7 +67,7 @@ class RaggedCache(Cache, Listener):
             raise BadInput(f"prompt_length={prompt_length} must be at least 1 token, or None: the first forward pass.")
         self.provenance: dict[str, Any] = {"method": self.method.provenance(), "keep": str(self.keep)}
         self.tokens_fingerprint: str | None = None  # of the context, once it has been read by compress()
-        self.transcript = Transcript()
+        self._noted = Transcript()  # by the passes that told of themselves
         self.context_tokens: tuple[int, ...] | None = None  # of every context, padding excluded, where it is known
         self._pass: _Pass | None = None  # that has begun and not ended
         self.meter = Meter()
@@ -97,6 +97,11 @@ class RaggedCache(Cache, Listener):
         """Whether the context has been read and cut."""
         return all(layer.frozen for layer in self.ragged_layers)
 
+    @property
+    def transcript(self) -> Transcript:
+        """The tokens seen; not known if a pass did not tell of itself (the decoder was called without its model)."""
+        return self._noted if self._noted.length == self._stood_at() else Transcript(pieces=None)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, kept or not; those of a forward pass that has not ended do not count."""
         return self._stood_at()
@@ -123,12 +128,16 @@ class RaggedCache(Cache, Listener):
         done = self._pass
         if done is None:
             return
-        transcript = self.transcript.followed_by(done.ids)
+        noted = self.transcript.followed_by(done.ids)
         self._pass = None
         if self._stood_at() > done.seen:  # a second reading brings nothing new
-            self.transcript = transcript
+            self._noted = noted
             if self.compressed and not done.compressed:
                 self.context_tokens = self.prefill.tokens
+
+    def note(self, seen: Transcript, context_tokens: tuple[int, ...] | None) -> None:
+        """Of a cache that was loaded: what it has seen, as far as it is known."""
+        self._noted, self.context_tokens = seen, context_tokens
 
     def require_continued(self, ids: Tensor, mask: Tensor | None) -> None:
         """Raise BadInput unless the prompt `ids` [batch, tokens] begins with what this cache has seen, and goes on."""
@@ -183,7 +192,7 @@ class RaggedCache(Cache, Listener):
     @property
     def index_nbytes(self) -> int:
         """Bytes of what is not keys and values: kept positions, page tables, rows, ids of the tokens seen."""
-        return sum(layer.index_nbytes for layer in self.ragged_layers) + self.transcript.nbytes
+        return sum(layer.index_nbytes for layer in self.ragged_layers) + self._noted.nbytes
 
     @property
     def lengths(self) -> Int[Tensor, "layers batch kv_heads"]:
@@ -246,7 +255,7 @@ class RaggedCache(Cache, Listener):
         whole, *others = (cache.fork() for cache in caches)
         stacks: Any = zip(whole.layers, *(other.layers for other in others), strict=True)
         whole.meter, whole.tokens_fingerprint = Meter(), None
-        whole.transcript = Transcript.stacked([cache.transcript for cache in caches])
+        whole._noted = Transcript.stacked([cache.transcript for cache in caches])
         counts = [cache.context_tokens for cache in caches]
         known = [count for count in counts if count is not None]
         whole.context_tokens = sum(known, ()) if len(known) == len(counts) else None
@@ -259,9 +268,10 @@ class RaggedCache(Cache, Listener):
         layers: list[Any] = self.layers
         for layer in layers:
             layer.require_croppable(tokens_to_remove)
+        known = self.transcript
         super().crop(tokens_to_remove)
         if tokens_to_remove:
-            self.transcript = self.transcript.cut(self._stood_at())
+            self._noted = known.cut(self._stood_at())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i continues what row `beam_idx[i]` was."""
@@ -280,10 +290,10 @@ class RaggedCache(Cache, Listener):
         layers: list[Any] = self.layers
         if not any(layer.is_initialized for layer in layers):
             return
-        picked, transcript = [layer.picked(pick) for layer in layers], self.transcript.picked(pick)
+        picked, noted = [layer.picked(pick) for layer in layers], self._noted.picked(pick)
         for layer, states in zip(layers, picked, strict=True):
             layer.put(states)
-        self.transcript = transcript
+        self._noted = noted
 
     def __copy__(self) -> "RaggedCache":
         """As fork(): two caches that shared their tails would spoil each other."""

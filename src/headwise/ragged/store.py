@@ -77,7 +77,7 @@ def load(
     cache = RaggedCache(model, "random", keep=1.0, kernel=kernel)  # a method is of no use any more: all is cut
     cache.provenance = {name: metadata[name] for name in cache.provenance}
     cache.tokens_fingerprint, cache.meter.peak = metadata["tokens_fingerprint"], metadata["peak_nbytes"]
-    cache.transcript, cache.context_tokens = _transcript(found, input_ids, model), found.context_tokens
+    cache.note(_transcript(found, input_ids, model), found.context_tokens)
     for i, layer in enumerate(cache.layers):
         states = found.layers[i]
         own = {name: _for_model(states.pop(name), model) for name in list(states)}  # one copy at a time

@@ -31,6 +31,11 @@ class Transcript:
         return sum(piece.nbytes for piece in self.pieces or ())
 
     @property
+    def length(self) -> int:
+        """Tokens of a row whose ids are known."""
+        return sum(piece.shape[1] for piece in self.pieces or ())
+
+    @property
     def ids(self) -> Int[Tensor, "batch tokens"] | None:
         """All ids, if they are known."""
         return torch.cat(self.pieces, dim=-1) if self.pieces else None
@@ -67,7 +72,7 @@ class Transcript:
                 f"among {ids.shape[1]} ids there are no new tokens for this cache, which has seen {seen}: {ADVICE}."
             )
         known = self.ids
-        if known is None or known.shape != ids[:, :seen].shape:  # of another batch: the layers refuse it
+        if known is None or len(known) != len(ids):  # of another batch: the layers refuse it
             return
         other = known != ids[:, :seen].to(known)
         if mask is not None:
