@@ -173,7 +173,7 @@ def test_a_number_that_would_take_for_ever_or_is_more_than_there_can_be(value):
     assert len(str(caught.value)) < 250
 
 
-@pytest.mark.parametrize("text", ["9" * 5000, "9" * 13, "129M", "0", "-1", "1e3", "1e99999999k", -1, 10**5000])
+@pytest.mark.parametrize("text", ["9" * 5000, "9" * 13, "129M", "0", "-1", "1e3", "1e99999999k", -1])
 def test_tokens_are_as_many_as_there_can_be(text):
     assert parse_tokens("128M") == MOST_TOKENS
     with pytest.raises(BadInput, match="is not a number of tokens from 1 to 128M") as caught:
