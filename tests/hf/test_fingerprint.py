@@ -87,6 +87,15 @@ def test_adapters_of_which_none_is_active_do_not_count(adapted):
     assert model_fingerprint(adapted.model) == model_fingerprint(tiny_model())
 
 
+def test_autocast_makes_no_difference():
+    """It keeps copies of weights, which operations are given in their place."""
+    model = tiny_model()
+    expected = model_fingerprint(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(CONTEXT)
+        assert model_fingerprint(model) == expected
+
+
 def test_what_the_model_is_left_with(adapted):
     """The tokens read for it leave no trace, in frequencies that dynamic scaling has chosen either."""
     scaled = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e4}

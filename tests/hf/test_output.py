@@ -120,6 +120,23 @@ def test_a_forward_hook_on_the_projection_counts():
     torch.testing.assert_close(view(model).output_weight(0), 2 * view(plain).output_weight(0).detach())
 
 
+def test_a_forward_of_the_user_s_own_counts():
+    model = tiny_model()
+    projection = model.model.layers[0].self_attn.o_proj
+    plain = projection.forward
+    projection.forward = lambda x: 2 * plain(x)
+    torch.testing.assert_close(view(model).output_weight(0), 2 * view(tiny_model()).output_weight(0).detach())
+
+
+def test_hooks_of_the_user_s_are_given_a_batch():
+    model, shapes = tiny_model(), []
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(
+        lambda m, args, out: shapes.append(out[:, -1, :].shape)
+    )
+    assert headwise.compress(model, CONTEXT, "criticalkv", keep=0.5).compressed
+    assert shapes
+
+
 def test_a_plain_weight_is_not_copied():
     model = tiny_model()
     assert view(model).output_weight(1).data_ptr() == model.model.layers[1].self_attn.o_proj.weight.data_ptr()

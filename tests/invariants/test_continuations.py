@@ -1,5 +1,8 @@
 """A cache continues what it has seen, and refuses what does not: silence would answer from another conversation."""
 
+import copy
+import gc
+
 import pytest
 import torch
 from families import random_ids, tiny_model
@@ -7,7 +10,7 @@ from transformers import DynamicCache
 
 import headwise
 from headwise import RaggedCache
-from headwise.errors import BadInput, UnsupportedGeneration
+from headwise.errors import BadInput, ShapeMismatch, UnsupportedGeneration
 
 CONTEXT, QUESTION = random_ids(1, 100), random_ids(1, 6, seed=1)
 PROMPT = torch.cat([CONTEXT, QUESTION], dim=-1)
@@ -115,9 +118,81 @@ def test_a_mask_that_hides_or_shows_other_tokens_of_the_context_is_refused(model
         full = torch.cat([other, torch.ones(2, 4, dtype=torch.long)], dim=-1)
         with pytest.raises(BadInput, match="0 at the padding of the compressed context"):
             answered(model, cache.fork(), torch.cat([ids, question], -1), attention_mask=full)
-    for length in (4, 63, 65):
+    for length in (4, 63):
         with pytest.raises(BadInput, match=rf"for {length} tokens, but this cache has seen 60 and 4 are new"):
             model(question, past_key_values=cache.fork(), attention_mask=torch.ones(2, length, dtype=torch.long))
+
+
+def test_a_mask_may_be_longer_than_what_it_is_for(model):
+    """As transformers' caches take it: the one mask of a prompt that is read in pieces."""
+    mask, cache = torch.ones(1, 106, dtype=torch.long), RaggedCache(model, "keydiff", keep=0.5, prompt_length=100)
+    with torch.no_grad():
+        for piece in (CONTEXT[:, :50], CONTEXT[:, 50:], QUESTION):
+            logits = model(piece, attention_mask=mask, past_key_values=cache).logits
+        whole = headwise.compress(model, CONTEXT, "keydiff", keep=0.5)
+        torch.testing.assert_close(logits, model(QUESTION, past_key_values=whole).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_single_token_cannot_hide_context_either(model):
+    cache, mask = headwise.compress(model, CONTEXT, "keydiff", keep=0.5), torch.ones(1, 107, dtype=torch.long)
+    mask[0, :20] = 0
+    with torch.no_grad():
+        model(QUESTION, past_key_values=cache)
+        with pytest.raises(BadInput, match="0 at the padding of the compressed context"):
+            model(QUESTION[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+def test_masks_by_type_of_layer_are_left_to_the_model():
+    model = tiny_model("qwen3")
+    cache = RaggedCache(model, "keydiff", keep=0.5)
+    with torch.no_grad():
+        model(CONTEXT, attention_mask={"full_attention": None}, past_key_values=cache)
+    assert cache.lengths.sum() == 3 * 2 * 50
+
+
+def test_more_rows_than_the_cache_has_are_refused_as_such(model):
+    ids, mask = random_ids(2, 60), torch.ones(2, 64, dtype=torch.long)
+    mask[1, :20] = 0
+    cache = headwise.compress(model, ids, "keydiff", keep=0.5, attention_mask=mask[:, :60])
+    prompt = torch.cat([ids, random_ids(2, 4, seed=3)], dim=-1)
+    with pytest.raises(ShapeMismatch, match=r"holds 2 rows but the batch has 4.*fork\(copies\)"):
+        answered(model, cache, prompt, attention_mask=mask, num_beams=2)
+
+
+def test_another_conversation_is_refused_in_pieces_too(model, used):
+    cache, said = used
+    other = torch.cat([with_other_token(said, 3), random_ids(1, 9, seed=5)], dim=-1)
+    with pytest.raises(BadInput, match="token 3 of 109"):
+        answered(model, cache, other, prefill_chunk_size=4)
+    assert answered(model, cache, torch.cat([said, QUESTION], dim=-1), prefill_chunk_size=4).shape[1] == 120
+
+
+def test_a_cache_that_is_not_to_be_used_is_refused(model):
+    """Every step would give it the whole prompt again."""
+    cache = headwise.compress(model, CONTEXT, "keydiff", keep=0.5)
+    with pytest.raises(BadInput, match="a cache and use_cache=False"):
+        answered(model, cache, use_cache=False)
+
+
+def test_what_a_user_has_put_on_the_model_stays(model):
+    calls, own = [], type(model)._prefill.__get__(model)
+    model._prefill = lambda *args, **kwargs: (calls.append(1), own(*args, **kwargs))[1]
+    answered(model, headwise.compress(model, CONTEXT, "keydiff", keep=0.5))
+    assert calls == [1]
+
+
+def test_a_shallow_copy_of_a_model_says_what_it_needs(model):
+    headwise.enable(model)
+    twin = copy.copy(tiny_model())
+    headwise.enable(twin)
+    expected = answered(twin, headwise.compress(twin, CONTEXT, "keydiff", keep=0.5))
+    other = copy.copy(twin)
+    del twin
+    gc.collect()
+    with pytest.raises(BadInput, match=r"copy\.copy\(\) of one that is gone: call headwise.enable"):
+        answered(other, DynamicCache(config=other.config))
+    headwise.enable(other)
+    assert torch.equal(answered(other, headwise.compress(other, CONTEXT, "keydiff", keep=0.5)), expected)
 
 
 def test_what_was_given_as_embeddings_is_not_known_and_not_refused(model):

@@ -122,6 +122,74 @@ def test_what_asks_a_cache_after_a_failure_sees_it_as_it_was(tmp_path):
     assert caches[2].get_seq_length() == 125
 
 
+@pytest.mark.parametrize("hook", [fail, interrupt], ids=["exception", "interrupt"])
+def test_a_pass_that_failed_before_any_layer_leaves_no_trace(hook):
+    """In the embedding, say: what is taken back or added next counts from where the cache really is."""
+    model = tiny_model()
+    base = headwise.compress(model, CONTEXT, "keydiff", keep=0.3)
+    step(model, base)
+    cache = base.fork()
+    handle = model.model.embed_tokens.register_forward_pre_hook(hook)
+    with pytest.raises((Boom, KeyboardInterrupt)):
+        step(model, cache, NEXT)
+    handle.remove()
+    cache.crop(-3)
+    base.crop(-3)
+    assert cache.get_seq_length() == base.get_seq_length() == 123
+    torch.testing.assert_close(step(model, cache), step(model, base), atol=1e-5, rtol=1e-5)
+    assert torch.equal(cache.transcript.ids, base.transcript.ids)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_hook_of_the_user_s_that_fails_fails_the_pass(when):
+    """One that looks for NaN in the logits, say; added before the model was enabled, or after."""
+    model = tiny_model()
+    if when == "after":
+        headwise.enable(model)
+    counted = []
+    handle = model.register_forward_hook(lambda *_: fail() if len(counted) == 2 else None)
+    base = headwise.compress(model, CONTEXT, "keydiff", keep=0.3)
+    counted.append(1)
+    want = step(model, base.fork())
+    counted.append(2)
+    with pytest.raises(Boom):
+        step(model, base)
+    handle.remove()
+    torch.testing.assert_close(step(model, base), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pass_within_the_handling_of_an_exception_is_no_failure():
+    model = tiny_model()
+    base = headwise.compress(model, CONTEXT, "keydiff", keep=0.3)
+    try:
+        fail()
+    except Boom:
+        step(model, base)
+    assert (base.get_seq_length(), base.transcript.length) == (126, 126)
+
+
+def test_passes_that_no_hook_tells_of_after_one_that_failed():
+    """`model.forward` runs no hooks, and with a mask of four axes nobody asks the cache how long a mask must be."""
+    model = tiny_model()
+    base = headwise.compress(model, CONTEXT, "keydiff", keep=1.0)
+    mask = torch.ones(6, 126, dtype=torch.bool).tril(120)[None, None]
+    options = {"attention_mask": mask, "position_ids": torch.arange(120, 126)[None]}
+    with torch.no_grad():
+        want = model.forward(QUESTION, past_key_values=base.fork(), **options).logits
+        for part in (model.model.embed_tokens, model.model.layers[1].mlp, model.lm_head):
+            cache = base.fork()
+            handle = part.register_forward_pre_hook(fail)
+            with pytest.raises(Boom):
+                model(QUESTION, past_key_values=cache)
+            handle.remove()
+            for piece in QUESTION.split(1, dim=-1):
+                assert model.forward(piece, past_key_values=(twin := cache.fork())).logits.shape[1] == 1
+            assert twin.get_seq_length() == 121
+            torch.testing.assert_close(
+                model.forward(QUESTION, past_key_values=cache, **options).logits, want, atol=1e-4, rtol=1e-4
+            )
+
+
 def test_a_failure_that_no_hook_tells_of_is_found_by_the_layers():
     """The decoder is called by itself: only that layers have seen different numbers of tokens shows it."""
     model = tiny_model()

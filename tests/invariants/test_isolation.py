@@ -156,7 +156,7 @@ def test_enabling_adds_two_hooks_and_two_methods_to_one_module():
     headwise.enable(model)
     after, hooks_after, _ = state_of(model)
     added = {name: after[name].keys() - before[name].keys() for name in after}
-    assert added.pop("") == {"prepare_inputs_for_generation", "init_continuous_batching"}
+    assert added.pop("") == {"_prefill", "init_continuous_batching"}
     assert not any(added.values())
     changed = {name: [b - a for a, b in zip(hooks[name], hooks_after[name], strict=True)] for name in hooks}
     assert sorted(changed.pop("")) == [0] * (len(hooks[""]) - 2) + [1, 1]
@@ -164,7 +164,7 @@ def test_enabling_adds_two_hooks_and_two_methods_to_one_module():
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         headwise.enable(copied)
         assert state_of(copied)[1] == hooks_after
-        assert vars(copied)["prepare_inputs_for_generation"].model is copied
+        assert vars(copied)["_prefill"].model is copied
 
 
 @pytest.mark.parametrize("dump", [pickle.dumps, lambda cache: torch.save(cache, io.BytesIO())])

@@ -3,6 +3,7 @@
 Weights that a pass does not touch (adapters that are not active) do not count; those of an active adapter do.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,12 +18,12 @@ from headwise.artifacts import fingerprint
 from headwise.hf.families import ModelView, view
 
 _SAMPLE = 64  # values looked at in each weight
-_BASE = ".base_layer"  # where adapters (peft) put the layer that they wrap
+_WRAPPED = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")  # where peft puts what it wraps
 _PROBE = 2  # tokens of the pass in which weights are seen at work
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of the configuration and of a sample of every weight at work (as float32, whatever the dtype).
+    """Hash of the configuration and of a sample of every weight at work, the same in float32 and in bfloat16.
 
     The model reads two tokens for it. A model with adapters of which none is active is the model without them.
     """
@@ -32,7 +33,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight  # shared out among processes
         step = max(1, weight.numel() // _SAMPLE)
         sample = weight.detach().flatten()[::step][:_SAMPLE]
-        parts += [name.replace(_BASE, ""), sample.to("cpu", torch.bfloat16).float()]
+        parts += [_WRAPPED.sub("", name), sample.to("cpu", torch.bfloat16).float()]
     return fingerprint(*parts, *map(repr, _strengths(seen)))
 
 
@@ -45,7 +46,9 @@ def _weights_at_work(seen: ModelView) -> Iterator[tuple[str, Tensor]]:
         return
     watch = _Touched()
     ids = torch.arange(_PROBE, dtype=torch.int64, device=seen.model.device)[None]
-    with torch.no_grad(), seen.unchanged(), watch:
+    # Autocast would give operations copies of the weights, which it made earlier.
+    plain = torch.autocast(seen.model.device.type, enabled=False)
+    with torch.no_grad(), plain, seen.unchanged(), watch:
         decoder(input_ids=ids, use_cache=False)
     # What is packed away in an object (torch's dynamic quantisation) is no argument of any operation.
     yield from ((n, w) for n, w in weights.items() if id(w) in watch.found or w is not state[n])

@@ -35,6 +35,7 @@ def _is_plain(projection: nn.Module) -> TypeGuard[nn.Linear]:
     return (
         type(projection) is nn.Linear
         and type(projection.weight) is nn.Parameter
+        and "forward" not in vars(projection)
         and not (projection._forward_hooks or projection._forward_pre_hooks)
     )
 
@@ -45,10 +46,14 @@ def _effective(projection: nn.Module, width: int) -> Float[Tensor, "width hidden
     device = next((t.device for t in [*projection.parameters(), *projection.buffers()]), torch.device("cpu"))
     dtype = torch.float32 if like is None else like.dtype
     eye = torch.eye(width, device=device, dtype=dtype)
-    nothing = projection(eye[:1] * 0).float()
-    weight = torch.cat([projection(rows).float() - nothing for rows in eye.split(BLOCK)])
+
+    def project(rows: Tensor) -> Tensor:
+        return projection(rows[None])[0].float()  # with a batch, as hooks of users expect it
+
+    nothing = project(eye[:1] * 0)
+    weight = torch.cat([project(rows) - nothing for rows in eye.split(BLOCK)])
     probe = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
-    made = projection(probe.to(eye)).float() - nothing
+    made = project(probe.to(eye)) - nothing
     error = (made - probe.to(weight) @ weight).norm() / made.norm().clamp(min=1e-12)
     if not bool(error <= TOLERANCE):
         raise UnsupportedModel(

@@ -27,8 +27,8 @@ class Listener(ABC):
         """A forward pass begins, with so many new tokens a row; `ids` and `mask` are what it was given."""
 
     @abstractmethod
-    def commit(self) -> None:
-        """The forward pass that began last has ended well."""
+    def end(self) -> None:
+        """The forward pass that began last is over: well, unless it has raised what is being handled now."""
 
     @abstractmethod
     def require_continued(self, ids: Tensor, mask: Tensor | None) -> None:
@@ -38,55 +38,65 @@ class Listener(ABC):
 def tell_caches(model: nn.Module) -> None:
     """Have this model tell our caches of its forward passes. A second call does nothing."""
     inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))  # peft wraps it
-    if _begin in inner._forward_pre_hooks.values():
-        return
-    inner.register_forward_pre_hook(_begin, with_kwargs=True)
-    inner.register_forward_hook(_commit, with_kwargs=True)
+    if _begin not in inner._forward_pre_hooks.values():
+        inner.register_forward_pre_hook(_begin, with_kwargs=True)
+        inner.register_forward_hook(_end, with_kwargs=True, always_call=True)
     for kind in (_Shown, _Refused) if isinstance(inner, GenerationMixin) else ():
-        inner.__dict__[kind.name] = kind(inner)
+        kind.put_on(inner)
 
 
 class _Instead:
-    """Stands in for a method of one model, which it holds weakly: a cycle would keep a dropped model in memory.
-
-    It has the method's signature, which generate() looks at.
-    """
+    """Stands in for a method of one model, which it holds weakly: a cycle would keep a dropped model in memory."""
 
     name = ""  # of the method
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, own: Callable[..., Any] | None = None):
         self._model = ref(model)
-        self.__signature__ = signature(self.original)
+        self._own = own  # the method that somebody else has put on this very model
+
+    @property
+    def model(self) -> Any:
+        """The model. Raises BadInput where only a shallow copy of it is left."""
+        found = self._model()
+        if found is None:
+            raise BadInput("this model is a copy.copy() of one that is gone: call headwise.enable(model) on it first.")
+        return found
 
     @property
     def original(self) -> Callable[..., Any]:
         """The model's own method."""
-        return getattr(type(self.model), self.name).__get__(self.model)
+        return self._own or getattr(type(self.model), self.name).__get__(self.model)
 
-    @property
-    def model(self) -> Any:
-        """The model, which is alive whenever its method is called."""
-        return self._model()
+    @classmethod
+    def put_on(cls, model: nn.Module) -> None:
+        """Take the place of the method of this model, if it does not have it yet."""
+        found = vars(model).get(cls.name)
+        if not isinstance(found, cls):
+            vars(model)[cls.name] = cls(model, found)
+        elif found._model() is not model:  # of the model that this one is a shallow copy of
+            vars(model)[cls.name] = cls(model, found._own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Instead":
-        return type(self)(memo.get(id(self.model), self.model))
+        return type(self)(memo.get(id(self.model), self.model), self._own)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.model,)
+        return type(self), (self.model, self._own)
 
 
 class _Shown(_Instead):
-    """The first call of a generate() gets the whole prompt."""
+    """What generate() reads a prompt with: it cuts off what the cache has seen."""
 
-    name = "prepare_inputs_for_generation"
+    name = "_prefill"
 
-    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        cache = _cache_in(kwargs)
-        # Without next_sequence_length the ids are new ones only, and with embeddings there are none.
-        whole = kwargs.get("next_sequence_length") is not None and kwargs.get("inputs_embeds") is None
-        if cache is not None and whole and kwargs.get("is_first_iteration"):
-            cache.require_continued(input_ids, kwargs.get("attention_mask"))
-        return self.original(input_ids, *args, **kwargs)
+    def __call__(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **options: Any) -> Any:
+        cache, mask = _cache_in(model_kwargs), model_kwargs.get("attention_mask")
+        if cache is not None:
+            if not model_kwargs.get("use_cache", True):
+                raise BadInput("generate() was given a cache and use_cache=False: leave out one of them.")
+            told = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+            if told == input_ids.shape[1] and model_kwargs.get("inputs_embeds") is None:  # else they are new ids only
+                cache.require_continued(input_ids, mask)
+        return self.original(input_ids, generation_config, model_kwargs, **options)
 
 
 class _Refused(_Instead):
@@ -116,16 +126,25 @@ def _begin(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
             "attention weights (output_attentions) are never made with a RaggedCache: leave output_attentions out, or "
             "use another cache and model.set_attn_implementation('eager')."
         )
-    ids, embedded = given.get("input_ids"), given.get("inputs_embeds")
-    new = ids if ids is not None else embedded
+    _be_last(module)
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    new = ids if ids is not None else given.get("inputs_embeds")
     if new is not None:
-        cache.begin(ids, given.get("attention_mask"), new.shape[1])
+        cache.begin(ids, mask if isinstance(mask, Tensor) else None, new.shape[1])
 
 
-def _commit(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+def _end(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
     cache = _cache_in(_arguments(module, args, kwargs))
     if cache is not None and not torch.compiler.is_compiling():
-        cache.commit()
+        cache.end()
+
+
+def _be_last(module: nn.Module) -> None:
+    """A hook that a user has added later may still fail the pass, so ours comes after it."""
+    hooks = module._forward_hooks
+    if next(reversed(hooks.values())) is not _end:
+        key = next(key for key, hook in hooks.items() if hook is _end)
+        hooks[key] = hooks.pop(key)
 
 
 def _arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

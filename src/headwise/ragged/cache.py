@@ -1,7 +1,9 @@
 """RaggedCache: a transformers Cache in which every KV head of every layer keeps its own number of entries."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -31,6 +33,7 @@ class _Pass:
     seen: int
     compressed: bool
     ids: Tensor | None
+    handled: BaseException | None  # what the caller was handling when it began
 
 
 class RaggedCache(Cache, Listener):
@@ -85,12 +88,8 @@ class RaggedCache(Cache, Listener):
             for i in range(self.view.shape.num_layers)
         ]
         super().__init__(layers=layers)
+        self.ragged_layers = _ragged(layers)  # those that can be compressed
         self.prefill.watch(self.ragged_layers)
-
-    @property
-    def ragged_layers(self) -> list[RaggedLayer]:
-        """The compressible layers."""
-        return [layer for layer in self.layers if isinstance(layer, RaggedLayer)]
 
     @property
     def compressed(self) -> bool:
@@ -106,6 +105,14 @@ class RaggedCache(Cache, Listener):
         """Tokens seen, kept or not; those of a forward pass that has not ended do not count."""
         return self._stood_at()
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take new tokens' keys and values [B, H, T, D] of a layer; return what its attention needs."""
+        if layer_idx == 0:
+            self._undo_unfinished()  # where masks are made elsewhere, nobody has asked for their sizes
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Keys that a mask covers, and the number of the first of them. Asked for before a forward pass."""
         self._undo_unfinished()
@@ -116,18 +123,22 @@ class RaggedCache(Cache, Listener):
 
         Raises BadInput for a mask that does not fit, UnsupportedGeneration.
         """
-        self._undo_unfinished()
-        self._pass = None
+        self._settle()
         seen = self._stood_at()
         if mask is not None and mask.ndim == 2:
             self._require_mask(mask, seen, num_tokens)
-        self._pass = _Pass(seen=seen, compressed=self.compressed, ids=ids)
+        self._pass = _Pass(seen=seen, compressed=self.compressed, ids=ids, handled=sys.exception())
 
-    def commit(self) -> None:
-        """The forward pass has ended well: what it brought has been seen."""
+    def end(self) -> None:
+        """The forward pass is over. If it has raised, go back to where it began, else what it brought has been seen."""
         done = self._pass
-        if done is None:
-            return
+        if done is not None and sys.exception() is done.handled:
+            self._commit(done)
+        else:
+            with suppress(UnsupportedGeneration):  # the next call says why it cannot go on
+                self._settle()
+
+    def _commit(self, done: _Pass) -> None:
         noted = self.transcript.followed_by(done.ids)
         self._pass = None
         if self._stood_at() > done.seen:  # a second reading brings nothing new
@@ -159,18 +170,25 @@ class RaggedCache(Cache, Listener):
             layer.require_undoable(stood)
         for layer in layers:
             layer.undo(stood)
+
+    def _settle(self) -> None:
+        """Outside of any forward pass: undo one that did not end, and forget it."""
+        self._undo_unfinished()
         self._pass = None
 
     def _require_mask(self, mask: Tensor, seen: int, num_tokens: int) -> None:
         """Raise BadInput unless a mask [batch, tokens] is of everything seen and what is new, and hides no context."""
-        if mask.shape[1] != seen + num_tokens:
+        first = self.ragged_layers[0]
+        if first.rows is not None and len(mask) != len(first.rows):
+            return  # the layers refuse it
+        if mask.shape[1] < seen + num_tokens:
             raise BadInput(
                 f"attention_mask is for {mask.shape[1]} tokens, but this cache has seen {seen} and {num_tokens} are "
                 f"new: {ADVICE}."
             )
-        first = self.ragged_layers[0]
-        if self.compressed and self.context_tokens is not None and (num_tokens > 1 or first.tail_length == 0):
-            assert first.rows is not None
+        # Once per turn on a GPU, for which a decoding step must not wait.
+        looked_at = num_tokens > 1 or first.tail_length == 0 or mask.device.type == "cpu"
+        if looked_at and first.rows is not None and self.context_tokens is not None and self.compressed:
             counts = torch.tensor(self.context_tokens, dtype=torch.int64, device=first.rows.device)
             require_whole_context(mask[:, : seen - first.tail_length], counts[first.rows])
 
@@ -218,7 +236,7 @@ class RaggedCache(Cache, Listener):
         """Write the compressed cache, its tail included, for headwise.load. Raises UnsupportedGeneration, BadInput."""
         from headwise.ragged import store  # which imports this module
 
-        self._undo_unfinished()
+        self._settle()
         store.save(self, path)
 
     def fork(self, copies: int = 1) -> "RaggedCache":
@@ -235,6 +253,7 @@ class RaggedCache(Cache, Listener):
         twin.meter = self.meter.fork()
         layers: list[Any] = self.layers
         twin.layers = [layer.fork(twin.meter) for layer in layers]
+        twin.ragged_layers = _ragged(twin.layers)
         if copies > 1:
             twin.batch_repeat_interleave(copies)
         return twin
@@ -260,11 +279,12 @@ class RaggedCache(Cache, Listener):
         known = [count for count in counts if count is not None]
         whole.context_tokens = sum(known, ()) if len(known) == len(counts) else None
         whole.layers = [first.joined(rest, whole.meter) for first, *rest in stacks]
+        whole.ragged_layers = _ragged(whole.layers)
         return whole
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; give minus their number. All layers or none: raises UnsupportedGeneration."""
-        self._undo_unfinished()
+        self._settle()
         layers: list[Any] = self.layers
         for layer in layers:
             layer.require_croppable(tokens_to_remove)
@@ -331,7 +351,7 @@ class RaggedCache(Cache, Listener):
             )
 
     def _require_compressed(self) -> None:
-        self._undo_unfinished()
+        self._settle()
         if not self.compressed:
             seen = self.get_seq_length()
             raise UnsupportedGeneration(
@@ -342,6 +362,10 @@ class RaggedCache(Cache, Listener):
     def __repr__(self) -> str:
         state = f"kept {int(self.lengths.sum())} entries" if self.compressed else "context not read yet"
         return f"RaggedCache({state}, seen {self.get_seq_length()} tokens, {self.nbytes} bytes)"
+
+
+def _ragged(layers: Sequence[Any]) -> list[RaggedLayer]:
+    return [layer for layer in layers if isinstance(layer, RaggedLayer)]
 
 
 def _require_index(name: str, index: int, count: int) -> None:

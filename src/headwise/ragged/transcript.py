@@ -1,7 +1,7 @@
 """The tokens that a cache has seen, so that it can tell what continues them from what does not."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -24,16 +24,12 @@ class Transcript:
     """
 
     pieces: tuple[Int[Tensor, "batch _"], ...] | None = ()
+    length: int = 0  # tokens of a row whose ids are known
 
     @property
     def nbytes(self) -> int:
         """Bytes of the ids."""
         return sum(piece.nbytes for piece in self.pieces or ())
-
-    @property
-    def length(self) -> int:
-        """Tokens of a row whose ids are known."""
-        return sum(piece.shape[1] for piece in self.pieces or ())
 
     @property
     def ids(self) -> Int[Tensor, "batch tokens"] | None:
@@ -45,22 +41,24 @@ class Transcript:
         if ids is None or self.pieces is None:
             return Transcript(pieces=None)
         pieces = (*self.pieces, ids.detach().to(torch.int64, copy=True))
-        return Transcript(pieces=pieces if len(pieces) < PIECES else (torch.cat(pieces, dim=-1),))
+        if len(pieces) >= PIECES:
+            pieces = (torch.cat(pieces, dim=-1),)
+        return Transcript(pieces=pieces, length=self.length + ids.shape[1])
 
     def picked(self, pick: Callable[[Tensor], Tensor]) -> "Transcript":
         """Of other rows."""
-        return Transcript(pieces=self.pieces and tuple(pick(piece) for piece in self.pieces))
+        return replace(self, pieces=self.pieces and tuple(pick(piece) for piece in self.pieces))
 
     def cut(self, tokens: int) -> "Transcript":
         """The first so many tokens."""
-        return Transcript(pieces=None if self.ids is None else (self.ids[:, :tokens],))
+        return Transcript(pieces=None) if self.ids is None else Transcript().followed_by(self.ids[:, :tokens])
 
     @staticmethod
     def stacked(parts: "Sequence[Transcript]") -> "Transcript":
         """The rows of all of them, if all are known."""
         rows = [part.ids for part in parts]
         known = [ids for ids in rows if ids is not None]
-        return Transcript(pieces=(torch.cat(known),) if len(known) == len(rows) else None)
+        return Transcript().followed_by(torch.cat(known) if len(known) == len(rows) else None)
 
     def require_prefix(self, seen: int, ids: Int[Tensor, "batch tokens"], mask: Tensor | None) -> None:
         """Raise BadInput unless `ids` begin with the `seen` tokens of this transcript, and go on after them.
