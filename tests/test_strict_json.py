@@ -15,7 +15,7 @@ REFUSED = {
     "9" * 21: "21 digits",
     "9" * 5000: "5000 digits",
     '{"a": 1, "b": 2, "a": 1}': "the name 'a' is there twice",
-    '["\\ud800"]': "surrogates not allowed",
+    '["\\ud800"]': "half a character",
     "[" * 65 + "]" * 65: "more than 64 deep",
     "[" * 200_000 + "]" * 200_000: "more than 64 deep",
     '{"a":' * 200_000 + "1" + "}" * 200_000: "more than 64 deep",

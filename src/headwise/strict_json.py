@@ -37,7 +37,7 @@ def loads(text: str | bytes, *, values: bool = True) -> Any:
     if text.count("[") + text.count("{") > DEEPEST:
         _require_shallow(found)
     if values and _HALF_CHARACTER.search(text):
-        json.dumps(found, ensure_ascii=False).encode()  # which half a character cannot be: UnicodeEncodeError
+        _require_whole(json.dumps(found, ensure_ascii=False))
     return found
 
 
@@ -57,6 +57,13 @@ def checked(raw: Any, fields: Mapping[str, Check], place: str, advice: str) -> d
 
 
 _TOO_DEEP = f"lists and objects lie within each other more than {DEEPEST} deep"
+
+
+def _require_whole(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character (a lone surrogate)") from None
 
 
 def _no_number(name: str) -> Any:

@@ -67,12 +67,18 @@ def test_it_is_compiled_once(load, folder):
 # --- whole ---
 
 
+def rewrite(path, content):
+    """In a file of its own: this process has the old one mapped into memory, and would be killed when it ends."""
+    path.unlink()
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
 def test_a_truncated_library_is_built_anew(load, folder, share):
     """Mapped into memory, it once killed the process."""
     path = load()[0]
     content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
+    rewrite(path, content[: int(share * len(content))])
     found, function, built = load()
     assert (built, function()) == (True, 42)
     assert list(folder.iterdir()) == [found]
@@ -95,7 +101,7 @@ def test_the_kernel_is_compiled_once_and_a_truncated_one_kills_no_process(folder
 @pytest.mark.parametrize("content", [b"", b"no library", b"\x7fELF" + bytes(100)])
 def test_a_file_with_other_content_than_its_name_says_is_built_anew(load, content):
     path = load()[0]
-    path.write_bytes(content)
+    rewrite(path, content)
     assert load()[2] is True
 
 

@@ -81,10 +81,19 @@ RECORD: Mapping[str, Check] = {
     "kept": _entries,
     "versions": versions,
 }
+
+
+def _pieces(value: Any) -> tuple[str, ...]:
+    """Texts of tokens, which may be half a character each; that is shown as a question mark."""
+    if not isinstance(value, list):
+        raise TypeError
+    return tuple(str.encode(piece, errors="replace").decode() for piece in value)
+
+
 TOKEN_MAP: Mapping[str, Check] = {
     **dict.fromkeys(("task", "method", "keep"), text),
     "index": count,
-    "tokens": texts,
+    "tokens": _pieces,
     "kept": _by_head,
 }
 _ANY: Mapping[str, Check] = {
