@@ -10,6 +10,8 @@ from transformers import AutoConfig, Gemma3TextConfig, GPT2Config, LlamaConfig
 from headwise import compress
 from headwise.errors import BadInput, UnsupportedModel
 from headwise.evals.answers import FullMemory
+from headwise.hf.families import shape_of
+from headwise.keep import parse_keep
 from headwise.plan import Plan, plan
 
 GIB = 2**30
@@ -150,3 +152,13 @@ def test_senseless_sizes_are_refused(config, wrong):
 def test_an_unsupported_model_is_refused():
     with pytest.raises(UnsupportedModel, match="gpt2"):
         planned(GPT2Config())
+
+
+@pytest.mark.parametrize("keep", [0.15, "100tok", "1MiB"])
+def test_time_does_not_depend_on_the_batch(config, keep):
+    """Rows are alike: a list of them once took minutes, and all of the memory."""
+    found = planned(config, context=100, keep=keep, batch=2**31 - 1, memory=2**50)
+    assert found.max_batch > 10**6
+    shape, entry = shape_of(config), 2 * 128 * 2
+    rows = parse_keep(keep).entries(shape=shape, tokens=[100] * 3, entry_bytes=entry)
+    assert planned(config, context=100, keep=keep, batch=3).kv_bytes == sum(rows) * entry

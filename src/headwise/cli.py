@@ -223,6 +223,7 @@ def evaluate(
     from headwise.evals.run import Evaluation, manifest, summarise
     from headwise.evals.run import evaluate as run
     from headwise.evals.suites import Sizes, make_tasks, parse_tasks
+    from headwise.hf.families import view
     from headwise.keep import parse_keep
 
     named, keeps, names = parse_tasks(tasks), tuple(parse_keep(k) for k in split(keep)), split(methods)
@@ -231,6 +232,9 @@ def evaluate(
         require_place(out)
     processes, loaded, tokenizer = _load_launched(model, dtype, device, shared_out=False)
     made = make_tasks(named, tokenizer, Sizes(samples=samples, length=length, seed=seed, data_dir=data_dir))
+    limit = view(loaded).max_positions
+    if length > limit and any(suite != "file" for suite, _ in named):
+        raise BadInput(f"--length {length}: this model was made for {limit} tokens; give as many or fewer.")
     evaluation = Evaluation(
         tasks=tuple(made),
         methods=tuple(names),
@@ -370,7 +374,7 @@ def solve(
     import time
 
     from headwise.artifacts import Profile
-    from headwise.keep import parse_keep
+    from headwise.keep import parse_fraction
     from headwise.solve import RATIOS, published
     from headwise.solve import check as compare_with_optimum
     from headwise.solve import solve as run
@@ -381,7 +385,7 @@ def solve(
         raise BadInput(f"{path} holds {', '.join(found.curves)}: choose one with --scorer.")
     name = scorer or next(iter(found.curves))
     weights = None if domain_weights is None else dict(_weight(part) for part in split(domain_weights))
-    grid = RATIOS if ratios is None else [float(parse_keep(part).amount) for part in split(ratios)]
+    grid = RATIOS if ratios is None else [parse_fraction(part, "ratios") for part in split(ratios)]
     averaged = loss == "published"
     if averaged and (check or ratios is not None):
         raise BadInput("loss='published' is a table of 99 ratios without curves: leave out --ratios and --check.")
@@ -432,16 +436,16 @@ def train(
     """LKV: learn how much every head keeps, and which entries. Also under 'accelerate launch'."""
     from headwise.calibration import load_examples
     from headwise.hf.families import view
-    from headwise.keep import parse_keep
+    from headwise.keep import parse_fraction
     from headwise.train.loop import Settings
     from headwise.train.run import train as run
     from headwise.train.run import written
 
     if part not in ("lkv", "lkv-h", "lkv-t"):
         raise BadInput(f"part={part!r}: choose lkv, lkv-h or lkv-t.")
-    bounds = [float(parse_keep(keep).amount) for keep in split(keeps)]
-    if len(bounds) != 2:
-        raise BadInput(f"keeps={keeps!r}: write the smallest and the largest, such as 0.03,0.5.")
+    bounds = [parse_fraction(keep, "keeps") for keep in split(keeps)]
+    if len(bounds) != 2 or bounds[0] > bounds[1]:
+        raise BadInput(f"keeps={keeps!r}: write the smallest and then the largest, such as 0.03,0.5.")
     for path in written(out):
         require_file(path, inputs=_inputs(model, [scorer or ""], Path(data)))
     processes, loaded, tokenizer = _load_launched(model, dtype, device)

@@ -86,6 +86,17 @@ def parse_keep(value: "str | float | int | Keep") -> Keep:
     return Keep(kind="tokens" if unit == "tok" else "bytes", amount=amount)
 
 
+def parse_fraction(text: str, what: str) -> float:
+    """Parse a fraction such as `0.15` or `15%`, where tokens and bytes mean nothing. Raises BadInput, naming `what`."""
+    try:
+        keep = parse_keep(text)
+    except BadInput:
+        keep = None
+    if keep is None or keep.kind != "fraction":
+        raise BadInput(f"{what}={shown(text)}: write fractions in (0, 1], such as 0.15 or 15%.")
+    return float(keep.amount)
+
+
 def parse_bytes(text: str) -> int:
     """Parse a memory size such as `24GiB`."""
     try:

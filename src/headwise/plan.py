@@ -1,7 +1,7 @@
 """What compression buys on given hardware, from the model's configuration alone: no weights are loaded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -100,8 +100,10 @@ class _Sizes:
         everything = self.layer(context, batch) * len(self.shape.layers)
         if keep is None:
             return everything + self.sliding(context, batch)
-        kept = sum(keep.entries(shape=self.shape, tokens=[context] * batch, entry_bytes=self.entry)) * self.entry
-        return kept + self.sliding(context, batch)
+        if keep.kind == "bytes":  # of all rows, which are alike
+            keep = replace(keep, amount=keep.amount / batch)
+        (entries,) = keep.entries(shape=self.shape, tokens=[context], entry_bytes=self.entry)
+        return batch * entries * self.entry + self.sliding(context, batch)
 
     def peak(self, context: int, batch: int, keep: Keep) -> int:
         return self.held(context, batch, keep) + self.layer(context, batch)

@@ -6,6 +6,7 @@ the weights of a layer while they run that layer themselves. Shares of work do n
 is longer, one lesson is still in memory), so each announces its passes, and who is done runs along on one token.
 """
 
+import atexit
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -61,6 +62,7 @@ class Launched(Processes):
         self._state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))
         self.rank, self.number = self._state.process_index, self._state.num_processes
         self.device = torch.device(self._state.device or "cpu")
+        atexit.register(self._state.destroy_process_group)  # its threads must not outlive the interpreter
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""

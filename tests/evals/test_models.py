@@ -235,3 +235,15 @@ def test_unknown_dtypes_and_devices(model_folders):
     assert "auto, float32, bfloat16, float16" in refusal(model_folders["base"], dtype="int4")
     assert "Choose auto, cpu or cuda" in refusal(model_folders["base"], device="abacus")
     assert "Choose auto, cpu or cuda" in refusal(model_folders["base"], device="cuda:99")
+
+
+@pytest.mark.parametrize("name", ["meta", "hpu", "CPU", "auto:1", ""])
+def test_devices_that_no_model_runs_on(name):
+    with pytest.raises(BadInput, match=r"cannot be used: it is none of cpu, cuda, mps, xpu\. Choose auto"):
+        models.find_device(name)
+
+
+def test_a_device_that_is_not_here_is_told_briefly():
+    with pytest.raises(BadInput, match=r"cannot be used: .*\.\.\. Choose auto, cpu or cuda") as caught:
+        models.find_device("xpu")
+    assert len(str(caught.value)) < 150

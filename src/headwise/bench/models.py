@@ -60,6 +60,9 @@ def shape_for(name: str, layers: int | None) -> dict[str, Any] | None:
     Raises BadInput, UnsupportedModel.
     """
     if name in SHAPES:
+        has = SHAPES[name]["num_hidden_layers"]
+        if layers is not None and layers > has:
+            raise BadInput(f"--layers {layers}: {name} has {has} layers; give as many or fewer.")
         return SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers})
     if layers is not None:
         raise BadInput(f"the layers of a checkpoint are its own: --layers is for {', '.join(SHAPES)}.")

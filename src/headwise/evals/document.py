@@ -13,13 +13,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from headwise import strict_json
+from headwise.bounded import MOST_BYTES, read_bytes
 from headwise.errors import BadInput
 from headwise.evals import template
 from headwise.evals.models import reference_path
 from headwise.evals.seams import following_ids, unclosed
 from headwise.evals.template import Rendered
 
-MOST_BYTES = 2**30  # of a file: more than a hundred million words
 _EXAMPLE = '{"question": "Who ...?", "answers": ["Ada"]}'
 FORMATS = {  # files that are no text, by how they begin; some are all ASCII
     b"%PDF-": "a PDF file",
@@ -77,9 +77,7 @@ def read_text(path: Path, *, newline: str | None = None) -> str:
     Raises BadInput if it cannot be read, is no text or is empty.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise BadInput(f"the document {path} is larger than {MOST_BYTES // 2**20} MiB; give a part of it.")
-        data = path.read_bytes()
+        data = read_bytes(path, MOST_BYTES, "the document")
     except OSError as error:
         raise BadInput(f"cannot read the document {path}: {error.strerror}.") from error
     text = _decoded(data, f"the document {path}")
@@ -126,9 +124,8 @@ def read_questions(path: Path) -> list[Asked]:
     Raises BadInput, naming the line.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise BadInput(f"{path} is larger than {MOST_BYTES // 2**20} MiB; give a part of the questions.")
-        lines = _decoded(path.read_bytes(), f"the file of questions {path}").split("\n")
+        data = read_bytes(path, MOST_BYTES, "the file of questions")
+        lines = _decoded(data, f"the file of questions {path}").split("\n")
     except OSError as error:
         raise BadInput(f"cannot read questions from {path}: {error}.") from error
     asked = [_parse_question(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1) if line.strip()]

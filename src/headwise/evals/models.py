@@ -21,6 +21,7 @@ from headwise.hf.families import shape_of
 REFERENCE = "reference"
 _ADVICE = f"Give a folder written by save_pretrained, a hub id such as Qwen/Qwen3-4B, or {REFERENCE!r}."
 PATIENCE = 3.0  # seconds for the hub's first answer, unless HF_HUB_ETAG_TIMEOUT says otherwise
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -76,10 +77,12 @@ def find_device(name: str) -> torch.device:
     """The device by name, after a first use of it. Raises BadInput."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in DEVICES:
+        raise BadInput(f"device={name!r} cannot be used: it is none of {', '.join(DEVICES)}. Choose auto, cpu or cuda.")
     try:
         return torch.empty(0, device=name, dtype=torch.float32).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three
-        raise BadInput(f"device={name!r} cannot be used: {_reason(error)} Choose auto, cpu or cuda.") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three, at length
+        raise BadInput(f"device={name!r} cannot be used: {_reason(error):.60}... Choose auto, cpu or cuda.") from error
 
 
 def _find(name: str) -> _Source:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from headwise import strict_json
+from headwise.bounded import read_bytes
 from headwise.errors import BadInput
 from headwise.evals.archives import DAMAGE, pieces
 from headwise.evals.lexicon import REFERENCE_LEXICON
@@ -151,9 +152,8 @@ def _read_essay(path: Path) -> str:
 
 def _read(path: Path, most: int = MOST_BYTES) -> str:
     try:
-        if path.stat().st_size > most:
-            raise BadInput(f"{path} is larger than {most // 2**20} MiB; RULER uses smaller ones. Get its own file.")
-        return path.read_text(encoding="utf-8")
+        text = read_bytes(path, most).decode()
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path}: {error}.") from error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise import strict_json
+from headwise.bounded import MOST_BYTES, read_bytes
 from headwise.errors import BadInput
 from headwise.report.fields import BENCHMARKS
 from headwise.strict_json import checked
@@ -72,7 +73,7 @@ def load(files: Sequence[Path]) -> list[Section]:
 def _rows(path: Path) -> list[Row]:
     expected = "name files that 'headwise bench ... --json' has written, or folders of 'headwise eval --out DIR'."
     try:
-        raw = strict_json.loads(path.read_bytes(), values=False)
+        raw = strict_json.loads(read_bytes(path, MOST_BYTES), values=False)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or 'unreadable'}; {expected}") from error
     except ValueError as error:

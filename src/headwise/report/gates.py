@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from headwise import strict_json
 from headwise.artifacts import Budget, describe
+from headwise.bounded import MOST_BYTES, read_bytes
 from headwise.errors import BadInput
 from headwise.gates import Gates
 from headwise.report.drawing import (
@@ -43,7 +44,7 @@ def log_of(path: str | os.PathLike[str]) -> list[Row]:
     if not log.is_file():
         return []
     try:
-        lines = log.read_bytes().decode().split("\n")
+        lines = read_bytes(log, MOST_BYTES).decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read the log {log}: {error}. Move it away to draw the gates alone.") from error
     return [_row(line, f"{log}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from headwise import strict_json
+from headwise.bounded import MOST_BYTES, read_bytes
 from headwise.errors import BadInput
 from headwise.report import fields
 from headwise.shapes import ModelShape
@@ -167,7 +168,7 @@ def load(folders: Sequence[Path]) -> Results:
 def _run(folder: Path) -> Run:
     path = folder / RUN
     try:
-        raw = strict_json.loads(path.read_bytes(), values=False)
+        raw = strict_json.loads(read_bytes(path, MOST_BYTES), values=False)
     except OSError as error:
         reason = error.strerror or "unreadable"
         raise BadInput(f"{path}: {reason}; name folders that 'headwise eval --out DIR' has written.") from error
