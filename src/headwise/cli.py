@@ -445,7 +445,7 @@ def train(
         raise BadInput(f"part={part!r}: choose lkv, lkv-h or lkv-t.")
     bounds = [parse_fraction(keep, "keeps") for keep in split(keeps)]
     if len(bounds) != 2 or bounds[0] > bounds[1]:
-        raise BadInput(f"keeps={keeps!r}: write the smallest and then the largest, such as 0.03,0.5.")
+        raise BadInput(f"keeps={keeps!r}: write the smallest and the largest, in this order, such as 0.03,0.5.")
     for path in written(out):
         require_file(path, inputs=_inputs(model, [scorer or ""], Path(data)))
     processes, loaded, tokenizer = _load_launched(model, dtype, device)

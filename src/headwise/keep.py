@@ -88,12 +88,9 @@ def parse_keep(value: "str | float | int | Keep") -> Keep:
 
 def parse_fraction(text: str, what: str) -> float:
     """Parse a fraction such as `0.15` or `15%`, where tokens and bytes mean nothing. Raises BadInput, naming `what`."""
-    try:
-        keep = parse_keep(text)
-    except BadInput:
-        keep = None
-    if keep is None or keep.kind != "fraction":
-        raise BadInput(f"{what}={shown(text)}: write fractions in (0, 1], such as 0.15 or 15%.")
+    keep = parse_keep(text)
+    if keep.kind != "fraction":
+        raise BadInput(f"{what}={shown(text)}: write fractions strictly between 0 and 1, such as 0.15 or 15%.")
     return float(keep.amount)
 
 

@@ -377,6 +377,8 @@ def test_gates_of_another_model_are_no_fixed_scorer(loaded, model_folders, tmp_p
         ("--keeps 0.1", "write the smallest and the largest"),
         ("--keeps 0.1,2", "is outside (0, 1]"),
         ("--keeps 16tok,0.5", "keeps="),
+        ("--keeps 0.1tok,0.3tok", "write fractions strictly between 0 and 1"),
+        ("--keeps 0.5,0.1", "write the smallest and the largest, in this order"),
         ("--part lkv-h", "name one, such as keydiff"),
         ("--contexts 30", "too few"),
     ],
