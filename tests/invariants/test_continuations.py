@@ -5,7 +5,9 @@ import gc
 
 import pytest
 import torch
+import transformers
 from families import random_ids, tiny_model
+from packaging.version import Version
 from transformers import DynamicCache
 
 import headwise
@@ -164,7 +166,12 @@ def test_another_conversation_is_refused_in_pieces_too(model, used):
     other = torch.cat([with_other_token(said, 3), random_ids(1, 9, seed=5)], dim=-1)
     with pytest.raises(BadInput, match="token 3 of 109"):
         answered(model, cache, other, prefill_chunk_size=4)
-    assert answered(model, cache, torch.cat([said, QUESTION], dim=-1), prefill_chunk_size=4).shape[1] == 120
+    right = torch.cat([said, QUESTION], dim=-1)
+    if Version(transformers.__version__) < Version("5.24"):  # 5.4 masks pieces as if nothing had been seen
+        with pytest.raises(BadInput, match="attention_mask is for 4 tokens, but this cache has seen 109 and 4"):
+            answered(model, cache, right, prefill_chunk_size=4)
+    else:
+        assert answered(model, cache, right, prefill_chunk_size=4).shape[1] == 120
 
 
 def test_a_cache_that_is_not_to_be_used_is_refused(model):
