@@ -12,7 +12,7 @@ import json
 import math
 import os
 from bisect import bisect
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.resources import files
@@ -43,7 +43,7 @@ LARGEST_WEIGHT = 1e6  # of a file: what is computed with such weights stays fini
 LEAST_SPREAD = 1e-6  # it is divided by; SAME is in every one that was trained
 
 
-_SETTINGS: Mapping[str, strict_json.Check] = {"settings": strict_json.mapping}
+_FIELDS: Mapping[str, strict_json.Check] = {"settings": strict_json.mapping, "comparable": strict_json.flag}
 
 
 class HeadBudgets(nn.Module):
@@ -100,7 +100,10 @@ class HeadBudgets(nn.Module):
 
 
 class EntryScores(nn.Module):
-    """LKV-T: one small network per KV head, on intrinsic features of an entry. Scores compare within a head only."""
+    """LKV-T: one small network per KV head, on intrinsic features of an entry.
+
+    Scores that predict attention (`Gates.comparable`) compare between heads; others within a head only.
+    """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, *, device: str = "cpu"):
         super().__init__()
@@ -112,13 +115,14 @@ class EntryScores(nn.Module):
         self.weight_out = nn.Parameter(
             torch.randn(layers, kv_heads, HIDDEN, dtype=torch.float32, device=device) * HIDDEN**-0.5
         )
+        self.bias_out = nn.Parameter(torch.zeros(layers, kv_heads, dtype=torch.float32, device=device))
 
     def forward(
         self, features: Float[Tensor, "batch kv_heads tokens width"], layer: int
     ) -> Float[Tensor, "batch kv_heads tokens"]:
         """Scores of one layer, float32."""
         hidden = functional.gelu(features @ self.weight_in[layer] + self.bias_in[layer])
-        return torch.einsum("bhnf,hf->bhn", hidden, self.weight_out[layer])
+        return torch.einsum("bhnf,hf->bhn", hidden, self.weight_out[layer]) + self.bias_out[layer][:, None]
 
     def of_heads(self, heads: slice) -> "EntryScores":
         """The networks of these KV heads of every layer (copies)."""
@@ -182,6 +186,7 @@ class Gates:
     origin: Origin
     budgets: HeadBudgets | None = None
     scores: EntryScores | None = None
+    comparable: bool = False  # whether scores compare between heads, because all predict the same quantity
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def require(self, shape: ModelShape, config_hash: str = "") -> None:
@@ -211,25 +216,30 @@ class Gates:
             if module is not None
             for key, tensor in module.state_dict().items()
         }
-        write_tensors(path, "gates", tensors, {"origin": asdict(self.origin), "settings": dict(self.settings)})
+        fields = {"settings": dict(self.settings), "comparable": self.comparable}
+        write_tensors(path, "gates", tensors, {"origin": asdict(self.origin), **fields})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Gates":
         """Read what `save` wrote. Raises ArtifactMismatch on another kind or format, BadInput on a damaged file."""
         with opened(path, "gates") as file:
             origin = Origin.parse(file.metadata, path)
-            settings = strict_json.checked({"settings": {}, **file.metadata}, _SETTINGS, f"{path}: it", ADVICE)
+            defaults = {"settings": {}, "comparable": False}
+            fields = strict_json.checked({**defaults, **file.metadata}, _FIELDS, f"{path}: it", ADVICE)
             parts = {name.partition(".")[0] for name in file.headers}
             modules = {name: module for name, module in _empty(origin.shape).items() if name in parts}
             if not modules:
                 raise BadInput(f"{path} holds neither budgets nor scores; get or make the file again.")
-            tensors = file.read(_schema(modules))
+            older = {"scores.bias_out"} - file.headers.keys()  # files in which scores compare within a head only
+            tensors = file.read(_schema(modules, older))
         for name, module in modules.items():
             own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
-            module.to_empty(device="cpu").requires_grad_(False).load_state_dict(own)
+            module.to_empty(device="cpu").requires_grad_(False).load_state_dict(own, strict=False)
+            for missing in older & {f"{name}.bias_out"}:
+                module.get_parameter(missing.partition(".")[2]).zero_()
         if "budgets" in modules and not (tensors["budgets.usual"][1] >= LEAST_SPREAD).all():
             raise BadInput(f"{path}: the spread of usual contexts, 'budgets.usual', must be above 0. {RETRY}")
-        return cls(origin=origin, **settings, **modules)
+        return cls(origin=origin, **fields, **modules)
 
 
 def _empty(shape: ModelShape) -> dict[str, Any]:
@@ -240,13 +250,14 @@ def _empty(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _schema(modules: Mapping[str, nn.Module]) -> Schema:
-    """What the file of these parts must hold."""
+def _schema(modules: Mapping[str, nn.Module], older: Set[str] = frozenset()) -> Schema:
+    """What the file of these parts must hold, but for what older files lack."""
     return Schema(
         table={
             f"{name}.{key}": Numbers(shape=tuple(tensor.shape), low=-LARGEST_WEIGHT, high=LARGEST_WEIGHT)
             for name, module in modules.items()
             for key, tensor in module.state_dict().items()
+            if f"{name}.{key}" not in older
         }
     )
 

@@ -30,6 +30,7 @@ from headwise.ragged.cache import RaggedCache
 from headwise.reading import read
 from headwise.select import protected_mask, protection_order
 from headwise.soft_topk import soft_topk
+from headwise.train.fit import FitSettings
 from headwise.train.values import Judgement, Teaching, judge
 
 PROTECTED_STEP = 0.1  # between the scores of protected tokens: some of them share the gradient of a budget
@@ -38,9 +39,14 @@ VALIDATION_KEEPS = (0.0625, 0.15)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How gates are trained; part of their provenance."""
+    """How gates are trained; part of their provenance. A stage of no steps is left out.
 
-    steps: int = 600
+    First scores learn to predict attention (`fit`); that is all by default. Then every head can learn by itself
+    (`warm_steps`), and scores and budgets jointly from the teacher's answers (`steps`).
+    """
+
+    fit: FitSettings = field(default_factory=FitSettings)
+    steps: int = 0
     contexts_per_step: int = 4  # over all processes
     questions: int = 12  # of a context, at a time
     answer_tokens: int = 16
@@ -48,7 +54,7 @@ class Settings:
     temperature: float = 0.2  # of the soft top-k, in units of the scores' spread
     budget_temperature: float = 0.5  # of the one that trains budgets: more entries speak for or against an edge
     rest_weight: float = 0.1  # of tokens after the context that are no answer
-    warm_steps: int = 500  # before these, in which the scores of every head learn by themselves; see warm.py
+    warm_steps: int = 0  # before these, in which the scores of every head learn by themselves; see warm.py
     warm_questions: int = 2  # of a context, in such a step
     warm_keeps: tuple[float, float] = (0.01, 0.5)  # of a head
     lr_budgets: float = 2e-3

@@ -23,10 +23,13 @@ from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
 from headwise.locks import lock_of, locked
 from headwise.method import Method
+from headwise.parts import Parts
 from headwise.processes import Processes
 from headwise.ragged.store import model_fingerprint
 from headwise.reading import can_watch
 from headwise.schema import Numbers, Schema
+from headwise.train.collect import collect
+from headwise.train.fit import fit, fit_budgets
 from headwise.train.loop import Lesson, Settings, Trainer, prepare
 from headwise.train.warm import warm_budgets, warm_scores
 from headwise.writing import reason, remove, remove_leftovers, require_file, write_bytes
@@ -139,22 +142,78 @@ def _train(
         scores=scores,
         processes=processes,
     )
-    tests = Lessons(lambda at: prepare(model, tokenizer, held_out[at], settings, fixed), len(held_out))
     data = fingerprint(repr([asdict(e) for e in examples]))
     run = fingerprint(model_fingerprint(model), data, repr((asdict(settings), part, scorer)))
-    state = _State(kept, trainer, run)
+    main, fitted = processes.rank == 0, scores is not None and settings.fit.steps > 0
+    history: list[dict[str, float]] = []
+    if fitted:
+        assert scores is not None
+        history = _fit(model, tokenizer, examples, Parts(out), run, scores, budgets, settings, processes, progress)
+    if not fitted or settings.warm_steps or settings.steps:
+        tests = Lessons(lambda at: prepare(model, tokenizer, held_out[at], settings, fixed), len(held_out))
+        state = _State(kept, trainer, run)
+        history += _distil(trainer, tests, state, fitted, progress)
+    if not main:
+        return
+    name = model.config.name_or_path or ""
+    origin = Origin(
+        shape=seen.shape,
+        model=Path(name).name if Path(name).is_dir() else name,  # gates are shared; where a model lay is not
+        config_hash=seen.config_hash,
+        scorer=scorer or "",
+        scorer_parameters={} if fixed is None else fixed.provenance(),
+        sink=settings.sink,
+        window=settings.window,
+        calibration=run,
+    )
+    comparable = fitted and not settings.warm_steps and not settings.steps
+    write_bytes(log, "".join(json.dumps(row) + "\n" for row in history).encode())
+    told = {**asdict(settings), "part": part}
+    Gates(origin=origin, budgets=budgets, scores=scores, comparable=comparable, settings=told).save(out)
+    remove(kept)
+    Parts(out).remove()
+    for path in written(out):
+        remove_leftovers(path)
+
+
+def _fit(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    parts: Parts,
+    run: str,
+    scores: EntryScores,
+    budgets: HeadBudgets | None,
+    settings: Settings,
+    processes: Processes,
+    progress: Callable[[int, int, str], None],
+) -> list[dict[str, float]]:
+    """The first stage: scores that predict attention, and budgets for them; every process ends with the same."""
+    samples = collect(model, tokenizer, examples, parts, run, settings.fit, processes, progress)
+    taught, held_out = [s for n, s in enumerate(samples) if n % 10 != 9], samples[9::10]
+    history = fit(scores, taught, held_out, settings.fit, progress) if processes.rank == 0 else []
+    with torch.no_grad():
+        for parameter in scores.parameters():  # on GPUs sums differ between processes
+            found = parameter if processes.rank == 0 else torch.zeros_like(parameter)
+            parameter.copy_(processes.sum(found.clone()))
+    if budgets is not None:
+        fit_budgets(budgets, scores, taught)
+    return history
+
+
+def _distil(
+    trainer: Trainer,
+    tests: Lessons,
+    state: "_State",
+    fitted: bool,
+    progress: Callable[[int, int, str], None],
+) -> list[dict[str, float]]:
+    """The other stages: every head alone, LU-KV's budgets, then both jointly; resumes what a killed run left."""
+    settings, main = trainer.settings, trainer.processes.rank == 0
     start = state.restore()
-    main = processes.rank == 0
     if start is None:
         start = 0
-        if scores is not None:
-
-            def report(number: int, change: float) -> None:
-                progress(number, settings.warm_steps, f"every head alone: {change:.3f} of its output changed")
-
-            warm_scores(trainer.lessons, scores, settings, processes, report)
-        if budgets is not None:
-            warm_budgets(model, trainer.lessons, scores, budgets, settings, processes)
+        _begin(trainer, fitted, progress)
         trainer.mean = [parameter.detach().clone() for parameter in trainer.parameters()]
         state.best_loss, agree = trainer.validate(tests)
         state.best = [mean.clone() for mean in trainer.mean]
@@ -173,24 +232,20 @@ def _train(
                 state.save(number + 1)
         progress(number + 1, settings.steps, _told(loss, agree, trainer, state))
     trainer.put(state.best)
-    if not main:
-        return
-    name = model.config.name_or_path or ""
-    origin = Origin(
-        shape=seen.shape,
-        model=Path(name).name if Path(name).is_dir() else name,  # gates are shared; where a model lay is not
-        config_hash=seen.config_hash,
-        scorer=scorer or "",
-        scorer_parameters={} if fixed is None else fixed.provenance(),
-        sink=settings.sink,
-        window=settings.window,
-        calibration=run,
-    )
-    write_bytes(log, "".join(json.dumps(row) + "\n" for row in state.log).encode())
-    Gates(origin=origin, budgets=budgets, scores=scores, settings={**asdict(settings), "part": part}).save(out)
-    remove(state.path)
-    for path in written(out):
-        remove_leftovers(path)
+    return state.log
+
+
+def _begin(trainer: Trainer, fitted: bool, progress: Callable[[int, int, str], None]) -> None:
+    """Where joint training starts."""
+    settings, scores, budgets = trainer.settings, trainer.scores, trainer.budgets
+
+    def report(number: int, change: float) -> None:
+        progress(number, settings.warm_steps, f"every head alone: {change:.3f} of its output changed")
+
+    if scores is not None and settings.warm_steps:
+        warm_scores(trainer.lessons, scores, settings, trainer.processes, report)
+    if budgets is not None and (not fitted or settings.warm_steps):
+        warm_budgets(trainer.model, trainer.lessons, scores, budgets, settings, trainer.processes)
 
 
 class _State:
@@ -302,7 +357,9 @@ def _require(
     if not 0 <= settings.seed < 2**63:
         raise BadInput("the seed is out of range: choose one from 0 to 2**63 - 1.")
     low, high = settings.keeps
-    numbers = {name: getattr(settings, name) for name in ("steps", "contexts_per_step", "questions", "answer_tokens")}
+    numbers = {name: getattr(settings, name) for name in ("contexts_per_step", "questions", "answer_tokens")}
+    if min(settings.steps, settings.warm_steps, settings.fit.steps) < 0:
+        raise BadInput("numbers of steps cannot be negative: give 0 to leave a stage out.")
     if not (0 < low <= high < 1 and min(numbers.values()) > 0):
         said = ", ".join(f"{name}={value}" for name, value in numbers.items())
         raise BadInput(f"{said} and keeps={low, high}: at least 1 of each, and keeps in (0, 1).")

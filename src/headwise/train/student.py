@@ -11,7 +11,7 @@ the other choice instead: with Z the sum of exponentials that a query sees, l th
 and a loss follows as the gradient of the output times this change, plus a term of second order (see values.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +67,7 @@ class Kept:
             self.square = False
 
 
-class _StudentLayer(CacheLayerMixin):
+class StudentLayer(CacheLayerMixin):
     """One layer: a constant context of which some is kept, then the new tokens, whose graph is kept."""
 
     is_sliding = False
@@ -201,14 +201,19 @@ def student_logits(
 
     What the attention of every layer was given is appended to `heard`.
     """
-    cache = _student_cache(whole, len(ids), kept, heard)
+
+    def layer(at: int, keys: Tensor, values: Tensor, seen: int) -> StudentLayer:
+        return StudentLayer(keys, values, kept, heard, at, seen)
+
+    cache = student_cache(whole, len(ids), layer)
     seen = whole.get_seq_length()
     positions = torch.arange(seen, seen + ids.shape[1], device=ids.device, dtype=torch.int64).expand(len(ids), -1)
     return model(input_ids=ids, position_ids=positions, **given(model, cache)).logits
 
 
-def _student_cache(whole: RaggedCache, rows: int, kept: Kept | None, heard: list[Heard] | None) -> Cache:
-    """As `whole.fork(rows)`, but with layers of which some is kept; sliding-window layers are transformers' own."""
+def student_cache(whole: RaggedCache, rows: int, make: Callable[[int, Tensor, Tensor, int], StudentLayer]) -> Cache:
+    """As `whole.fork(rows)`, but with layers that `make` makes of number, keys [kv_heads, context, head_dim], values
+    and context length; sliding-window layers are transformers' own."""
     cache = whole.fork(copies=rows)
     ragged = iter(range(len(whole.ragged_layers)))
     seen, compressible = whole.get_seq_length(), set(map(id, cache.ragged_layers))
@@ -218,5 +223,5 @@ def _student_cache(whole: RaggedCache, rows: int, kept: Kept | None, heard: list
             layers.append(layer)
             continue
         at = next(ragged)
-        layers.append(_StudentLayer(*states_of(whole, at), kept, heard, at, seen))
+        layers.append(make(at, *states_of(whole, at), seen))
     return Cache(layers=layers)

@@ -1,0 +1,65 @@
+"""Samples of all contexts for LKV-T's first stage, each in a file of its own: a killed run goes on, processes share."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from headwise.artifacts import opened, write_tensors
+from headwise.calibration import Example
+from headwise.errors import BadInput
+from headwise.gates import PLACE_FEATURES, summary_width
+from headwise.hf.families import view
+from headwise.parts import Parts
+from headwise.processes import Processes
+from headwise.schema import Numbers, Schema
+from headwise.shapes import ModelShape
+from headwise.train.fit import FitSettings, Sampled, sample
+
+_AGAIN = "Remove it, and it is made again."
+
+
+def collect(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    parts: Parts,
+    run: str,
+    settings: FitSettings,
+    processes: Processes,
+    progress: Callable[[int, int, str], None],
+) -> list[Sampled]:
+    """Read every example and its futures, those of this process; then all samples, in the order of the examples."""
+    if processes.rank == 0:
+        parts.make()
+    processes.wait()
+    files = [parts.file(run, str(number)) for number in range(len(examples))]
+    mine = processes.share(len(examples))
+    for done, number in enumerate(mine):
+        if not files[number].is_file():
+            draw = torch.Generator().manual_seed((settings.seed * 1_000_003 + number) % 2**63)
+            _write(files[number], sample(model, tokenizer, examples[number], settings, draw), run)
+        progress(done + 1, len(mine), f"contexts and what follows them: {examples[number].domain}")
+    processes.catch_up()
+    processes.wait()
+    return [_read(file, run, view(model).shape) for file in files]
+
+
+def _write(file: Path, found: Sampled, run: str) -> None:
+    tensors = {"features": found.features, "targets": found.targets, "summary": found.summary}
+    write_tensors(file, "part", tensors, {"run": run})
+
+
+def _read(file: Path, run: str, shape: ModelShape) -> Sampled:
+    width = 2 * shape.head_dim + 2 + PLACE_FEATURES
+    table = {
+        "features": Numbers(shape=(shape.num_heads, "entries", width)),
+        "targets": Numbers(shape=(shape.num_heads, "entries")),
+        "summary": Numbers(shape=(summary_width(shape),)),
+    }
+    with opened(file, "part") as part:
+        if part.metadata.get("run") != run:
+            raise BadInput(f"{file} is damaged: it is not of this run. {_AGAIN}")
+        return Sampled(**part.read(Schema(table=table, advice=_AGAIN)))
