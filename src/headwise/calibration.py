@@ -34,10 +34,10 @@ from headwise.texts.example import Example
 from headwise.texts.mix import natural
 from headwise.texts.own import cut_up, with_questions
 
-__all__ = ["Example", "Questions", "builtin", "encode", "load_examples", "to_json_lines"]
+__all__ = ["Example", "Questions", "builtin", "count_tokens", "encode", "load_examples", "to_json_lines"]
 
 BUILTIN = "builtin"
-DEFAULT_CONTEXTS = 24
+DEFAULT_CONTEXTS, TRAINING_CONTEXTS = 24, 160
 MOST_CONTEXTS = 100_000
 SHORTEST_LENGTH = 64  # tokens of a context
 LONGEST = 4096  # tokens of a context in the bundled model's language
@@ -91,7 +91,9 @@ def load_examples(
     if (length, contexts, questions) == (None, None, None):
         return examples
     lengths = _lengths(length, max_positions, NATURAL_LENGTHS)
-    cut = cut_up(examples, _counter(tokenizer), [each - _special(tokenizer) for each in lengths], contexts or default)
+    cut = cut_up(
+        examples, count_tokens(tokenizer), [each - _special(tokenizer) for each in lengths], contexts or default
+    )
     if questions not in (None, "none"):
         cut = [with_questions(example, Random(f"{split} {number}")) for number, example in enumerate(cut)]
     return [_limited(example, questions) for example in cut]
@@ -116,7 +118,7 @@ def builtin(
         raise BadInput(f"split={split!r}: contexts are made for calibration or train, never from what evaluates.")
     if _knows_english(tokenizer):
         lengths = _lengths(length, max_positions, NATURAL_LENGTHS)
-        return natural(_counter(tokenizer), count, [each - _special(tokenizer) for each in lengths], seed, split)
+        return natural(count_tokens(tokenizer), count, [each - _special(tokenizer) for each in lengths], seed, split)
     lexicon = lexicon_for(tokenizer)
     lengths = _lengths(length, max_positions, (LONGEST, LONGEST))
     return [
@@ -155,7 +157,8 @@ def _knows_english(tokenizer: Any) -> bool:
     return tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
 
 
-def _counter(tokenizer: Any) -> Callable[[str], int]:
+def count_tokens(tokenizer: Any) -> Callable[[str], int]:
+    """How many tokens a text has, without special ones."""
     return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

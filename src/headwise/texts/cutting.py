@@ -3,6 +3,7 @@
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 Count = Callable[[str], int]  # the tokens of a text, without special ones
 
@@ -53,7 +54,7 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     for start, end in _between(text, _PARAGRAPH_END):
         paragraph = text[start:end]
         stops = [0, *(match.end() for match in SENTENCE_END.finditer(paragraph)), len(paragraph)]
-        for first, last in zip(stops, stops[1:], strict=False):
+        for first, last in pairwise(stops):
             inner = paragraph[first:last]
             if inner.strip():
                 lead = len(inner) - len(inner.lstrip())

@@ -34,13 +34,29 @@ _FAULTS = (
     "cannot be paired with my phone",
 )
 _ASKS = (
-    ("I see. Could you give me the order number?", "It is {code}, from {date}.", "What is the order number of {customer}?"),
+    (
+        "I see. Could you give me the order number?",
+        "It is {code}, from {date}.",
+        "What is the order number of {customer}?",
+    ),
     ("Which address is that for?", "{number} Mill Lane, {town}.", "What is the address of {customer}?"),
-    ("What does the label on the back say?", "Let me look. It says {serial}.", "What does the label of {customer} say?"),
+    (
+        "What does the label on the back say?",
+        "Let me look. It says {serial}.",
+        "What does the label of {customer} say?",
+    ),
     ("Have you tried it with another cable?", "Yes, with two of them. No change.", "What has {customer} tried?"),
-    ("Who signed for the parcel?", "Somebody called {other}. I know nobody of that name.", "Who signed for the parcel?"),
+    (
+        "Who signed for the parcel?",
+        "Somebody called {other}. I know nobody of that name.",
+        "Who signed for the parcel?",
+    ),
     ("How would you like to be told?", "Write to me, or ring {number} after six.", "How can {customer} be reached?"),
-    ("How often does it happen?", "About {small} times a day, mostly in the evening.", "How often does it happen to {customer}?"),
+    (
+        "How often does it happen?",
+        "About {small} times a day, mostly in the evening.",
+        "How often does it happen to {customer}?",
+    ),
     ("Is there still a receipt?", "Yes, it says {money}, paid in {town}.", "What does the receipt of {customer} say?"),
 )
 _PROMISES = (
@@ -53,9 +69,10 @@ _THANKS = ("Thank you, that helps a lot.", "All right, I will wait for that.", "
 
 
 def _facts(rng: Random) -> dict[str, str]:
+    customer = words.person(rng)
     facts = {
-        "agent": rng.choice(words.FIRST),
-        "customer": words.person(rng),
+        "agent": rng.choice([name for name in words.FIRST if name not in customer]),
+        "customer": customer,
         "other": words.person(rng),
         "product": rng.choice(words.PRODUCTS),
         "month": rng.choice(words.MONTHS),
@@ -74,11 +91,12 @@ def _facts(rng: Random) -> dict[str, str]:
 
 def _chats(rng: Random) -> Draft:
     def units() -> Iterator[Unit]:
-        number = rng.randrange(200, 9_000)
+        number, gap = rng.randrange(200, 9_000), ""
         while True:
             facts = _facts(rng)
             agent, customer = facts["agent"], facts["customer"].split()[0]
-            yield Unit(text=f"{'' if first(number) else chr(10) * 2}Chat {number}, {facts['day']}, {facts['customer']}")
+            yield Unit(text=f"{gap}Chat {number}, {facts['day']}, {facts['customer']}")
+            gap = "\n\n"
             yield Unit(text=f"\n{agent}: {rng.choice(_GREETINGS).format(**facts)}")
             said, asked = rng.choice(_PROBLEMS)
             yield Unit(text=f"\n{customer}: {said.format(**facts)}", questions=(asked.format(**facts),))
@@ -92,12 +110,6 @@ def _chats(rng: Random) -> Draft:
             yield Unit(text=f"\n{customer}: {rng.choice(_THANKS)}")
             number += rng.randrange(1, 4)
 
-    start: list[int] = []
-
-    def first(number: int) -> bool:
-        start.append(number)
-        return len(start) == 1
-
     whole = (
         "Summarise each chat in one sentence.",
         "What was promised, and to whom?",
@@ -110,7 +122,10 @@ def _chats(rng: Random) -> Draft:
 
 
 _TURNS = (
-    ("How did you become a {trade}?", "By chance. In {year} I moved to {town}, and my neighbour {other} needed a hand."),
+    (
+        "How did you become a {trade}?",
+        "By chance. In {year} I moved to {town}, and my neighbour {other} needed a hand.",
+    ),
     ("What was your first job?", "I carried {goods} at the market in {town} for {small} euros an hour."),
     ("Who taught you most?", "{other}, without any doubt. We shared a workshop in {town} until {year}."),
     ("Which day do you remember best?", "A {day} in {month} {year}. The roof came down, and nobody was hurt."),
@@ -120,10 +135,16 @@ _TURNS = (
     ("How many people work with you now?", "{small}, and two of them are from {town}, where I once failed an exam."),
     ("What would you buy if money did not matter?", "A better {product}. And a house near {town}, with an orchard."),
     ("Is there something that you always carry with you?", "A note with the number {number}. I will not say why."),
-    ("You once worked for the {team} department of a bank?", "For {small} months. They still send me a card in {month}."),
+    (
+        "You once worked for the {team} department of a bank?",
+        "For {small} months. They still send me a card in {month}.",
+    ),
     ("How do you choose your customers?", "They choose me. {other} came back {small} times before I said yes."),
     ("What comes next for you?", "A course in {town} from {month} on, and then a long walk along the coast."),
-    ("Did your parents like the idea?", "My mother did. My father, who sold {goods}, did not speak to me until {year}."),
+    (
+        "Did your parents like the idea?",
+        "My mother did. My father, who sold {goods}, did not speak to me until {year}.",
+    ),
 )
 _FOLLOW_UPS = (
     ("Really? How long did that last?", "Longer than I thought: {small} years, with a pause in {year}."),
@@ -137,7 +158,7 @@ def _interview(rng: Random) -> Draft:
     guest, host, trade = words.person(rng), rng.choice(words.FIRST), rng.choice(words.TRADES)
     marks = rng.choice([("Q", "A"), (host, guest.split()[0]), (host.upper(), guest.split()[1].upper())])
 
-    def drawn(pair: tuple[str, str], number: int) -> Iterator[Unit]:
+    def drawn(pair: tuple[str, str]) -> Iterator[Unit]:
         facts = _facts(rng) | {
             "trade": trade,
             "year": str(rng.randrange(1961, 2022)),
@@ -150,18 +171,16 @@ def _interview(rng: Random) -> Draft:
             f"Quote the answer to: {question}",
             f"What is asked after this answer? {answer}",
         )
-        yield Unit(text=f"{chr(10) * 2 * (number > 0)}{marks[0]}: {question}")
+        yield Unit(text=f"\n\n{marks[0]}: {question}")
         yield Unit(text=f"\n{marks[1]}: {answer}", questions=asked)
 
     def units() -> Iterator[Unit]:
         yield Unit(text=f"A conversation with {guest}, {trade}, recorded in {rng.choice(words.TOWNS)}.")
-        number = 1
         while True:
             for pair in rng.sample(_TURNS, len(_TURNS)):
-                yield from drawn(pair, number)
+                yield from drawn(pair)
                 if rng.random() < 0.3:
-                    yield from drawn(rng.choice(_FOLLOW_UPS), number)
-                number += 1
+                    yield from drawn(rng.choice(_FOLLOW_UPS))
 
     whole = (
         f"Write a portrait of {guest} in five sentences.",

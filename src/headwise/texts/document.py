@@ -45,7 +45,7 @@ def finish(draft: Draft, count: Count, length: int, rng: Random) -> Example:
 
 
 def choose(rng: Random, of_units: Sequence[Sequence[str]], whole: Sequence[str]) -> tuple[str, ...]:
-    """Questions from all over a context, in random order: of `of_units`, which are in the order of the text, and on all.
+    """Questions from all over a context, in random order: on single units, in the order of the text, and on all of it.
 
     The text is divided into as many parts as there are questions, and each part gives one.
     """

@@ -13,7 +13,19 @@ from headwise.texts.prose import code, paragraphs, prose
 from headwise.texts.records import records, table
 from headwise.texts.retrieval import retrieval
 
-ORDER = ("prose", "retrieval", "code", "records", "dialogue", "retrieval", "prose", "table", "few-shot", "code", "retrieval")
+ORDER = (
+    "prose",
+    "retrieval",
+    "code",
+    "records",
+    "dialogue",
+    "retrieval",
+    "prose",
+    "table",
+    "few-shot",
+    "code",
+    "retrieval",
+)
 _DRAFTS = {"records": records, "table": table, "dialogue": dialogue, "few-shot": few_shot}
 
 

@@ -6,7 +6,7 @@ A passage starts at a paragraph of a document and goes on, where the document en
 import ast
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -50,7 +50,7 @@ def paragraphs(number: int, length: int, seed: int, split: str) -> list[str]:
 
 
 def _stretch(documents: Documents, number: int, length: int, seed: str) -> str:
-    """Text enough for a context and what follows it: number n starts in the nth part, and later in other places of it."""
+    """Text enough for a context and what follows it: number n starts in the nth part, and later on in other places."""
     needed = (length + FOLLOWING) * _MOST_CHARACTERS
     order = list(range(len(documents)))
     Random(seed).shuffle(order)

@@ -58,10 +58,11 @@ _CODE_WHOLE = (
 _WORD = re.compile(r"\S+")
 _TERM = re.compile(r"[^\W\d_]{6,20}")
 _DEFINED = re.compile(
-    r"^[^\S\n]*(?:(?:async|export|pub|public|static)\s+)*(?:def|class|function|func|fn|struct|interface|trait|enum)\s+(\w+)",
-    re.MULTILINE,
+    r"(?:(?:async|export|pub|public|static)\s+)*(?:def|class|function|func|fn|struct|interface|trait|enum)\s+(\w+)"
 )
-_CODE = re.compile(r"[;{}\[(:,]\s*$|^\s*(?:[#@}]|//|import |from \S+ import |return\b|def |class )|^[^\S\n]*[\w.\[\]]+(?: = |\(.*\)$)")
+_CODE = re.compile(
+    r"[;{}\[(:,]\s*$|^\s*(?:[#@}]|//|import |from \S+ import |return\b|def |class )|^\s*[\w.\[\]]+(?: = |\(.*\)$)"
+)
 _CODE_SHARE = 0.5  # of the lines
 _FEWEST_WORDS, _MOST_WORDS = 4, 9
 _FEWEST_LETTERS, _MOST_LETTERS = 12, 80
@@ -102,7 +103,7 @@ def looks_like_code(text: str) -> bool:
 
 
 def _opening(text: str, start: int, end: int) -> str:
-    """The first words of a sentence, as many as name no other place of the text; empty where there is nothing to ask."""
+    """The first words of a sentence, as many as name no other place of the text; empty where there are none."""
     line_end = text.find("\n", start, end)
     first = text[start : end if line_end < 0 else line_end]
     words = [match.end() for match in _WORD.finditer(first)]

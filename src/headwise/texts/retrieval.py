@@ -70,11 +70,15 @@ def _alike(rng: Random, filler: Sequence[str]) -> Draft:
         keys = [f"{letters}-{number}" for number in rng.sample(range(1000, 10_000), 9_000)]
         for number, key in enumerate(keys):
             value = f"{rng.randrange(2, 900)} kg of {rng.choice(words.GOODS)} from {rng.choice(words.TOWNS)}"
-            asked = (f"What is at {key}?", f"What is listed right after {key}?", f"Where do the goods at {key} come from?")
+            asked = (
+                f"What is at {key}?",
+                f"What is listed right after {key}?",
+                f"Where do the goods at {key} come from?",
+            )
             yield Unit(text="\n" * (number > 0) + style.format(key=key, value=value), questions=asked)
 
     goods = rng.choice(words.GOODS)
-    whole = (f"Where are {goods} kept? List every place.", f"How many entries are about {goods}?", "Repeat the list.")
+    whole = (f"Which places hold {goods}? List them all.", f"How many entries are about {goods}?", "Repeat the list.")
     return Draft(domain="retrieval", units=units(), whole=whole)
 
 
@@ -96,7 +100,11 @@ def _visits(rng: Random, filler: Sequence[str]) -> Draft:
             yield Unit(text=f"{gap}In {year} {who} {how} {town}.", questions=asked)
             number += 1
 
-    whole = ("Who is named most often?", "List every person with the towns of that person.", "Which year comes up last?")
+    whole = (
+        "Who is named most often?",
+        "List every person with the towns of that person.",
+        "Which year comes up last?",
+    )
     return Draft(domain="retrieval", units=units(), whole=whole)
 
 
@@ -122,7 +130,11 @@ def _handed_on(rng: Random, filler: Sequence[str]) -> Draft:
             if rng.random() < 1 / 6:
                 yield Unit(text=f"\n\n{next(paragraphs, 'Then came a break.')}\n\nThen it went on.")
 
-    whole = ("Who has which thing at the end?", "List all people who gave something away.", "Which thing moved most often?")
+    whole = (
+        "Who has which thing at the end?",
+        "List all people who gave something away.",
+        "Which thing moved most often?",
+    )
     return Draft(domain="retrieval", units=units(), whole=whole)
 
 
@@ -164,7 +176,11 @@ def _votes(rng: Random, filler: Sequence[str]) -> Draft:
         number = 0
         while True:
             who, (what,) = words.person(rng), rng.choices(goods, weights)
-            asked = (f"What did {who} vote for?", f"Whose vote comes right after that of {who}?", f"Who voted for {what}?")
+            asked = (
+                f"What did {who} vote for?",
+                f"Whose vote comes right after that of {who}?",
+                f"Who voted for {what}?",
+            )
             yield Unit(text="\n" * (number > 0) + style.format(who=who, what=what), questions=asked)
             number += 1
 
@@ -197,5 +213,9 @@ def _serials(rng: Random, filler: Sequence[str]) -> Draft:
             if number % 5 == 0:
                 yield Unit(text=f"\n\n{next(paragraphs, 'Later that day:')}\n")
 
-    whole = ("List all tickets that were opened.", "Who opened the first ticket, and who the last?", "Go on with the list.")
+    whole = (
+        "List all tickets that were opened.",
+        "Who opened the first ticket, and who the last?",
+        "Go on with the list.",
+    )
     return Draft(domain="retrieval", units=units(), whole=whole)
