@@ -1,22 +1,24 @@
-"""Calibration data: contexts with questions, from files or made here. Never from an evaluation seed.
+"""Calibration data: contexts with questions, from files or made here. Never from an evaluation.
 
-    FILE.jsonl    one object per line: {"context": "...", "questions": ["...", ...], "domain": "records"}
-    FILE.txt      plain text: the model's own continuation of it is the future
+    FILE.jsonl    one object per line: {"context": "...", "questions": ["...", ...], "domain": "records",
+                  "following": "..."}
+    FILE.txt      plain text, also .md: the model's own continuation of it is the future, or questions are made for it
     FOLDER        all such files in it, in the order of their names
-    builtin[:N]   N contexts made here (default 24): the tasks of mini_ruler.py from the split "calibration", whose
-                  seeds no evaluation can reach, and code; several lengths, up to 40 questions on each
+    builtin[:N]   N contexts made here (default 24)
 
-The builtin mix is demanding on purpose: a profile from easy contexts, with few questions on sparse content, underfunds
-the heads that dense retrieval needs.
+For the bundled model builtin are the tasks of mini_ruler.py from the splits "calibration" and "train", whose seeds no
+evaluation can reach. That mix is demanding on purpose: a profile from easy contexts, with few questions on sparse
+content, underfunds the heads that dense retrieval needs. Every other tokenizer gets natural language (texts/).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from random import Random
 from reprlib import repr as shown
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -25,14 +27,22 @@ from headwise import strict_json
 from headwise.errors import BadInput
 from headwise.evals.document import read_text, require_whole, tokenize
 from headwise.evals.lexicon import Lexicon
-from headwise.evals.mini_ruler import generate, seeded_generator
+from headwise.evals.mini_ruler import generate
 from headwise.evals.seams import unclosed
 from headwise.evals.suites import lexicon_for
+from headwise.texts.example import Example
+from headwise.texts.mix import natural
+from headwise.texts.own import cut_up, with_questions
+
+__all__ = ["Example", "Questions", "builtin", "count_tokens", "encode", "load_examples", "to_json_lines"]
 
 BUILTIN = "builtin"
-DEFAULT_CONTEXTS = 24
+DEFAULT_CONTEXTS, TRAINING_CONTEXTS = 24, 160
 MOST_CONTEXTS = 100_000
-LONGEST = 4096  # tokens of a builtin context
+SHORTEST_LENGTH = 64  # tokens of a context
+LONGEST = 4096  # tokens of a context in the bundled model's language
+NATURAL_LENGTHS = (512, 1024)  # tokens of contexts in natural language, in turn
+PLAIN = (".txt", ".md")
 TASKS = (
     "niah_multikey_dense",
     "niah_multivalue",
@@ -44,50 +54,81 @@ TASKS = (
     "fwe",
 )
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Example:
-    """A context and what may be asked of it; without questions the model's continuation of it is the future."""
-
-    context: str
-    questions: tuple[str, ...] = ()
-    domain: str = "text"
+Questions = Literal["auto", "none"] | int | None
 
 
 def load_examples(
-    source: str, tokenizer: Any, *, max_positions: int, split: str = "calibration", default: int = DEFAULT_CONTEXTS
+    source: str,
+    tokenizer: Any,
+    *,
+    max_positions: int,
+    split: str = "calibration",
+    default: int = DEFAULT_CONTEXTS,
+    length: int | None = None,
+    contexts: int | None = None,
+    questions: Questions = None,
 ) -> list[Example]:
-    """Examples from a file, a folder or "builtin[:N]" (made from `split`). Raises BadInput naming file and line."""
+    """Examples from a file, a folder or "builtin[:N]" (made from `split`).
+
+    `length` is the most tokens of a context, `contexts` how many there are at most. `questions`: "auto" also asks
+    of texts that have no questions, a number asks at most so many of each, "none" leaves the continuation of a context
+    as the only future, None takes questions as they are. Plain texts are used whole, unless one of the three is given:
+    then they are cut into contexts, at most `contexts` or else `default`. A line of JSON is a context as it is.
+
+    Raises BadInput naming file and line.
+    """
+    _require(length, contexts, questions, max_positions)
     name, _, count = source.partition(":")
     if name == BUILTIN:
-        if count and not (count.isdecimal() and len(count) <= 9 and 0 < int(count) <= MOST_CONTEXTS):
-            raise BadInput(
-                f"data={shown(source)}: write {BUILTIN} or {BUILTIN}:N with a number of contexts, at most "
-                f"{MOST_CONTEXTS}."
-            )
-        return builtin(tokenizer, int(count or default), max_positions=max_positions, split=split)
+        number = _number(source, count, contexts, default)
+        examples = builtin(tokenizer, number, max_positions=max_positions, split=split, length=length)
+        return [_limited(example, questions) for example in examples]
     path = Path(source)
-    files = sorted(p for p in path.iterdir() if p.suffix in {".jsonl", ".txt"}) if path.is_dir() else [path]
+    files = sorted(p for p in path.iterdir() if p.suffix in {".jsonl", *PLAIN}) if path.is_dir() else [path]
     examples = [example for file in files for example in _read(file)]
     if not examples:
-        raise BadInput(f"{source} holds no examples: give a .jsonl or .txt file, a folder of them, or {BUILTIN}.")
-    return examples
+        raise BadInput(f"{source} holds no examples: give a .jsonl, .txt or .md file, a folder of them, or {BUILTIN}.")
+    if (length, contexts, questions) == (None, None, None):
+        return examples
+    lengths = _lengths(length, max_positions, NATURAL_LENGTHS)
+    cut = cut_up(
+        examples, count_tokens(tokenizer), [each - _special(tokenizer) for each in lengths], contexts or default
+    )
+    if questions not in (None, "none"):
+        cut = [with_questions(example, Random(f"{split} {number}")) for number, example in enumerate(cut)]
+    return [_limited(example, questions) for example in cut]
 
 
 def builtin(
-    tokenizer: Any, count: int, *, max_positions: int, seed: int = 0, split: str = "calibration"
+    tokenizer: Any,
+    count: int,
+    *,
+    max_positions: int,
+    seed: int = 0,
+    split: str = "calibration",
+    length: int | None = None,
 ) -> list[Example]:
-    """The demanding mix; contexts of a quarter and half of the model's positions, at most 4096 tokens.
+    """`count` contexts in the language that the tokenizer knows, of `length` tokens at most.
 
-    `split` is "calibration" or "train"; neither shares a seed with the other or with an evaluation.
+    Left out, `length` is 512 and 1,024 in turn, or a quarter and half of the model's positions where that is less (for
+    the bundled model always, up to 4,096). `split` is "calibration" or "train"; neither shares a source or a seed with
+    the other or with an evaluation.
     """
     if split not in ("calibration", "train"):
         raise BadInput(f"split={split!r}: contexts are made for calibration or train, never from what evaluates.")
+    if _knows_english(tokenizer):
+        lengths = _lengths(length, max_positions, NATURAL_LENGTHS)
+        return natural(count_tokens(tokenizer), count, [each - _special(tokenizer) for each in lengths], seed, split)
     lexicon = lexicon_for(tokenizer)
-    lengths = [min(LONGEST, max_positions // 4), min(LONGEST, max_positions // 2)]
+    lengths = _lengths(length, max_positions, (LONGEST, LONGEST))
     return [
-        _make(lexicon, number, lengths[number // len(TASKS) % 2], seed, tokenizer, split) for number in range(count)
+        _make(lexicon, number, lengths[number // len(TASKS) % len(lengths)], seed, split) for number in range(count)
     ]
+
+
+def to_json_lines(examples: Sequence[Example]) -> str:
+    """A file that load_examples reads, and finds the same examples in."""
+    return "".join(json.dumps(asdict(example)) + "\n" for example in examples)
 
 
 def encode(
@@ -104,31 +145,66 @@ def encode(
     return ids[:, :-1], (ids[0, -1:],)
 
 
-def _make(lexicon: Lexicon, number: int, length: int, seed: int, tokenizer: Any, split: str) -> Example:
+def _make(lexicon: Lexicon, number: int, length: int, seed: int, split: str) -> Example:
     task = TASKS[number % len(TASKS)]
-    if number % len(TASKS) == len(TASKS) - 2 and _knows_code(tokenizer):
-        return _code(lexicon, number, length, seed, split)
     sample = generate(task, lexicon=lexicon, length=length, seed=seed, index=number, split=split)
     return Example(context=sample.context, questions=tuple(q.prompt for q in sample.questions), domain=task)
 
 
-def _knows_code(tokenizer: Any) -> bool:
-    ids = tokenizer("def f(): return 17", add_special_tokens=False)["input_ids"]
+def _knows_english(tokenizer: Any) -> bool:
+    """Every tokenizer but the bundled one, which has some 500 words and takes all others for unknown."""
+    ids = tokenizer("A gardener reads 17 letters", add_special_tokens=False)["input_ids"]
     return tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
 
 
-def _code(lexicon: Lexicon, number: int, length: int, seed: int, split: str) -> Example:
-    """A module of small functions, and what some of them return."""
-    rng = seeded_generator(split, task="code", length=length, seed=seed, index=number)
-    lines: list[str] = []
-    functions: dict[str, int] = {}
-    while lexicon.count_tokens("\n".join(lines)) < length * 7 // 8:
-        name = "_".join(lexicon.draw_keys(rng, 2))
-        functions[name] = int(rng.integers(100, 10_000))
-        lines.append(f"def {name}():\n    return {functions[name]}\n")
-    asked = rng.permutation(np.array(list(functions)))[:40]
-    questions = tuple(f"What does {name}() return? Answer with the number only." for name in asked.tolist())
-    return Example(context="\n".join(lines), questions=questions, domain="code")
+def count_tokens(tokenizer: Any) -> Callable[[str], int]:
+    """How many tokens a text has, without special ones."""
+    return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _special(tokenizer: Any) -> int:
+    """Tokens that the tokenizer puts around every text."""
+    return tokenizer.num_special_tokens_to_add()
+
+
+def _lengths(length: int | None, max_positions: int, most: tuple[int, int]) -> list[int]:
+    """Tokens of contexts, in turn."""
+    if length is not None:
+        return [length]
+    return [min(limit, max_positions // part) for limit, part in zip(most, (4, 2), strict=True)]
+
+
+def _require(length: int | None, contexts: int | None, questions: Questions, max_positions: int) -> None:
+    if length is not None and not SHORTEST_LENGTH <= length < max_positions:
+        raise BadInput(
+            f"length={length}: a context has {SHORTEST_LENGTH} tokens or more, and fewer than the {max_positions} "
+            "positions of this model, since questions and answers follow it."
+        )
+    if contexts is not None and not 0 < contexts <= MOST_CONTEXTS:
+        raise BadInput(f"contexts={shown(contexts)}: give a number from 1 to {MOST_CONTEXTS}.")
+    if questions not in (None, "auto", "none") and (isinstance(questions, str) or questions < 1):
+        raise BadInput(f"questions={shown(questions)}: write auto, none, or how many of each context at most.")
+
+
+def _number(source: str, count: str, contexts: int | None, default: int) -> int:
+    """How many contexts builtin makes."""
+    if count and not (count.isdecimal() and len(count) <= 9 and 0 < int(count) <= MOST_CONTEXTS):
+        raise BadInput(
+            f"data={shown(source)}: write {BUILTIN} or {BUILTIN}:N with a number of contexts, at most {MOST_CONTEXTS}."
+        )
+    if count and contexts is not None and int(count) != contexts:
+        raise BadInput(f"data={source} and contexts={contexts} are two numbers of contexts: give one of them.")
+    return int(count or contexts or default)
+
+
+def _limited(example: Example, questions: Questions) -> Example:
+    """With at most so many questions, from all over the list."""
+    if questions in (None, "auto"):
+        return example
+    most, asked = 0 if isinstance(questions, str) else questions, example.questions
+    if len(asked) <= most:
+        return example
+    return replace(example, questions=tuple(asked[len(asked) * n // most] for n in range(most)))
 
 
 def _read(file: Path) -> list[Example]:
@@ -142,13 +218,16 @@ def _parse(line: str, where: str) -> Example:
     try:
         record = strict_json.loads(line)
         context, questions, domain = record["context"], record.get("questions", []), record.get("domain", "text")
+        following = record.get("following", "")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
             f'{where}: {error!r}. Each line is JSON such as {{"context": "...", "questions": ["..."]}}.'
         ) from error
     if not _texts([context, domain]) or not isinstance(questions, list) or not _texts(questions):
         raise BadInput(f"{where}: context, domain and every question must be text that is not empty.")
-    return Example(context=context, questions=tuple(questions), domain=domain)
+    if not isinstance(following, str):
+        raise BadInput(f"{where}: following must be the text that comes after the context.")
+    return Example(context=context, questions=tuple(questions), domain=domain, following=following)
 
 
 def _texts(values: Sequence[Any]) -> bool:

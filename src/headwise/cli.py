@@ -23,7 +23,7 @@ from headwise.endings import Commands
 from headwise.endings import run as run_to_the_end
 from headwise.errors import BadInput
 from headwise.strict_json import MOST
-from headwise.writing import require_file, require_folder
+from headwise.writing import require_file, require_folder, write_bytes
 
 app = typer.Typer(
     name="headwise",
@@ -50,6 +50,12 @@ SplitSpecial = Annotated[
     bool, typer.Option("--split-special-tokens", help="Control tokens in document and questions are text.")
 ]
 Methods = Annotated[str, typer.Option(help="Comma-separated; see 'headwise methods'.")]
+Data = Annotated[str, typer.Option(help="FILE.jsonl, FILE.txt, FILE.md, a folder of them, or builtin[:N].")]
+Length = Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens of a context, at most.")]
+Contexts = Annotated[int | None, typer.Option(min=1, max=MOST, help="How many contexts are made of the data.")]
+Questions = Annotated[
+    str | None, typer.Option(help="auto: also made for texts that have none; none; or how many of each context.")
+]
 SEEDS = 2**63 - 1  # the largest
 
 
@@ -302,12 +308,63 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+@app.command(epilog="Example: headwise calibrate --model Qwen/Qwen3-4B --data report.txt --questions auto --show 3")
+def calibrate(
+    model: Model = "reference",
+    data: Data = "builtin",
+    length: Length = None,
+    contexts: Contexts = None,
+    questions: Questions = None,
+    part: Annotated[str, typer.Option("--split", help="Of builtin: calibration, as profile has it, or train.")] = (
+        "calibration"
+    ),
+    show: Annotated[int, typer.Option(min=0, max=MOST, help="How many examples to print.")] = 0,
+    full: Annotated[bool, typer.Option("--full", help="Print contexts with their middle.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File (.jsonl) to write, for --data.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a model would be profiled or trained on: a table, examples, or a file. Loads the tokenizer only."""
+    from headwise.calibration import count_tokens, load_examples, to_json_lines
+    from headwise.evals.models import load_config, load_tokenizer
+    from headwise.hf.families import max_positions
+    from headwise.texts.showing import told, totals
+
+    if out is not None:
+        require_file(out, inputs=_inputs(model, [], Path(data)))
+    positions, tokenizer = max_positions(load_config(model)), load_tokenizer(model)
+    examples = load_examples(
+        data,
+        tokenizer,
+        max_positions=positions,
+        split=part,
+        length=length,
+        contexts=contexts,
+        questions=_questions(questions),
+    )
+    counter = count_tokens(tokenizer)
+    if out is not None:
+        write_bytes(out, to_json_lines(examples).encode())
+    if as_json:
+        rows = [asdict(example) for example in examples[:show]] or [asdict(row) for row in totals(examples, counter)]
+        print_json(rows)
+        return
+    for example in examples[:show]:
+        say(told(example, counter, full=full))
+    if not show:
+        rows = [[str(cell) for cell in asdict(row).values()] for row in totals(examples, counter)]
+        header = ["domain", "contexts", "tokens", "shortest", "longest", "following", "questions"]
+        print_table(f"{count(examples, 'context')} from {data}. Model: {model}", header, rows)
+
+
 @app.command(epilog="Example: headwise profile --model reference --scorer snapkv,keydiff --out profile.safetensors")
 def profile(
     out: Annotated[Path, typer.Option("--out", "-o", help="Profile to write; a killed run goes on from OUT.parts.")],
     model: Model = "reference",
     scorer: Annotated[str, typer.Option("--scorer", help="Comma-separated; one pass serves all.")] = "snapkv",
-    data: Annotated[str, typer.Option(help="FILE.jsonl, FILE.txt, a folder of them, or builtin[:N].")] = "builtin",
+    data: Data = "builtin",
+    length: Length = None,
+    contexts: Contexts = None,
+    questions: Questions = None,
     steps: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens decoded per question.")] = 64,
     sink: Annotated[int, typer.Option(min=0, max=MOST, help="First tokens that every head keeps first.")] = 4,
     window: Annotated[int, typer.Option(min=0, max=MOST, help="Last tokens that every head keeps next.")] = 32,
@@ -327,10 +384,18 @@ def profile(
     from headwise.profile import Settings
     from headwise.profile import profile as run
 
+    asked = _questions(questions)
     require_file(out, inputs=_inputs(model, split(scorer), Path(data)))
     require_folder(f"{out}.parts")
     processes, loaded, tokenizer = _load_launched(model, dtype, device)
-    examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions)
+    examples = load_examples(
+        data,
+        tokenizer,
+        max_positions=view(loaded).max_positions,
+        length=length,
+        contexts=contexts,
+        questions=asked,
+    )
     settings = Settings(
         steps=steps,
         sampling=Sampling(temperature=temperature, seed=seed),
@@ -415,15 +480,17 @@ def solve(
 def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Gates to write; a killed run goes on from OUT.state.")],
     model: Model = "reference",
-    data: Annotated[str, typer.Option(help="FILE.jsonl, FILE.txt, a folder of them, or builtin[:N].")] = "builtin:160",
+    data: Data = "builtin",
+    length: Length = None,
+    contexts: Contexts = None,
+    questions: Questions = None,
     part: Annotated[str, typer.Option(help="lkv (both), lkv-h (budgets only) or lkv-t (scores only).")] = "lkv",
     scorer: Annotated[str | None, typer.Option(help="The fixed scorer that budgets alone are trained for.")] = None,
     steps: Annotated[int, typer.Option(min=1, max=MOST, help="Steps of joint training.")] = 600,
     warm_steps: Annotated[
         int, typer.Option(min=0, max=MOST, help="Steps before it, in which every head learns alone.")
     ] = 500,
-    contexts: Annotated[int, typer.Option(min=1, max=MOST, help="Contexts per step, over all processes.")] = 4,
-    questions: Annotated[int, typer.Option(min=1, max=MOST, help="Questions of a context, at most.")] = 12,
+    contexts_per_step: Annotated[int, typer.Option(min=1, max=MOST, help="Of all processes together.")] = 4,
     answer_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens the teacher answers, at most.")] = 16,
     keeps: Annotated[str, typer.Option(help="Smallest and largest keep to train for.")] = "0.03,0.3",
     sink: Annotated[int, typer.Option(min=0, max=MOST, help="First tokens that every head keeps first.")] = 1,
@@ -434,7 +501,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """LKV: learn how much every head keeps, and which entries. Also under 'accelerate launch'."""
-    from headwise.calibration import load_examples
+    from headwise.calibration import TRAINING_CONTEXTS, load_examples
     from headwise.hf.families import view
     from headwise.keep import parse_fraction
     from headwise.train.loop import Settings
@@ -446,15 +513,25 @@ def train(
     bounds = [parse_fraction(keep, "keeps") for keep in split(keeps)]
     if len(bounds) != 2 or bounds[0] > bounds[1]:
         raise BadInput(f"keeps={keeps!r}: write the smallest and the largest, in this order, such as 0.03,0.5.")
+    asked = _questions(questions)
     for path in written(out):
         require_file(path, inputs=_inputs(model, [scorer or ""], Path(data)))
     processes, loaded, tokenizer = _load_launched(model, dtype, device)
-    examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions, split="train", default=160)
+    examples = load_examples(
+        data,
+        tokenizer,
+        max_positions=view(loaded).max_positions,
+        split="train",
+        default=TRAINING_CONTEXTS,
+        length=length,
+        contexts=contexts,
+        questions=asked,
+    )
     settings = Settings(
         steps=steps,
         warm_steps=warm_steps,
-        contexts_per_step=contexts,
-        questions=questions,
+        contexts_per_step=contexts_per_step,
+        questions=asked if isinstance(asked, int) else Settings().questions,
         answer_tokens=answer_tokens,
         keeps=(bounds[0], bounds[1]),
         sink=sink,
@@ -757,7 +834,7 @@ def _inputs(model: str, methods: Sequence[str], text: Path | None) -> list[Path]
     of_model = [*Path(model).iterdir()] if os.path.isdir(model) else []
     texts = [] if text is None else [text]
     if text is not None and os.path.isdir(text):
-        texts = [file for file in text.iterdir() if file.suffix in (".jsonl", ".txt")]
+        texts = [file for file in text.iterdir() if file.suffix in (".jsonl", ".txt", ".md")]
     named = [Path(part.partition("@")[2]) for method in methods for part in method.split("+") if "@" in part]
     return [*of_model, *texts, *named]
 
@@ -785,6 +862,11 @@ def _load_launched(model: str, dtype: str, device: str, *, shared_out: bool = Tr
     if isinstance(processes, Sharded):
         processes.adopt(loaded)
     return processes, loaded, tokenizer
+
+
+def _questions(text: str | None) -> Any:
+    """What --questions says, as the library takes it."""
+    return int(text) if text is not None and text.isdecimal() and len(text) <= 9 else text
 
 
 def _weight(text: str) -> tuple[str, float]:
