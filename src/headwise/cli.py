@@ -486,10 +486,16 @@ def train(
     questions: Questions = None,
     part: Annotated[str, typer.Option(help="lkv (both), lkv-h (budgets only) or lkv-t (scores only).")] = "lkv",
     scorer: Annotated[str | None, typer.Option(help="The fixed scorer that budgets alone are trained for.")] = None,
-    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Steps of joint training.")] = 600,
+    fit_steps: Annotated[
+        int, typer.Option(min=0, max=MOST, help="Steps in which scores learn to predict attention; 0: none.")
+    ] = 1000,
     warm_steps: Annotated[
-        int, typer.Option(min=0, max=MOST, help="Steps before it, in which every head learns alone.")
-    ] = 500,
+        int, typer.Option(min=0, max=MOST, help="Steps then in which every head learns alone what its output needs.")
+    ] = 0,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=0, max=MOST, help="Steps of joint training from answers; left out: 600 for lkv-h, or 0."),
+    ] = None,
     contexts_per_step: Annotated[int, typer.Option(min=1, max=MOST, help="Of all processes together.")] = 4,
     answer_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens the teacher answers, at most.")] = 16,
     keeps: Annotated[str, typer.Option(help="Smallest and largest keep to train for.")] = "0.03,0.3",
@@ -504,6 +510,7 @@ def train(
     from headwise.calibration import TRAINING_CONTEXTS, load_examples
     from headwise.hf.families import view
     from headwise.keep import parse_fraction
+    from headwise.train.fit import FitSettings
     from headwise.train.loop import Settings
     from headwise.train.run import train as run
     from headwise.train.run import written
@@ -527,11 +534,14 @@ def train(
         contexts=contexts,
         questions=asked,
     )
+    joint = steps if steps is not None else 600 * (part == "lkv-h")
+    most = asked if isinstance(asked, int) else Settings().questions
     settings = Settings(
-        steps=steps,
+        fit=FitSettings(steps=fit_steps, seed=seed),
+        steps=joint,
         warm_steps=warm_steps,
         contexts_per_step=contexts_per_step,
-        questions=asked if isinstance(asked, int) else Settings().questions,
+        questions=most,
         answer_tokens=answer_tokens,
         keeps=(bounds[0], bounds[1]),
         sink=sink,
@@ -554,9 +564,9 @@ def train(
         return
     use = {"lkv": f"lkv@{out}", "lkv-h": f"{scorer}+lkv-h@{out}", "lkv-t": f"lkv-t@{out}"}[part]
     if as_json:
-        print_json({"gates": str(out), "log": f"{out}.log.jsonl", "steps": steps, "method": use})
+        print_json({"gates": str(out), "log": f"{out}.log.jsonl", "steps": joint, "method": use})
     else:
-        say(f"{out}: {steps} steps on {len(examples)} contexts. Use it as {use}")
+        say(f"{out}: trained on {len(examples)} contexts. Use it as {use}")
 
 
 @app.command(epilog="Example: headwise methods --json")
