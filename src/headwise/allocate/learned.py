@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.allocate.apportion import apportion, even_shares, require_feasible
+from headwise.allocate.heuristic import Global
 from headwise.errors import BadInput
 from headwise.gates import Gates, context_summary, shipped_gates
 from headwise.interfaces import AbstractAllocator, AbstractScorer, Demand, Observation, Provenance
@@ -105,6 +106,30 @@ class ShippedLKVH(AbstractAllocator):
     ) -> Int[Tensor, "layers batch kv_heads"]:
         """Never asked: `resolve` puts a LKVH in its place."""
         raise BadInput("shipped gates must be resolved for a model before they can allocate.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShippedContest(AbstractAllocator):
+    """`contest` with the gates that come with headwise for the model at hand, if there are any."""
+
+    def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> AbstractAllocator:
+        """With the gates for this model. Raises BadInput if none are shipped."""
+        return contest(shipped_gates(config_hash)).resolve(scorer, shape, config_hash)
+
+    def allocate(
+        self,
+        scores: Float[Tensor, "layers batch kv_heads tokens"],
+        candidates: Bool[Tensor, "batch tokens"],
+        layers: Sequence[int],
+        demand: Demand,
+    ) -> Int[Tensor, "layers batch kv_heads"]:
+        """Never asked: `resolve` puts another in its place."""
+        raise BadInput("shipped gates must be resolved for a model before they can allocate.")
+
+
+def contest(gates: Gates) -> AbstractAllocator:
+    """The budgets that suit learned scores: one contest of all heads where scores compare, else LKV-H's."""
+    return Global() if gates.comparable else learned_budgets(gates)
 
 
 def learned_budgets(gates: Gates) -> LKVH:
