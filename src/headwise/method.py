@@ -72,10 +72,7 @@ class Method:
                 f"method={name!r}: give a name such as 'snapkv+adakv', or Method(scorer=..., allocator=...)."
             )
         if name == AUTO:
-            raise BadInput(
-                f"method {AUTO!r} is chosen for a model: give it to headwise.compress or to a command, or see "
-                "headwise.choose."
-            )
+            raise BadInput(f"method {AUTO!r} is chosen for a model: give it to headwise.compress or to a command.")
         scorer, allocator = made(name)
         return cls(scorer=scorer, allocator=allocator)
 

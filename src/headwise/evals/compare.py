@@ -12,7 +12,7 @@ from headwise.evals.answers import FULL, known_methods, require_possible
 from headwise.evals.document import Asked
 from headwise.evals.metrics import answers_found
 from headwise.evals.session import WHOLE, Outcome, Pair, Session
-from headwise.evals.tasks import PROTOCOLS, Question, Sample
+from headwise.evals.tasks import Question, Sample, require_protocol
 from headwise.keep import Keep, parse_keep
 from headwise.online import Progress
 
@@ -68,8 +68,7 @@ def compare(
     Before any work it raises BadInput if a method is unknown or the model has no room for the document, and
     BudgetInfeasible, ArtifactMismatch or UnsupportedModel if one of the methods could not run.
     """
-    if protocol not in PROTOCOLS:
-        raise BadInput(f"protocol={protocol!r}: choose {' or '.join(PROTOCOLS)}.")
+    require_protocol(protocol)
     keeps = [parse_keep(one) for one in (keep if isinstance(keep, list | tuple) else [keep])]
     if not keeps:
         raise BadInput("no keep is given; give one, such as 0.15.")

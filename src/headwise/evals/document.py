@@ -46,9 +46,9 @@ def prompt(
     >>> cache = headwise.compress(model, prompt.context, keep=0.15)
     >>> model.generate(**cache.fork().inputs(prompt.questions[0]), max_new_tokens=64)
 
-    `context` is [1, tokens]; `questions` are one tensor [tokens] each. A question follows the context directly, and ends
-    where the model's turn begins. For a cache that was loaded give the same document, or any: only the questions are
-    needed. Raises BadInput, see `tokenize`.
+    `context` is [1, tokens]; `questions` are one tensor [tokens] each. A question follows the context directly, and
+    ends where the model's turn begins. The questions do not depend on the document: for a cache that was loaded
+    `document` may be "". Raises BadInput, see `tokenize`.
     """
     asked = [questions] if isinstance(questions, str) else questions
     return tokenize(tokenizer, document, asked, device=device, split_special_tokens=split_special_tokens)

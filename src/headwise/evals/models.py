@@ -60,7 +60,9 @@ def find_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name, dtype=torch.float32).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three, at length
-        raise BadInput(f"device={name!r} cannot be used: {first_line(error):.60}... Choose auto, cpu or cuda.") from error
+        raise BadInput(
+            f"device={name!r} cannot be used: {first_line(error):.60}... Choose auto, cpu or cuda."
+        ) from error
 
 
 def _read(kind: Any, source: Source, *, what: str = "", **options: Any) -> Any:

@@ -248,9 +248,10 @@ class RaggedCache(Cache, Listener):
 
         >>> answer = model.generate(**cache.fork().inputs(question_ids), max_new_tokens=64)
 
-        `input_ids` are the new tokens only, with their own `attention_mask` if rows are padded on the left. What the cache has
-        seen comes before them, a loaded cache's context too. The cache has the name that this version of transformers
-        calls it by. Raises BadInput where the rows do not fit, UnsupportedGeneration where the tokens seen are not known.
+        `input_ids` are the new tokens only, with their own `attention_mask` if rows are padded on the left. What the
+        cache has seen comes before them, a loaded cache's context too. The cache has the name that this version of
+        transformers calls it by. Raises BadInput where the rows do not fit, UnsupportedGeneration where the tokens seen
+        are not known.
         """
         self._settle()
         new = torch.atleast_2d(input_ids)
@@ -263,7 +264,9 @@ class RaggedCache(Cache, Listener):
                     "model: give generate() all of them, followed by the new ones."
                 )
             if len(known) != len(new):
-                raise BadInput(f"this cache has {len(known)} rows, the new ids {len(new)}: give one row of ids for each.")
+                raise BadInput(
+                    f"this cache has {len(known)} rows, the new ids {len(new)}: give one row of ids for each."
+                )
             mask = torch.cat([self._seen_mask(known).to(mask), mask.to(new.device)], dim=-1)
             new = torch.cat([known.to(new), new], dim=-1)
         return {"input_ids": new, "attention_mask": mask, **given(self.view.model, self)}
