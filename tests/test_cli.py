@@ -31,7 +31,20 @@ COMMANDS = {
     for inner, command in getattr(outer, "commands", {"": outer}).items()
 }
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
-COMPARE = {"method", "keep", "kv_bytes", "full_kv_bytes", "peak_kv_bytes", "accuracy", "decode_ms_per_token"}
+COMPARE = {
+    "method",
+    "keep",
+    "protocol",
+    "kv_bytes",
+    "full_kv_bytes",
+    "peak_kv_bytes",
+    "accuracy",
+    "kl",
+    "agreement",
+    "prefill_seconds",
+    "prefill_shared_by",
+    "decode_ms_per_token",
+}
 EVAL = {"method", "keep", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction"}
 
 
@@ -100,8 +113,35 @@ def test_compare_without_answers_measures_agreement(run):
     line = "compare -m {base} -c {dir}/text.txt -q '? locker apple' -q '? locker ant' --methods full --max-new-tokens 3"
     (row,) = json.loads(succeed(run, f"{line} --json --answers"))
     assert row["accuracy"] == 1.0
+    assert (row["agreement"], row["keep"]) == (1.0, 1.0)
     assert len(row["answers"]) == 2
-    assert "as full" in succeed(run, line)
+    shown = succeed(run, line.replace("full", "full,keydiff") + " --keep 1.0")
+    assert "right" not in shown, "nobody knows what is right"
+    assert "agreement" in shown and "as full" in shown
+    assert "as full" not in succeed(run, f"{line} --no-answers")
+
+
+def test_compare_takes_several_keeps_and_both_protocols(run):
+    line = f"compare {OWN} --methods keydiff,snapkv --keep 0.5,60tok --max-new-tokens 2 --json"
+    for protocol in ("query-agnostic", "query-aware"):
+        rows = json.loads(succeed(run, f"{line} --protocol {protocol}"))
+        assert [(row["method"], row["keep"]) for row in rows] == [
+            (method, keep) for method in ("keydiff", "snapkv") for keep in (0.5, "60tok")
+        ]
+        assert {row["protocol"] for row in rows} == {protocol}
+    assert "compressed with the document each (query-aware)" in succeed(
+        run, f"compare {OWN} --methods keydiff --keep 0.5 --max-new-tokens 1 --protocol query-aware"
+    )
+
+
+def test_answers_stand_beside_the_full_cache_s(run):
+    line = "compare -m {base} -c {dir}/text.txt -q '? locker apple' --methods keydiff --keep 1.0 --max-new-tokens 4"
+    (row,) = json.loads(succeed(run, f"{line} --json --answers"))
+    lines = [cells.split() for cells in succeed(run, line).splitlines() if cells.strip()]
+    at = lines.index(["?", "locker", "apple"])
+    assert lines[at + 1] == ["method", "keep", "answer"]
+    assert lines[at + 3] == ["full", "1.0", *row["answers"][0].split()]
+    assert lines[at + 4] == ["keydiff", "1.0", "as", "full"]
 
 
 def test_compare_prints_a_table_and_the_answers(run):
@@ -196,13 +236,72 @@ def test_generate_saves_the_document_it_has_cut(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.safetensors"]
 
 
+@pytest.mark.parametrize(("model", "method"), [("{qwen3}", "kvzip"), ("reference", "lkv")])
+def test_the_default_method_is_said_with_its_reason(run, model, method):
+    line = f"generate -m {model} -c {{dir}}/text.txt -q '? locker apple' --keep 0.5 --max-new-tokens 2 --json"
+    code, out, err = run(line)
+    assert code == 0
+    assert json.loads(out)["method"] == method
+    assert re.fullmatch(rf"headwise: the method is {method}: [^\n]*gates[^\n]*\.\n", err)
+    code, out, err = run(f"{line.replace('generate', 'compare')} --methods full,auto")
+    assert [row["method"] for row in json.loads(out)] == ["full", method]
+    assert err.count("\n") == 1
+
+
+def test_a_saved_document_says_which_method_the_default_was(run, tmp_path):
+    save = tmp_path / "report.safetensors"
+    assert run(f"generate -m {{base}} -c {{dir}}/text.txt -q '? locker apple' --keep 0.5 --save {save}")[0] == 0
+    assert json.loads(succeed(run, f"inspect {save} --json"))["provenance"]["method"]["scorer"]["name"] == "KVzip"
+
+
+LIGHT = {  # answered before torch is imported, which takes seconds
+    "compare -m nofolder/x": "there is no folder of this name",
+    "compare -m {dir}": "has no config.json",
+    "generate -q who -m {dir}/empty": "is a file",
+    "eval -m /no/such/model": "there is no folder",
+    "profile -m /no/such/model --out {dir}/profile": "there is no folder",
+    "train -m /no/such/model --out {dir}/gates": "there is no folder",
+    "plan -m /no/such/model": "there is no folder",
+    "tiers -m /no/such/model": "there is no folder",
+    "compare --methods keydif": "Did you mean 'keydiff'?",
+    "eval --methods keydiff+adakw": "there is no allocator",
+    "generate -q who --method lkv+": "there is no allocator",
+    "compare --keep 0.15,15": "is outside (0, 1]",
+    "eval --keep lots": "is not understood",
+    "generate -q who --keep 0": "is outside (0, 1]",
+    "compare --protocol aware": "choose query-agnostic or query-aware",
+    "compare -c {dir}/nowhere.txt -q who": "cannot read the document",
+    "compare -c {dir}/binary -q who": "is not UTF-8 text",
+    "compare --questions {dir}/bad.jsonl": "is no question",
+}
+
+
+def test_wrong_inputs_are_told_without_torch(folder):
+    """One process for all: no import of the heavy libraries may come before any of these messages."""
+    program = (
+        "import json, sys\n"
+        "from headwise import cli\n"
+        "for line in json.loads(sys.stdin.read()):\n"
+        "    sys.argv = ['headwise', *line]\n"
+        "    try: cli.main()\n"
+        "    except SystemExit as end: print(end.code, sorted({'torch', 'transformers', 'jaxtyping'} & {*sys.modules}))\n"
+    )
+    lines = [[part.format(dir=folder) for part in shlex.split(line)] for line in LIGHT]
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=json.dumps(lines), capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines() == ["2 []"] * len(LIGHT), done.stderr
+    for said, message in zip(done.stderr.splitlines(), LIGHT.values(), strict=True):
+        assert message in said
+
+
 def test_generate_from_the_full_cache(run):
     line = "generate -m {base} -c {dir}/text.txt -q '? locker apple' --method full --max-new-tokens 5 --json"
     assert json.loads(succeed(run, line))["keep"] == 1.0
 
 
 def test_generate_ends_at_the_model_s_last_position(run):
-    line = "generate -m {base} -c {dir}/text.txt -q '? locker apple' --keep 0.25 --max-new-tokens 1000000 --json"
+    line = "generate -m {base} -c {dir}/text.txt -q '? locker apple' --method adakv --keep 0.25 --max-new-tokens 1000000 --json"
     assert len(json.loads(succeed(run, line))["answer"].split()) < 1024
 
 
@@ -509,7 +608,7 @@ def test_out_of_memory_is_told_and_other_errors_are_not_hidden(run, monkeypatch)
 
 
 def test_without_the_bundled_files_the_message_names_them(run, monkeypatch, tmp_path):
-    monkeypatch.setattr("headwise.evals.document.reference_path", lambda: tmp_path)
+    monkeypatch.setattr("headwise.evals.texts.reference_path", lambda: tmp_path)
     code, out, err = run("compare -m {base}")
     assert "cannot read the document" in err
     assert (code, out, err.count("\n")) == (2, "", 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headwise.method import ALLOCATORS, SCORERS, Entry
+from headwise.registry import ALLOCATORS, SCORERS, Entry, allocator
 from headwise.scores import SnapKV
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -51,9 +51,10 @@ def test_a_wrong_parameter_is_refused(names):
         names["ValueNorm"](p=0)
 
 
-def test_the_allocator_s_line(names):
+def test_the_allocator_s_line(names, monkeypatch):
     (line,) = re.findall(r'^    ("\w+": Entry\(.*\)),$', PAGE, re.MULTILINE)
-    (entry,) = eval(f"{{{line}}}", {**names, "Entry": Entry}).values()
+    monkeypatch.setattr("headwise.allocate.Rising", names["Rising"], raising=False)
+    (entry,) = eval(f"{{{line}}}", {**names, "Entry": Entry, "allocator": allocator}).values()
     assert is_dataclass(entry.make())
     assert entry.summary
 
@@ -94,7 +95,7 @@ def test_the_scorer_s_steps_are_all_it_takes(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # the file is left open for brevity
-def test_the_ten_lines_of_the_readme(model_folders, tmp_path, monkeypatch):
+def test_the_ten_lines_of_the_readme(model_folders, tmp_path, monkeypatch, capsys):
     """As they are, but for the model, which is a tiny one in a folder."""
     (code,) = re.findall(r"^## Ten lines\n+```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     assert code.count("Qwen/Qwen3-4B") == 2
@@ -103,11 +104,11 @@ def test_the_ten_lines_of_the_readme(model_folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = {}
     exec(compile(code.replace("Qwen/Qwen3-4B", str(model_folders["qwen3"])), "README.md", "exec"), found)
-    document, kept = found["document"].shape[1], found["cache"].lengths
+    document, kept = found["prompt"].context.shape[1], found["cache"].lengths
     assert document == 201
     assert int(kept.sum()) == round(0.15 * document * kept.numel())
-    assert document < found["answer"].shape[1] <= document + found["ids"].shape[1] + 64
-    assert found["tokenizer"].decode(found["answer"][0, document:])
+    assert document < found["answer"].shape[1] <= document + len(found["question"]) + 64
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.name)
@@ -128,3 +129,14 @@ def test_every_scorer_and_allocator_has_its_row_in_how_to_choose():
 
 def test_what_how_to_choose_says_about_snapkv():
     assert SnapKV().query_window == SnapKV().window == 32
+
+
+def test_the_python_page_runs_without_warnings(capsys):
+    """From top to bottom, in one namespace; transformers logs what it does not warn of."""
+    page = (DOCS / "python.md").read_text()
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+    found = {"__name__": "__main__"}
+    exec(compile(code, "python.md", "exec"), found)
+    assert capsys.readouterr().err == ""
+    assert found["later"].lengths.tolist() == found["cache"].lengths.tolist()
+    assert [row.method for row in found["rows"]] == ["full", "keydiff", "keydiff"]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from headwise.artifacts import Budget as Budget
     from headwise.errors import HeadwiseError as HeadwiseError
+    from headwise.evals.document import prompt as prompt
     from headwise.hf.attention import enable as enable
     from headwise.method import Method as Method
     from headwise.online import compress as compress
@@ -22,6 +23,7 @@ _HOME = {
     "compress": "headwise.online",
     "enable": "headwise.hf.attention",
     "load": "headwise.ragged.store",
+    "prompt": "headwise.evals.document",
 }
 __all__ = [
     "Budget",
@@ -32,6 +34,7 @@ __all__ = [
     "compress",
     "enable",
     "load",
+    "prompt",
 ]
 
 

@@ -18,10 +18,16 @@ import typer
 
 from headwise import __version__
 from headwise.bench import commands
-from headwise.console import count, print_json, print_table, progress_bar, say, size, split
+from headwise.console import complain, count, print_json, print_table, progress_bar, say, size, split
 from headwise.endings import Commands
 from headwise.endings import run as run_to_the_end
 from headwise.errors import BadInput
+from headwise.evals.places import Source, find
+from headwise.evals.tasks import PROTOCOLS, require_protocol
+from headwise.evals.texts import Asked, bundled, read_questions, read_text
+from headwise.keep import Keep as ParsedKeep
+from headwise.keep import parse_keep
+from headwise.registry import AUTO, FULL, require_names
 from headwise.strict_json import MOST
 from headwise.writing import require_file, require_folder, write_bytes
 
@@ -36,6 +42,8 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, or 'reference' (bundled).")]
 Keep = Annotated[str, typer.Option("--keep", "-k", help="What to retain: 0.15, 15%, 1024tok or 2GiB.")]
+Keeps = Annotated[str, typer.Option("--keep", "-k", help="Comma-separated: 0.15,0.25.")]
+Protocol = Annotated[str, typer.Option(help="query-agnostic, or query-aware.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
@@ -79,68 +87,94 @@ def every_command(
     """Evict a language model's KV cache head by head: less memory, faster decoding."""
 
 
-@app.command(epilog="Example: headwise compare --model reference --methods full,snapkv,adakv --keep 0.15")
+@app.command(epilog="Example: headwise compare --model reference --methods full,snapkv,adakv --keep 0.15,0.25")
 def compare(
     model: Model = "reference",
     methods: Methods = "full,streaming,snapkv,keydiff,adakv,expected+global",
-    keep: Keep = "0.15",
+    keep: Keeps = "0.15",
     context: Document = None,
     question: Annotated[list[str] | None, typer.Option("--question", "-q", help="May be repeated.")] = None,
     questions: Annotated[Path | None, typer.Option(help='Lines such as {"question": "?", "answers": ["!"]}.')] = None,
+    protocol: Protocol = "query-agnostic",
     max_new_tokens: NewTokens = 32,
     prefill_chunk_size: Chunk = None,
     split_special_tokens: SplitSpecial = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    answers: Annotated[bool, typer.Option("--answers", help="Show every answer.")] = False,
+    answers: Annotated[
+        bool | None,
+        typer.Option("--answers/--no-answers", help="Show every answer; left out: where no right ones are known."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """One document, its questions, several methods: memory really held, answers right, decoding speed."""
-    from headwise.evals.answers import known_methods
-    from headwise.evals.compare import compare as run
-    from headwise.keep import parse_keep
-
-    parsed, names = parse_keep(keep), split(methods)
-    known_methods(names)
+    """One document, its questions, several methods: memory held, nearness to the full cache, speed, answers."""
+    names, keeps = _names(methods), _keeps(keep)
+    require_protocol(protocol)
     text, asked = _document(context, question, questions)
-    loaded, tokenizer = _load(model, dtype, device)
+    source = find(model)
+    from headwise.evals.compare import compare as run
+
+    loaded, tokenizer = _load(source, dtype, device)
+    names = _chosen(names, loaded)
     with progress_bar("methods") as progress:
         rows = run(
             loaded,
             tokenizer,
             text,
             asked,
-            methods=names,
-            keep=parsed,
+            methods=[*names, FULL],
+            keep=keeps,
+            protocol=protocol,
             max_new_tokens=max_new_tokens,
             prefill_chunk_size=prefill_chunk_size,
             split_special_tokens=split_special_tokens,
             progress=progress,
         )
+    full = next(row for row in rows if row.method == FULL)
+    rows = [row for row in rows if row.method in names]
     if as_json:
         hidden = {"sliding_kv_bytes"} | (set() if answers else {"answers"})
         print_json([{k: v for k, v in asdict(row).items() if k not in hidden} for row in rows])
         return
-    right = "right" if any(a.answers for a in asked) else "as full"
-    print_table(
-        f"{count(asked, 'question')} asked of the compressed document (query-agnostic). Model: {model}",
-        ["method", "keep", "KV held", "of full", "peak KV", right, "ms/token"],
+    known = any(a.answers for a in asked)
+    asking = "asked of the compressed document" if protocol == PROTOCOLS[0] else "compressed with the document each"
+    _print_comparisons(f"{count(asked, 'question')} {asking} ({protocol}). Model: {model}", rows, known=known)
+    if answers if answers is not None else not known:
+        _print_answers([a.question for a in asked], rows, full)
+
+
+def _print_comparisons(title: str, rows: Sequence[Any], *, known: bool) -> None:
+    """The table of `compare`; the share of right answers where some are known."""
+    header = ["method", "keep", "KV held", "of full", "peak KV", "right", "agreement", "KL", "reading", "ms/token"]
+    table = [
         [
-            [
-                row.method,
-                str(row.keep),
-                size(row.kv_bytes),
-                f"{row.kv_bytes / row.full_kv_bytes:.1%}",
-                size(row.peak_kv_bytes),
-                f"{row.accuracy:.2f}",
-                f"{row.decode_ms_per_token:.1f}",
-            ]
-            for row in rows
-        ],
-    )
+            row.method,
+            str(row.keep),
+            size(row.kv_bytes),
+            f"{row.kv_bytes / row.full_kv_bytes:.1%}",
+            size(row.peak_kv_bytes),
+            f"{row.accuracy:.2f}",
+            "-" if row.agreement is None else f"{row.agreement:.2f}",
+            _number(row.kl),
+            f"{row.prefill_seconds:.2f} s{'*' * (row.prefill_shared_by > 1)}",
+            f"{row.decode_ms_per_token:.1f}",
+        ]
+        for row in rows
+    ]
+    shown = [i for i, name in enumerate(header) if known or name != "right"]
+    print_table(title, [header[i] for i in shown], [[cells[i] for i in shown] for cells in table])
+    if any(row.prefill_shared_by > 1 for row in rows):
+        say("* One reading of the document served several rows, so its time is not that of one method.")
     _print_sliding(rows[0].sliding_kv_bytes)
-    for i, a in enumerate(asked if answers else []):
-        print_table(a.question, ["method", "answer"], [[row.method, row.answers[i].strip()] for row in rows])
+
+
+def _print_answers(questions: Sequence[str], rows: Sequence[Any], full: Any) -> None:
+    """Every question with the full cache's answer, then what each row says where it says something else."""
+    for i, question in enumerate(questions):
+        expected = full.answers[i].strip()
+        others = [[row.method, str(row.keep), row.answers[i].strip()] for row in rows if row.method != FULL]
+        cells = [[name, keep, "as full" if text == expected else text] for name, keep, text in others]
+        print_table(question, ["method", "keep", "answer"], [[FULL, str(full.keep), expected], *cells])
 
 
 @app.command(
@@ -150,7 +184,9 @@ def generate(
     question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")],
     model: Model = "reference",
     context: Document = None,
-    method: Annotated[str, typer.Option(help="See 'headwise methods'; 'full' keeps everything.")] = "adakv",
+    method: Annotated[
+        str, typer.Option(help="See 'headwise methods'; 'auto': the model's default; 'full' keeps everything.")
+    ] = AUTO,
     keep: Keep = "0.15",
     max_new_tokens: NewTokens = 256,
     prefill_chunk_size: Chunk = None,
@@ -161,29 +197,31 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Compress a document, ask one question, stream the answer."""
-    from headwise.evals.answers import FULL, answer, known_methods, read_context, require_possible, room_for_answers
-    from headwise.evals.document import tokenize
-    from headwise.evals.room import require_room
-    from headwise.evals.streaming import AnswerStreamer
-    from headwise.hf.families import view
-    from headwise.keep import parse_keep
-    from headwise.ragged.cache import RaggedCache
-
     parsed = parse_keep(keep)
-    known_methods([method])
+    require_names([method])
     if save is not None and (method == FULL or not os.path.isdir(save.parent)):
         raise BadInput(f"--save {save}: name a file in a folder that exists, and a method that compresses.")
     if save is not None:
         require_file(save, inputs=_inputs(model, [method], context))
     text, _ = _document(context, [question], None)
-    loaded, tokenizer = _load(model, dtype, device)
+    source = find(model)
+    from headwise.evals.answers import answer, read_context, require_possible, room_for_answers
+    from headwise.evals.document import instructed, tokenize
+    from headwise.evals.room import require_room
+    from headwise.evals.streaming import AnswerStreamer
+    from headwise.hf.families import view
+    from headwise.ragged.cache import RaggedCache
+
+    loaded, tokenizer = _load(source, dtype, device)
     require_room(tokenizer, text, view(loaded).max_positions)
     tokens = tokenize(tokenizer, text, [question], device=loaded.device, split_special_tokens=split_special_tokens)
     room_for_answers(loaded, tokens)
-    require_possible(loaded, [method], [parsed], tokens)
+    (name,) = _chosen([method], loaded)
+    require_possible(loaded, [name], [parsed], tokens)
+    used = name if name == FULL else instructed(name, tokenizer)
     with progress_bar("tokens") as progress:
         memory = read_context(
-            loaded, tokens.context, method, parsed, prefill_chunk_size=prefill_chunk_size, progress=progress
+            loaded, tokens.context, used, parsed, prefill_chunk_size=prefill_chunk_size, progress=progress
         )
     kv_bytes = memory.nbytes
     if save is not None:
@@ -192,8 +230,8 @@ def generate(
     streamer = None if as_json else AnswerStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     found = answer(loaded, tokenizer, memory, tokens, max_new_tokens=max_new_tokens, streamer=streamer)
     if as_json:
-        kept = 1.0 if method == FULL else parsed.value
-        print_json({"method": method, "keep": kept, "answer": found[0], "kv_bytes": kv_bytes})
+        kept = 1.0 if name == FULL else parsed.value
+        print_json({"method": name, "keep": kept, "answer": found[0], "kv_bytes": kv_bytes})
 
 
 @app.command(
@@ -207,14 +245,14 @@ def evaluate(
         typer.Option(help="Suites or suite:task,task of mini-ruler, ruler, longbench; file:X.jsonl; perplexity:X.txt."),
     ] = "mini-ruler",
     methods: Methods = "full,snapkv,keydiff,adakv,expected+global",
-    keep: Annotated[str, typer.Option("--keep", "-k", help="Comma-separated: 0.15,0.25.")] = "0.15",
+    keep: Keeps = "0.15",
     samples: Annotated[int, typer.Option(min=1, max=MOST, help="Documents per task.")] = 20,
     seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the evaluation split; no training data has it.")] = 0,
     length: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of document, question and answer.")] = 512,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for records; a killed run goes on there.")
     ] = None,
-    protocol: Annotated[str, typer.Option(help="query-agnostic, or query-aware.")] = "query-agnostic",
+    protocol: Protocol = "query-agnostic",
     data_dir: Annotated[Path | None, typer.Option(help="Where RULER's and LongBench's data lie.")] = None,
     fidelity: Annotated[bool, typer.Option(help="Also KL and agreement with the full cache.")] = True,
     timed: Annotated[int, typer.Option(min=0, max=MOST, help="Samples per task of which single steps are timed.")] = 1,
@@ -224,19 +262,21 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Quality and measured memory of methods on tasks, against the full cache. Also under 'accelerate launch'."""
-    from headwise.evals.answers import known_methods
     from headwise.evals.records import RunFolder, require_place
+
+    names, keeps = _names(methods), _keeps(keep)
+    require_protocol(protocol)
+    if out is not None:
+        require_place(out)
+    source = find(model)
     from headwise.evals.run import Evaluation, manifest, summarise
     from headwise.evals.run import evaluate as run
     from headwise.evals.suites import Sizes, make_tasks, parse_tasks
     from headwise.hf.families import view
-    from headwise.keep import parse_keep
 
-    named, keeps, names = parse_tasks(tasks), tuple(parse_keep(k) for k in split(keep)), split(methods)
-    known_methods(names)
-    if out is not None:
-        require_place(out)
-    processes, loaded, tokenizer = _load_launched(model, dtype, device, shared_out=False)
+    named = parse_tasks(tasks)
+    processes, loaded, tokenizer = _load_launched(source, dtype, device, shared_out=False)
+    names = _chosen(names, loaded, quiet=processes.rank > 0)
     made = make_tasks(named, tokenizer, Sizes(samples=samples, length=length, seed=seed, data_dir=data_dir))
     limit = view(loaded).max_positions
     if length > limit and any(suite != "file" for suite, _ in named):
@@ -244,7 +284,7 @@ def evaluate(
     evaluation = Evaluation(
         tasks=tuple(made),
         methods=tuple(names),
-        keeps=keeps,
+        keeps=tuple(keeps),
         seed=seed,
         protocol=protocol,
         fidelity=fidelity,
@@ -325,13 +365,14 @@ def calibrate(
 ) -> None:
     """What a model would be profiled or trained on: a table, examples, or a file. Loads the tokenizer only."""
     from headwise.calibration import count_tokens, load_examples, to_json_lines
+    source = find(model)
     from headwise.evals.models import load_config, load_tokenizer
     from headwise.hf.families import max_positions
     from headwise.texts.showing import told, totals
 
     if out is not None:
         require_file(out, inputs=_inputs(model, [], Path(data)))
-    positions, tokenizer = max_positions(load_config(model)), load_tokenizer(model)
+    positions, tokenizer = max_positions(load_config(source)), load_tokenizer(source)
     examples = load_examples(
         data,
         tokenizer,
@@ -378,6 +419,7 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """LU-KV, offline: what every head gains, by how much it keeps. Also under 'accelerate launch'."""
+    source = find(model)
     from headwise.calibration import load_examples
     from headwise.hf.families import view
     from headwise.oracle import Sampling
@@ -387,7 +429,7 @@ def profile(
     asked = _questions(questions)
     require_file(out, inputs=_inputs(model, split(scorer), Path(data)))
     require_folder(f"{out}.parts")
-    processes, loaded, tokenizer = _load_launched(model, dtype, device)
+    processes, loaded, tokenizer = _load_launched(source, dtype, device)
     examples = load_examples(
         data,
         tokenizer,
@@ -507,6 +549,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """LKV: learn how much every head keeps, and which entries. Also under 'accelerate launch'."""
+    source = find(model)
     from headwise.calibration import TRAINING_CONTEXTS, load_examples
     from headwise.hf.families import view
     from headwise.keep import parse_fraction
@@ -523,7 +566,7 @@ def train(
     asked = _questions(questions)
     for path in written(out):
         require_file(path, inputs=_inputs(model, [scorer or ""], Path(data)))
-    processes, loaded, tokenizer = _load_launched(model, dtype, device)
+    processes, loaded, tokenizer = _load_launched(source, dtype, device)
     examples = load_examples(
         data,
         tokenizer,
@@ -696,6 +739,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """KV memory before and after, and what fits. Needs the configuration only, no weights."""
+    source = find(model)
     from headwise.evals.models import DTYPES, load_config
     from headwise.keep import parse_bytes, parse_tokens
     from headwise.plan import plan as make
@@ -703,7 +747,7 @@ def plan(
     if dtype not in DTYPES or dtype == "auto":
         raise BadInput(f"dtype={dtype!r}: choose float32, bfloat16 or float16.")
     found = make(
-        load_config(model),
+        load_config(source),
         context=parse_tokens(context),
         keep=keep,
         batch=batch,
@@ -749,8 +793,9 @@ def tiers(
     as_json: AsJson = False,
 ) -> None:
     """What vLLM would be served with: head budgets in tiers, blocks of a prompt, and the command that starts it."""
+    source = find(model)
     from headwise.evals.models import REFERENCE, load_config, reference_path
-    from headwise.keep import parse_keep, parse_tokens
+    from headwise.keep import parse_tokens
     from headwise.serving import Served, Settings, command
 
     settings = Settings(
@@ -760,7 +805,7 @@ def tiers(
         context=None if context is None else parse_tokens(context),
         ranks=ranks,
     )
-    served = Served.of(settings, load_config(model))
+    served = Served.of(settings, load_config(source))
     found, tokens = served.tiers, served.context
     before, after = found.blocks(tokens, block_size)
     line = command(str(reference_path()) if model == REFERENCE else model, settings, block_size)
@@ -791,7 +836,6 @@ def _plot(
     if beside is not None and kind != "gates":
         raise BadInput(f"--beside {beside} is drawn beside gates; {path} is a {kind}.")
     if kind == "cache":
-        from headwise.evals.document import read_text
         from headwise.report.kept import plot as draw_kept
 
         if context is None:
@@ -827,9 +871,7 @@ def _spread(fractions: Sequence[float]) -> str:
     return f"{sum(fractions) / len(fractions):.1%} ({min(fractions):.1%} to {max(fractions):.1%})"
 
 
-def _document(context: Path | None, question: Sequence[str] | None, questions: Path | None) -> tuple[str, list[Any]]:
-    from headwise.evals.document import Asked, bundled, read_questions, read_text
-
+def _document(context: Path | None, question: Sequence[str] | None, questions: Path | None) -> tuple[str, list[Asked]]:
     asked = [Asked(question=text) for text in question or ()] + (read_questions(questions) if questions else [])
     if context is None:
         text, known = bundled()
@@ -849,7 +891,33 @@ def _inputs(model: str, methods: Sequence[str], text: Path | None) -> list[Path]
     return [*of_model, *texts, *named]
 
 
-def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
+def _names(text: str) -> list[str]:
+    """Methods of a list. Raises BadInput."""
+    names = split(text)
+    require_names(names)
+    return names
+
+
+def _keeps(text: str) -> list[ParsedKeep]:
+    """Keeps of a list. Raises BadInput."""
+    return [parse_keep(part) for part in split(text)]
+
+
+def _chosen(names: Sequence[str], model: Any, *, quiet: bool = False) -> list[str]:
+    """The methods, with the model's default for "auto"; which one that is, and why, is said on stderr."""
+    if AUTO not in names:
+        return list(names)
+    from headwise.hf.families import view
+    from headwise.method import choose
+
+    seen = view(model)
+    choice = choose(seen.shape, seen.config_hash)
+    if not quiet:
+        complain(f"the method is {choice.name}: {choice.reason}.")
+    return [choice.name if name == AUTO else name for name in names]
+
+
+def _load(model: Source, dtype: str, device: str) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     from headwise.evals.models import load
@@ -859,7 +927,7 @@ def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     return load(model, dtype=dtype, device=device)
 
 
-def _load_launched(model: str, dtype: str, device: str, *, shared_out: bool = True) -> tuple[Any, Any, Any]:
+def _load_launched(model: Source, dtype: str, device: str, *, shared_out: bool = True) -> tuple[Any, Any, Any]:
     """This process among those of 'accelerate launch' or torchrun; model and tokenizer, where they belong."""
     from headwise.processes import Launched, Sharded, launched
 

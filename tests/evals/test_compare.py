@@ -8,11 +8,14 @@ import torch
 from families import tiny_model
 from folders import CHAT_TEMPLATE, word_tokenizer
 
+import headwise
 from headwise.artifacts import Budget, Origin
 from headwise.errors import ArtifactMismatch, BadInput, BudgetInfeasible, UnsupportedModel
-from headwise.evals.answers import read_context
+from headwise.evals.answers import FullMemory
 from headwise.evals.compare import compare
-from headwise.evals.document import Asked, tokenize
+from headwise.evals.document import Asked, instructed, tokenize
+from headwise.evals.tasks import PROTOCOLS
+from headwise.reading import read
 from headwise.shapes import ModelShape
 
 CONTEXT = "locker apple copper lantern. the bold fox guarded the silver bridge. " * 10
@@ -100,33 +103,105 @@ def test_reading_in_pieces_keeps_the_same(llama):
 def test_rows_are_json_ready_and_progress_reaches_its_end(llama):
     steps = []
     rows = compared(llama, progress=lambda done, total: steps.append((done, total)))
-    assert steps == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+    assert steps == [(0, 4), (1, 4), (4, 4)]
     assert set(asdict(rows[0])) == {
         "method",
         "keep",
+        "protocol",
         "kv_bytes",
         "full_kv_bytes",
         "peak_kv_bytes",
         "sliding_kv_bytes",
         "accuracy",
+        "kl",
+        "agreement",
+        "prefill_seconds",
+        "prefill_shared_by",
         "decode_ms_per_token",
         "answers",
     }
 
 
-def test_one_memory_is_held_at_a_time(llama, monkeypatch):
-    """A method's cache once lived on while the next method read the document."""
+def test_the_full_cache_is_let_go_before_the_document_is_read_again(llama, monkeypatch):
     alive: list[weakref.ref] = []
+
+    class Watched(FullMemory):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.append(weakref.ref(self))
 
     def watched(*args, **kwargs):
         assert all(ref() is None for ref in alive)
-        memory = read_context(*args, **kwargs)
-        alive.append(weakref.ref(memory))
-        return memory
+        return read(*args, **kwargs)
 
-    monkeypatch.setattr("headwise.evals.compare.read_context", watched)
+    monkeypatch.setattr("headwise.evals.session.FullMemory", Watched)
+    monkeypatch.setattr("headwise.evals.session.read", watched)
     compared(llama)
-    assert len(alive) == len(METHODS)
+    assert len(alive) == 1
+
+
+def test_one_reading_serves_every_method_and_keep_that_can_share_it(llama):
+    rows = compared(llama, methods=["full", "keydiff", "snapkv+adakv", "kvzip"], keep=[0.6, "45tok"])
+    assert [(row.method, row.keep) for row in rows] == [
+        ("full", 1.0),
+        *((method, keep) for method in ("keydiff", "snapkv+adakv", "kvzip") for keep in (0.6, "45tok")),
+    ]
+    assert [row.prefill_shared_by for row in rows] == [1, 4, 4, 4, 4, 2, 2]
+    assert len({row.prefill_seconds for row in rows}) == 3
+    assert all(row.prefill_seconds > 0 for row in rows)
+
+
+@pytest.mark.parametrize("size", [None, 17])
+def test_the_peak_is_what_compress_holds(model, size):
+    tokens = tokenize(word_tokenizer(), CONTEXT, [a.question for a in ASKED])
+    for row in compared(model, methods=METHODS[1:], prefill_chunk_size=size):
+        cache = headwise.compress(model, tokens.context, row.method, keep=0.25, prefill_chunk_size=size)
+        assert (row.kv_bytes, row.peak_kv_bytes) == (cache.nbytes, cache.peak_nbytes)
+
+
+def test_nearness_to_the_full_cache(llama):
+    full, near, far = compared(llama, methods=["full", "streaming"], keep=[1.0, "4tok"], max_new_tokens=16)
+    assert (full.agreement, near.agreement) == (1.0, 1.0)
+    assert full.kl == pytest.approx(0, abs=1e-5)
+    assert near.kl == pytest.approx(0, abs=1e-5)
+    assert far.kl > 1e-4
+    assert far.agreement < 1
+
+
+def test_questions_without_known_answers_do_not_count_as_wrong(llama):
+    asked = [Asked(question=ASKED[0].question, answers=("no such words",)), ASKED[1]]
+    assert compared(llama, asked, methods=["full"])[0].accuracy == 0
+
+
+def test_query_aware_the_question_is_compressed_with_the_document(llama):
+    agnostic, aware = (compared(llama, methods=["snapkv"], keep=0.6, protocol=protocol)[0] for protocol in PROTOCOLS)
+    assert (agnostic.protocol, aware.protocol) == PROTOCOLS
+    assert agnostic.full_kv_bytes < aware.full_kv_bytes
+    assert len(aware.answers) == 2
+    assert (
+        compared(llama, methods=["full"], protocol=PROTOCOLS[1])[0].answers
+        == compared(llama, methods=["full"])[0].answers
+    )
+
+
+def test_kvzip_repeats_after_its_instruction(llama, monkeypatch):
+    """In this tokenizer's words; a tokenizer without them gives none."""
+    told: list[tuple[int, ...]] = []
+
+    def watched(model, ids, scorers, **options):
+        told.extend(scorer.instruction for scorer in scorers)
+        return read(model, ids, scorers, **options)
+
+    monkeypatch.setattr("headwise.evals.session.read", watched)
+    monkeypatch.setattr("headwise.scores.reconstruct.INSTRUCTION", "the bold fox guarded the silver bridge")
+    for template in (None, CHAT_TEMPLATE):
+        compared(llama, methods=["kvzip"], tokenizer=word_tokenizer(template))
+    plain, chat = told
+    assert word_tokenizer().decode(plain).split() == "the bold fox guarded the silver bridge".split()
+    assert chat[: len(plain)] == plain
+    assert word_tokenizer().decode(chat[len(plain) :]).split() == ["<eos>", "[", "assistant", "]"]
+    monkeypatch.undo()
+    assert instructed("kvzip", word_tokenizer()).scorer.instruction == ()
 
 
 @pytest.mark.parametrize(
@@ -138,16 +213,18 @@ def test_one_memory_is_held_at_a_time(llama, monkeypatch):
         ({"asked": [Asked(question=" ")]}, "empty"),
         ({"keep": 0.0}, "outside"),
         ({"keep": "some"}, "not understood"),
+        ({"keep": []}, "no keep is given"),
+        ({"protocol": "aware"}, "choose query-agnostic or query-aware"),
     ],
 )
 def test_what_cannot_be_compared(llama, monkeypatch, changes, message):
-    monkeypatch.setattr("headwise.evals.compare.read_context", lambda *a, **k: pytest.fail("work was done"))
+    monkeypatch.setattr("headwise.evals.session.FullMemory", lambda *a, **k: pytest.fail("work was done"))
     with pytest.raises(BadInput, match=message):
         compared(llama, **changes)
 
 
 def test_a_document_beyond_the_model_is_refused_before_any_work(monkeypatch):
-    monkeypatch.setattr("headwise.evals.compare.read_context", lambda *a, **k: pytest.fail("work was done"))
+    monkeypatch.setattr("headwise.evals.session.FullMemory", lambda *a, **k: pytest.fail("work was done"))
     small = tiny_model("llama", vocab_size=len(word_tokenizer()), max_position_embeddings=64)
     with pytest.raises(BadInput, match="made for 64"):
         compared(small)
@@ -158,7 +235,7 @@ MADE_FOR_ANOTHER = ModelShape(num_layers=9, layers=tuple(range(9)), kv_heads=2, 
 
 def test_a_method_that_cannot_run_is_refused_before_the_others_have_run(model, monkeypatch, tmp_path):
     """Once all results of the others were lost when the last method turned out to be impossible."""
-    monkeypatch.setattr("headwise.evals.compare.read_context", lambda *a, **k: pytest.fail("work was done"))
+    monkeypatch.setattr("headwise.evals.session.FullMemory", lambda *a, **k: pytest.fail("work was done"))
     with pytest.raises(BudgetInfeasible, match=r"snapkv cannot work with keep=0\.1: .*The smallest keep that works"):
         compared(model, methods=["full", "streaming", "snapkv"], keep=0.1)
     with pytest.raises(BudgetInfeasible, match="streaming cannot work with keep=10B"):
@@ -171,7 +248,7 @@ def test_a_method_that_cannot_run_is_refused_before_the_others_have_run(model, m
 
 
 def test_a_method_that_replays_is_refused_before_any_work_on_sliding_layers(monkeypatch):
-    monkeypatch.setattr("headwise.evals.compare.read_context", lambda *a, **k: pytest.fail("work was done"))
+    monkeypatch.setattr("headwise.evals.session.FullMemory", lambda *a, **k: pytest.fail("work was done"))
     gemma = tiny_model("gemma3_text", vocab_size=len(word_tokenizer()))
     with pytest.raises(UnsupportedModel, match="kvzip has the model repeat the context"):
         compared(gemma, methods=["full", "kvzip"])

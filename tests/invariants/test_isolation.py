@@ -22,7 +22,7 @@ from headwise import RaggedCache
 from headwise.errors import UnsupportedGeneration
 from headwise.method import SCORERS
 
-EXPORTED = ["Budget", "HeadwiseError", "Method", "RaggedCache", "__version__", "compress", "enable", "load"]
+EXPORTED = ["Budget", "HeadwiseError", "Method", "RaggedCache", "__version__", "compress", "enable", "load", "prompt"]
 
 
 def in_another_process(program, **environment):

@@ -25,14 +25,13 @@ from headwise.evals.document import Tokens
 from headwise.evals.records import Record, RunFolder
 from headwise.evals.seams import token_texts
 from headwise.evals.session import WHOLE, Outcome, Pair, Session
-from headwise.evals.tasks import Sample, Task
+from headwise.evals.tasks import Sample, Task, require_protocol
 from headwise.hf.families import view
 from headwise.keep import Keep, parse_keep
 from headwise.kernels import fastest
 from headwise.processes import Processes
 from headwise.ragged.cache import RaggedCache
 
-PROTOCOLS = ("query-agnostic", "query-aware")
 LONGEST_MAP = 2048  # tokens of a context that is drawn
 
 
@@ -71,8 +70,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         if not self.tasks or not self.keeps:
             raise BadInput("there is nothing to evaluate: give at least one task and one keep.")
-        if self.protocol not in PROTOCOLS:
-            raise BadInput(f"protocol={self.protocol!r}: choose {' or '.join(PROTOCOLS)}.")
+        require_protocol(self.protocol)
         if abs(self.seed) >= 2**63:
             raise BadInput("the seed is out of range: choose one from 0 to 2**63 - 1.")
         if min(self.rows, self.timed + 1, self.seed + 1) < 1:

@@ -7,6 +7,10 @@ function that makes sample `index`, and a line in suites.py.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from headwise.errors import BadInput
+
+PROTOCOLS = ("query-agnostic", "query-aware")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
@@ -45,3 +49,9 @@ class Task:
     num_samples: int
     sample: Callable[[int], Sample] = field(repr=False)
     judge: Callable[[str, Question], float] | None = field(repr=False)
+
+
+def require_protocol(protocol: str) -> None:
+    """Raise BadInput unless it is one of PROTOCOLS."""
+    if protocol not in PROTOCOLS:
+        raise BadInput(f"protocol={protocol!r}: choose {' or '.join(PROTOCOLS)}.")
