@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from headwise import artifacts
 from headwise.allocate.fixed import Fixed
@@ -27,6 +28,7 @@ from headwise.artifacts import (
     write_tensors,
 )
 from headwise.errors import ArtifactMismatch, BadInput, ShapeMismatch
+from headwise.evals.models import reference_path
 from headwise.interfaces import Demand
 from headwise.shapes import ModelShape
 
@@ -352,6 +354,103 @@ def test_config_hash_sees_the_architecture(other):
     assert config_hash(BASE) != config_hash({**BASE, **other})
     private = {**BASE, "rope_parameters": {**BASE["rope_parameters"], "_cached": 1}}
     assert config_hash(BASE) == config_hash(private)
+
+
+# What the hub's config.json of two models says (facts), and what is read out of a GGUF file of the same models.
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 49152,
+}
+QWEN_CODER = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "initializer_range": 0.02,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 24,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.44.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+READ_OUT = ("hidden_size", "intermediate_size", "max_position_embeddings", "model_type", "num_attention_heads")
+READ_OUT += ("num_hidden_layers", "num_key_value_heads", "vocab_size", "tie_word_embeddings")
+
+
+def from_gguf(config):
+    """What transformers makes of a GGUF file's metadata, whose real numbers are float32."""
+    noisy = {name: float(np.float32(config[name])) for name in ("rms_norm_eps", "rope_theta")}
+    only = {"head_dim": 64} if config["model_type"] == "llama" else {}  # transformers reads it for Llama alone
+    return {**{name: config[name] for name in READ_OUT}, **noisy, **only, "_model_name_or_path": "A B C"}
+
+
+@pytest.mark.parametrize("hub", [SMOLLM2, QWEN_CODER], ids=["smollm2", "qwen-coder"])
+def test_config_hash_is_of_the_architecture_however_the_model_was_loaded(hub, tmp_path):
+    kind = type(AutoConfig.for_model(hub["model_type"]))
+    made = kind.from_dict(from_gguf(hub))
+    assert made.rms_norm_eps != hub["rms_norm_eps"]
+    assert config_hash(made.to_dict()) == config_hash(kind.from_dict(hub).to_dict())
+    made.save_pretrained(tmp_path)
+    assert config_hash(AutoConfig.from_pretrained(tmp_path).to_dict()) == config_hash(made.to_dict())
+    bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    quantised = kind.from_dict({**hub, "quantization_config": bits, "torch_dtype": "float16", "pad_token_id": 9})
+    assert config_hash(quantised.to_dict()) == config_hash(made.to_dict())
+
+
+def test_config_hash_sees_no_noise_of_float32_in_what_is_nested():
+    def rope(number):
+        nested = {"full_attention": {"rope_theta": number(1e6), "rope_type": "longrope", "factor": number(1.3)}}
+        return {**BASE, "rope_parameters": {**nested, "long_factor": [number(1.08), number(32)]}}
+
+    assert config_hash(rope(float)) == config_hash(rope(lambda x: float(np.float32(x))))
+    assert config_hash(rope(float)) == config_hash(rope(lambda x: int(x) if x == int(x) else x))
+    assert config_hash(rope(float)) != config_hash(rope(lambda x: 1.0001 * x))
+
+
+def test_config_hash_of_a_clean_configuration_stays_what_it_was():
+    """Caches that users have saved, and files that are shipped, name it."""
+    config = AutoConfig.from_pretrained(reference_path()).to_dict()
+    assert config_hash(config) == "1be077c41a6e05f8c0ff6089c5644da4eaf2d803e0565d1d0c6e1ca2d81a1902"
+    found = [describe(path)["origin"]["config_hash"] for path in reference_path().glob("*/*.safetensors")]
+    assert found == [config_hash(config)] * 4
 
 
 def damaged(**changes):

@@ -80,6 +80,14 @@ _ARCHITECTURE = (
     "attention_bias",
     "mlp_bias",
 )
+# Of these, the real numbers: one source writes 100000, another 100000.0.
+_REAL = frozenset(
+    {
+        *("rms_norm_eps", "query_pre_attn_scalar", "partial_rotary_factor", "rope_theta", "factor", "attention_factor"),
+        *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "beta_fast", "beta_slow"),
+    }
+)
+_DIGITS = 6  # significant ones that float32 keeps of any number: GGUF files say 9.999999747378752e-06 for 1e-05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -447,16 +455,24 @@ def config_hash(config: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of the architecture in a model's configuration (`config.to_dict()`).
 
     Looked at are kind, sizes, layer types, rotary embedding, norm and activation; token ids, dtype, quantization,
-    generation settings and how the model was loaded do not matter.
+    generation settings and how the model was loaded do not matter. Real numbers count with 6 significant digits, so
+    that a configuration that went through float32 is the same. Models of one architecture share it, whatever their
+    weights.
     """
     known = {name: config[name] for name in _ARCHITECTURE if config.get(name) is not None}
     return fingerprint(json.dumps(_stable(known), sort_keys=True, default=str))
 
 
-def _stable(value: Any) -> Any:
+def _stable(value: Any, *, real: bool = False) -> Any:
+    """Without private fields and without the noise of float32; `real`: a whole number is meant as a real one."""
     if isinstance(value, Mapping):
-        return {str(key): _stable(item) for key, item in value.items() if not str(key).startswith("_")}
-    return [_stable(item) for item in value] if isinstance(value, list | tuple) else value
+        public = {str(key): item for key, item in value.items() if not str(key).startswith("_")}
+        return {key: _stable(item, real=key in _REAL) for key, item in public.items()}
+    if isinstance(value, list | tuple):
+        return [_stable(item, real=real) for item in value]
+    if isinstance(value, float) or (real and type(value) is int):
+        return float(f"{value:.{_DIGITS}g}")
+    return value
 
 
 def _library_version() -> str:
