@@ -416,9 +416,12 @@ READ_OUT += ("num_hidden_layers", "num_key_value_heads", "vocab_size", "tie_word
 
 
 def from_gguf(config):
-    """What transformers makes of a GGUF file's metadata, whose real numbers are float32."""
+    """What transformers makes of a GGUF file's metadata, whose real numbers are float32.
+
+    It reads the size of a head for Llama alone; the publisher of Qwen's file wrote the embeddings twice.
+    """
     noisy = {name: float(np.float32(config[name])) for name in ("rms_norm_eps", "rope_theta")}
-    only = {"head_dim": 64} if config["model_type"] == "llama" else {}  # transformers reads it for Llama alone
+    only = {"head_dim": 64} if config["model_type"] == "llama" else {"tie_word_embeddings": False}
     return {**{name: config[name] for name in READ_OUT}, **noisy, **only, "_model_name_or_path": "A B C"}
 
 

@@ -76,7 +76,6 @@ _ARCHITECTURE = (
     "rms_norm_eps",
     "hidden_act",
     "hidden_activation",
-    "tie_word_embeddings",
     "attention_bias",
     "mlp_bias",
 )
@@ -454,12 +453,15 @@ def fingerprint(*parts: Tensor | bytes | str) -> str:
 def config_hash(config: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of the architecture in a model's configuration (`config.to_dict()`).
 
-    Looked at are kind, sizes, layer types, rotary embedding, norm and activation; token ids, dtype, quantization,
-    generation settings and how the model was loaded do not matter. Real numbers count with 6 significant digits, so
+    Looked at are kind, sizes, layer types, rotary embedding, norm and activation; token ids, dtype, quantization, tied
+    embeddings, generation settings and how the model was loaded do not matter. Real numbers count with 6 significant digits, so
     that a configuration that went through float32 is the same. Models of one architecture share it, whatever their
     weights.
     """
     known = {name: config[name] for name in _ARCHITECTURE if config.get(name) is not None}
+    # Whether output and input embeddings are one tensor shapes no key or value, and GGUF files write it twice. It was
+    # looked at once: hashes of models that tie them stay as they were.
+    known["tie_word_embeddings"] = True
     return fingerprint(json.dumps(_stable(known), sort_keys=True, default=str))
 
 

@@ -15,7 +15,6 @@ from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from headwise.errors import BadInput
 from headwise.interfaces import Rotary
 from headwise.schema import Numbers, Schema
 from headwise.shapes import ModelShape
+from headwise.shipped import shipped
 from headwise.soft_topk import soft_topk
 
 KNOTS = (0.02, 0.03, 0.045, 0.0625, 0.1, 0.15, 0.25, 0.5)  # keeps
@@ -267,8 +267,6 @@ def _loaded(path: Path, version: tuple[int, int, int]) -> Gates:
 
 def shipped_gates(config_hash: str) -> Gates:
     """The gates that come with headwise for a model. Raises BadInput if there are none."""
-    for path in sorted((Path(str(files("headwise"))) / "reference" / "gates").glob("*.safetensors")):
-        gates = load_gates(path)
-        if gates.origin.config_hash == config_hash:
-            return gates
+    for file in shipped("gates", config_hash):
+        return load_gates(file.path)
     raise BadInput("no gates are shipped for this model: make some with 'headwise train', then write lkv@FILE.")
