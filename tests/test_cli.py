@@ -509,7 +509,7 @@ def test_out_of_memory_is_told_and_other_errors_are_not_hidden(run, monkeypatch)
 
 
 def test_without_the_bundled_files_the_message_names_them(run, monkeypatch, tmp_path):
-    monkeypatch.setattr("headwise.evals.document.reference_path", lambda: tmp_path)
+    monkeypatch.setattr("headwise.evals.texts.reference_path", lambda: tmp_path)
     code, out, err = run("compare -m {base}")
     assert "cannot read the document" in err
     assert (code, out, err.count("\n")) == (2, "", 1)

@@ -18,6 +18,7 @@ from headwise.shapes import ModelShape
 Scope = Literal["layer", "model"]
 Provenance = dict[str, Any]
 Statistics = dict[str, Tensor]
+Follow = Callable[[str], tuple[int, ...]]  # ids of an instruction that comes after a context; none if it has no words
 
 
 @runtime_checkable
@@ -113,6 +114,10 @@ class AbstractScorer(ABC):
 
     def resolve(self, shape: ModelShape, config_hash: str) -> "AbstractScorer":
         """The scorer to use on this model. Raises ArtifactMismatch if it was made for another."""
+        return self
+
+    def told(self, follow: Follow) -> "AbstractScorer":
+        """The scorer to use where there is a tokenizer: with an instruction before what the model repeats (KVzip)."""
         return self
 
     def of_heads(self, heads: slice) -> "AbstractScorer":

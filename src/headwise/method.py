@@ -1,35 +1,30 @@
-"""A method = one scorer + one allocator + one protection. Written `scorer+allocator`, or by a short name.
+"""A method = one scorer + one allocator + one protection. Written `scorer+allocator`, or by a short name (registry.py).
 
-This file is the registry: a new scorer or allocator is one line in SCORERS or ALLOCATORS.
+And the default: what is used where nobody says which method.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
-from headwise.allocate import LUKV, AdaKV, Fixed, Global, Pyramid, ShippedLKVH, ShippedLUKV, Uniform, learned_budgets
-from headwise.artifacts import Budget
 from headwise.errors import BadInput
-from headwise.gates import load_gates
-from headwise.interfaces import AbstractAllocator, AbstractScorer
-from headwise.scores import (
-    H2O,
-    TOVA,
-    CriticalKV,
-    ExpectedAttention,
-    KeyDiff,
-    Knorm,
-    KVzip,
-    Random,
-    ShippedLKVT,
-    SnapKV,
-    Streaming,
-    learned_scorer,
-)
+from headwise.gates import shipped_gates
+from headwise.interfaces import AbstractAllocator, AbstractScorer, Follow
+from headwise.registry import ALIASES as ALIASES
+from headwise.registry import ALLOCATORS as ALLOCATORS
+from headwise.registry import AUTO as AUTO
+from headwise.registry import SCORERS as SCORERS
+from headwise.registry import Entry as Entry
+from headwise.registry import entries_of as entries_of
+from headwise.registry import made
+from headwise.registry import paper_of as paper_of
 from headwise.shapes import ModelShape
+
+# The default where no gates are ready for a model: what needs no preparation and is best on real models, query-agnostic
+# (docs/results; set by measurement). The second one is for where a context cannot be read twice: models with
+# sliding-window layers, and prompts that generate() reads.
+PLAIN_DEFAULT = "kvzip"
+ONE_PASS_DEFAULT = "keydiff"
+READY_DEFAULT = "lkv"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,11 +71,17 @@ class Method:
             raise BadInput(
                 f"method={name!r}: give a name such as 'snapkv+adakv', or Method(scorer=..., allocator=...)."
             )
-        scorer, allocator = _halves(name.strip())
-        return cls(
-            scorer=_make(SCORERS, scorer, name, "scorer"),
-            allocator=_make(ALLOCATORS, allocator, name, "allocator"),
-        )
+        if name == AUTO:
+            raise BadInput(
+                f"method {AUTO!r} is chosen for a model: give it to headwise.compress or to a command, or see "
+                "headwise.choose."
+            )
+        scorer, allocator = made(name)
+        return cls(scorer=scorer, allocator=allocator)
+
+    def told(self, follow: Follow) -> "Method":
+        """With the instruction, if its scorer reads the context again after one; `follow` makes tokens of it."""
+        return replace(self, scorer=self.scorer.told(follow))
 
     def for_model(self, shape: ModelShape, config_hash: str) -> "Method":
         """The method to use on this model. Raises ArtifactMismatch if its budget is for another model or scorer."""
@@ -98,143 +99,39 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """A line of the registry."""
+class Choice:
+    """A model's default method, by its name, and why it is that one."""
 
-    make: Callable[..., Any]
-    summary: str
-    paper: str = ""
-    file: Literal["none", "optional", "needed"] = "none"
-    # Whether vLLM can be served with it: a scorer that needs no more than a head's keys, values and the last queries;
-    # an allocator whose counts are the same for every prompt of a length.
-    served: bool = False
+    name: str
+    reason: str
 
 
-SCORERS: Mapping[str, Entry] = MappingProxyType(
-    {
-        "random": Entry(make=Random, summary="uniform random scores: the floor every method must beat"),
-        "streaming": Entry(
-            make=Streaming, summary="first 4 tokens and the most recent ones", paper="2309.17453", served=True
-        ),
-        "knorm": Entry(make=Knorm, summary="small key norm", paper="2406.11430", served=True),
-        "keydiff": Entry(make=KeyDiff, summary="keys unlike the mean key", paper="2504.15364", served=True),
-        "snapkv": Entry(
-            make=SnapKV, summary="attention of the last window of queries", paper="2404.14469", served=True
-        ),
-        "tova": Entry(make=TOVA, summary="attention of the last query", paper="2401.06104"),
-        "h2o": Entry(make=H2O, summary="attention accumulated over all queries", paper="2306.14048"),
-        "expected": Entry(make=ExpectedAttention, summary="attention expected from future queries", paper="2510.00636"),
-        "criticalkv": Entry(make=CriticalKV, summary="SnapKV weighted by what the value writes", paper="2502.03805"),
-        "kvzip": Entry(
-            make=KVzip, summary="attention while the model repeats the context (2 passes)", paper="2505.23416"
-        ),
-        "lkv-t": Entry(
-            make=lambda path=None: ShippedLKVT() if path is None else learned_scorer(load_gates(path)),
-            summary="learned from keys and values: lkv-t@FILE, or lkv-t where gates are shipped",
-            paper="2605.06676",
-            file="optional",
-            served=True,
-        ),
-    }
-)
+def choose(shape: ModelShape, config_hash: str, *, replays: bool = True) -> Choice:
+    """The default method of a model: learned, if its gates come with headwise, else the best without preparation.
 
-ALLOCATORS: Mapping[str, Entry] = MappingProxyType(
-    {
-        "uniform": Entry(make=Uniform, summary="the same count for every head", served=True),
-        "pyramid": Entry(
-            make=Pyramid,
-            summary="more for early layers, linearly less for late ones",
-            paper="2406.02069",
-            served=True,
-        ),
-        "adakv": Entry(make=AdaKV, summary="heads of a layer compete with their scores", paper="2407.11550"),
-        "global": Entry(make=Global, summary="all heads of all layers compete with their scores"),
-        "fixed": Entry(
-            make=lambda path: Fixed(budget=Budget.load(path)),
-            summary="per-head fractions from a Budget file: fixed@FILE",
-            paper="2410.10819",
-            file="needed",
-            served=True,
-        ),
-        "lukv": Entry(
-            make=lambda path=None: ShippedLUKV() if path is None else LUKV(budget=Budget.load(path)),
-            summary="solved from a profile of the model and scorer: lukv@FILE, or lukv where a budget is shipped",
-            paper="2602.08585",
-            file="optional",
-            served=True,
-        ),
-        "lkv-h": Entry(
-            make=lambda path=None: ShippedLKVH() if path is None else learned_budgets(load_gates(path)),
-            summary="learned budgets: lkv-h@FILE, or lkv-h where gates are shipped",
-            paper="2605.06676",
-            file="optional",
-            served=True,
-        ),
-    }
-)
-
-ALIASES: Mapping[str, str] = MappingProxyType(
-    {
-        "random": "random+uniform",
-        "streaming": "streaming+uniform",
-        "knorm": "knorm+uniform",
-        "keydiff": "keydiff+uniform",
-        "snapkv": "snapkv+uniform",
-        "tova": "tova+uniform",
-        "h2o": "h2o+uniform",
-        "expected": "expected+uniform",
-        "criticalkv": "criticalkv+uniform",
-        "kvzip": "kvzip+global",
-        "pyramidkv": "snapkv+pyramid",
-        "adakv": "snapkv+adakv",
-        "lkv-t": "lkv-t+uniform",
-        "lkv": "lkv-t+lkv-h",
-    }
-)
+    `replays`: whether the context can be read twice, as compress() does and generate() does not.
+    """
+    if _gates_are_ready(config_hash):
+        return Choice(name=READY_DEFAULT, reason="its gates for this model come with headwise")
+    bare = "no gates are ready for this model ('headwise train' makes some), and of what needs no preparation it is"
+    if not replays:
+        return Choice(name=ONE_PASS_DEFAULT, reason=f"{bare} the default where a prompt is read once")
+    if len(shape.layers) < shape.num_layers:
+        return Choice(name=ONE_PASS_DEFAULT, reason=f"{bare} the default for models with sliding-window layers")
+    return Choice(name=PLAIN_DEFAULT, reason=f"{bare} the default")
 
 
-def entries_of(name: str) -> tuple[str, str]:
-    """Which scorer and which allocator a name stands for, as SCORERS and ALLOCATORS know them. Raises BadInput."""
-    Method.parse(name)
-    scorer, allocator = (half.partition("@")[0] for half in _halves(name.strip()))
-    return scorer, allocator
+def for_model(method: str | Method, shape: ModelShape, config_hash: str, *, replays: bool = True) -> Method:
+    """The method to use on a model; "auto" is the one that `choose` names. Raises BadInput, ArtifactMismatch."""
+    if method == AUTO:
+        method = choose(shape, config_hash, replays=replays).name
+    return Method.parse(method).for_model(shape, config_hash)
 
 
-def paper_of(alias: str) -> str:
-    """The arXiv id of a short name: its allocator's paper, or else its scorer's; empty if neither has one."""
-    scorer, _, allocator = ALIASES[alias].partition("+")
-    return ALLOCATORS[allocator].paper or SCORERS[scorer].paper
-
-
-def _halves(name: str) -> tuple[str, str]:
-    """Scorer and allocator, as they are written; a short name for two parts of one file gives it to both: lkv@FILE."""
-    word, at, path = name.partition("@")
-    scorer, _, allocator = ALIASES.get(word, "").partition("+")
-    if at and scorer and SCORERS[scorer].file != "none" and ALLOCATORS[allocator].file != "none":
-        return f"{scorer}@{path}", f"{allocator}@{path}"
-    scorer, plus, allocator = ALIASES.get(name, name).partition("+")
-    return scorer.strip(), allocator.strip() if plus else "uniform"
-
-
-def _make(registry: Mapping[str, Entry], text: str, name: str, kind: str) -> Any:
-    word, at, path = text.partition("@")
-    entry = registry.get(word)
-    if entry is None:
-        known = f"Known {kind}s: {', '.join(registry)}."
-        raise BadInput(f"method {name!r}: there is no {kind} {word!r}.{_hint(registry, word, name)} {known}")
-    if (entry.file == "needed" or at) and not path:
-        raise BadInput(f"method {name!r}: {kind} {word!r} needs a file, as in {word}@FILE.")
-    if at and entry.file == "none":
-        raise BadInput(f"method {name!r}: {kind} {word!r} takes no file.")
-    return entry.make(Path(path)) if at else entry.make()
-
-
-def _hint(registry: Mapping[str, Entry], word: str, name: str) -> str:
-    """What an unknown word was probably meant to be."""
-    if word in ALLOCATORS:
-        return f" It is an allocator: write scorer+{word}."
-    if word in ALIASES:
-        return f" It is short for {ALIASES[word]}."
-    aliases = () if "+" in name else ALIASES
-    close = get_close_matches(word.lower(), [*registry, *aliases], n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+def _gates_are_ready(config_hash: str) -> bool:
+    """Whether both parts of LKV are shipped for a model."""
+    try:
+        gates = shipped_gates(config_hash)
+    except BadInput:
+        return False
+    return gates.budgets is not None and gates.scores is not None

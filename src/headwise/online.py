@@ -13,7 +13,7 @@ from headwise.errors import BadInput, ShapeMismatch, UnsupportedModel
 from headwise.hf.families import TOO_LONG, ModelView, given, view
 from headwise.interfaces import Replay
 from headwise.keep import Keep
-from headwise.method import Method
+from headwise.method import AUTO, Method
 from headwise.ragged.cache import RaggedCache
 from headwise.ragged.store import tokens_fingerprint
 
@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 def compress(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "batch tokens"],
-    method: str | Method,
+    method: str | Method = AUTO,
     *,
     keep: float | str | Keep,
     attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"] | None = None,
@@ -34,10 +34,10 @@ def compress(
 ) -> RaggedCache:
     """Read a context and keep only what `method` keeps of it, before any question is seen (query-agnostic).
 
-    >>> cache = headwise.compress(model, context_ids, "expected", keep=0.15)
-    >>> ids = torch.cat([context_ids, question_ids], dim=-1)
-    >>> model.generate(ids, past_key_values=cache.fork())
+    >>> cache = headwise.compress(model, context_ids, "snapkv+adakv", keep=0.15)
+    >>> model.generate(**cache.inputs(question_ids))
 
+    "auto" is the default method of this model (method.choose); `cache.provenance` says which it was.
     A batch of contexts of different lengths is padded on the left, with its `attention_mask`; padding is not stored.
     `prefill_chunk_size` reads the context in pieces of that many tokens: less activation memory, the same selection,
     but every layer stays whole until the last piece. A scorer that repeats the context (KVzip) does so in smaller

@@ -92,6 +92,7 @@ class Reading:
     first: Observation  # of the first layer
     scores: dict[AbstractScorer, Float[Tensor, "layers batch kv_heads tokens"]]
     seen: dict[AbstractScorer, list[Observation]]
+    before: int = 0  # tokens that were read before the last piece
 
     def cut(self, method: str | Method, keep: float | str | Keep) -> RaggedCache:
         """The cache that `compress` makes of this context. Raises BadInput if the scorer did not watch."""
@@ -130,6 +131,10 @@ class Reading:
         meter, compressible = self.whole.meter.fork(), {layer.model_index for layer in self.whole.ragged_layers}
         meter.held, meter.peak = {}, meter.uncut_peak
         full = 2 * self.first.keys.numel() * self.whole.ragged_layers[0].dtype.itemsize  # padding included
+        tokens = self.first.keys.shape[2]
+        for layer in self.whole.layers if self.before else ():  # in pieces, all layers are whole up to the last one
+            early = full if layer.model_index in compressible else layer.nbytes
+            meter.report(layer.model_index, min(early, full * self.before // tokens))
         for index in compressible if whole_first else ():
             meter.report(index, full)
         for layer in cut:
@@ -180,7 +185,9 @@ def read(
         progress=progress,
     )
     scores = {scorer: torch.stack(layers) for scorer, layers in watchers.scores.items()}
-    return Reading(whole=whole, first=watchers.first[0], scores=scores, seen=watchers.seen)
+    length = input_ids.shape[1]
+    before = (length - 1) // (prefill_chunk_size or length) * (prefill_chunk_size or length)
+    return Reading(whole=whole, first=watchers.first[0], scores=scores, seen=watchers.seen, before=before)
 
 
 def _subset(whole: Segments, kept: Tensor, valid: Tensor) -> Segments:

@@ -17,8 +17,9 @@ from headwise.keep import Keep, parse_keep
 from headwise.method import Method
 from headwise.online import Progress, compress
 from headwise.ragged.prefill import make_plan
+from headwise.registry import FULL as FULL
+from headwise.registry import require_names
 
-FULL = "full"
 TIMED_STEPS = 24
 COPIED_BYTES = 2**30  # copies of a full cache that answer() makes at a time
 
@@ -76,8 +77,7 @@ class FullMemory:
 
 def known_methods(methods: Sequence[str]) -> None:
     """Raise BadInput unless there are methods and each is "full" or can be parsed."""
-    if not methods:
-        raise BadInput(f"no method is named; name some, such as {FULL} and snapkv+adakv.")
+    require_names(methods)
     for method in methods:
         if method != FULL:
             Method.parse(method)

@@ -1,34 +1,45 @@
-"""The main job: one document, its questions, several methods, one keep."""
+"""The main job: one document, its questions, several methods and keeps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from headwise.evals.answers import FULL, answer, read_context, require_possible, room_for_answers, time_decoding
-from headwise.evals.document import Asked, tokenize
+from headwise.errors import BadInput
+from headwise.evals.answers import FULL, known_methods, require_possible
+from headwise.evals.document import Asked
 from headwise.evals.metrics import answers_found
-from headwise.evals.room import require_room
-from headwise.hf.families import view
+from headwise.evals.session import WHOLE, Outcome, Pair, Session
+from headwise.evals.tasks import PROTOCOLS, Question, Sample
 from headwise.keep import Keep, parse_keep
+from headwise.online import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """One method's row. Bytes are of keys and values in storage; `accuracy` is the mean share of answers found.
+    """One method at one keep. Bytes are of keys and values in storage.
 
-    `sliding_kv_bytes`, of sliding-window layers, are part of all the others: these layers are left whole.
+    `accuracy` is the mean share of known answers found, over the questions that have some; where none has, the share of
+    answers that are the full cache's. `kl` (nats) and `agreement` (share of tokens with the same first choice) are of
+    the full cache's own answers, token by token (fidelity.py). `prefill_seconds` is the time of the reading that served
+    `prefill_shared_by` rows. `sliding_kv_bytes`, of sliding-window layers, are part of all the other bytes: these
+    layers are left whole.
     """
 
     method: str
     keep: float | str
+    protocol: str
     kv_bytes: int
     full_kv_bytes: int
     peak_kv_bytes: int
     sliding_kv_bytes: int
     accuracy: float
+    kl: float | None
+    agreement: float | None
+    prefill_seconds: float
+    prefill_shared_by: int
     decode_ms_per_token: float
     answers: tuple[str, ...]
 
@@ -40,51 +51,66 @@ def compare(
     asked: Sequence[Asked],
     *,
     methods: Sequence[str],
-    keep: float | str | Keep,
+    keep: float | str | Keep | Sequence[float | str | Keep],
     max_new_tokens: int = 32,
+    protocol: str = "query-agnostic",
     prefill_chunk_size: int | None = None,
     split_special_tokens: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[Comparison]:
-    """Read `context` once per method, answer every question from what was kept, and measure.
+    """Read `context`, cut it by every method and keep, answer every question from what was kept, and measure.
 
-    Query-agnostic: no question is seen before the context has been cut. Where a question has no known answers, the full
-    cache's own answer stands in. "full" is transformers' own cache; it is always measured. One row per method, however
-    often it is named. `split_special_tokens`: see `tokenize`. Before any work it raises BadInput if a method is unknown
-    or the model has no room for the document, and BudgetInfeasible, ArtifactMismatch or UnsupportedModel if one of the
-    methods could not run.
+    Methods share a reading where they can (session.py), so the full cache stays in memory meanwhile; the peak is what
+    `compress` would have held. Query-agnostic: no question is seen before the context has been cut. Query-aware: each
+    question is compressed with the context, which is read once per question. "full" is transformers' own cache; it is
+    always measured. One row per method and keep, however often they are named. `split_special_tokens`: see `tokenize`.
+
+    Before any work it raises BadInput if a method is unknown or the model has no room for the document, and
+    BudgetInfeasible, ArtifactMismatch or UnsupportedModel if one of the methods could not run.
     """
-    keep = parse_keep(keep)
-    questions = [a.question for a in asked]
-    require_room(tokenizer, context, view(model).max_positions)
-    tokens = tokenize(tokenizer, context, questions, device=model.device, split_special_tokens=split_special_tokens)
-    room_for_answers(model, tokens)
-    require_possible(model, methods, [keep], tokens)
-    others = [method for method in dict.fromkeys(methods) if method != FULL]
+    if protocol not in PROTOCOLS:
+        raise BadInput(f"protocol={protocol!r}: choose {' or '.join(PROTOCOLS)}.")
+    keeps = [parse_keep(one) for one in (keep if isinstance(keep, list | tuple) else [keep])]
+    if not keeps:
+        raise BadInput("no keep is given; give one, such as 0.15.")
+    known_methods(methods)
+    session = Session(
+        model=model,
+        tokenizer=tokenizer,
+        query_aware=protocol == "query-aware",
+        prefill_chunk_size=prefill_chunk_size,
+        split_special_tokens=split_special_tokens,
+    )
+    questions = tuple(Question(prompt=one.question, answers=one.answers) for one in asked)
+    sample = Sample(context=context, questions=questions, max_new_tokens=max_new_tokens)
+    for tokens in session.tokens(sample):
+        require_possible(model, methods, keeps, tokens)
+    pairs = list(dict.fromkeys((m, k) for m in methods for k in ([WHOLE[1]] if m == FULL else keeps)))
+    outcomes = session.measure(sample, pairs, timed=True, progress=progress)
+    full = outcomes[WHOLE]
+    return [_row(pair, outcomes[pair], full, asked, protocol) for pair in pairs]
 
-    def measure(method: str, full: Comparison | None) -> Comparison:
-        progress(0 if full is None else 1 + others.index(method), 1 + len(others))
-        memory = read_context(model, tokens.context, method, keep, prefill_chunk_size=prefill_chunk_size)
-        kv_bytes, peak, sliding = memory.nbytes, memory.peak_nbytes, memory.sliding_nbytes
-        texts = answer(model, tokenizer, memory, tokens, max_new_tokens=max_new_tokens)
-        return Comparison(
-            method=method,
-            keep=1.0 if method == FULL else keep.value,
-            kv_bytes=kv_bytes,
-            full_kv_bytes=kv_bytes if full is None else full.kv_bytes,
-            peak_kv_bytes=peak,
-            sliding_kv_bytes=sliding,
-            accuracy=_accuracy(asked, texts, texts if full is None else full.answers),
-            decode_ms_per_token=time_decoding(model, memory, tokens),
-            answers=tuple(texts),
-        )
 
-    full = measure(FULL, None)
-    rows = {FULL: full, **{method: measure(method, full) for method in others}}
-    progress(len(rows), len(rows))
-    return [rows[method] for method in dict.fromkeys(methods)]
+def _row(pair: Pair, found: Outcome, full: Outcome, asked: Sequence[Asked], protocol: str) -> Comparison:
+    assert found.step_ms is not None
+    return Comparison(
+        method=pair[0],
+        keep=pair[1].value,
+        protocol=protocol,
+        kv_bytes=found.kv_bytes,
+        full_kv_bytes=full.kv_bytes,
+        peak_kv_bytes=found.peak_kv_bytes,
+        sliding_kv_bytes=found.sliding_kv_bytes,
+        accuracy=_accuracy(asked, found.predictions, full.predictions),
+        kl=found.fidelity.kl,
+        agreement=found.fidelity.agreement,
+        prefill_seconds=found.prefill_seconds,
+        prefill_shared_by=found.prefill_shared_by,
+        decode_ms_per_token=found.step_ms,
+        answers=found.predictions,
+    )
 
 
 def _accuracy(asked: Sequence[Asked], texts: Sequence[str], full_texts: Sequence[str]) -> float:
-    expected = [question.answers or (text,) for question, text in zip(asked, full_texts, strict=True)]
-    return fmean(answers_found(text, phrases) for text, phrases in zip(texts, expected, strict=True))
+    known = [answers_found(text, one.answers) for one, text in zip(asked, texts, strict=True) if one.answers]
+    return fmean(known or [answers_found(text, (full,)) for text, full in zip(texts, full_texts, strict=True)])

@@ -1,10 +1,8 @@
-"""A document with questions: reading it from files, and turning it into tokens, chat template included."""
+"""A document with questions, turned into tokens, chat template included."""
 
-import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from string import punctuation
 from typing import Any
 
@@ -12,49 +10,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from headwise import strict_json
-from headwise.bounded import MOST_BYTES, read_bytes
 from headwise.errors import BadInput
 from headwise.evals import template
-from headwise.evals.models import reference_path
 from headwise.evals.seams import following_ids, unclosed
 from headwise.evals.template import Rendered
+from headwise.evals.texts import Asked as Asked
+from headwise.evals.texts import bundled as bundled
+from headwise.evals.texts import read_questions as read_questions
+from headwise.evals.texts import read_text as read_text
+from headwise.evals.texts import require_whole as require_whole
+from headwise.method import Method
 
-_EXAMPLE = '{"question": "Who ...?", "answers": ["Ada"]}'
-FORMATS = {  # files that are no text, by how they begin; some are all ASCII
-    b"%PDF-": "a PDF file",
-    b"%FDF-": "a PDF form",
-    b"%!PS": "a PostScript file",
-    b"{\\rtf": "an RTF file",
-    b"PK\x03\x04": "a ZIP archive (as .docx, .odt and .epub files are)",
-    b"PK\x05\x06": "an empty ZIP archive",
-    b"\xd0\xcf\x11\xe0": "an Office file (.doc, .xls or .ppt)",
-    b"\x1f\x8b": "a gzip archive",
-    b"BZh91AY&SY": "a bzip2 archive",
-    b"\xfd7zXZ": "an xz archive",
-    b"\x28\xb5\x2f\xfd": "a zstd archive",
-    b"7z\xbc\xaf": "a 7z archive",
-    b"\x7fELF": "a program",
-    b"MZ\x90": "a program",
-    b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture",
-    b"SQLite format 3\x00": "a database",
-}
-ENCODINGS = {  # by the mark that such text begins with; that of UTF-32 begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 UNKNOWN_IN_CONTEXT, UNKNOWN_IN_QUESTION = 0.05, 0.20  # of the tokens; beyond, an answer means nothing
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """A question, and the phrases a right answer contains (none: not known)."""
-
-    question: str
-    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,86 +32,44 @@ class Tokens:
     questions: tuple[Int[Tensor, " _"], ...]  # each of its own length
 
 
-def bundled() -> tuple[str, list[Asked]]:
-    """The document and questions that come with the package."""
-    folder = reference_path()
-    return read_text(folder / "demo.txt"), read_questions(folder / "demo.jsonl")
+def prompt(
+    tokenizer: Any,
+    document: str,
+    questions: str | Sequence[str],
+    *,
+    device: torch.device | str = "cpu",
+    split_special_tokens: bool = False,
+) -> Tokens:
+    """Tokens of a document and of questions about it, as the commands make them: in the chat template, if there is one.
 
+    >>> prompt = headwise.prompt(tokenizer, document, ["Who signed it?"], device=model.device)
+    >>> cache = headwise.compress(model, prompt.context, keep=0.15)
+    >>> model.generate(**cache.fork().inputs(prompt.questions[0]), max_new_tokens=64)
 
-def read_text(path: Path, *, newline: str | None = None) -> str:
-    """A document, the ends of its lines as "\\n"; with newline="\\n" as they are.
-
-    Raises BadInput if it cannot be read, is no text or is empty.
+    `context` is [1, tokens]; `questions` are one tensor [tokens] each. A question follows the context directly, and ends
+    where the model's turn begins. For a cache that was loaded give the same document, or any: only the questions are
+    needed. Raises BadInput, see `tokenize`.
     """
-    try:
-        data = read_bytes(path, MOST_BYTES, "the document")
-    except OSError as error:
-        raise BadInput(f"cannot read the document {path}: {error.strerror}.") from error
-    text = _decoded(data, f"the document {path}")
-    if newline is None:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text.strip():
-        raise BadInput(f"the document {path} is empty.")
-    return text
+    asked = [questions] if isinstance(questions, str) else questions
+    return tokenize(tokenizer, document, asked, device=device, split_special_tokens=split_special_tokens)
 
 
-def _decoded(data: bytes, what: str) -> str:
-    """UTF-8 text. Raises BadInput for anything else, saying what it is."""
-    start = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip()
-    for magic, kind in FORMATS.items():
-        if start.startswith(magic):
-            raise BadInput(f"{what} is {kind}, not text; convert it to a text file (UTF-8) first.")
-    for mark, encoding in ENCODINGS.items():
-        if data.startswith(mark):
-            raise BadInput(f"{what} is {encoding}, not UTF-8 text; save it as UTF-8 first.")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{what} is not UTF-8 text (byte {error.start}); convert it to a text file.") from error
-    if "\0" in text:
-        raise BadInput(
-            f"{what} is not UTF-8 text: it has zero bytes, as binary files and UTF-16 have; convert it first."
-        )
-    return text
+def instructed(method: str | Method, tokenizer: Any, *, chat: bool = True) -> Method:
+    """The method with its instruction in this tokenizer's tokens, if it has the model repeat the context (KVzip).
 
-
-def require_whole(text: str, what: str) -> None:
-    """Raise BadInput for half a character, which JSON and the command line let through: no tokenizer reads it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadInput(
-            f"{what} holds half a character (a lone surrogate, character {error.start + 1}). Write the whole character."
-        ) from error
-
-
-def read_questions(path: Path) -> list[Asked]:
-    """Questions from JSON lines such as {"question": "Who ...?", "answers": ["Ada"]}; "answers" may be left out.
-
-    Raises BadInput, naming the line.
+    The instruction ends the user's message in the chat template, and the model's turn begins; without a template, or
+    without `chat`, it is a paragraph of its own. A tokenizer that lacks its words gives none. Raises BadInput.
     """
-    try:
-        data = read_bytes(path, MOST_BYTES, "the file of questions")
-        lines = _decoded(data, f"the file of questions {path}").split("\n")
-    except OSError as error:
-        raise BadInput(f"cannot read questions from {path}: {error}.") from error
-    asked = [_parse_question(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
-    if not asked:
-        raise BadInput(f"{path} holds no questions.")
-    return asked
 
+    def follow(text: str) -> tuple[int, ...]:
+        templated = chat and getattr(tokenizer, "chat_template", None) is not None
+        write = template.chat(tokenizer) if templated else str
+        start = template.opening(write, "a")  # any document
+        end = template.ending(write, "a", start, f"\n\n{text}")
+        ids = following_ids(tokenizer, end.text + (end.own if templated else "\n\n"))
+        return () if _unknown_token(tokenizer) in ids else tuple(ids)
 
-def _parse_question(line: str, place: str) -> Asked:
-    try:
-        found = strict_json.loads(line)
-    except ValueError:
-        found = None
-    match found:
-        case {"question": str(question)} if question.strip():
-            answers = found.get("answers", [])
-            if isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers):
-                return Asked(question=question, answers=tuple(answers))
-    raise BadInput(f"{place} is no question; write {_EXAMPLE} on one line.")
+    return Method.parse(method).told(follow)
 
 
 def tokenize(
@@ -243,9 +168,9 @@ class _Reader:
 
 def _require_known(tokenizer: Any, ids: list[int], limit: float, text: str, what: str) -> None:
     """Raise BadInput if more than `limit` of the tokens stand for words the tokenizer does not know."""
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        return  # a tokenizer of bytes knows every word; some give the unknown token another use
+    unknown = _unknown_token(tokenizer)
+    if unknown is None:
+        return
     share = ids.count(unknown) / max(1, len(ids))
     if share > limit:
         words = dict.fromkeys(word.strip(punctuation) or word for word in text.split())
@@ -254,3 +179,9 @@ def _require_known(tokenizer: Any, ids: list[int], limit: float, text: str, what
             f"this model does not know {share:.0%} of the words of {what}, such as {', '.join(strange)}: its answers "
             "would mean nothing. Give a model that knows them, such as --model Qwen/Qwen3-4B."
         )
+
+
+def _unknown_token(tokenizer: Any) -> int | None:
+    """What stands for a word that the tokenizer lacks. One of bytes knows every word; some use that token otherwise."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return None if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id) else unknown

@@ -25,6 +25,7 @@ from headwise import __version__
 from headwise.console import complain, open_streams
 from headwise.errors import BadInput, BudgetInfeasible, HeadwiseError
 from headwise.evals.answers import FULL
+from headwise.evals.document import instructed
 from headwise.hf.families import given, view
 from headwise.keep import Keep, parse_keep
 from headwise.method import Method
@@ -72,6 +73,7 @@ class HeadwiseLM(HFLM):
         super().__init__(pretrained, **options)
         if self.cut_with is not None:
             found = view(self.model)
+            self.cut_with = instructed(self.cut_with, self.tokenizer, chat=False)  # prompts come as tokens
             self.cut_with.for_model(found.shape, found.config_hash)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:

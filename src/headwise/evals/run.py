@@ -25,14 +25,13 @@ from headwise.evals.document import Tokens
 from headwise.evals.records import Record, RunFolder
 from headwise.evals.seams import token_texts
 from headwise.evals.session import WHOLE, Outcome, Pair, Session
-from headwise.evals.tasks import Sample, Task
+from headwise.evals.tasks import PROTOCOLS, Sample, Task
 from headwise.hf.families import view
 from headwise.keep import Keep, parse_keep
 from headwise.kernels import fastest
 from headwise.processes import Processes
 from headwise.ragged.cache import RaggedCache
 
-PROTOCOLS = ("query-agnostic", "query-aware")
 LONGEST_MAP = 2048  # tokens of a context that is drawn
 
 

@@ -23,14 +23,14 @@ from headwise.evals.answers import (
     room_for_answers,
     time_decoding,
 )
-from headwise.evals.document import Tokens, tokenize
+from headwise.evals.document import Tokens, instructed, tokenize
 from headwise.evals.fidelity import LOGITS_BYTES, Continuations, Fidelity, Yardstick
 from headwise.evals.room import require_room
 from headwise.evals.tasks import Sample
 from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
 from headwise.keep import Keep, parse_keep
-from headwise.method import Method
+from headwise.online import Progress
 from headwise.ragged.cache import RaggedCache
 from headwise.reading import can_share, read
 
@@ -64,13 +64,18 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """How a sample is put to the model. `rows`: sequences that are decoded together, at most."""
+    """How a sample is put to the model. `rows`: sequences that are decoded together, at most.
+
+    `prefill_chunk_size`: contexts are read in pieces of so many tokens. `split_special_tokens`: see `tokenize`.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     query_aware: bool = False
     fidelity: bool = True
     rows: int = 256
+    prefill_chunk_size: int | None = None
+    split_special_tokens: bool = False
 
     def tokens(self, sample: Sample) -> list[Tokens]:
         """What is compressed and what is asked then: all questions after the context, or each with its own.
@@ -89,6 +94,7 @@ class Session:
             separator="" if sample.verbatim else "\n\n",
             prefixes=[question.answer_prefix for question in sample.questions],
             chat=sample.chat,
+            split_special_tokens=self.split_special_tokens,
         )
         room_for_answers(self.model, found)
         if not self.query_aware:
@@ -116,13 +122,17 @@ class Session:
         *,
         timed: bool = False,
         show: Callable[[Pair, Tokens, RaggedCache], None] = lambda pair, tokens, cache: None,
+        progress: Progress = lambda done, total: None,
     ) -> dict[Pair, Outcome]:
-        """Outcomes of all pairs, and of the full cache. `show` is given every cut cache of the first reading."""
-        parts = self.tokens(sample)
-        measured = [
-            _Asking(self, tokens, sample, timed=timed and part == 0, show=show if part == 0 else None).measure(pairs)
-            for part, tokens in enumerate(parts)
-        ]
+        """Outcomes of all pairs, and of the full cache. `show` is given every cut cache of the first reading.
+
+        `progress` is called with (pairs measured, pairs in all); a pair counts for every context that it is cut from.
+        """
+        parts, measured = self.tokens(sample), []
+        for part, tokens in enumerate(parts):
+            first = part == 0
+            asking = _Asking(self, tokens, sample, timed=timed and first, show=show if first else None)
+            measured.append(asking.measure(pairs, _after(progress, part, len(parts))))
         return {pair: _together([part[pair] for part in measured]) for pair in measured[0]}
 
 
@@ -149,20 +159,23 @@ class _Asking:
     ):
         self.session, self.tokens, self.timed, self.show = session, tokens, timed, show
         self.model, self.tokenizer = session.model, session.tokenizer
-        self.limit = sample.max_new_tokens
+        self.limit, self.chat = sample.max_new_tokens, sample.chat
         self.targets = None if sample.continues is None else [question[1:] for question in tokens.questions]
         self.yardstick: Yardstick | None = None
 
-    def measure(self, pairs: Sequence[Pair]) -> dict[Pair, Outcome]:
+    def measure(self, pairs: Sequence[Pair], progress: Progress) -> dict[Pair, Outcome]:
         """The full cache first: what it answers is what the others are compared with."""
+        others = [pair for pair in dict.fromkeys(pairs) if pair[0] != FULL]
+        progress(0, 1 + len(others))
         start = time.perf_counter()
-        full = FullMemory(self.model, self.tokens.context)
+        full = FullMemory(self.model, self.tokens.context, self.session.prefill_chunk_size)
         (found,) = self._outcomes([(WHOLE, full, time.perf_counter() - start, 1)])
         outcomes, full_bytes = {WHOLE: found}, full.nbytes
         del full
-        others = [pair for pair in pairs if pair[0] != FULL]
+        progress(1, 1 + len(others))
         for some in self._groups(others, full_bytes):
             outcomes |= zip([pair for pair, *_ in some], self._outcomes(some), strict=True)
+            progress(len(outcomes), 1 + len(others))
         return outcomes
 
     def _groups(self, pairs: Sequence[Pair], full_bytes: int) -> Iterator[list[tuple[Pair, Memory, float, int]]]:
@@ -182,16 +195,18 @@ class _Asking:
     def _cuts(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Memory, float, int]]:
         """Every pair's cache, the seconds its reading took, and how many pairs that reading serves."""
         by_reading: dict[tuple[AbstractScorer, ...], list[Pair]] = {}
-        shared = tuple(dict.fromkeys(s for s in (_scorer(method) for method, _ in pairs) if can_share(s)))
+        methods = {name: instructed(name, self.tokenizer, chat=self.chat) for name, _ in pairs}
+        shared = tuple(dict.fromkeys(m.scorer for m in methods.values() if can_share(m.scorer)))
         for pair in pairs:
-            scorer = _scorer(pair[0])
+            scorer = methods[pair[0]].scorer
             by_reading.setdefault(shared if can_share(scorer) else (scorer,), []).append(pair)
         for scorers, served in by_reading.items():
             start = time.perf_counter()
-            reading = read(self.model, self.tokens.context, scorers)
+            chunk_size = self.session.prefill_chunk_size
+            reading = read(self.model, self.tokens.context, scorers, prefill_chunk_size=chunk_size)
             seconds = time.perf_counter() - start
             for pair in served:
-                yield pair, reading.cut(*pair), seconds, len(served)
+                yield pair, reading.cut(methods[pair[0]], pair[1]), seconds, len(served)
 
     def _outcomes(self, group: Sequence[tuple[Pair, Memory, float, int]]) -> list[Outcome]:
         memories = [memory for _, memory, *_ in group]
@@ -268,8 +283,9 @@ def _joined(memories: Sequence[Memory]) -> Memory:
     return memories[0] if len(memories) == 1 else RaggedCache.join(cast(list[RaggedCache], memories))
 
 
-def _scorer(method: str) -> AbstractScorer:
-    return Method.parse(method).scorer
+def _after(progress: Progress, part: int, parts: int) -> Progress:
+    """Progress of one of several parts, all of one size."""
+    return lambda done, total: progress(part * total + done, parts * total)
 
 
 def _together(parts: Sequence[Outcome]) -> Outcome:

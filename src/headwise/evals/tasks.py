@@ -7,6 +7,8 @@ function that makes sample `index`, and a line in suites.py.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+PROTOCOLS = ("query-agnostic", "query-aware")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:

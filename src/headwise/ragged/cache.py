@@ -15,11 +15,11 @@ from transformers.cache_utils import Cache
 
 from headwise.errors import BadInput, UnsupportedGeneration, UnsupportedModel
 from headwise.hf import attention
-from headwise.hf.families import ModelView, view
+from headwise.hf.families import ModelView, given, view
 from headwise.hf.passes import Listener
 from headwise.keep import Keep, parse_keep
 from headwise.kernels import get_kernel
-from headwise.method import Method
+from headwise.method import Method, for_model
 from headwise.ragged.layer import Meter, RaggedLayer, SlidingLayer
 from headwise.ragged.masks import require_whole_context
 from headwise.ragged.prefill import Prefill
@@ -37,10 +37,10 @@ class _Pass:
 
 
 class RaggedCache(Cache, Listener):
-    """A KV cache that is cut, head by head, as soon as the prompt has been read; pass it as `past_key_values`.
+    """A KV cache that is cut, head by head, as soon as the prompt has been read.
 
     >>> cache = RaggedCache(model, "snapkv+adakv", keep=0.15)
-    >>> model.generate(**prompt, past_key_values=cache)  # query-aware: the whole prompt is compressed
+    >>> model.generate(**cache.inputs(**prompt))  # query-aware: the whole prompt is compressed
 
     To compress a context before any question is known use `headwise.compress`. The first forward pass is the context,
     unless `prompt_length` says how many tokens it has: needed when it comes in pieces (`prefill_chunk_size`); a
@@ -64,7 +64,7 @@ class RaggedCache(Cache, Listener):
         replays: bool = False,
     ):
         self.view: ModelView = view(model)
-        self.method = Method.parse(method).for_model(self.view.shape, self.view.config_hash)
+        self.method = for_model(method, self.view.shape, self.view.config_hash, replays=replays)
         self.keep = parse_keep(keep)
         if prompt_length is not None and prompt_length < 1:
             raise BadInput(f"prompt_length={prompt_length} must be at least 1 token, or None: the first forward pass.")
@@ -238,6 +238,45 @@ class RaggedCache(Cache, Listener):
 
         self._settle()
         store.save(self, path)
+
+    def inputs(
+        self,
+        input_ids: Int[Tensor, "batch new"] | Int[Tensor, " new"],
+        attention_mask: Int[Tensor, "batch new"] | None = None,
+    ) -> dict[str, Any]:
+        """What generate() is given to go on from here: all ids, their mask, and this cache.
+
+        >>> answer = model.generate(**cache.fork().inputs(question_ids), max_new_tokens=64)
+
+        `input_ids` are the new tokens only, with their own `attention_mask` if rows are padded on the left. What the cache has
+        seen comes before them, a loaded cache's context too. The cache has the name that this version of transformers
+        calls it by. Raises BadInput where the rows do not fit, UnsupportedGeneration where the tokens seen are not known.
+        """
+        self._settle()
+        new = torch.atleast_2d(input_ids)
+        mask = torch.ones_like(new) if attention_mask is None else attention_mask
+        if self._stood_at():
+            known = self.transcript.ids
+            if known is None:
+                raise UnsupportedGeneration(
+                    "this cache does not know the tokens it has seen, because the decoder was called without its "
+                    "model: give generate() all of them, followed by the new ones."
+                )
+            if len(known) != len(new):
+                raise BadInput(f"this cache has {len(known)} rows, the new ids {len(new)}: give one row of ids for each.")
+            mask = torch.cat([self._seen_mask(known).to(mask), mask.to(new.device)], dim=-1)
+            new = torch.cat([known.to(new), new], dim=-1)
+        return {"input_ids": new, "attention_mask": mask, **given(self.view.model, self)}
+
+    def _seen_mask(self, known: Int[Tensor, "batch seen"]) -> Int[Tensor, "batch seen"]:
+        """0 at the padding of contexts, which lies before them."""
+        rows, mask = self.ragged_layers[0].rows, torch.ones_like(known)
+        if self.context_tokens is None or rows is None:
+            return mask
+        counts = torch.tensor(self.context_tokens, dtype=torch.int64, device=rows.device)[rows].to(known.device)
+        context = known.shape[1] - self.ragged_layers[0].tail_length
+        places = torch.arange(known.shape[1], dtype=torch.int64, device=known.device)
+        return mask * (places >= context - counts[:, None])
 
     def fork(self, copies: int = 1) -> "RaggedCache":
         """A cache that continues from here on its own. The frozen part is shared, never copied.

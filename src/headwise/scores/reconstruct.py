@@ -1,16 +1,17 @@
 """Scorers about what the model would lose: its attention's output (CriticalKV) or the context itself (KVzip)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.errors import BadInput
-from headwise.interfaces import AbstractScorer, Chunk, Observation, Provenance, Replay, Statistics
+from headwise.interfaces import AbstractScorer, Chunk, Follow, Observation, Provenance, Replay, Statistics
 from headwise.scores.attention import attention, token_ranks
 from headwise.scores.window import SnapKV
 
+INSTRUCTION = "Repeat the previous context exactly."
 _TOKEN_BLOCK = 1024  # values projected at once: the projection is hidden_size wide
 _QUERY_BLOCK = 256  # replay queries whose attention is computed at once
 
@@ -103,8 +104,10 @@ class KVzip(AbstractScorer):
     "Repeat the previous context exactly.") and, from the second on, the last `overlap` tokens of the piece before. The
     softmax sees the first 4 tokens, the piece's entries in the cache and the replay itself (causally), as in kvpress;
     the maximum runs over the instruction's queries too. Costs a second pass over the context and more: a quality
-    ceiling rather than a fast method. Differs: the instruction is the caller's (by default none) and no chat template
-    is put around it; a batch may be padded.
+    ceiling rather than a fast method. Where there is a tokenizer (commands, evaluations) the instruction is the
+    authors', as a message in the chat template that ends where the model's turn begins. Differs: later pieces follow
+    the same instruction, and their overlap begins the model's turn (the authors ask there to start with the overlap's
+    words); a batch may be padded.
     """
 
     chunk_size: int = 2048
@@ -126,6 +129,10 @@ class KVzip(AbstractScorer):
     def replay(self) -> Replay:
         """The context in chunks, each after the instruction and the end of the chunk before."""
         return Replay(chunk_size=self.chunk_size, overlap=self.overlap, instruction=self.instruction)
+
+    def told(self, follow: Follow) -> "KVzip":
+        """With the authors' instruction, unless it has one already."""
+        return self if self.instruction else replace(self, instruction=follow(INSTRUCTION))
 
     def accumulate(self, statistics: Statistics, chunk: Chunk) -> Statistics:
         """During a replay, record the attention on context tokens `replay_start` to `replay_end`.
