@@ -145,6 +145,7 @@ class Budget:
     origin: Origin
     hull: Mapping[str, Tensor] = field(default_factory=dict)
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
+    source: str = ""  # where the file came from, if from the hub: hub:owner/name/file@commit
 
     def __post_init__(self) -> None:
         tensors = self._tensors()
@@ -167,6 +168,10 @@ class Budget:
     def require(self, shape: ModelShape, config_hash: str = "") -> None:
         """Raise ArtifactMismatch, naming both sides, unless the budget was made for `shape` (and, if known, model)."""
         self.origin.require("budget was made", shape, config_hash, "Make one for it.")
+
+    def provenance(self, fingerprint: str) -> dict[str, Any]:
+        """What it was made for, where it came from, and a fingerprint of what is used of it."""
+        return {**asdict(self.origin), "fingerprint": fingerprint, **({"source": self.source} if self.source else {})}
 
     def _tensors(self) -> dict[str, Tensor]:
         """As they are called in a file."""
@@ -193,12 +198,16 @@ class Budget:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Budget":
-        """Read what `save` wrote. Raises ArtifactMismatch on another kind or format, BadInput on a damaged file."""
+        """Read what `save` wrote, half precision as float32.
+
+        Raises ArtifactMismatch on another kind or format, BadInput on a damaged file.
+        """
         with opened(path, "budget") as file:
             if not {"ratios", "fractions"} <= file.headers.keys():
                 raise BadInput(f"{path} holds {shown(sorted(file.headers))} but no ratios and fractions; {ADVICE}")
             origin = Origin.parse(file.metadata, path)
-            tensors = file.read(budget_schema(file.headers, origin.shape, origin.sink + origin.window))
+            read = file.read(budget_schema(file.headers, origin.shape, origin.sink + origin.window))
+        tensors = {name: tensor.float() if tensor.itemsize < 4 else tensor for name, tensor in read.items()}
         try:
             return cls(
                 ratios=tensors["ratios"],

@@ -13,7 +13,7 @@ import math
 import os
 from bisect import bisect
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -183,6 +183,7 @@ class Gates:
     budgets: HeadBudgets | None = None
     scores: EntryScores | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""  # where the file came from, if from the hub: hub:owner/name/file@commit
 
     def require(self, shape: ModelShape, config_hash: str = "") -> None:
         """Raise ArtifactMismatch, naming both sides, unless the gates were trained for this model."""
@@ -196,17 +197,22 @@ class Gates:
             return budgets(keep, None if summary is None else summary.cpu())
 
     def provenance(self) -> dict[str, Any]:
-        """Origin, and a fingerprint of the weights."""
+        """Origin, a fingerprint of the weights, and where they came from if from the hub."""
         parts = [
             t for module in (self.budgets, self.scores) if module is not None for t in module.state_dict().values()
         ]
-        return {**json.loads(json.dumps(asdict(self.origin))), "fingerprint": fingerprint(*(t.cpu() for t in parts))}
+        named = {"fingerprint": fingerprint(*(t.cpu() for t in parts))}
+        source = {"source": self.source} if self.source else {}
+        return {**json.loads(json.dumps(asdict(self.origin))), **named, **source}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, at once or not at all."""
+    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> None:
+        """Write one safetensors file, at once or not at all; `dtype` float16 halves it (shrink.py says what it costs).
+
+        Files of any dtype are loaded as float32.
+        """
         modules = {"budgets": self.budgets, "scores": self.scores}
         tensors = {
-            f"{name}.{key}": tensor
+            f"{name}.{key}": tensor.to(dtype)
             for name, module in modules.items()
             if module is not None
             for key, tensor in module.state_dict().items()
@@ -251,18 +257,21 @@ def _schema(modules: Mapping[str, nn.Module]) -> Schema:
     )
 
 
-def load_gates(path: str | os.PathLike[str]) -> Gates:
-    """As `Gates.load`; the same file gives the same object, so that a scorer equals itself wherever it is named."""
+def load_gates(path: str | os.PathLike[str], source: str = "") -> Gates:
+    """As `Gates.load`; the same file gives the same object, so that a scorer equals itself wherever it is named.
+
+    `source` is where the file came from.
+    """
     file = Path(path).resolve()
     if not file.is_file():
         return Gates.load(path)
     seen = file.stat()
-    return _loaded(file, (seen.st_mtime_ns, seen.st_ino, seen.st_size))
+    return _loaded(file, (seen.st_mtime_ns, seen.st_ino, seen.st_size), source)
 
 
 @lru_cache(maxsize=8)
-def _loaded(path: Path, version: tuple[int, int, int]) -> Gates:
-    return Gates.load(path)
+def _loaded(path: Path, version: tuple[int, int, int], source: str) -> Gates:
+    return replace(Gates.load(path), source=source)
 
 
 def shipped_gates(config_hash: str) -> Gates:

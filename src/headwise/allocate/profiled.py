@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import ClassVar
@@ -46,10 +46,15 @@ class LUKV(AbstractAllocator):
         """Last tokens that come next in the profile."""
         return self.budget.origin.window
 
+    @property
+    def made_for(self) -> str:
+        """Of the budget."""
+        return self.budget.origin.model
+
     def provenance(self) -> Provenance:
         """Name, and which budget: its origin and a fingerprint of its hulls."""
         hull = fingerprint(*(self.budget.hull[name] for name in ("protected", "width", "slope")))
-        return {"name": type(self).__name__, "budget": {**asdict(self.budget.origin), "fingerprint": hull}}
+        return {"name": type(self).__name__, "budget": self.budget.provenance(hull)}
 
     def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> "LUKV":
         """Itself. Raises ArtifactMismatch for another scorer (its parameters included), model or shape."""
