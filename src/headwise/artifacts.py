@@ -463,9 +463,9 @@ def config_hash(config: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of the architecture in a model's configuration (`config.to_dict()`).
 
     Looked at are kind, sizes, layer types, rotary embedding, norm and activation; token ids, dtype, quantization, tied
-    embeddings, generation settings and how the model was loaded do not matter. Real numbers count with 6 significant digits, so
-    that a configuration that went through float32 is the same. Models of one architecture share it, whatever their
-    weights.
+    embeddings, generation settings and how the model was loaded do not matter. Real numbers count with 6 significant
+    digits, so that a configuration that went through float32 is the same. Models of one architecture share it, whatever
+    their weights.
     """
     known = {name: config[name] for name in _ARCHITECTURE if config.get(name) is not None}
     # Whether output and input embeddings are one tensor shapes no key or value, and GGUF files write it twice. It was

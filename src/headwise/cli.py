@@ -22,6 +22,7 @@ from headwise.console import count, print_json, print_table, progress_bar, say, 
 from headwise.endings import Commands
 from headwise.endings import run as run_to_the_end
 from headwise.errors import BadInput
+from headwise.registry import HUB
 from headwise.strict_json import MOST
 from headwise.writing import require_file, require_folder
 
@@ -487,10 +488,12 @@ def methods(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Hub id, folder, or 'reference': what is ready for this model.")
     ] = None,
-    files: Annotated[Path | None, typer.Option(help="With --model: a folder with budgets and gates of your own.")] = None,
+    files: Annotated[
+        Path | None, typer.Option(help="With --model: a folder with budgets and gates of your own.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Every scorer, allocator and short name, with its paper; with --model what can be used on it, and what is missing."""
+    """Every scorer, allocator and short name, with its paper; with --model what is ready for it, and what is not."""
     if files is not None and model is None:
         raise BadInput(f"--files {files}: name the model that the files are for, with --model.")
     if model is not None:
@@ -540,7 +543,8 @@ def shrink(
     path: Annotated[Path, typer.Argument(help="Gates or a budget.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The small copy to write.")],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hub id to name as the model it was made for; left out: as it is.")
+        str | None,
+        typer.Option("--model", "-m", help="Hub id to name as the model it was made for; left out: as it is."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -1,7 +1,7 @@
 """Budgets and gates that come with headwise. They are found by their headers: no tensor is read to look for one.
 
-    reference/budgets, reference/gates    of the bundled model
-    ready/NAME                            of other models, one folder for each (docs/sharing.md)
+reference/budgets, reference/gates    of the bundled model
+ready/NAME                            of other models, one folder for each (docs/sharing.md)
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,9 +26,7 @@ class Shipped:
     origin: Origin
 
 
-def shipped(
-    kind: str, config_hash: str, scorer_parameters: Mapping[str, Any] | None = None
-) -> tuple[Shipped, ...]:
+def shipped(kind: str, config_hash: str, scorer_parameters: Mapping[str, Any] | None = None) -> tuple[Shipped, ...]:
     """The files of a kind for a model, by the hash of its configuration; of budgets those of one scorer."""
     return fitting(_all(Path(str(files("headwise")))), kind, config_hash, scorer_parameters)
 

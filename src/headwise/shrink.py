@@ -77,7 +77,9 @@ def _halved(module: Any, part: str) -> Any:
     half = deepcopy(module).half().float()
     for name, tensor in half.state_dict().items():
         if not tensor.isfinite().all():
-            raise BadInput(f"'{part}.{name}' holds numbers beyond 65504, the largest in half precision: share it whole.")
+            raise BadInput(
+                f"'{part}.{name}' holds numbers beyond 65504, the largest in half precision: share it whole."
+            )
     if isinstance(half, HeadBudgets) and not (half.usual[1] >= LEAST_SPREAD).all():
         raise BadInput("'budgets.usual' holds spreads too small for half precision: share the file as it is.")
     return half
@@ -101,7 +103,9 @@ def _shared_entries(before: EntryScores, after: EntryScores) -> float:
         size = (1, kv_heads, TOKENS, width)
         features = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
         chosen = [
-            torch.zeros(size[:3], dtype=torch.bool, device="cpu").scatter(2, m(features, layer).topk(kept).indices, True)
+            torch.zeros(size[:3], dtype=torch.bool, device="cpu").scatter(
+                2, m(features, layer).topk(kept).indices, True
+            )
             for m in (before, after)
         ]
         least = min(least, float((chosen[0] & chosen[1]).sum(-1).min()) / kept)
