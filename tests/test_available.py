@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 from families import CONFIGS, tiny_model
+from hub_configs import QWEN_CODER, SMOLLM2, from_gguf
 from random_gates import make_gates
-from test_artifacts import QWEN_CODER, SMOLLM2, from_gguf
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
