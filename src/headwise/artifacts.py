@@ -76,10 +76,17 @@ _ARCHITECTURE = (
     "rms_norm_eps",
     "hidden_act",
     "hidden_activation",
-    "tie_word_embeddings",
     "attention_bias",
     "mlp_bias",
 )
+# Of these, the real numbers: one source writes 100000, another 100000.0.
+_REAL = frozenset(
+    {
+        *("rms_norm_eps", "query_pre_attn_scalar", "partial_rotary_factor", "rope_theta", "factor", "attention_factor"),
+        *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "beta_fast", "beta_slow"),
+    }
+)
+_DIGITS = 6  # significant ones that float32 keeps of any number: GGUF files say 9.999999747378752e-06 for 1e-05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +145,7 @@ class Budget:
     origin: Origin
     hull: Mapping[str, Tensor] = field(default_factory=dict)
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
+    source: str = ""  # where the file came from, if from the hub: hub:owner/name/file@commit
 
     def __post_init__(self) -> None:
         tensors = self._tensors()
@@ -160,6 +168,10 @@ class Budget:
     def require(self, shape: ModelShape, config_hash: str = "") -> None:
         """Raise ArtifactMismatch, naming both sides, unless the budget was made for `shape` (and, if known, model)."""
         self.origin.require("budget was made", shape, config_hash, "Make one for it.")
+
+    def provenance(self, fingerprint: str) -> dict[str, Any]:
+        """What it was made for, where it came from, and a fingerprint of what is used of it."""
+        return {**asdict(self.origin), "fingerprint": fingerprint, **({"source": self.source} if self.source else {})}
 
     def _tensors(self) -> dict[str, Tensor]:
         """As they are called in a file."""
@@ -186,12 +198,16 @@ class Budget:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Budget":
-        """Read what `save` wrote. Raises ArtifactMismatch on another kind or format, BadInput on a damaged file."""
+        """Read what `save` wrote, half precision as float32.
+
+        Raises ArtifactMismatch on another kind or format, BadInput on a damaged file.
+        """
         with opened(path, "budget") as file:
             if not {"ratios", "fractions"} <= file.headers.keys():
                 raise BadInput(f"{path} holds {shown(sorted(file.headers))} but no ratios and fractions; {ADVICE}")
             origin = Origin.parse(file.metadata, path)
-            tensors = file.read(budget_schema(file.headers, origin.shape, origin.sink + origin.window))
+            read = file.read(budget_schema(file.headers, origin.shape, origin.sink + origin.window))
+        tensors = {name: tensor.float() if tensor.itemsize < 4 else tensor for name, tensor in read.items()}
         try:
             return cls(
                 ratios=tensors["ratios"],
@@ -446,17 +462,28 @@ def fingerprint(*parts: Tensor | bytes | str) -> str:
 def config_hash(config: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of the architecture in a model's configuration (`config.to_dict()`).
 
-    Looked at are kind, sizes, layer types, rotary embedding, norm and activation; token ids, dtype, quantization,
-    generation settings and how the model was loaded do not matter.
+    Looked at are kind, sizes, layer types, rotary embedding, norm and activation; token ids, dtype, quantization, tied
+    embeddings, generation settings and how the model was loaded do not matter. Real numbers count with 6 significant
+    digits, so that a configuration that went through float32 is the same. Models of one architecture share it, whatever
+    their weights.
     """
     known = {name: config[name] for name in _ARCHITECTURE if config.get(name) is not None}
+    # Whether output and input embeddings are one tensor shapes no key or value, and GGUF files write it twice. It was
+    # looked at once: hashes of models that tie them stay as they were.
+    known["tie_word_embeddings"] = True
     return fingerprint(json.dumps(_stable(known), sort_keys=True, default=str))
 
 
-def _stable(value: Any) -> Any:
+def _stable(value: Any, *, real: bool = False) -> Any:
+    """Without private fields and without the noise of float32; `real`: a whole number is meant as a real one."""
     if isinstance(value, Mapping):
-        return {str(key): _stable(item) for key, item in value.items() if not str(key).startswith("_")}
-    return [_stable(item) for item in value] if isinstance(value, list | tuple) else value
+        public = {str(key): item for key, item in value.items() if not str(key).startswith("_")}
+        return {key: _stable(item, real=key in _REAL) for key, item in public.items()}
+    if isinstance(value, list | tuple):
+        return [_stable(item, real=real) for item in value]
+    if isinstance(value, float) or (real and type(value) is int):
+        return float(f"{value:.{_DIGITS}g}")
+    return value
 
 
 def _library_version() -> str:

@@ -27,7 +27,7 @@ from headwise.evals.tasks import PROTOCOLS, require_protocol
 from headwise.evals.texts import Asked, bundled, read_questions, read_text
 from headwise.keep import Keep as ParsedKeep
 from headwise.keep import parse_keep
-from headwise.registry import AUTO, FULL, require_names
+from headwise.registry import AUTO, FULL, HUB, require_names
 from headwise.strict_json import MOST
 from headwise.writing import require_file, require_folder, write_bytes
 
@@ -365,6 +365,7 @@ def calibrate(
 ) -> None:
     """What a model would be profiled or trained on: a table, examples, or a file. Loads the tokenizer only."""
     from headwise.calibration import count_tokens, load_examples, to_json_lines
+
     source = find(model)
     from headwise.evals.models import load_config, load_tokenizer
     from headwise.hf.families import max_positions
@@ -612,9 +613,22 @@ def train(
         say(f"{out}: trained on {len(examples)} contexts. Use it as {use}")
 
 
-@app.command(epilog="Example: headwise methods --json")
-def methods(as_json: AsJson = False) -> None:
-    """Every scorer, allocator and short name, with its paper."""
+@app.command(epilog="Example: headwise methods --model Qwen/Qwen3-4B")
+def methods(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Hub id, folder, or 'reference': what is ready for this model.")
+    ] = None,
+    files: Annotated[
+        Path | None, typer.Option(help="With --model: a folder with budgets and gates of your own.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Every scorer, allocator and short name, with its paper; with --model what is ready for it, and what is not."""
+    if files is not None and model is None:
+        raise BadInput(f"--files {files}: name the model that the files are for, with --model.")
+    if model is not None:
+        _methods_of(model, files, as_json)
+        return
     from headwise.method import ALIASES, ALLOCATORS, SCORERS, entries_of, paper_of
 
     parts = [("scorer", SCORERS), ("allocator", ALLOCATORS)]
@@ -635,6 +649,45 @@ def methods(as_json: AsJson = False) -> None:
         ["kind", "name", "what it does", "arXiv", "vLLM"],
         [[row["kind"], row["name"], row["summary"], row["paper"], "yes" * row["served"]] for row in rows],
     )
+
+
+def _methods_of(model: str, files: Path | None, as_json: bool) -> None:
+    from headwise.available import overview
+    from headwise.evals.models import load_config
+
+    found = overview(model, load_config(model), files)
+    if as_json:
+        print_json(asdict(found))
+        return
+    told = {"ready": "ready", "make": "make first", "refused": "no"}
+    print_table(
+        f"Methods for {model}",
+        ["method", "use it?", "file made for", "how, or why not"],
+        [[row.method, told[row.state], row.made_for, row.command or row.why or row.file] for row in found.methods],
+    )
+    say(f"Default: {found.default.name}, because {found.default.reason}.")
+
+
+@app.command(epilog="Example: headwise shrink gates.safetensors --model Qwen/Qwen3-4B --out lkv.safetensors")
+def shrink(
+    path: Annotated[Path, typer.Argument(help="Gates or a budget.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The small copy to write.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Hub id to name as the model it was made for; left out: as it is."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A copy that is small enough to share: gates in half precision, budgets without the curves for pictures."""
+    from headwise.shrink import shrink as run
+
+    require_file(out, inputs=[path])
+    found = run(path, out, model=model)
+    if as_json:
+        print_json({"path": str(out), **asdict(found)})
+        return
+    say(f"{out}: {size(found.bytes_after)} instead of {size(found.bytes_before)}.")
+    say(f"A head's share changes by at most {found.changed:.5f}; at least {found.shared:.1%} of its entries stay.")
 
 
 @app.command(epilog="Example: headwise doctor --json")
@@ -887,8 +940,8 @@ def _inputs(model: str, methods: Sequence[str], text: Path | None) -> list[Path]
     texts = [] if text is None else [text]
     if text is not None and os.path.isdir(text):
         texts = [file for file in text.iterdir() if file.suffix in (".jsonl", ".txt", ".md")]
-    named = [Path(part.partition("@")[2]) for method in methods for part in method.split("+") if "@" in part]
-    return [*of_model, *texts, *named]
+    named = [part.partition("@")[2] for method in methods for part in method.split("+") if "@" in part]
+    return [*of_model, *texts, *(Path(name) for name in named if not name.startswith(HUB))]
 
 
 def _names(text: str) -> list[str]:

@@ -13,9 +13,8 @@ import math
 import os
 from bisect import bisect
 from collections.abc import Mapping, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from headwise.errors import BadInput
 from headwise.interfaces import Rotary
 from headwise.schema import Numbers, Schema
 from headwise.shapes import ModelShape
+from headwise.shipped import shipped
 from headwise.soft_topk import soft_topk
 
 KNOTS = (0.02, 0.03, 0.045, 0.0625, 0.1, 0.15, 0.25, 0.5)  # keeps
@@ -188,6 +188,7 @@ class Gates:
     scores: EntryScores | None = None
     comparable: bool = False  # whether scores compare between heads, because all predict the same quantity
     settings: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""  # where the file came from, if from the hub: hub:owner/name/file@commit
 
     def require(self, shape: ModelShape, config_hash: str = "") -> None:
         """Raise ArtifactMismatch, naming both sides, unless the gates were trained for this model."""
@@ -201,17 +202,22 @@ class Gates:
             return budgets(keep, None if summary is None else summary.cpu())
 
     def provenance(self) -> dict[str, Any]:
-        """Origin, and a fingerprint of the weights."""
+        """Origin, a fingerprint of the weights, and where they came from if from the hub."""
         parts = [
             t for module in (self.budgets, self.scores) if module is not None for t in module.state_dict().values()
         ]
-        return {**json.loads(json.dumps(asdict(self.origin))), "fingerprint": fingerprint(*(t.cpu() for t in parts))}
+        named = {"fingerprint": fingerprint(*(t.cpu() for t in parts))}
+        source = {"source": self.source} if self.source else {}
+        return {**json.loads(json.dumps(asdict(self.origin))), **named, **source}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, at once or not at all."""
+    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> None:
+        """Write one safetensors file, at once or not at all; `dtype` float16 halves it (shrink.py says what it costs).
+
+        Files of any dtype are loaded as float32.
+        """
         modules = {"budgets": self.budgets, "scores": self.scores}
         tensors = {
-            f"{name}.{key}": tensor
+            f"{name}.{key}": tensor.to(dtype)
             for name, module in modules.items()
             if module is not None
             for key, tensor in module.state_dict().items()
@@ -262,24 +268,25 @@ def _schema(modules: Mapping[str, nn.Module], older: Set[str] = frozenset()) -> 
     )
 
 
-def load_gates(path: str | os.PathLike[str]) -> Gates:
-    """As `Gates.load`; the same file gives the same object, so that a scorer equals itself wherever it is named."""
+def load_gates(path: str | os.PathLike[str], source: str = "") -> Gates:
+    """As `Gates.load`; the same file gives the same object, so that a scorer equals itself wherever it is named.
+
+    `source` is where the file came from.
+    """
     file = Path(path).resolve()
     if not file.is_file():
         return Gates.load(path)
     seen = file.stat()
-    return _loaded(file, (seen.st_mtime_ns, seen.st_ino, seen.st_size))
+    return _loaded(file, (seen.st_mtime_ns, seen.st_ino, seen.st_size), source)
 
 
 @lru_cache(maxsize=8)
-def _loaded(path: Path, version: tuple[int, int, int]) -> Gates:
-    return Gates.load(path)
+def _loaded(path: Path, version: tuple[int, int, int], source: str) -> Gates:
+    return replace(Gates.load(path), source=source)
 
 
 def shipped_gates(config_hash: str) -> Gates:
     """The gates that come with headwise for a model. Raises BadInput if there are none."""
-    for path in sorted((Path(str(files("headwise"))) / "reference" / "gates").glob("*.safetensors")):
-        gates = load_gates(path)
-        if gates.origin.config_hash == config_hash:
-            return gates
+    for file in shipped("gates", config_hash):
+        return load_gates(file.path)
     raise BadInput("no gates are shipped for this model: make some with 'headwise train', then write lkv@FILE.")

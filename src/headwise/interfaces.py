@@ -112,6 +112,11 @@ class AbstractScorer(ABC):
         """Whether scores depend on `Observation.totals`."""
         return False
 
+    @property
+    def made_for(self) -> str:
+        """The model whose file it uses, by its name; empty where there is none."""
+        return ""
+
     def resolve(self, shape: ModelShape, config_hash: str) -> "AbstractScorer":
         """The scorer to use on this model. Raises ArtifactMismatch if it was made for another."""
         return self
@@ -168,6 +173,11 @@ class AbstractAllocator(ABC):
     def window(self) -> int:
         """Last tokens that its counts take for granted; protected besides the scorer's."""
         return 0
+
+    @property
+    def made_for(self) -> str:
+        """The model whose file it uses, by its name; empty where there is none."""
+        return ""
 
     def provenance(self) -> Provenance:
         """Name and parameters, as JSON-ready values."""

@@ -3,7 +3,10 @@
 And the default: what is used where nobody says which method.
 """
 
+import re
+import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from headwise.errors import BadInput
@@ -25,6 +28,7 @@ from headwise.shapes import ModelShape
 PLAIN_DEFAULT = "kvzip"
 ONE_PASS_DEFAULT = "keydiff"
 READY_DEFAULT = "lkv"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,10 +84,17 @@ class Method:
         """With the instruction, if its scorer reads the context again after one; `follow` makes tokens of it."""
         return replace(self, scorer=self.scorer.told(follow))
 
-    def for_model(self, shape: ModelShape, config_hash: str) -> "Method":
-        """The method to use on this model. Raises ArtifactMismatch if its budget is for another model or scorer."""
+    def for_model(self, shape: ModelShape, config_hash: str, name: str = "") -> "Method":
+        """The method to use on this model. Raises ArtifactMismatch if its budget is for another model or scorer.
+
+        Models of one architecture share a configuration, whatever their weights. Where `name` is a hub id and the file
+        was made for another one, there is a warning.
+        """
         scorer = self.scorer.resolve(shape, config_hash)
-        return replace(self, scorer=scorer, allocator=self.allocator.resolve(scorer, shape, config_hash))
+        allocator = self.allocator.resolve(scorer, shape, config_hash)
+        for made_for in sorted({scorer.made_for, allocator.made_for}):
+            _warn_of_another(made_for, name)
+        return replace(self, scorer=scorer, allocator=allocator)
 
     def provenance(self) -> dict[str, Any]:
         """Names and parameters, for records and saved caches."""
@@ -118,11 +129,29 @@ def choose(shape: ModelShape, config_hash: str, *, replays: bool = True) -> Choi
     return Choice(name=PLAIN_DEFAULT, reason=f"{bare} the default")
 
 
-def for_model(method: str | Method, shape: ModelShape, config_hash: str, *, replays: bool = True) -> Method:
-    """The method to use on a model; "auto" is the one that `choose` names. Raises BadInput, ArtifactMismatch."""
+def for_model(
+    method: str | Method, shape: ModelShape, config_hash: str, *, name: str = "", replays: bool = True
+) -> Method:
+    """The method to use on a model; "auto" is the one that `choose` names. Raises BadInput, ArtifactMismatch.
+
+    `name` is the model's, as in `Method.for_model`.
+    """
     if method == AUTO:
         method = choose(shape, config_hash, replays=replays).name
-    return Method.parse(method).for_model(shape, config_hash)
+    return Method.parse(method).for_model(shape, config_hash, name)
+
+
+def _warn_of_another(made_for: str, name: str) -> None:
+    """Warn if both are hub ids, and of different models: only copies and quantisations have a longer name."""
+    hub_ids = all(_HUB_ID.fullmatch(each) for each in (made_for, name)) and not Path(name).is_dir()
+    if not hub_ids or name.rpartition("/")[2].lower().startswith(made_for.rpartition("/")[2].lower()):
+        return
+    warnings.warn(
+        f"this method's file was made for {made_for}; {name} has the same architecture, but it may have other weights. "
+        "Measure with 'headwise eval', or make a file for this model.",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _gates_are_ready(config_hash: str) -> bool:

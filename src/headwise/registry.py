@@ -4,7 +4,7 @@ Names are checked without torch, which takes seconds to import: what a line make
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +15,7 @@ from headwise.errors import BadInput
 
 FULL = "full"  # no method: transformers' own cache, the yardstick of commands and evaluations
 AUTO = "auto"  # the default of a model, see `method.choose`
+HUB = "hub:"  # begins the name of a file on the model hub, see hub.py
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,32 +41,32 @@ def allocator(name: str) -> Callable[[], Any]:
     return lambda: getattr(import_module("headwise.allocate"), name)()
 
 
-def _learned_scores(path: Path | None = None) -> Any:
+def _learned_scores(path: Path | None = None, source: str = "") -> Any:
     from headwise.gates import load_gates
     from headwise.scores import ShippedLKVT, learned_scorer
 
-    return ShippedLKVT() if path is None else learned_scorer(load_gates(path))
+    return ShippedLKVT() if path is None else learned_scorer(load_gates(path, source))
 
 
-def _learned_budgets(path: Path | None = None) -> Any:
+def _learned_budgets(path: Path | None = None, source: str = "") -> Any:
     from headwise.allocate import ShippedLKVH, learned_budgets
     from headwise.gates import load_gates
 
-    return ShippedLKVH() if path is None else learned_budgets(load_gates(path))
+    return ShippedLKVH() if path is None else learned_budgets(load_gates(path, source))
 
 
-def _solved(path: Path | None = None) -> Any:
+def _solved(path: Path | None = None, source: str = "") -> Any:
     from headwise.allocate import LUKV, ShippedLUKV
     from headwise.artifacts import Budget
 
-    return ShippedLUKV() if path is None else LUKV(budget=Budget.load(path))
+    return ShippedLUKV() if path is None else LUKV(budget=replace(Budget.load(path), source=source))
 
 
-def _fixed(path: Path) -> Any:
+def _fixed(path: Path, source: str = "") -> Any:
     from headwise.allocate import Fixed
     from headwise.artifacts import Budget
 
-    return Fixed(budget=Budget.load(path))
+    return Fixed(budget=replace(Budget.load(path), source=source))
 
 
 SCORERS: Mapping[str, Entry] = MappingProxyType(
@@ -183,7 +184,8 @@ def paper_of(alias: str) -> str:
 def made(name: str) -> tuple[Any, Any]:
     """The scorer and the allocator that a name stands for. Raises BadInput."""
     scorer, allocator = halves(name)
-    return _make(SCORERS, scorer, name, "scorer"), _make(ALLOCATORS, allocator, name, "allocator")
+    word = scorer.partition("@")[0]
+    return _make(SCORERS, scorer, name, "scorer", word), _make(ALLOCATORS, allocator, name, "allocator", word)
 
 
 def halves(name: str) -> tuple[str, str]:
@@ -197,9 +199,15 @@ def halves(name: str) -> tuple[str, str]:
     return scorer.strip(), allocator.strip() if plus else "uniform"
 
 
-def _make(registry: Mapping[str, Entry], text: str, name: str, kind: str) -> Any:
+def _make(registry: Mapping[str, Entry], text: str, name: str, kind: str, scorer: str) -> Any:
     entry, path = _found(registry, text, name, kind)
-    return entry.make(Path(path)) if path else entry.make()
+    if not path.startswith(HUB):
+        return entry.make(Path(path)) if path else entry.make()
+    from headwise.hub import fetch
+
+    # Files of a repository are called as those that headwise ships: gates lkv, budgets by their scorer.
+    file = fetch(path, "lkv.safetensors" if text.startswith("lkv-") else f"{scorer}.safetensors")
+    return entry.make(file.path, file.source)
 
 
 def _found(registry: Mapping[str, Entry], text: str, name: str, kind: str) -> tuple[Entry, str]:

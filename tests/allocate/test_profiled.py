@@ -322,7 +322,7 @@ def test_a_shipped_budget_is_found_by_scorer_and_model(tmp_path, monkeypatch):
     budget(scorer="snapkv", config_hash="abc").save(folder / "a.safetensors")
     budget(config_hash="other").save(folder / "b.safetensors")
     budget(config_hash="abc", calibration="mine").save(folder / "c.safetensors")
-    monkeypatch.setattr("headwise.allocate.profiled.files", lambda package: tmp_path)
+    monkeypatch.setattr("headwise.shipped.files", lambda package: tmp_path)
     found = ShippedLUKV().resolve(SCORERS["keydiff"].make(), SHAPE, "abc")
     assert found.budget.origin.calibration == "mine"
     with pytest.raises(BadInput, match="no budget of Knorm is shipped"):

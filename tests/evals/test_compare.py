@@ -197,7 +197,7 @@ def test_kvzip_repeats_after_its_instruction(llama, monkeypatch):
     for template in (None, CHAT_TEMPLATE):
         compared(llama, methods=["kvzip"], tokenizer=word_tokenizer(template))
     plain, chat = told
-    assert word_tokenizer().decode(plain).split() == "the bold fox guarded the silver bridge".split()
+    assert word_tokenizer().decode(plain).split() == ["the", "bold", "fox", "guarded", "the", "silver", "bridge"]
     assert chat[: len(plain)] == plain
     assert word_tokenizer().decode(chat[len(plain) :]).split() == ["<eos>", "[", "assistant", "]"]
     monkeypatch.undo()

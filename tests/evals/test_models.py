@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoTokenizer, GPT2Config
 
+from headwise import hub
 from headwise.errors import BadInput, UnsupportedModel
 from headwise.evals import models, places
 from headwise.evals.models import is_out_of_memory, load, load_config, load_tokenizer
@@ -112,7 +113,7 @@ def test_a_hub_that_is_not_there_is_asked_once(online, name):
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(online, monkeypatch):
-    monkeypatch.setattr(places, "PATIENCE", 0.3)
+    monkeypatch.setattr(hub, "PATIENCE", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         online(silent.getsockname()[1])
         start = time.monotonic()
@@ -127,8 +128,8 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(online, monkeypatch):
 
 def test_a_name_server_that_takes_its_time(online, monkeypatch):
     """The time for one address says nothing about all of them, nor about finding their names."""
-    monkeypatch.setattr(places, "PATIENCE", 0.1)
-    monkeypatch.setattr(places, "get_hf_file_metadata", lambda url, timeout: time.sleep(5))
+    monkeypatch.setattr(hub, "PATIENCE", 0.1)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url, timeout: time.sleep(5))
     start = time.monotonic()
     assert "the hub did not answer within 0.1 seconds (HF_HUB_ETAG_TIMEOUT" in refusal("some/model")
     assert time.monotonic() - start < 3
@@ -154,7 +155,7 @@ def no_such_file(url, timeout):
 @pytest.mark.parametrize("ask", [no_answer, no_such_file, lambda url, timeout: None])
 def test_a_hub_that_answers_is_left_to_transformers(online, options, monkeypatch, ask):
     """Whatever it answers; what is in the cache serves where it does not."""
-    monkeypatch.setattr(places, "get_hf_file_metadata", ask)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", ask)
     monkeypatch.setattr(places, "try_to_load_from_cache", lambda name, file: "config.json")
     load_config("some/model")
     load_tokenizer("some/model")
@@ -163,7 +164,7 @@ def test_a_hub_that_answers_is_left_to_transformers(online, options, monkeypatch
 
 
 def test_a_folder_asks_no_hub(model_folders, online, monkeypatch):
-    monkeypatch.setattr(places, "get_hf_file_metadata", lambda url, timeout: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url, timeout: pytest.fail("the hub was asked"))
     load(str(model_folders["base"]), device="cpu")
     load_tokenizer(str(model_folders["base"]))
 

@@ -1,7 +1,7 @@
 """The allocator that follows a Budget file: how much a head keeps was decided once per model, before any request."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,10 +42,15 @@ class Fixed(AbstractAllocator):
         self.budget.require(shape, config_hash)
         return self
 
+    @property
+    def made_for(self) -> str:
+        """Of the budget."""
+        return self.budget.origin.model
+
     def provenance(self) -> Provenance:
         """Name, and which budget: its origin and a fingerprint of its table, not the table itself."""
         table = fingerprint(self.budget.ratios, self.budget.fractions)
-        return {"name": type(self).__name__, "budget": {**asdict(self.budget.origin), "fingerprint": table}}
+        return {"name": type(self).__name__, "budget": self.budget.provenance(table)}
 
     def allocate(
         self,

@@ -2,11 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from importlib.resources import files
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -19,6 +17,7 @@ from headwise.errors import ArtifactMismatch, BadInput
 from headwise.hulls import Hulls, concave_hulls, share
 from headwise.interfaces import AbstractAllocator, AbstractScorer, Demand, Provenance
 from headwise.shapes import ModelShape
+from headwise.shipped import shipped
 
 LEAST_SHARE = Fraction(1, 100)  # of the context: what every head keeps; a budget below that is shared evenly
 
@@ -47,10 +46,15 @@ class LUKV(AbstractAllocator):
         """Last tokens that come next in the profile."""
         return self.budget.origin.window
 
+    @property
+    def made_for(self) -> str:
+        """Of the budget."""
+        return self.budget.origin.model
+
     def provenance(self) -> Provenance:
         """Name, and which budget: its origin and a fingerprint of its hulls."""
         hull = fingerprint(*(self.budget.hull[name] for name in ("protected", "width", "slope")))
-        return {"name": type(self).__name__, "budget": {**asdict(self.budget.origin), "fingerprint": hull}}
+        return {"name": type(self).__name__, "budget": self.budget.provenance(hull)}
 
     def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> "LUKV":
         """Itself. Raises ArtifactMismatch for another scorer (its parameters included), model or shape."""
@@ -128,10 +132,8 @@ class ShippedLUKV(AbstractAllocator):
     def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> LUKV:
         """The budget for this model and scorer. Raises BadInput if none is shipped."""
         wanted = json.loads(json.dumps(scorer.provenance()))
-        for path in sorted((Path(str(files("headwise"))) / "reference" / "budgets").glob("*.safetensors")):
-            budget = Budget.load(path)
-            if budget.origin.config_hash == config_hash and dict(budget.origin.scorer_parameters) == wanted:
-                return LUKV(budget=budget).resolve(scorer, shape, config_hash)
+        for file in shipped("budget", config_hash, wanted):
+            return LUKV(budget=Budget.load(file.path)).resolve(scorer, shape, config_hash)
         raise BadInput(
             f"no budget of {type(scorer).__name__} is shipped for this model: make one with 'headwise profile' and "
             "'headwise solve', then write scorer+lukv@FILE."

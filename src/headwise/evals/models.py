@@ -9,9 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from headwise.errors import BadInput
 from headwise.evals.places import REFERENCE as REFERENCE
-from headwise.evals.places import Source, advice, find, first_line
+from headwise.evals.places import Source, advice, find
 from headwise.evals.places import reference_path as reference_path
 from headwise.hf.families import shape_of
+from headwise.hub import first_line
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -78,6 +78,11 @@ class ModelView:
             )
 
     @property
+    def name(self) -> str:
+        """What it was loaded by: a hub id or a folder; empty where it was not loaded."""
+        return self.model.config.name_or_path or ""
+
+    @property
     def config_hash(self) -> str:
         """Names the architecture, as artifacts do."""
         return config_hash(self.model.config.get_text_config().to_dict())

@@ -64,7 +64,7 @@ class RaggedCache(Cache, Listener):
         replays: bool = False,
     ):
         self.view: ModelView = view(model)
-        self.method = for_model(method, self.view.shape, self.view.config_hash, replays=replays)
+        self.method = for_model(method, self.view.shape, self.view.config_hash, name=self.view.name, replays=replays)
         self.keep = parse_keep(keep)
         if prompt_length is not None and prompt_length < 1:
             raise BadInput(f"prompt_length={prompt_length} must be at least 1 token, or None: the first forward pass.")

@@ -32,6 +32,11 @@ class LKVT(AbstractScorer):
         """Last tokens that came next in training."""
         return self.gates.origin.window
 
+    @property
+    def made_for(self) -> str:
+        """Of the gates."""
+        return self.gates.origin.model
+
     def provenance(self) -> Provenance:
         """Name, and which gates."""
         return {"name": type(self).__name__, "gates": self.gates.provenance()}

