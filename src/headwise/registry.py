@@ -55,6 +55,13 @@ def _learned_budgets(path: Path | None = None, source: str = "") -> Any:
     return ShippedLKVH() if path is None else learned_budgets(load_gates(path, source))
 
 
+def _contest(path: Path | None = None, source: str = "") -> Any:
+    from headwise.allocate import ShippedContest, contest
+    from headwise.gates import load_gates
+
+    return ShippedContest() if path is None else contest(load_gates(path, source))
+
+
 def _solved(path: Path | None = None, source: str = "") -> Any:
     from headwise.allocate import LUKV, ShippedLUKV
     from headwise.artifacts import Budget
@@ -135,6 +142,13 @@ ALLOCATORS: Mapping[str, Entry] = MappingProxyType(
             file="optional",
             served=True,
         ),
+        "lkv-c": Entry(
+            make=_contest,
+            summary="learned scores of all heads compete; lkv-h where the file's scores do not compare",
+            paper="2605.06676",
+            file="optional",
+            served=True,  # with the budgets of lkv-h, which know no prompt
+        ),
     }
 )
 
@@ -153,7 +167,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "pyramidkv": "snapkv+pyramid",
         "adakv": "snapkv+adakv",
         "lkv-t": "lkv-t+uniform",
-        "lkv": "lkv-t+lkv-h",
+        "lkv": "lkv-t+lkv-c",
     }
 )
 

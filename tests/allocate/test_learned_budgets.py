@@ -12,7 +12,7 @@ from random_gates import gates_file, gates_for, make_gates
 from transformers import DynamicCache
 
 import headwise
-from headwise.allocate import LKVH, ShippedLKVH, Uniform, learned_budgets
+from headwise.allocate import LKVH, ShippedContest, ShippedLKVH, Uniform, learned_budgets
 from headwise.allocate.learned import budget_counts
 from headwise.errors import ArtifactMismatch, BadInput, BudgetInfeasible
 from headwise.gates import context_summary, summary_width
@@ -127,7 +127,7 @@ def test_parts_go_with_any_other_part(both):
     assert type(Method.parse(f"lkv-t@{file}").allocator) is Uniform
     mixed = Method.parse(f"snapkv+lkv-h@{file}")
     assert (mixed.scorer, type(mixed.allocator)) == (SnapKV(), LKVH)
-    assert Method.parse("lkv") == Method(scorer=ShippedLKVT(), allocator=ShippedLKVH())
+    assert Method.parse("lkv") == Method(scorer=ShippedLKVT(), allocator=ShippedContest())
     assert Method.parse(f"lkv-t+lkv-h@{file}").scorer == ShippedLKVT()
 
 

@@ -13,7 +13,7 @@ from headwise.serving import Served, Settings, vllm_arguments
 
 REFERENCE = str(Path(headwise.__file__).parent / "reference")
 SERVED_SCORERS = ["streaming", "knorm", "keydiff", "snapkv", "lkv-t"]
-SERVED_ALLOCATORS = ["uniform", "pyramid", "fixed", "lukv", "lkv-h"]
+SERVED_ALLOCATORS = ["uniform", "pyramid", "fixed", "lukv", "lkv-h", "lkv-c"]
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,13 @@ from headwise.gates import Gates
 from headwise.hf.families import view
 from headwise.method import SCORERS
 from headwise.train import run as module
+from headwise.train.fit import FitSettings
 from headwise.train.loop import Settings, Trainer
 from headwise.train.run import Lessons, train
 
-QUICK = Settings(steps=5, warm_steps=2, contexts_per_step=2, questions=2, answer_tokens=3, sink=1, window=3)
+QUICK = Settings(
+    fit=FitSettings(steps=0), steps=5, warm_steps=2, contexts_per_step=2, questions=2, answer_tokens=3, sink=1, window=3
+)
 WORDS = "locker apple red stone. the key was under the old tower, near a river. "
 OPENINGS = ["then", "he saw a", "she had a", "near the", "under the", "a red", "an old", "the key", "the tower", "who"]
 EXAMPLES = [
@@ -327,7 +330,7 @@ REFUSED = {
     "keeps nothing": ({"settings": replace(QUICK, keeps=(0.0, 0.5))}, "keeps=.*in \\(0, 1\\)"),
     "keeps all": ({"settings": replace(QUICK, keeps=(0.1, 1.0))}, "keeps=.*in \\(0, 1\\)"),
     "keeps reversed": ({"settings": replace(QUICK, keeps=(0.5, 0.1))}, "keeps="),
-    "no steps": ({"settings": replace(QUICK, steps=0)}, "steps=0"),
+    "no steps": ({"settings": replace(QUICK, warm_steps=0, steps=0)}, "steps=0"),
     "no contexts": ({"settings": replace(QUICK, contexts_per_step=0)}, "contexts_per_step=0"),
     "no questions": ({"settings": replace(QUICK, questions=0)}, "questions=0"),
     "no answers": ({"settings": replace(QUICK, answer_tokens=0)}, "answer_tokens=0"),

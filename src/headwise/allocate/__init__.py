@@ -2,7 +2,7 @@
 
 from headwise.allocate.fixed import Fixed
 from headwise.allocate.heuristic import AdaKV, Global, Pyramid, Uniform
-from headwise.allocate.learned import LKVH, ShippedLKVH, learned_budgets
+from headwise.allocate.learned import LKVH, ShippedContest, ShippedLKVH, contest, learned_budgets
 from headwise.allocate.profiled import LUKV, ShippedLUKV
 
 __all__ = [
@@ -12,8 +12,10 @@ __all__ = [
     "Fixed",
     "Global",
     "Pyramid",
+    "ShippedContest",
     "ShippedLKVH",
     "ShippedLUKV",
     "Uniform",
+    "contest",
     "learned_budgets",
 ]

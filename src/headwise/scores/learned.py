@@ -17,7 +17,7 @@ class LKVT(AbstractScorer):
     """Scores by a small network per KV head that was trained for this model: LKV (arXiv 2605.06676).
 
     Sees of an entry its key before rotation, its value, their norms and its place; no queries, no attention. Scores
-    compare within a head only.
+    compare between heads if they were taught to predict attention (`Gates.comparable`), else within a head only.
     """
 
     gates: Gates

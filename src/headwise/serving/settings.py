@@ -4,7 +4,7 @@ The same settings are read where the engine starts, in the scheduler and in ever
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from reprlib import repr as shown
 from typing import Any
@@ -14,12 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from headwise.allocate import Global, learned_budgets
 from headwise.artifacts import config_hash
 from headwise.errors import BadInput, UnsupportedModel
 from headwise.hf.families import FAMILIES, max_positions, shape_of
 from headwise.keep import MOST_TOKENS, Keep, parse_keep
 from headwise.method import ALLOCATORS, SCORERS, Entry, Method, entries_of
 from headwise.ragged.prefill import make_plan
+from headwise.scores import LKVT
 from headwise.serving.tiers import WHOLE, Tiers, quantise
 from headwise.shapes import ModelShape
 
@@ -49,6 +51,7 @@ class Settings:
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_TOKENS:
                 raise BadInput(f"{name}={shown(value)} must be a whole number, from 1 to {MOST_TOKENS}.")
         require_servable(self.method)
+        Method.parse(self.method)  # files that it names are there
 
     @classmethod
     def parse(cls, given: object) -> "Settings":
@@ -119,7 +122,14 @@ def resolved(settings: Settings, config: PretrainedConfig) -> tuple[Method, Mode
             "heads: it can be compressed with transformers (headwise.compress), not served."
         )
     text = config.get_text_config()
-    return Method.parse(settings.method).for_model(shape, config_hash(text.to_dict())), shape
+    return _static(Method.parse(settings.method).for_model(shape, config_hash(text.to_dict()))), shape
+
+
+def _static(method: Method) -> Method:
+    """Learned scores with the budgets that were learned with them, where their heads would compete over each prompt."""
+    if isinstance(method.allocator, Global) and isinstance(method.scorer, LKVT):
+        return replace(method, allocator=learned_budgets(method.scorer.gates))
+    return method
 
 
 def require_servable(method: str) -> None:

@@ -1,19 +1,21 @@
 """Samples of all contexts for LKV-T's first stage, each in a file of its own: a killed run goes on, processes share."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from headwise.artifacts import opened, write_tensors
+from headwise.artifacts import fingerprint, opened, write_tensors
 from headwise.calibration import Example
 from headwise.errors import BadInput
 from headwise.gates import PLACE_FEATURES, summary_width
 from headwise.hf.families import view
 from headwise.parts import Parts
 from headwise.processes import Processes
+from headwise.ragged.store import model_fingerprint
 from headwise.schema import Numbers, Schema
 from headwise.shapes import ModelShape
 from headwise.train.fit import FitSettings, Sampled, sample
@@ -26,16 +28,20 @@ def collect(
     tokenizer: Any,
     examples: Sequence[Example],
     parts: Parts,
-    run: str,
     settings: FitSettings,
     processes: Processes,
     progress: Callable[[int, int, str], None],
 ) -> list[Sampled]:
-    """Read every example and its futures, those of this process; then all samples, in the order of the examples."""
+    """Read every example and its futures, those of this process; then all samples, in the order of the examples.
+
+    A file is taken up by any run that would make the same: steps, and other examples, do not matter.
+    """
     if processes.rank == 0:
         parts.make()
     processes.wait()
-    files = [parts.file(run, str(number)) for number in range(len(examples))]
+    drawn = replace(settings, steps=0, lr=0.0, weight_decay=0.0)
+    run = fingerprint(model_fingerprint(model), repr(asdict(drawn)))
+    files = [parts.file(run, str(number), repr(asdict(example))) for number, example in enumerate(examples)]
     mine = processes.share(len(examples))
     for done, number in enumerate(mine):
         if not files[number].is_file():

@@ -126,9 +126,9 @@ def fit(
     held_out: Sequence[Sampled],
     settings: FitSettings,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Fit the scores to the targets, with squared errors; how it went."""
-    history: list[dict[str, float]] = []
+    history: list[dict[str, Any]] = []
     device = scores.weight_in.device
     features = torch.cat([one.features for one in samples], dim=1)
     targets = torch.cat([one.targets for one in samples], dim=1)

@@ -94,6 +94,7 @@ def train(
     processes = processes or Processes()
     for path in written(out):
         require_file(path)
+    Parts(out).require()
     with nullcontext() if processes.rank > 0 else locked(lock_of(out), out):
         _train(model, tokenizer, examples, out, part, scorer, settings or Settings(), processes, progress)
 
@@ -145,14 +146,17 @@ def _train(
     data = fingerprint(repr([asdict(e) for e in examples]))
     run = fingerprint(model_fingerprint(model), data, repr((asdict(settings), part, scorer)))
     main, fitted = processes.rank == 0, scores is not None and settings.fit.steps > 0
-    history: list[dict[str, float]] = []
+    history: list[dict[str, Any]] = []
     if fitted:
         assert scores is not None
-        history = _fit(model, tokenizer, examples, Parts(out), run, scores, budgets, settings, processes, progress)
+        history = _fit(model, tokenizer, examples, Parts(out), scores, budgets, settings, processes, progress)
     if not fitted or settings.warm_steps or settings.steps:
-        tests = Lessons(lambda at: prepare(model, tokenizer, held_out[at], settings, fixed), len(held_out))
         state = _State(kept, trainer, run)
-        history += _distil(trainer, tests, state, fitted, progress)
+
+        def make(at: int) -> Lesson:
+            return prepare(model, tokenizer, held_out[at], settings, fixed)
+
+        history += _distil(trainer, make, len(held_out), state, fitted, progress)
     if not main:
         return
     name = model.config.name_or_path or ""
@@ -181,15 +185,14 @@ def _fit(
     tokenizer: Any,
     examples: Sequence[Example],
     parts: Parts,
-    run: str,
     scores: EntryScores,
     budgets: HeadBudgets | None,
     settings: Settings,
     processes: Processes,
     progress: Callable[[int, int, str], None],
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """The first stage: scores that predict attention, and budgets for them; every process ends with the same."""
-    samples = collect(model, tokenizer, examples, parts, run, settings.fit, processes, progress)
+    samples = collect(model, tokenizer, examples, parts, settings.fit, processes, progress)
     taught, held_out = [s for n, s in enumerate(samples) if n % 10 != 9], samples[9::10]
     history = fit(scores, taught, held_out, settings.fit, progress) if processes.rank == 0 else []
     with torch.no_grad():
@@ -203,13 +206,14 @@ def _fit(
 
 def _distil(
     trainer: Trainer,
-    tests: Lessons,
+    make: Callable[[int], Lesson],
+    number_held_out: int,
     state: "_State",
     fitted: bool,
     progress: Callable[[int, int, str], None],
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """The other stages: every head alone, LU-KV's budgets, then both jointly; resumes what a killed run left."""
-    settings, main = trainer.settings, trainer.processes.rank == 0
+    settings, main, tests = trainer.settings, trainer.processes.rank == 0, Lessons(make, number_held_out)
     start = state.restore()
     if start is None:
         start = 0
@@ -358,8 +362,10 @@ def _require(
         raise BadInput("the seed is out of range: choose one from 0 to 2**63 - 1.")
     low, high = settings.keeps
     numbers = {name: getattr(settings, name) for name in ("contexts_per_step", "questions", "answer_tokens")}
-    if min(settings.steps, settings.warm_steps, settings.fit.steps) < 0:
-        raise BadInput("numbers of steps cannot be negative: give 0 to leave a stage out.")
+    stages = {"fit steps": settings.fit.steps, "warm_steps": settings.warm_steps, "steps": settings.steps}
+    if min(stages.values()) < 0 or max(stages.values()) == 0:
+        said = ", ".join(f"{name}={value}" for name, value in stages.items())
+        raise BadInput(f"{said}: 0 leaves a stage out, and at least one must have steps.")
     if not (0 < low <= high < 1 and min(numbers.values()) > 0):
         said = ", ".join(f"{name}={value}" for name, value in numbers.items())
         raise BadInput(f"{said} and keeps={low, high}: at least 1 of each, and keeps in (0, 1).")
