@@ -369,13 +369,22 @@ def test_plan_needs_the_configuration_only(run, model_folders, tmp_path):
     (tmp_path / "config.json").write_text((model_folders["base"] / "config.json").read_text())
     line = f"plan --model {tmp_path} --context 1k --keep 0.5 --memory 1GiB --batch 2"
     found = json.loads(succeed(run, f"{line} --json"))
-    assert found["full_kv_bytes"] == 2 * 2 * 3 * 2 * 1024 * 16 * 2
+    assert found["full_kv_bytes"] == 2 * 2 * 3 * 2 * 1024 * 16 * 4
+    assert (found["dtype"], found["beyond_positions"]) == ("float32", False)
     assert found["kv_bytes"] * 2 == found["full_kv_bytes"]
     assert found["fits"] is True
     out = succeed(run, line)
     for words in ("made for 1,024 tokens", "KV peak while reading", "largest batch", "longest context", "Note: "):
         assert words in out
+    assert "longer context may fit, but is refused" in out
     assert "largest batch" not in succeed(run, f"plan --model {tmp_path}")
+    assert "Too long for the model: it was made for 1,024 tokens, so 2,048 are refused." in succeed(
+        run, f"plan --model {tmp_path} -c 2k"
+    )
+
+
+def test_the_plan_of_the_bundled_model_is_what_auto_loads_it_in(run):
+    assert json.loads(succeed(run, "plan --json"))["dtype"] == "float32"
 
 
 # --- errors ---
@@ -435,7 +444,7 @@ WRONG = {
     "plan -m {base} --context 1x": "is not a number of tokens",
     "plan -m {base} --memory 24": "is not a size in bytes",
     "plan -m {base} --keep 2": "is outside (0, 1]",
-    "plan -m {base} --dtype int4": "choose float32",
+    "plan -m {base} --dtype int4": "choose auto, float32",
     "inspect {dir}/text.txt": "damaged or no safetensors file",
     "inspect {dir}": "is not a file",
 }

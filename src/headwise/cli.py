@@ -605,23 +605,22 @@ def plan(
     keep: Keep = "0.15",
     memory: Annotated[str | None, typer.Option(help="What the device has, such as 24GiB.")] = None,
     batch: Annotated[int, typer.Option(min=1, max=MOST, help="Sequences at a time.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """KV memory before and after, and what fits. Needs the configuration only, no weights."""
-    from headwise.evals.models import DTYPES, load_config
+    from headwise.evals.models import find_dtype, load_config
     from headwise.keep import parse_bytes, parse_tokens
     from headwise.plan import plan as make
 
-    if dtype not in DTYPES or dtype == "auto":
-        raise BadInput(f"dtype={dtype!r}: choose float32, bfloat16 or float16.")
+    chosen = find_dtype(model, dtype)
     found = make(
         load_config(model),
         context=parse_tokens(context),
         keep=keep,
         batch=batch,
         memory=None if memory is None else parse_bytes(memory),
-        dtype=DTYPES[dtype],
+        dtype=None if chosen == "auto" else chosen,
     )
     if as_json:
         print_json({"model": model, **asdict(found)})
@@ -641,6 +640,12 @@ def plan(
     title = f"{model}, made for {found.max_positions:,} tokens: {found.context:,} x {found.batch}, {found.dtype}"
     print_table(title, ["", "everything kept", f"keep {found.keep}"], rows)
     _print_sliding(found.sliding_kv_bytes)
+    if found.beyond_positions:
+        say(
+            f"Too long for the model: it was made for {found.max_positions:,} tokens, so {found.context:,} are refused."
+        )
+    elif (found.max_context or 0) > found.max_positions:
+        say(f"The model was made for {found.max_positions:,} tokens: a longer context may fit, but is refused.")
     say(f"Note: {found.note}.")
 
 

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
@@ -22,7 +22,12 @@ REFERENCE = "reference"
 _ADVICE = f"Give a folder written by save_pretrained, a hub id such as Qwen/Qwen3-4B, or {REFERENCE!r}."
 PATIENCE = 3.0  # seconds for the hub's first answer, unless HF_HUB_ETAG_TIMEOUT says otherwise
 DEVICES = ("cpu", "cuda", "mps", "xpu")
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype | Literal["auto"]] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,12 +50,10 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[PreTr
     `dtype` "auto" is the checkpoint's own (float32 for the bundled model); `device` "auto" is CUDA where there is one.
     Raises BadInput if it cannot be loaded, UnsupportedModel before any weight is read.
     """
-    if dtype not in DTYPES:
-        raise BadInput(f"dtype={dtype!r} is not known; choose {', '.join(DTYPES)}.")
+    chosen = find_dtype(name, dtype)
     place = find_device(device)
     source = _find(name)
     shape_of(_read(AutoConfig, source))
-    chosen = torch.float32 if (name, dtype) == (REFERENCE, "auto") else DTYPES[dtype]
     model = _read(AutoModelForCausalLM, source, dtype=chosen)
     tokenizer = _read(AutoTokenizer, source, padding_side="left")
     if tokenizer.pad_token_id is None:
@@ -71,6 +74,16 @@ def load_config(name: str) -> PretrainedConfig:
 def load_tokenizer(name: str) -> Any:
     """A model's tokenizer only. Raises BadInput."""
     return _read(AutoTokenizer, _find(name), what="the tokenizer of ")
+
+
+def find_dtype(name: str, dtype: str) -> torch.dtype | Literal["auto"]:
+    """What a model is loaded in: by name, or "auto", the checkpoint's own (of the bundled one float32).
+
+    Raises BadInput.
+    """
+    if dtype not in DTYPES:
+        raise BadInput(f"dtype={dtype!r} is not known; choose {', '.join(DTYPES)}.")
+    return torch.float32 if (name, dtype) == (REFERENCE, "auto") else DTYPES[dtype]
 
 
 def find_device(name: str) -> torch.device:
