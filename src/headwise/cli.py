@@ -18,7 +18,7 @@ import typer
 
 from headwise import __version__
 from headwise.bench import commands
-from headwise.console import count, print_json, print_table, progress_bar, say, size, split
+from headwise.console import complain, count, print_json, print_table, progress_bar, say, size, split
 from headwise.endings import Commands
 from headwise.endings import run as run_to_the_end
 from headwise.errors import BadInput
@@ -225,6 +225,7 @@ def evaluate(
     from headwise.evals.suites import Sizes, make_tasks, parse_tasks
     from headwise.hf.families import view
     from headwise.keep import parse_keep
+    from headwise.report.statistics import interval
 
     named, keeps, names = parse_tasks(tasks), tuple(parse_keep(k) for k in split(keep)), split(methods)
     known_methods(names)
@@ -261,7 +262,7 @@ def evaluate(
         return
     print_table(
         f"Up to {count(range(samples), 'sample')} per task, {length} tokens, seed {seed}, {protocol}. Model: {model}",
-        ["task", "method", "keep", "KV of full", "accuracy", "full cache", "KL", "agreement"],
+        ["task", "method", "keep", "KV of full", "accuracy", "95%", "full cache", "KL", "agreement"],
         [
             [
                 s.task,
@@ -269,6 +270,7 @@ def evaluate(
                 str(s.keep),
                 f"{s.kv_fraction:.1%}",
                 _number(s.accuracy) if s.nll is None or s.accuracy is not None else f"ppl {math.exp(s.nll):.3f}",
+                _ends(interval(s.scores)),
                 _number(s.full_accuracy),
                 _number(s.kl),
                 _number(s.agreement),
@@ -291,11 +293,15 @@ def report(
     """Quality against measured bytes, or speed and memory: a web page, a table, a summary and a picture."""
     from headwise.report.results import write_report
 
-    written = [str(path) for path in write_report(sources, out)]
+    written = [str(path) for path in write_report(sources, out, tell=complain)]
     if as_json:
         print_json({"written": written})
     else:
         say(", ".join(written))
+
+
+def _ends(found: Any) -> str:
+    return "-" if found is None else f"{found.low:.2f}-{found.high:.2f}"
 
 
 def _number(value: float | None) -> str:

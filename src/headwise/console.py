@@ -39,7 +39,7 @@ def say(text: str) -> None:
 
 
 def complain(error: object) -> None:
-    """An error on stderr, in one line."""
+    """An error, or what is left out, on stderr, in one line."""
     print(f"headwise: {shown(str(error))}", file=sys.stderr)
 
 
