@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -141,7 +142,7 @@ def compare(
     epilog='Example: headwise generate --model Qwen/Qwen3-4B --context report.txt -q "Who signed it?" --keep 0.2'
 )
 def generate(
-    question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")],
+    question: Annotated[list[str], typer.Option("--question", "-q", help="What to ask: one question.")],
     model: Model = "reference",
     context: Document = None,
     method: Annotated[str, typer.Option(help="See 'headwise methods'; 'full' keeps everything.")] = "adakv",
@@ -163,16 +164,21 @@ def generate(
     from headwise.keep import parse_keep
     from headwise.ragged.cache import RaggedCache
 
+    if len(question) > 1:
+        raise BadInput(
+            f"generate answers one question, and {len(question)} are given: 'headwise compare' asks several, and "
+            "--save keeps the document for another one."
+        )
     parsed = parse_keep(keep)
     known_methods([method])
     if save is not None and (method == FULL or not os.path.isdir(save.parent)):
         raise BadInput(f"--save {save}: name a file in a folder that exists, and a method that compresses.")
     if save is not None:
         require_file(save, inputs=_inputs(model, [method], context))
-    text, _ = _document(context, [question], None)
+    text, _ = _document(context, question, None)
     loaded, tokenizer = _load(model, dtype, device)
     require_room(tokenizer, text, view(loaded).max_positions)
-    tokens = tokenize(tokenizer, text, [question], device=loaded.device, split_special_tokens=split_special_tokens)
+    tokens = tokenize(tokenizer, text, question, device=loaded.device, split_special_tokens=split_special_tokens)
     room_for_answers(loaded, tokens)
     require_possible(loaded, [method], [parsed], tokens)
     with progress_bar("tokens") as progress:
@@ -222,12 +228,13 @@ def evaluate(
     from headwise.evals.records import RunFolder, require_place
     from headwise.evals.run import Evaluation, manifest, summarise
     from headwise.evals.run import evaluate as run
-    from headwise.evals.suites import Sizes, make_tasks, parse_tasks
+    from headwise.evals.suites import Sizes, make_tasks, parse_tasks, with_data
     from headwise.hf.families import view
     from headwise.keep import parse_keep
     from headwise.report.statistics import interval
 
-    named, keeps, names = parse_tasks(tasks), tuple(parse_keep(k) for k in split(keep)), split(methods)
+    named = parse_tasks(tasks, whole=partial(with_data, data_dir=data_dir, tell=complain))
+    keeps, names = tuple(parse_keep(k) for k in split(keep)), split(methods)
     known_methods(names)
     if out is not None:
         require_place(out)
@@ -567,7 +574,9 @@ def inspect(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Plot to write: .png, .svg or .pdf; of a cache .html.")
     ] = None,
-    ratio: Annotated[float, typer.Option(help="Kept fraction at which budgets are drawn.")] = 0.15,
+    ratio: Annotated[
+        float | None, typer.Option(help="Kept fraction at which budgets are drawn; left out: 0.15.")
+    ] = None,
     beside: Annotated[Path | None, typer.Option(help="Of gates: a budget or gates to draw beside them.")] = None,
     context: Annotated[
         Path | None, typer.Option("--context", "-c", help="Of a cache: the document it was made from (UTF-8).")
@@ -575,23 +584,38 @@ def inspect(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Of a cache: whose tokenizer; left out: the folder it names.")
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Everything its header says, and its tensors.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """What a saved cache or artifact is, and what it was made for. Draws budgets, gates and caches."""
     from headwise.report.facts import facts
+    from headwise.report.told import SPREAD, spread, summary
 
-    options = {"--out": out, "--beside": beside, "--context": context, "--model": model}
+    options = {"--out": out, "--ratio": ratio, "--beside": beside, "--context": context, "--model": model}
     for name, value in options.items():
         if value is not None and not plot:
             raise BadInput(f"{name} {value} is of a plot: add --plot.")
     found = facts(path)
     if plot:
-        found["plot"] = str(_plot(found["kind"], path, out, ratio, beside, context, model))
+        found["plot"] = str(_plot(found["kind"], path, out, 0.15 if ratio is None else ratio, beside, context, model))
     if as_json:
         print_json(found)
         return
-    tensors, budgets = found.pop("tensors"), found.pop("budgets", {})
-    print_table(str(path), ["field", "value"], list(_fields(found)))
+    drawn = [("plot", found["plot"])] if plot else []
+    print_table(str(path), ["field", "value"], [*summary(path, found), *drawn])
+    budgets = found.pop("budgets", {})
+    if budgets:
+        print_table("share of the context that is kept, by the keep of the whole cache", SPREAD, spread(budgets))
+    if verbose:
+        _print_all(found, budgets)
+
+
+def _print_all(found: dict[str, Any], budgets: dict[str, Any]) -> None:
+    """All that a file's header says, what the heads of every layer keep, and the tensors."""
+    tensors = found.pop("tensors")
+    print_table("header", ["field", "value"], list(_fields(found)))
     if budgets:
         print_table(
             "share of the context that a layer's heads keep on average (least to most), by the keep of the whole cache",
