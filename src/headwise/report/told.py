@@ -30,7 +30,7 @@ def summary(path: str | os.PathLike[str], found: Mapping[str, Any]) -> list[tupl
     kind = str(found.get("kind"))
     try:
         rows = [("what", WHAT.get(kind, kind)), *_model(found), *_OF_KIND.get(kind, _nothing)(path, found)]
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: its header is damaged ({error!r:.80}). --json shows all of it.") from error
     written = f"format {found.get('format_version')}, by headwise {found.get('library_version')}"
     return [*rows, ("file", f"{size(Path(path).stat().st_size)}, {written}")]
