@@ -332,6 +332,43 @@ def test_eval_writes_records_and_goes_on_where_it_was(run, tmp_path):
     assert told["methods"] == ["full", "keydiff", "knorm"]
 
 
+def test_the_whole_of_ruler_leaves_out_what_has_no_data(run, tmp_path, monkeypatch):
+    """The README's example once ended with an error; a task that is named is an error as ever."""
+    named = []
+
+    def stop(given, tokenizer, sizes):
+        named.extend(name for _, name in given)
+        raise cli.BadInput("enough")
+
+    monkeypatch.setattr("headwise.evals.suites.make_tasks", stop)
+    _, _, err = run("eval -m {base} --tasks ruler --length 1024")
+    assert err.splitlines()[0].startswith("headwise: ruler: qa_1, qa_2 are left out for want of data")
+    assert len(named) == 11 and "qa_1" not in named
+    (tmp_path / "squad.json").write_text("{{}}")
+    named.clear()
+    _, _, err = run(f"eval -m {{base}} --tasks ruler,ruler:qa_2 --length 1024 --data-dir {tmp_path}")
+    assert err.splitlines()[0].startswith("headwise: ruler: qa_2 is left out for want of data")
+    assert len(named) == 13, "what is named is not left out"
+
+
+def test_eval_shows_how_sure_a_mean_is(run):
+    out = succeed(run, "eval -m {base} --tasks mini-ruler:vt --methods full --samples 1 --length 160")
+    (row,) = [line.split() for line in out.splitlines() if "mini-ruler:vt" in line]
+    low, high = map(float, row[5].split("-"))
+    assert low <= float(row[4]) <= high and high - low > 0.7, "of a single sample"
+
+
+def test_a_report_without_matplotlib_says_what_is_left_out(run, tmp_path, monkeypatch):
+    folder, page = tmp_path / "run", tmp_path / "report.html"
+    succeed(run, f"eval -m {{base}} --tasks mini-ruler:vt --methods full --samples 1 --length 160 --out {folder}")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "headwise.report.picture", raising=False)
+    code, out, err = run(f"report {folder} -o {page} --json")
+    assert code == 0
+    assert json.loads(out) == {"written": [str(page.with_suffix(end)) for end in (".html", ".csv", ".md")]}
+    assert err.count("\n") == 1 and f"{page.with_suffix('.png')} is left out" in err and "headwise[plot]" in err
+
+
 def test_report_of_an_evaluation(run, tmp_path):
     folder, page = tmp_path / "run", tmp_path / "report.html"
     line = "eval -m {base} --tasks mini-ruler:vt,cwe --methods keydiff --keep 0.25,0.5 --samples 2 --length 160"
@@ -405,6 +442,17 @@ def test_bench_prefill_prints_a_row_for_every_method_and_context(run):
     assert "of it ours" in succeed(run, line)
 
 
+@pytest.mark.parametrize("command", ["prefill", "generate", "memory"])
+def test_bench_looks_at_budgets_before_it_measures(run, monkeypatch, command):
+    """The full cache was measured first, for minutes."""
+    work = {"prefill": "headwise.bench.prefill.run"}.get(command, "headwise.bench.candidates.run")
+    monkeypatch.setattr(work, lambda *args, **kwargs: pytest.fail("it measures"))
+    line = f"bench {command} --model random-narrow --tokens 4096,512 --methods lkv,snapkv --keep 0.05"
+    code, out, err = run(line)
+    assert "snapkv cannot work with keep=0.05 of 512 tokens" in err and "The smallest keep that works" in err
+    assert (code, out, err.count("\n")) == (1, "", 1)
+
+
 # --- methods, inspect, plan ---
 
 
@@ -424,9 +472,15 @@ def test_inspect_describes_an_artifact(run):
     found = json.loads(succeed(run, "inspect {dir}/budget.safetensors --json"))
     assert (found["kind"], found["origin"]["model"]) == ("budget", "a/b")
     assert found["tensors"]["fractions"]["shape"] == [1, 3, 2]
+    assert found["budgets"]["0.15"] == [[pytest.approx(0.15)] * 2] * 3
     out = succeed(run, "inspect {dir}/budget.safetensors")
-    assert "budget" in out
-    assert "[1, 3, 2]" in out
+    for words in ("a budget: how", "a/b: 3 layers x 2 KV heads of 16", "SCORER+fixed@", "15.0%", "least of a head"):
+        assert words in out
+    assert "[1, 3, 2]" not in out and "format_version" not in out
+    for flag in ("-v", "--verbose"):
+        more = succeed(run, f"inspect {{dir}}/budget.safetensors {flag}")
+        assert more.startswith(out.rstrip("\n"))
+        assert "[1, 3, 2]" in more and "format_version" in more
 
 
 def test_inspect_describes_a_cache(run, model_folders, tmp_path):
@@ -438,6 +492,23 @@ def test_inspect_describes_a_cache(run, model_folders, tmp_path):
     found = json.loads(succeed(run, f"inspect {tmp_path}/stone.safetensors --json"))
     assert (found["kind"], found["keep"]) == ("cache", "0.5")
     assert found["method"]["scorer"]["name"] == "KeyDiff"
+    states = [one["shape"] for name, one in found["tensors"].items() if name.endswith((".keys", ".values"))]
+    held = sum(entries * numbers * 4 for entries, numbers in states)
+    out = succeed(run, f"inspect {tmp_path}/stone.safetensors")
+    for words in ("KeyDiff + Uniform, keep 0.5", f"{held / 1024:.4g} KiB; at most", "50.0% of those read"):
+        assert words in out
+
+
+def test_inspect_of_a_damaged_header_is_one_line(run, tmp_path):
+    from headwise.artifacts import write_tensors
+
+    for at, damage in enumerate([{"method": 3}, {"method": {"scorer": [1]}}, {"context_tokens": "x"}]):
+        path = tmp_path / f"{at}.safetensors"
+        write_tensors(path, "cache", {"0.lengths": torch.ones(1, 2)}, {"keep": "0.5", **damage})
+        code, out, err = run(f"inspect {path}")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "its header is damaged" in err
+        succeed(run, f"inspect {path} --json")
 
 
 def test_tiers_say_what_a_server_would_keep(run, model_folders, tmp_path):
@@ -468,13 +539,22 @@ def test_plan_needs_the_configuration_only(run, model_folders, tmp_path):
     (tmp_path / "config.json").write_text((model_folders["base"] / "config.json").read_text())
     line = f"plan --model {tmp_path} --context 1k --keep 0.5 --memory 1GiB --batch 2"
     found = json.loads(succeed(run, f"{line} --json"))
-    assert found["full_kv_bytes"] == 2 * 2 * 3 * 2 * 1024 * 16 * 2
+    assert found["full_kv_bytes"] == 2 * 2 * 3 * 2 * 1024 * 16 * 4
+    assert (found["dtype"], found["beyond_positions"]) == ("float32", False)
     assert found["kv_bytes"] * 2 == found["full_kv_bytes"]
     assert found["fits"] is True
     out = succeed(run, line)
     for words in ("made for 1,024 tokens", "KV peak while reading", "largest batch", "longest context", "Note: "):
         assert words in out
+    assert "longer context may fit, but is refused" in out
     assert "largest batch" not in succeed(run, f"plan --model {tmp_path}")
+    assert "Too long for the model: it was made for 1,024 tokens, so 2,048 are refused." in succeed(
+        run, f"plan --model {tmp_path} -c 2k"
+    )
+
+
+def test_the_plan_of_the_bundled_model_is_what_auto_loads_it_in(run):
+    assert json.loads(succeed(run, "plan --json"))["dtype"] == "float32"
 
 
 # --- errors ---
@@ -534,9 +614,11 @@ WRONG = {
     "plan -m {base} --context 1x": "is not a number of tokens",
     "plan -m {base} --memory 24": "is not a size in bytes",
     "plan -m {base} --keep 2": "is outside (0, 1]",
-    "plan -m {base} --dtype int4": "choose float32",
+    "plan -m {base} --dtype int4": "choose auto, float32",
     "inspect {dir}/text.txt": "damaged or no safetensors file",
     "inspect {dir}": "is not a file",
+    "inspect {dir}/budget.safetensors --ratio 0.15": "--ratio 0.15 is of a plot: add --plot",
+    "generate -m {base} -c {dir}/text.txt -q who -q when": "generate answers one question, and 2 are given",
 }
 
 

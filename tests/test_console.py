@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -59,6 +61,35 @@ def test_tables_escape_cells_columns_and_titles(capsys):
         assert start + SAFE in out
     assert f"{SAFE}\\n" in out  # a title is one line
     assert [line.strip() for line in out.splitlines()[-3:-1]] == ["two", "lines"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_step_is_told_when_it_begins(monkeypatch):
+    """The first one of a benchmark takes minutes, and nothing was told of it."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with console.progress_bar("candidates") as progress:
+        progress(0, 3, "full")
+        assert "0/3" in sys.stderr.getvalue() and "full" in sys.stderr.getvalue()
+        progress(1, 3, f"keydiff{EVIL}")
+        assert "1/3" in sys.stderr.getvalue() and f"keydiff{SAFE}" in sys.stderr.getvalue()
+
+
+def test_a_table_of_80_columns_cuts_nothing(monkeypatch):
+    """Once words ended in an ellipsis."""
+    header = ["tokens", "candidate", "prefill s", "ms/token", "faster", "attention", "KV held", "peak", "claimed"]
+    row = ["131072", "snapkv+adakv", "1234.56", "1234.5", "12.34x", "100%", "123.4 MiB", "1.234 GiB", "1.234 GiB"]
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    console.print_table("t", header, [row] * 2)
+    lines = re.sub("\x1b\\[[0-9;]*m", "", sys.stdout.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 80
+    printed = Counter("".join(lines)) - Counter({" ": 10**4, "─": 10**4})
+    assert printed == Counter("".join(["t", *header, *row, *row])) - Counter({" ": 10**4}), "every letter is there"
 
 
 def test_results_and_errors_are_escaped(capsys):

@@ -9,9 +9,13 @@ from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from families import random_ids, tiny_model
 
+from headwise import compress
+from headwise.hf.families import shape_of
 from headwise.registry import ALLOCATORS, SCORERS, Entry, allocator
 from headwise.scores import SnapKV
 
@@ -109,6 +113,32 @@ def test_the_ten_lines_of_the_readme(model_folders, tmp_path, monkeypatch, capsy
     assert int(kept.sum()) == round(0.15 * document * kept.numel())
     assert document < found["answer"].shape[1] <= document + len(found["question"]) + 64
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_the_published_table_of_lu_kv_is_used_as_the_page_says(tmp_path, monkeypatch):
+    """A table of the same layout, for a tiny model: every head keeps what the row says, protected tokens included."""
+    section = re.split(r"^## ", (DOCS / "lukv.md").read_text(), flags=re.MULTILINE)
+    (page,) = [part for part in section if part.startswith("The published budget for Llama-3.1-8B-Instruct")]
+    make, use = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    model, ids = tiny_model("llama"), random_ids(1, 200)
+    shape = shape_of(model.config)
+    unlike = np.linspace(-0.5, 0.5, shape.num_layers * shape.kv_heads).reshape(shape.num_layers, shape.kv_heads)
+    removed = np.arange(1, 100)[:, None, None] / 100
+    table = removed + unlike * np.minimum(removed, 1 - removed)  # [99, L, H], the mean of each row is its percents
+    monkeypatch.chdir(tmp_path)
+    np.save("ea_0.02_sink4_win1_llama_avg_ratio.npy", table)
+    model.config.save_pretrained(tmp_path / "model")
+    exec(compile(make.replace("meta-llama/Llama-3.1-8B-Instruct", str(tmp_path / "model")), "lukv.md", "exec"), {})
+    names = {"model": model, "input_ids": ids}
+    exec(compile(use, "lukv.md", "exec"), names)
+    kept = names["cache"].lengths[:, 0].numpy()
+    np.testing.assert_allclose(kept, 200 * (1 - table[79]), atol=1)
+    assert kept.sum() == round(0.2 * 200 * kept.size)
+    for layer, head in np.ndindex(kept.shape):
+        assert {0, 1, 2, 3, 199} <= {*names["cache"].positions(layer, 0, head).tolist()}
+    assert names["method"].scorer.epsilon == 0.02
+    by_name = compress(model, ids, "expected+fixed@llama-3.1-8b-ea.safetensors", keep=0.2)
+    assert torch.equal(by_name.lengths, names["cache"].lengths)
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.name)

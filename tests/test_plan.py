@@ -12,7 +12,7 @@ from headwise.errors import BadInput, UnsupportedModel
 from headwise.evals.answers import FullMemory
 from headwise.hf.families import shape_of
 from headwise.keep import parse_keep
-from headwise.plan import Plan, plan
+from headwise.plan import ACTIVATIONS_NOTE, NO_DTYPE_NOTE, Plan, plan
 
 GIB = 2**30
 LLAMA_8B = LlamaConfig(
@@ -23,6 +23,7 @@ LLAMA_8B = LlamaConfig(
     num_attention_heads=32,
     num_key_value_heads=8,
     max_position_embeddings=131_072,
+    dtype="bfloat16",
 )
 CONTEXT = 128 * 1024
 
@@ -102,6 +103,55 @@ def test_float32_takes_twice(config):
     assert planned(config, dtype=torch.float32).full_kv_bytes == 32 * GIB
 
 
+@pytest.mark.parametrize("name", ["float32", "float16"])
+def test_the_dtype_is_the_checkpoint_s(name):
+    """It was bfloat16 whatever the checkpoint: half of what a float32 one then took."""
+    found = plan(LlamaConfig(num_hidden_layers=1, dtype=name), context=10, keep=0.5)
+    assert (found.dtype, found.note) == (name, ACTIVATIONS_NOTE)
+    assert found.full_kv_bytes == 2 * 32 * 10 * 128 * getattr(torch, name).itemsize
+
+
+def test_without_a_dtype_float32_is_assumed_and_told():
+    found = plan(LlamaConfig(num_hidden_layers=1), context=10, keep=0.5)
+    assert found.dtype == "float32"
+    assert NO_DTYPE_NOTE in found.note
+    assert NO_DTYPE_NOTE not in plan(LlamaConfig(), context=10, keep=0.5, dtype=torch.float16).note
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        ({"quant_method": "awq", "bits": 4}, 4),
+        ({"quant_method": "gptq", "bits": 3}, 3),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, 4),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 8),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, 8),
+    ],
+)
+def test_quantised_weights_are_counted_as_they_are_stored(settings, bits):
+    """Embeddings, the output's too, and norms stay as they are, and so do keys and values."""
+    sizes = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "dtype": "float16"}
+    whole = plan(LlamaConfig(**sizes, num_attention_heads=4), context=10, keep=0.5)
+    found = plan(LlamaConfig(**sizes, num_attention_heads=4, quantization_config=settings), context=10, keep=0.5)
+    linear = 7 * 64 * 64
+    assert whole.weight_bytes - found.weight_bytes == linear * 2 - linear * bits // 8
+    assert (found.kv_bytes, found.dtype) == (whole.kv_bytes, "float16")
+    assert f"counted with {bits} bits ({settings['quant_method']})" in found.note
+
+
+def test_an_unknown_quantisation_is_told():
+    config = LlamaConfig(num_hidden_layers=1, dtype="float16", quantization_config={"quant_method": "new"})
+    assert (
+        "how new quantises is not known here, so weights are counted as float16"
+        in plan(config, context=10, keep=0.5).note
+    )
+
+
+def test_a_context_beyond_the_model_is_told(config):
+    assert [planned(config, context=n).beyond_positions for n in (131_072, 131_073)] == [False, True]
+
+
 def test_sliding_layers_are_bounded_and_left_whole():
     config = Gemma3TextConfig(
         vocab_size=97,
@@ -114,12 +164,12 @@ def test_sliding_layers_are_bounded_and_left_whole():
         sliding_window=32,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     )
-    found = plan(config, context=1000, keep=0.5)
+    found = plan(config, context=1000, keep=0.5, dtype=torch.bfloat16)
     entry = 2 * 16 * 2
     assert found.sliding_kv_bytes == 2 * 2 * 31 * entry  # a window of 32 is 31 older tokens and the new one
     assert found.full_kv_bytes == 2 * 1000 * entry + found.sliding_kv_bytes
     assert found.kv_bytes == 2 * 500 * entry + found.sliding_kv_bytes
-    assert plan(config, context=10, keep=0.5).sliding_kv_bytes == 2 * 2 * 10 * entry
+    assert plan(config, context=10, keep=0.5, dtype=torch.bfloat16).sliding_kv_bytes == 2 * 2 * 10 * entry
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.9, 1.0, "40tok"])
@@ -140,7 +190,7 @@ def test_shared_embeddings_are_counted_once():
         plan(LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=tie), context=10, keep=0.5)
         for tie in (True, False)
     )
-    assert untied.weight_bytes - tied.weight_bytes == 1000 * 64 * 2
+    assert untied.weight_bytes - tied.weight_bytes == 1000 * 64 * 4
 
 
 @pytest.mark.parametrize("wrong", [{"context": 0}, {"batch": 0}, {"context": -5}, {"keep": 0.0}, {"keep": 1.5}])

@@ -197,6 +197,11 @@ def test_models_of_any_size(tmp_path, layers, heads):
 def test_the_command_prints_what_gates_are(run, folder):
     code, out, err = run(f"inspect {folder}/both.safetensors")
     assert (code, err) == (0, "")
+    for words in ("lkv@", "budgets (LKV-H) and scores (LKV-T)", "a/b: ", "least of a head", "0.0625"):
+        assert words in out
+    assert "settings.seed" not in out
+    code, out, err = run(f"inspect {folder}/both.safetensors -v")
+    assert (code, err) == (0, "")
     for words in ("gates", "budgets (LKV-H)", "settings.seed", "origin.model", "a/b", "(least to most)", "0.0625"):
         assert words in out
     assert "least" not in run(f"inspect {folder}/scores.safetensors")[1]

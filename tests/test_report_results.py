@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import beta
+from scipy.stats import t as student
 
 from headwise.errors import BadInput
 from headwise.report import results, tables
@@ -26,7 +28,7 @@ from headwise.report.page import page
 from headwise.report.picture import apart
 from headwise.report.records import load
 from headwise.report.results import as_csv, markdown, named, write_report
-from headwise.report.statistics import Estimate, Setting
+from headwise.report.statistics import Estimate, Setting, interval
 from headwise.report.summary import summarise
 
 TAG = "<script>alert('|')</script>"
@@ -109,11 +111,6 @@ def scores(method, values, **known):
     return [record(method, value, index=index, **known) for index, value in enumerate(values)]
 
 
-def numbers(found):
-    """Value, low and high, as far as numbers can be the same."""
-    return pytest.approx((found.value, found.low, found.high))
-
-
 def summary(*folders):
     (section,) = load(folders).sections
     return summarise(section)
@@ -146,29 +143,78 @@ def test_every_task_counts_the_same_by_hand(folder):
     assert cells == [2, 2, 4, 4]
 
 
-def test_an_interval_of_three_samples_by_hand(folder):
-    """All three resampled are the lowest one in 1 of 27 cases, 3.7%: the interval reaches from lowest to highest."""
-    found = summary(folder("d", scores("snapkv", [0.0, 0.3, 0.9])))
-    assert numbers(found.overall[Setting("snapkv", "0.25")].score) == (0.4, 0.0, 0.9)
+@pytest.mark.parametrize(("right", "samples"), [(2, 2), (0, 2), (1, 1), (1, 2), (20, 20), (19, 20), (7, 100)])
+def test_of_right_and_wrong_answers_the_interval_is_jeffreys(right, samples):
+    """Two right answers of two were once 100.0 ± 0.0. The interval holds the mean."""
+    found = interval([1.0] * right + [0.0] * (samples - right))
+    assert found is not None and found.low is not None and found.high is not None
+    low, high = beta.ppf([0.025, 0.975], right + 0.5, samples - right + 0.5)
+    expected = (low if right else 0.0, high if right < samples else 1.0)
+    assert (found.low, found.high) == pytest.approx(expected, abs=0.03)
+    assert found.low <= found.value == right / samples <= found.high
 
 
-def test_intervals_are_those_of_a_slow_bootstrap(folder):
-    """Samples are resampled within their tasks, and tasks count the same, whatever their number of samples."""
+def test_without_a_score_there_is_no_interval():
+    assert interval([]) is None
+
+
+def test_more_samples_that_score_the_same_are_surer():
+    ends = [found.low for n in (1, 2, 5, 20, 100) if (found := interval([0.8] * n)) and found.low is not None]
+    assert ends == sorted(ends)
+    assert 0.1 < ends[0] < 0.4 and 0.75 < ends[-1] < 0.8
+
+
+def test_means_of_several_tasks_are_those_of_a_slow_bootstrap(folder):
+    """Samples are reweighted within their tasks, and tasks count the same, whatever their number of samples."""
     draw = random.Random(0)
     tasks = {"s:a": [draw.random() for _ in range(30)], "s:b": [draw.random() ** 3 for _ in range(12)]}
     records = [line for task, values in tasks.items() for line in scores("snapkv", values, task=task)]
     score = summary(folder("d", records)).overall[Setting("snapkv", "0.25")].score
-    means = sorted(fmean(fmean(draw.choices(v, k=len(v))) for v in tasks.values()) for _ in range(8000))
+
+    def reweighted(values):
+        weights = [draw.gammavariate(1, 1) for _ in values] + [draw.gammavariate(0.5, 1) for _ in (0, 1)]
+        return sum(w * x for w, x in zip(weights, [*values, 0.0, 1.0], strict=True)) / sum(weights)
+
+    means = sorted(fmean(reweighted(values) for values in tasks.values()) for _ in range(8000))
     assert score is not None
     assert score.value == pytest.approx(fmean(fmean(values) for values in tasks.values()))
     assert (score.low, score.high) == pytest.approx((means[200], means[7800]), abs=0.01)
 
 
-def test_ratios_to_the_full_cache_see_the_same_resamples(folder):
-    """A method that gets half of every sample right that the full cache gets right is at exactly one half."""
-    whole = [1.0, 0.2, 0.6, 0.0, 0.8]
+def test_ratios_to_the_full_cache_see_the_same_weights(folder):
+    """A method that gets half of every sample right that the full cache gets right is near one half, far surer than
+    its score is; and the full cache's share of its own score is certain.
+    """
+    whole = [1.0, 0.2, 0.6, 0.0, 0.8] * 8
     found = summary(folder("d", scores("full", whole) + scores("snapkv", [value / 2 for value in whole])))
-    assert numbers(found.overall[Setting("snapkv", "0.25")].of_full) == (0.5, 0.5, 0.5)
+    ratio, score = (getattr(found.overall[Setting("snapkv", "0.25")], name) for name in ("of_full", "score"))
+    assert ratio.value == 0.5
+    assert 0.4 < ratio.low < 0.5 < ratio.high < 0.62
+    assert (ratio.high - ratio.low) / ratio.value < (score.high - score.low) / score.value
+    assert found.full is not None and found.full.of_full == Estimate(value=1.0)
+
+
+def test_where_two_samples_agree_their_ratio_is_unsure(folder):
+    found = summary(folder("d", scores("full", [1, 1]) + scores("snapkv", [1, 1])))
+    ratio = found.overall[Setting("snapkv", "0.25")].of_full
+    assert ratio is not None and ratio.low is not None and ratio.high is not None
+    assert ratio.low < 0.7 and ratio.high > 1.3
+    assert "**100.0 (100.0 to 100.0)**" not in tables.quality(found, "0.25").markdown()
+
+
+def test_divergences_are_spread_by_student_s_t(folder):
+    draw = np.random.default_rng(0)
+    for n in (3, 10, 40):
+        values = draw.normal(10, 1, n)
+        (kl,) = [
+            one.kl
+            for one in summary(
+                folder(f"d{n}", [record(kl=float(x), index=i) for i, x in enumerate(values)])
+            ).overall.values()
+        ]
+        half = student.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5
+        assert kl is not None and kl.low is not None and kl.high is not None
+        assert (kl.low, kl.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.25 * half)
 
 
 def test_a_perplexity_is_of_mean_nats_and_no_part_of_the_score(folder):
@@ -179,22 +225,30 @@ def test_a_perplexity_is_of_mean_nats_and_no_part_of_the_score(folder):
     overall = found.overall[Setting("snapkv", "0.25")]
     assert [task.label for task in found.scored] == ["a"]
     assert overall.score is not None and overall.score.value == 0.5
-    assert numbers(overall.perplexity) == tuple(np.exp([2.5, 2.0, 3.0]))
+    found_nats = overall.perplexity
+    assert found_nats is not None and found_nats.low is not None and found_nats.high is not None
+    assert found_nats.value == pytest.approx(np.exp(2.5))
+    assert found_nats.low == 1.0 and found_nats.high > np.exp(6), "of two samples little is known"
     assert tables.quality(found, "0.25").columns[-1] == "p ↓"
     assert [chart.title for chart in charts(found)][-1] == "Perplexity on one task (less is better)"
 
 
-def test_of_a_single_sample_no_interval_is_known(folder):
-    found = summary(folder("d", scores("full", [1]) + scores("snapkv", [1]) + scores("keydiff", [0])))
-    assert found.overall[Setting("snapkv", "0.25")].score == Estimate(value=1.0)
-    text = tables.quality(found, "0.25").markdown()
-    assert "| snapkv | 25.0 | **100.0 ±-** | **100.0 ±-** |" in text
-    assert "±0" not in text
+def test_of_a_single_sample_no_divergence_is_known_and_little_of_its_score(folder):
+    lines = [record("full", 1), record("snapkv", 1, kl=0.2), record("keydiff", 0, kl=0.3)]
+    found = summary(folder("d", lines))
+    overall = found.overall[Setting("snapkv", "0.25")]
+    assert overall.kl == Estimate(value=0.2)
+    assert overall.score is not None and overall.score.low is not None
+    assert overall.score.low < 0.25 and overall.score.high == 1.0
+    assert re.search(
+        r"\| snapkv \| 25.0 \| \*\*100.0 \(\d+.\d to \d+.\d\)\*\* \|", tables.quality(found, "0.25").markdown()
+    )
+    assert "0.200 (-)" in "".join(table.markdown() for table in tables.fidelity(found))
 
 
 def test_the_best_is_bold_and_who_overlaps_it_is_marked(folder):
     values = {"full": 1.0, "a": 0.9, "b": 0.88, "c": 0.1}
-    spread = [-0.1, -0.05, 0.0, 0.05, 0.1]
+    spread = [-0.1, -0.05, 0.0, 0.05, 0.1] * 4
     records = [line for name, mean in values.items() for line in scores(name, [mean + x for x in spread])]
     found = {name: entries[-1] for name, entries in tables.quality(summary(folder("d", records)), "0.25").rows}
     assert {name: (entry.best, entry.close) for name, entry in found.items()} == {
@@ -549,15 +603,21 @@ def test_a_report_needs_neither_torch_nor_transformers(evaluated, tmp_path):
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_without_matplotlib_the_message_says_what_to_install(evaluated, tmp_path):
+def test_without_matplotlib_everything_but_the_picture_is_written(evaluated, tmp_path):
+    """Once nothing was."""
     done = python(
         "import sys; sys.modules['matplotlib'] = None; from pathlib import Path;"
         "from headwise.report.results import write_report;"
-        f"write_report([Path({str(evaluated)!r})], Path({str(tmp_path / 'r.html')!r}))"
+        f"found = write_report([Path({str(evaluated)!r})], Path({str(tmp_path / 'r.html')!r}), tell=print);"
+        "print(*(path.name for path in found))"
     )
-    assert "BadInput: the report's picture needs matplotlib" in done.stderr
-    assert "pip install 'headwise[plot]'" in done.stderr
-    assert [file.name for file in tmp_path.iterdir()] == ["evaluated"]
+    assert done.stderr == ""
+    told, written = done.stdout.splitlines()
+    assert f"{tmp_path}/r.png is left out, for it needs matplotlib" in told
+    assert "pip install 'headwise[plot]'" in told
+    assert written == "r.html r.csv r.md"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["evaluated", "r.csv", "r.html", "r.md"]
+    assert 'class="chart' in (tmp_path / "r.html").read_text()
 
 
 EVIL = "\x1b[2J\u202e\r\n"

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html import unescape
 from typing import Any
 
@@ -325,6 +326,16 @@ def test_it_needs_no_torch(files, tmp_path):
         "print(sorted({'torch', 'transformers', 'matplotlib.pyplot'} & {*sys.modules}))"
     )
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_without_matplotlib_everything_but_the_picture_is_written(files, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "headwise.report.picture")
+    told = []
+    paths = write_report(files, tmp_path / "r.html", tell=told.append)
+    assert [path.name for path in paths] == ["r.html", "r.csv", "r.md"]
+    assert len(told) == 1 and "r.png is left out" in told[0]
+    assert "<svg" in paths[0].read_text()
 
 
 # --- what is refused ---

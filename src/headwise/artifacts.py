@@ -228,11 +228,14 @@ class Budget:
         model: str = "",
         scorer: str = "",
         scorer_parameters: Mapping[str, Any] | None = None,
+        sink: int = 0,
+        window: int = 0,
     ) -> "Budget":
         """Import the LU-KV authors' and kvpress' table (arXiv 2602.08585): `.npy` `[99, num_layers, kv_heads]`.
 
         Its row i holds the fractions REMOVED when (i + 1)% of the cache is removed; values beyond [0, 1] are clipped,
-        as kvpress does. Raises BadInput if it cannot be read, ArtifactMismatch if it is of another shape.
+        as kvpress does. `Fixed` protects `sink` first and `window` last tokens, or the scorer's own if they are more.
+        Raises BadInput if it cannot be read, ArtifactMismatch if it is of another shape.
         """
         removed = load_npy(Path(path), (99, shape.num_layers, shape.kv_heads))
         kept = 1 - torch.from_numpy(removed).clamp(0, 1).flip(0)[:, list(shape.layers)]
@@ -241,6 +244,8 @@ class Budget:
             model=model,
             scorer=scorer,
             scorer_parameters=scorer_parameters or {},
+            sink=sink,
+            window=window,
             calibration=fingerprint(Path(path).read_bytes()),
         )
         return cls(ratios=_percents(), fractions=kept, origin=origin)

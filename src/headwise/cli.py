@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -181,7 +182,7 @@ def _print_answers(questions: Sequence[str], rows: Sequence[Any], full: Any) -> 
     epilog='Example: headwise generate --model Qwen/Qwen3-4B --context report.txt -q "Who signed it?" --keep 0.2'
 )
 def generate(
-    question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")],
+    question: Annotated[list[str], typer.Option("--question", "-q", help="What to ask: one question.")],
     model: Model = "reference",
     context: Document = None,
     method: Annotated[
@@ -197,13 +198,18 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Compress a document, ask one question, stream the answer."""
+    if len(question) > 1:
+        raise BadInput(
+            f"generate answers one question, and {len(question)} are given: 'headwise compare' asks several, and "
+            "--save keeps the document for another one."
+        )
     parsed = parse_keep(keep)
     require_names([method])
     if save is not None and (method == FULL or not os.path.isdir(save.parent)):
         raise BadInput(f"--save {save}: name a file in a folder that exists, and a method that compresses.")
     if save is not None:
         require_file(save, inputs=_inputs(model, [method], context))
-    text, _ = _document(context, [question], None)
+    text, _ = _document(context, question, None)
     source = find(model)
     from headwise.evals.answers import answer, read_context, require_possible, room_for_answers
     from headwise.evals.document import instructed, tokenize
@@ -214,7 +220,7 @@ def generate(
 
     loaded, tokenizer = _load(source, dtype, device)
     require_room(tokenizer, text, view(loaded).max_positions)
-    tokens = tokenize(tokenizer, text, [question], device=loaded.device, split_special_tokens=split_special_tokens)
+    tokens = tokenize(tokenizer, text, question, device=loaded.device, split_special_tokens=split_special_tokens)
     room_for_answers(loaded, tokens)
     (name,) = _chosen([method], loaded)
     require_possible(loaded, [name], [parsed], tokens)
@@ -271,10 +277,11 @@ def evaluate(
     source = find(model)
     from headwise.evals.run import Evaluation, manifest, summarise
     from headwise.evals.run import evaluate as run
-    from headwise.evals.suites import Sizes, make_tasks, parse_tasks
+    from headwise.evals.suites import Sizes, make_tasks, parse_tasks, with_data
     from headwise.hf.families import view
+    from headwise.report.statistics import interval
 
-    named = parse_tasks(tasks)
+    named = parse_tasks(tasks, whole=partial(with_data, data_dir=data_dir, tell=complain))
     processes, loaded, tokenizer = _load_launched(source, dtype, device, shared_out=False)
     names = _chosen(names, loaded, quiet=processes.rank > 0)
     made = make_tasks(named, tokenizer, Sizes(samples=samples, length=length, seed=seed, data_dir=data_dir))
@@ -307,7 +314,7 @@ def evaluate(
         return
     print_table(
         f"Up to {count(range(samples), 'sample')} per task, {length} tokens, seed {seed}, {protocol}. Model: {model}",
-        ["task", "method", "keep", "KV of full", "accuracy", "full cache", "KL", "agreement"],
+        ["task", "method", "keep", "KV of full", "accuracy", "95%", "full cache", "KL", "agreement"],
         [
             [
                 s.task,
@@ -315,6 +322,7 @@ def evaluate(
                 str(s.keep),
                 f"{s.kv_fraction:.1%}",
                 _number(s.accuracy) if s.nll is None or s.accuracy is not None else f"ppl {math.exp(s.nll):.3f}",
+                _ends(interval(s.scores)),
                 _number(s.full_accuracy),
                 _number(s.kl),
                 _number(s.agreement),
@@ -337,11 +345,15 @@ def report(
     """Quality against measured bytes, or speed and memory: a web page, a table, a summary and a picture."""
     from headwise.report.results import write_report
 
-    written = [str(path) for path in write_report(sources, out)]
+    written = [str(path) for path in write_report(sources, out, tell=complain)]
     if as_json:
         print_json({"written": written})
     else:
         say(", ".join(written))
+
+
+def _ends(found: Any) -> str:
+    return "-" if found is None else f"{found.low:.2f}-{found.high:.2f}"
 
 
 def _number(value: float | None) -> str:
@@ -744,7 +756,9 @@ def inspect(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Plot to write: .png, .svg or .pdf; of a cache .html.")
     ] = None,
-    ratio: Annotated[float, typer.Option(help="Kept fraction at which budgets are drawn.")] = 0.15,
+    ratio: Annotated[
+        float | None, typer.Option(help="Kept fraction at which budgets are drawn; left out: 0.15.")
+    ] = None,
     beside: Annotated[Path | None, typer.Option(help="Of gates: a budget or gates to draw beside them.")] = None,
     context: Annotated[
         Path | None, typer.Option("--context", "-c", help="Of a cache: the document it was made from (UTF-8).")
@@ -752,23 +766,38 @@ def inspect(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Of a cache: whose tokenizer; left out: the folder it names.")
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Everything its header says, and its tensors.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """What a saved cache or artifact is, and what it was made for. Draws budgets, gates and caches."""
     from headwise.report.facts import facts
+    from headwise.report.told import SPREAD, spread, summary
 
-    options = {"--out": out, "--beside": beside, "--context": context, "--model": model}
+    options = {"--out": out, "--ratio": ratio, "--beside": beside, "--context": context, "--model": model}
     for name, value in options.items():
         if value is not None and not plot:
             raise BadInput(f"{name} {value} is of a plot: add --plot.")
     found = facts(path)
     if plot:
-        found["plot"] = str(_plot(found["kind"], path, out, ratio, beside, context, model))
+        found["plot"] = str(_plot(found["kind"], path, out, 0.15 if ratio is None else ratio, beside, context, model))
     if as_json:
         print_json(found)
         return
-    tensors, budgets = found.pop("tensors"), found.pop("budgets", {})
-    print_table(str(path), ["field", "value"], list(_fields(found)))
+    drawn = [("plot", found["plot"])] if plot else []
+    print_table(str(path), ["field", "value"], [*summary(path, found), *drawn])
+    budgets = found.pop("budgets", {})
+    if budgets:
+        print_table("share of the context that is kept, by the keep of the whole cache", SPREAD, spread(budgets))
+    if verbose:
+        _print_all(found, budgets)
+
+
+def _print_all(found: dict[str, Any], budgets: dict[str, Any]) -> None:
+    """All that a file's header says, what the heads of every layer keep, and the tensors."""
+    tensors = found.pop("tensors")
+    print_table("header", ["field", "value"], list(_fields(found)))
     if budgets:
         print_table(
             "share of the context that a layer's heads keep on average (least to most), by the keep of the whole cache",
@@ -788,24 +817,23 @@ def plan(
     keep: Keep = "0.15",
     memory: Annotated[str | None, typer.Option(help="What the device has, such as 24GiB.")] = None,
     batch: Annotated[int, typer.Option(min=1, max=MOST, help="Sequences at a time.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """KV memory before and after, and what fits. Needs the configuration only, no weights."""
     source = find(model)
-    from headwise.evals.models import DTYPES, load_config
+    from headwise.evals.models import find_dtype, load_config
     from headwise.keep import parse_bytes, parse_tokens
     from headwise.plan import plan as make
 
-    if dtype not in DTYPES or dtype == "auto":
-        raise BadInput(f"dtype={dtype!r}: choose float32, bfloat16 or float16.")
+    chosen = find_dtype(model, dtype)
     found = make(
         load_config(source),
         context=parse_tokens(context),
         keep=keep,
         batch=batch,
         memory=None if memory is None else parse_bytes(memory),
-        dtype=DTYPES[dtype],
+        dtype=None if chosen == "auto" else chosen,
     )
     if as_json:
         print_json({"model": model, **asdict(found)})
@@ -825,6 +853,12 @@ def plan(
     title = f"{model}, made for {found.max_positions:,} tokens: {found.context:,} x {found.batch}, {found.dtype}"
     print_table(title, ["", "everything kept", f"keep {found.keep}"], rows)
     _print_sliding(found.sliding_kv_bytes)
+    if found.beyond_positions:
+        say(
+            f"Too long for the model: it was made for {found.max_positions:,} tokens, so {found.context:,} are refused."
+        )
+    elif (found.max_context or 0) > found.max_positions:
+        say(f"The model was made for {found.max_positions:,} tokens: a longer context may fit, but is refused.")
     say(f"Note: {found.note}.")
 
 

@@ -39,7 +39,7 @@ def say(text: str) -> None:
 
 
 def complain(error: object) -> None:
-    """An error on stderr, in one line."""
+    """An error, or what is left out, on stderr, in one line."""
     print(f"headwise: {shown(str(error))}", file=sys.stderr)
 
 
@@ -75,7 +75,8 @@ def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
         def report(done: int, total: int, text: str = "") -> None:
             bar.total = total
             bar.set_postfix_str(shown(text), refresh=False)
-            bar.update(done - bar.n)
+            if not bar.update(done - bar.n):
+                bar.refresh()  # the first step may take minutes, and what it is shall be seen
 
         yield report
 
@@ -90,11 +91,21 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     console = Console(emoji=False)
     if not console.is_terminal:
         console.width = 140
-    table = Table(*map(shown, header), box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*(shown(cell, lines=True) for cell in row))
+    table = _table(header, rows)
+    if console.measure(table).maximum > console.width:
+        table = _table(header, rows, padding=(0, 1, 0, 0), pad_edge=False)
     console.print(Text(shown(title), style="bold"), soft_wrap=True)
     console.print(table, markup=False)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], **layout: Any) -> Table:
+    """What is too long for its column goes on in the next line, and is never cut."""
+    table = Table(box=box.SIMPLE_HEAD, **layout)
+    for name in header:
+        table.add_column(shown(name), overflow="fold")
+    for row in rows:
+        table.add_row(*(shown(cell, lines=True) for cell in row))
+    return table
 
 
 def count(things: Sequence[Any], name: str) -> str:

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from headwise.errors import BadInput
@@ -11,6 +13,7 @@ from headwise.hf.families import max_positions, shape_of
 from headwise.keep import Keep, parse_keep
 
 ACTIVATIONS_NOTE = "activations, logits and the framework's own memory are not counted: leave 10-20% free"
+NO_DTYPE_NOTE = "the configuration names no dtype, so float32 is assumed: name another one if the weights have it"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +38,7 @@ class Plan:
     max_context_full: int | None
     max_context: int | None
     max_positions: int  # the longest context the model was made for
+    beyond_positions: bool  # whether `context` is longer than that
     note: str = ACTIVATIONS_NOTE
 
 
@@ -45,25 +49,28 @@ def plan(
     keep: float | str | Keep,
     batch: int = 1,
     memory: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
 ) -> Plan:
     """KV bytes of `batch` contexts of `context` tokens, with everything kept and with `keep`; what fits in `memory`.
 
+    `dtype` is that of keys, values and weights; None is the checkpoint's own, as its configuration names it. Weights of
+    a quantised checkpoint are counted as it stores them; its keys and values are not quantised.
     `max_batch` and `max_context` are what the memory has room for, for an allocator of scope "layer"; `max_context` may
     exceed `max_positions`. Raises BadInput, UnsupportedModel.
     """
     if batch < 1 or context < 1:
         raise BadInput(f"context={context} and batch={batch} must be at least 1.")
+    dtype, of_dtype = (dtype, []) if dtype else _own_dtype(config)
     keep, sizes = parse_keep(keep), _Sizes(config, dtype)
     full, small = sizes.held(context, batch, None), sizes.held(context, batch, keep)
     peak, layer = sizes.peak(context, batch, keep), sizes.layer(context, batch)
-    weights = _weight_bytes(config, dtype)
+    weights, of_weights = _weight_bytes(config, dtype)
     room = None if memory is None else max(0, memory - weights)
     return Plan(
         context=context,
         keep=keep.value,
         batch=batch,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
         weight_bytes=weights,
         full_kv_bytes=full,
         kv_bytes=small,
@@ -78,7 +85,15 @@ def plan(
         max_context_full=None if room is None else _largest(lambda n: sizes.held(n, batch, None) <= room),
         max_context=None if room is None else _largest(lambda n: sizes.peak(n, batch, keep) <= room),
         max_positions=max_positions(config),
+        beyond_positions=context > max_positions(config),
+        note="; ".join([ACTIVATIONS_NOTE, *of_dtype, *of_weights]),
     )
+
+
+def _own_dtype(config: PretrainedConfig) -> tuple[torch.dtype, list[str]]:
+    """The checkpoint's, and what a reader must know of it."""
+    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return (named, []) if named else (torch.float32, [NO_DTYPE_NOTE])
 
 
 class _Sizes:
@@ -123,7 +138,36 @@ def _largest(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _weight_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
+def _weight_bytes(config: PretrainedConfig, dtype: torch.dtype) -> tuple[int, list[str]]:
+    """Bytes of all weights, and what a reader must know of a quantised checkpoint."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    nbytes = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return nbytes, []
+    settings = found if isinstance(found, dict) else found.to_dict()
+    bits, method = _bits(settings), settings.get("quant_method", "unknown")
+    if not bits:
+        return nbytes, [f"how {method} quantises is not known here, so weights are counted as {_name(dtype)}"]
+    head = model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    said = f"weights of linear layers are counted with {bits} bits ({method}), without their scales"
+    return nbytes - linear * dtype.itemsize + linear * bits // 8, [said]
+
+
+def _bits(settings: dict[str, Any]) -> int:
+    """Bits of a quantised weight, by what transformers' quantisers write into a configuration; 0 if it is not said."""
+    if settings.get("bits"):  # gptq, awq, hqq and others
+        return int(settings["bits"])
+    for bits in (4, 8):  # bitsandbytes
+        if settings.get(f"load_in_{bits}bit"):
+            return bits
+    groups = settings.get("config_groups") or {}  # compressed-tensors: the first group, which is mostly the only one
+    for group in groups.values():
+        return int((group.get("weights") or {}).get("num_bits") or 0)
+    return {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4}.get(str(settings.get("quant_method")), 0)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from headwise.bench.measuring import LOGITS, MOST, WrongResult, in_worker, relative_error, require_kvpress
-from headwise.bench.models import shape_for
+from headwise.bench.models import require_budgets, shape_for
 from headwise.errors import BadInput
 from headwise.evals.answers import known_methods
 
@@ -53,6 +53,18 @@ class Settings:
             raise BadInput(f"kvpress:{unknown[0]} is not measured; choose {', '.join(KVPRESS + p for p in PRESSES)}.")
         if pressed and self.kvpress is None:
             raise BadInput("name the Python of an environment in which kvpress is installed: --kvpress env/bin/python.")
+
+    def require_budgets(self) -> None:
+        """Raise what a method of ours would raise for its budget, before anything is measured."""
+        require_budgets(
+            self.model,
+            self.layers,
+            [method for method in self.methods if method != FULL and not method.startswith(KVPRESS)],
+            keep=self.keep,
+            tokens=self.tokens,
+            batch=self.batch,
+            dtype=self.dtype,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

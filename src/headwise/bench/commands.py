@@ -72,7 +72,7 @@ def decode(
     rows = []
     with progress_bar("settings") as progress:
         for done, settings in enumerate(grid):
-            progress(done, len(grid))
+            progress(done, len(grid), f"{settings.tokens} tokens, keep {settings.keep:g}, {settings.dtype}")
             rows += run(settings)
     about = {"hardware": hardware(torch.device("cpu")), "versions": versions()}
     _print_rows(
@@ -86,7 +86,7 @@ def decode(
             "threads": "threads",
             "candidate": "candidate",
             "ms": lambda row: f"{row['ms']:.2f}",
-            "of full": lambda row: f"{row['speedup_vs_full']:.1f}x faster",
+            "faster": lambda row: f"{row['speedup_vs_full']:.1f}x",
             "of floor": lambda row: f"{row['times_floor']:.2f}x",
             "error": lambda row: f"{row['rel_error']:.1e}",
             "PyTorch's": lambda row: f"{row['plain_error']:.1e}",
@@ -127,6 +127,8 @@ def prefill(
         )
         for n in numbers(tokens, counted)
     ]
+    for one in settings:
+        one.require_budgets()
     rows = []
     with progress_bar("rounds") as progress:
         for one in settings:
@@ -222,6 +224,8 @@ def _candidates(
         )
         for n in numbers(tokens, counted)
     ]
+    for one in settings:
+        one.require_budgets()
     rows = []
     with progress_bar("candidates") as progress:
         for one in settings:
@@ -231,8 +235,8 @@ def _candidates(
         "candidate": "candidate",
         "prefill s": lambda row: f"{row['prefill_s']:.2f}",
         "ms/token": lambda row: f"{row['ms_per_token']:.1f}",
-        "of full": lambda row: f"{row['speedup_vs_full']:.2f}x faster",
-        "in attention": lambda row: f"{row['attention_share']:.0%}",
+        "faster": lambda row: f"{row['speedup_vs_full']:.2f}x",
+        "attention": lambda row: f"{row['attention_share']:.0%}",
         "KV held": lambda row: size(row["kv_bytes"]),
         "peak": lambda row: size(row["peak_bytes"]),
         "peak falls by": lambda row: "-" if row["saved_bytes"] is None else size(row["saved_bytes"]),

@@ -1,20 +1,25 @@
 """What is measured: checkpoints, or random weights in the shape of well-known models, for which nothing was trained."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import LlamaConfig
 
 from headwise.allocate import ShippedLKVH, learned_budgets
-from headwise.artifacts import Origin
-from headwise.errors import BadInput
+from headwise.artifacts import Origin, config_hash
+from headwise.errors import BadInput, BudgetInfeasible
 from headwise.evals.models import load_config
 from headwise.gates import EntryScores, Gates, HeadBudgets, summary_width
-from headwise.hf.families import ModelView, shape_of, view
+from headwise.hf.families import shape_of
+from headwise.keep import parse_keep
 from headwise.method import Method
+from headwise.ragged.prefill import make_plan
 from headwise.scores import ShippedLKVT, learned_scorer
+from headwise.shapes import ModelShape
 
 _LLAMA3 = {
     "num_key_value_heads": 8,
@@ -72,22 +77,46 @@ def shape_for(name: str, layers: int | None) -> dict[str, Any] | None:
     return None
 
 
-def method_for(name: str, model: PreTrainedModel) -> Method:
+def method_for(name: str, shape: ModelShape, config_hash: str) -> Method:
     """The method of this name. Gates and budgets cost the same whatever they learned, so a model for which none are
     shipped gets gates that were never trained.
     """
-    method, seen = Method.parse(name), view(model)
+    method = Method.parse(name)
     if method.scorer == ShippedLKVT():
-        method = replace(method, scorer=learned_scorer(_untrained(seen)))
+        method = replace(method, scorer=learned_scorer(_untrained(shape, config_hash)))
     if method.allocator == ShippedLKVH():
-        method = replace(method, allocator=learned_budgets(_untrained(seen)))
+        method = replace(method, allocator=learned_budgets(_untrained(shape, config_hash)))
     return method
 
 
-def _untrained(seen: ModelView) -> Gates:
-    shape = seen.shape
+def require_budgets(
+    name: str, layers: int | None, methods: Sequence[str], *, keep: float, tokens: int, batch: int, dtype: str
+) -> None:
+    """Raise what reading `tokens` with one of the methods would raise for its budget, before there is a model.
+
+    Raises BadInput, ArtifactMismatch, UnsupportedModel, BudgetInfeasible.
+    """
+    made = shape_for(name, layers)
+    config = load_config(name) if made is None else LlamaConfig(**made)
+    shape, hashed = shape_of(config), config_hash(config.get_text_config().to_dict())
+    valid = torch.ones(batch, tokens, dtype=torch.bool, device="cpu")
+    for method in methods:
+        try:
+            make_plan(
+                method_for(method, shape, hashed).for_model(shape, hashed),
+                parse_keep(keep),
+                shape=shape,
+                entry_bytes=shape.entry_bytes(getattr(torch, dtype).itemsize),
+                valid=valid,
+                positions=valid.cumsum(-1) - 1,
+            )
+        except BudgetInfeasible as error:
+            raise BudgetInfeasible(f"{method} cannot work with keep={keep:g} of {tokens} tokens: {error}") from error
+
+
+def _untrained(shape: ModelShape, config_hash: str) -> Gates:
     settings = {"sink": 4, "window": 32, "seed": 0}
-    origin = Origin(shape=shape, model="", config_hash=seen.config_hash, sink=4, window=32, calibration="")
+    origin = Origin(shape=shape, model="", config_hash=config_hash, sink=4, window=32, calibration="")
     return Gates(
         origin=origin,
         settings=settings,

@@ -18,11 +18,11 @@ from transformers import DynamicCache
 
 from headwise.bench.candidates import FULL, Progress
 from headwise.bench.measuring import LOGITS, WrongResult, relative_error, threads
-from headwise.bench.models import method_for, shape_for
+from headwise.bench.models import method_for, require_budgets, shape_for
 from headwise.bench.worker import make_model
 from headwise.errors import BadInput
 from headwise.evals.answers import known_methods
-from headwise.hf.families import given
+from headwise.hf.families import given, view
 from headwise.keep import Keep, parse_keep
 from headwise.method import Method
 from headwise.ragged.cache import RaggedCache
@@ -52,6 +52,18 @@ class Settings:
         parse_keep(self.keep)
         known_methods(self.methods)
 
+    def require_budgets(self) -> None:
+        """Raise what a method would raise for its budget, before anything is measured."""
+        require_budgets(
+            self.model,
+            self.layers,
+            [method for method in self.methods if method != FULL],
+            keep=self.keep,
+            tokens=self.tokens,
+            batch=self.batch,
+            dtype=self.dtype,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
@@ -76,7 +88,7 @@ class Row:
 
 
 @torch.no_grad()
-def run(settings: Settings, *, progress: Progress | None = None) -> list[Row]:
+def run(settings: Settings, *, progress: Progress = lambda done, total, text: None) -> list[Row]:
     """Measure. Raises BadInput, WrongResult."""
     job = {
         "shape": shape_for(settings.model, settings.layers),
@@ -88,7 +100,7 @@ def run(settings: Settings, *, progress: Progress | None = None) -> list[Row]:
         return _rows(settings, make_model(job), progress)
 
 
-def _rows(settings: Settings, model: Any, progress: Progress | None) -> list[Row]:
+def _rows(settings: Settings, model: Any, progress: Progress) -> list[Row]:
     from headwise.evals.run import hardware, versions
 
     vocabulary = model.config.get_text_config().vocab_size
@@ -100,11 +112,16 @@ def _rows(settings: Settings, model: Any, progress: Progress | None) -> list[Row
         device="cpu",
     )
     ids, keep = ids.to(model.device), parse_keep(settings.keep)
+    seen = view(model)
     methods = {
-        name: None if name == FULL else method_for(name, model) for name in dict.fromkeys((FULL, *settings.methods))
+        name: None if name == FULL else method_for(name, seen.shape, seen.config_hash)
+        for name in dict.fromkeys((FULL, *settings.methods))
     }
     caches = {name: _cache(model, method, keep) for name, method in methods.items()}
-    logits = {name: _read(model, ids, cache) for name, cache in caches.items()}  # this also warms up
+    logits = {}
+    for name, cache in caches.items():  # this also warms up
+        progress(0, settings.rounds, f"checking {name}")
+        logits[name] = _read(model, ids, cache)
     errors = {name: relative_error(found, logits[FULL]) for name, found in logits.items()}
     if wrong := [name for name, error in errors.items() if not error <= LOGITS[settings.dtype]]:
         raise WrongResult(f"{wrong[0]}: logits are {errors[wrong[0]]:.1e} from the full cache's: nothing is shown.")
@@ -112,15 +129,15 @@ def _rows(settings: Settings, model: Any, progress: Progress | None) -> list[Row
     ours = {}
     for name, method in methods.items():
         if method is not None:
+            progress(0, settings.rounds, f"what {name} adds")
             with _timed_observation(model.device) as spent:
                 _read(model, ids, _cache(model, method, keep))
             ours[name] = sum(spent)
     del caches
     times: dict[str, list[float]] = {name: [] for name in methods}
     for done in range(settings.rounds):
-        if progress is not None:
-            progress(done, settings.rounds, "")
         for name, method in methods.items():
+            progress(done, settings.rounds, name)
             cache = _cache(model, method, keep)
             _wait(model.device)
             start = time.perf_counter()

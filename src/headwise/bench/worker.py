@@ -101,8 +101,10 @@ class Candidate:
             return DynamicCache(config=self.model.config)
         from headwise import RaggedCache
         from headwise.bench.models import method_for
+        from headwise.hf.families import view
 
-        return RaggedCache(self.model, method_for(self.method, self.model), keep=keep)
+        seen = view(self.model)
+        return RaggedCache(self.model, method_for(self.method, seen.shape, seen.config_hash), keep=keep)
 
     def reading(self) -> Any:
         """Around the prefill."""

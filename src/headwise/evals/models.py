@@ -1,7 +1,7 @@
 """Loading a model and its tokenizer by hub id, by path, or the bundled one by the name "reference"."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +15,12 @@ from headwise.hf.families import shape_of
 from headwise.hub import first_line
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype | Literal["auto"]] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def load(name: str | Source, *, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, Any]:
@@ -24,12 +29,9 @@ def load(name: str | Source, *, dtype: str = "auto", device: str = "auto") -> tu
     `dtype` "auto" is the checkpoint's own (float32 for the bundled model); `device` "auto" is CUDA where there is one.
     Raises BadInput if it cannot be loaded, UnsupportedModel before any weight is read.
     """
-    if dtype not in DTYPES:
-        raise BadInput(f"dtype={dtype!r} is not known; choose {', '.join(DTYPES)}.")
-    place = find_device(device)
-    source = find(name)
+    place, source = find_device(device), find(name)
+    chosen = find_dtype(source.name, dtype)
     shape_of(_read(AutoConfig, source))
-    chosen = torch.float32 if (source.name, dtype) == (REFERENCE, "auto") else DTYPES[dtype]
     model = _read(AutoModelForCausalLM, source, dtype=chosen)
     tokenizer = _read(AutoTokenizer, source, padding_side="left")
     if tokenizer.pad_token_id is None:
@@ -50,6 +52,16 @@ def load_config(name: str | Source) -> PretrainedConfig:
 def load_tokenizer(name: str | Source) -> Any:
     """A model's tokenizer only. Raises BadInput."""
     return _read(AutoTokenizer, find(name, file=""), what="the tokenizer of ")
+
+
+def find_dtype(name: str, dtype: str) -> torch.dtype | Literal["auto"]:
+    """What a model is loaded in: by name, or "auto", the checkpoint's own (of the bundled one float32).
+
+    Raises BadInput.
+    """
+    if dtype not in DTYPES:
+        raise BadInput(f"dtype={dtype!r} is not known; choose {', '.join(DTYPES)}.")
+    return torch.float32 if (name, dtype) == (REFERENCE, "auto") else DTYPES[dtype]
 
 
 def find_device(name: str) -> torch.device:

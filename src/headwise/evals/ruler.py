@@ -74,6 +74,18 @@ def ruler_tasks(
     return [_task(name, setting, num_samples, seed) for name in names]
 
 
+def tasks_without_data(data_dir: Path | None) -> list[str]:
+    """Tasks that need a file which the folder does not hold: questions and their documents. Raises BadInput.
+
+    The essays and words of all other tasks are bundled.
+    """
+    return [
+        name
+        for name, family in RULER_TASKS.items()
+        if isinstance(family, QuestionAnswering) and not family.has_data(data_dir)
+    ]
+
+
 def match_all(prediction: str, question: Question) -> float:
     """Return the share of the answers that the prediction contains, in any case."""
     found = _found(prediction, question)

@@ -18,6 +18,11 @@ INSTRUCTION = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 )
 
+FILES = {  # of a data folder, the first that is there
+    "squad": ("squad.json", "dev-v2.0.json", "*squad*.json", "xquad*.json"),
+    "hotpotqa": ("hotpotqa.json", "*hotpot*.json"),
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
@@ -50,6 +55,10 @@ class QuestionAnswering(Family):
     tokens_to_generate: int = 32
     any_answer_counts: ClassVar[bool] = True
 
+    def has_data(self, data_dir: Path | None) -> bool:
+        """Whether the folder holds its file. Raises BadInput where there is no such folder."""
+        return first_file(data_dir, FILES[self.dataset]) is not None
+
     def prepare(self, setting: Setting) -> Prepared:
         corpus = load_squad(setting.data_dir) if self.dataset == "squad" else load_hotpotqa(setting.data_dir)
         return Prepared(draft=partial(_draft_documents, corpus), most_samples=len(corpus.asked))
@@ -61,8 +70,7 @@ def load_squad(data_dir: Path | None) -> Corpus:
         "put SQuAD's dev-v2.0.json (https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json) "
         "into the data folder as squad.json"
     )
-    patterns = ("squad.json", "dev-v2.0.json", "*squad*.json", "xquad*.json")
-    return _load_corpus(data_dir, "qa_1", patterns, _parse_squad, advice)
+    return _load_corpus(data_dir, "qa_1", FILES["squad"], _parse_squad, advice)
 
 
 def load_hotpotqa(data_dir: Path | None) -> Corpus:
@@ -71,7 +79,7 @@ def load_hotpotqa(data_dir: Path | None) -> Corpus:
         "put HotpotQA's hotpot_dev_distractor_v1.json "
         "(http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json) into the data folder as hotpotqa.json"
     )
-    return _load_corpus(data_dir, "qa_2", ("hotpotqa.json", "*hotpot*.json"), _parse_hotpotqa, advice)
+    return _load_corpus(data_dir, "qa_2", FILES["hotpotqa"], _parse_hotpotqa, advice)
 
 
 def _draft_documents(corpus: Corpus, index: int) -> Draft:

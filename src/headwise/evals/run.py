@@ -44,6 +44,7 @@ class Summary:
     task: str
     length: int
     samples: int
+    scores: tuple[float, ...]  # of every sample
     accuracy: float | None
     full_accuracy: float | None
     kl: float | None
@@ -259,6 +260,7 @@ def summarise(records: Sequence[Record]) -> Iterator[Summary]:
             task=task,
             length=found[0].length,
             samples=len(found),
+            scores=tuple(record.score for record in found if record.score is not None),
             accuracy=_mean([record.score for record in found]),
             full_accuracy=_mean([record.score for record in full]),
             kl=_mean([record.kl for record in found]),

@@ -1,7 +1,8 @@
 """Task names, and the tasks they stand for.
 
     mini-ruler[:vt,cwe]         generated with a small vocabulary, for the reference model (mini_ruler.py)
-    ruler[:niah_single_1,...]   RULER's official templates, any tokenizer and length (ruler.py)
+    ruler[:niah_single_1,...]   RULER's official templates, any tokenizer and length (ruler.py); "ruler" alone: all
+                                whose data are there
     longbench[:qasper,...]      LongBench; longbench-e for its length-balanced variant (longbench.py)
     file:MY.jsonl               your own documents, questions and answers (plain.py)
     perplexity:TEXT.txt         how well your own text is predicted after eviction (plain.py)
@@ -22,7 +23,7 @@ from headwise.evals.longbench import LONGBENCH_E_NAMES, LONGBENCH_TASKS, longben
 from headwise.evals.metrics import answers_found
 from headwise.evals.mini_ruler import TASKS
 from headwise.evals.plain import file_task, perplexity_task
-from headwise.evals.ruler import RULER_TASKS, ruler_tasks
+from headwise.evals.ruler import RULER_TASKS, ruler_tasks, tasks_without_data
 from headwise.evals.tasks import Question, Sample, Task
 
 
@@ -42,8 +43,13 @@ class Sizes:
             )
 
 
-def parse_tasks(text: str) -> list[tuple[str, str]]:
-    """(suite, name) for every task that is named, each once. Raises BadInput."""
+def parse_tasks(
+    text: str, *, whole: Callable[[str], Sequence[str]] = lambda suite: SUITES[suite].names
+) -> list[tuple[str, str]]:
+    """(suite, name) for every task that is named, each once; `whole` says what a suite's name alone stands for.
+
+    Raises BadInput.
+    """
     found: list[tuple[str, str]] = []
     suite = ""
     for part in (part.strip() for part in text.split(",")):
@@ -51,7 +57,7 @@ def parse_tasks(text: str) -> list[tuple[str, str]]:
         if head in SUITES:
             suite, part = head, rest.strip()
             if not colon and SUITES[suite].names:
-                found += [(suite, name) for name in SUITES[suite].names]
+                found += [(suite, name) for name in whole(suite)]
                 continue
         if not suite:
             raise BadInput(f"tasks={text!r}: {part!r} is no suite; choose {', '.join(SUITES)}, such as mini-ruler:vt.")
@@ -60,6 +66,15 @@ def parse_tasks(text: str) -> list[tuple[str, str]]:
     if not found:
         raise BadInput(f"tasks={text!r} names no task; write a suite ({', '.join(SUITES)}), or suite:task,task.")
     return list(dict.fromkeys(found))
+
+
+def with_data(suite: str, *, data_dir: Path | None, tell: Callable[[str], None]) -> list[str]:
+    """The tasks of a suite whose data are there, or are made; `tell` is told of the others. Raises BadInput."""
+    lacking = SUITES[suite].lacking(data_dir)
+    if lacking:
+        names = f"{suite}: {', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'}"
+        tell(f"{names} left out for want of data. To see which data, ask for --tasks {suite}:{lacking[0]}.")
+    return [name for name in SUITES[suite].names if name not in lacking]
 
 
 def make_tasks(named: Sequence[tuple[str, str]], tokenizer: Any, sizes: Sizes) -> list[Task]:
@@ -147,12 +162,13 @@ class Suite:
 
     names: tuple[str, ...]
     make: Callable[[Sequence[str], Any, Sizes], list[Task]]
+    lacking: Callable[[Path | None], list[str]] = lambda data_dir: []  # tasks whose data the folder does not hold
 
 
 SUITES: Mapping[str, Suite] = MappingProxyType(
     {
         "mini-ruler": Suite(names=tuple(TASKS), make=mini_ruler_tasks),
-        "ruler": Suite(names=tuple(RULER_TASKS), make=_ruler),
+        "ruler": Suite(names=tuple(RULER_TASKS), make=_ruler, lacking=tasks_without_data),
         "longbench": Suite(names=tuple(LONGBENCH_TASKS), make=_longbench),
         "longbench-e": Suite(names=LONGBENCH_E_NAMES, make=_longbench),
         "file": Suite(names=(), make=_files),

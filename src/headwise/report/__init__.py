@@ -1,6 +1,7 @@
 """What `headwise inspect` says and draws of a file, and `headwise report` of evaluations.
 
-facts    what it is, for the terminal: nothing to install for it
+facts    what it is, in plain values: nothing to install for it
+told     the same in a few lines, for the terminal
 budget   a Budget as a page: LU-KV
 gates    Gates as a page: LKV
 kept     a saved cache as a web page: which words every head has kept

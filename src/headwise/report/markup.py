@@ -14,7 +14,7 @@ class Entry:
     """What stands in one place of a table."""
 
     text: str = NONE
-    margin: str = ""  # half of the interval, or that it is unknown
+    margin: str = ""  # the interval, or that it is unknown
     best: bool = False
     close: bool = False
     share: float | None = None  # length of a bar
@@ -55,13 +55,13 @@ def plain(text: str) -> str:
 
 
 def _markdown(entry: Entry) -> str:
-    text = plain(f"{entry.text} ±{entry.margin}" if entry.margin else entry.text)
+    text = plain(f"{entry.text} ({entry.margin})" if entry.margin else entry.text)
     return f"**{text}**" if entry.best else f"{text} {CLOSE}" if entry.close else text
 
 
 def _html(entry: Entry) -> str:
     text = f"<b>{escape(entry.text)}</b>" if entry.best else escape(entry.text)
-    margin = f" <small>±{escape(entry.margin)}</small>" if entry.margin else ""
+    margin = f" <small>({escape(entry.margin)})</small>" if entry.margin else ""
     mark = f"<i>{CLOSE if entry.close else ''}</i>" if entry.margin else ""
     bar = "" if entry.share is None else f' class="bar" style="--share:{entry.share:.1%}"'
     return f"<td{bar}>{text}{margin}{mark}</td>"

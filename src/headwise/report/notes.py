@@ -22,9 +22,11 @@ def explanations(summary: Summary) -> list[str]:
     sliding = max(cost.sliding_kv_bytes / cost.full_kv_bytes for cost in costs)
     left_whole = f" Sliding-window layers are left whole: {sliding:.1%} of the full cache." if sliding else ""
     return [
-        f"± is half of a 95% interval, from {RESAMPLES:,} bootstrap resamples of the samples within each task; {NONE} "
-        "is unknown, for there is a single sample. Samples that all score the same show no spread, whatever their "
-        "number. Other seeds and other models are not in it.",
+        f"In brackets: a 95% interval, from {RESAMPLES:,} reweightings of the samples within each task (a Bayesian "
+        "bootstrap). Scores and agreement are averaged with one imagined sample more, half right and half wrong: of "
+        "right or wrong answers this is Jeffreys' interval, and few samples have a wide one even where all of them are "
+        f"right. Perplexity and divergence are spread by Student's t; {NONE}: unknown, for there is a single sample. "
+        "Other seeds and other models are not in it.",
         f"Bold: the best method. {CLOSE}: its interval overlaps the best one's. All methods see the same samples, so "
         "differences within the intervals can be real.",
         f"KV bytes are measured: keys and values in storage after the context has been cut.{left_whole}",

@@ -1,4 +1,4 @@
-"""A report's charts as a picture, for a paper or a README. Needs matplotlib, which is optional."""
+"""A report's charts as a picture, for a paper or a README. Needs matplotlib: results.py does without this module."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -6,19 +6,14 @@ from statistics import fmean
 from textwrap import fill, shorten
 from typing import Any
 
+import matplotlib
 import numpy as np
 from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
-from headwise.errors import BadInput
 from headwise.report.charts import Chart, Line
-
-try:
-    import matplotlib
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
-except ImportError as error:
-    raise BadInput(f"the report's picture needs matplotlib ({error}): pip install 'headwise[plot]'.") from error
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,

@@ -5,7 +5,7 @@ records.py reads, summary.py counts, page.py, picture.py and this module write. 
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -29,16 +29,15 @@ BESIDE = (".csv", ".md", ".png")
 FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")  # the last four: as wide as Chinese characters, and taken alike
 
 
-def write_report(sources: Sequence[Path], out: Path) -> list[Path]:
+def write_report(sources: Sequence[Path], out: Path, *, tell: Callable[[str], None] = lambda text: None) -> list[Path]:
     """Write the page `out` (.html), and beside it the same as .csv, .md and .png. Returns their paths, the page first.
 
-    Sources are folders of `headwise eval`, or files of `headwise bench`. All four are written, or none. Raises BadInput
-    for sources of both kinds or written by something else, for damaged or missing records, for a page that cannot be
-    written there, and where matplotlib is missing. Raises WriteFailed where the system fails.
+    Sources are folders of `headwise eval`, or files of `headwise bench`. All files are written, or none. Only the .png
+    needs matplotlib: where that is missing it is left out, and `tell` is told so. Raises BadInput for sources of both
+    kinds or written by something else, for damaged or missing records, and for a page that cannot be written there.
+    Raises WriteFailed where the system fails.
     """
     paths = _paths(out, sources)
-    from headwise.report.picture import draw  # matplotlib, which is optional
-
     if _measured(sources):
         sections = benchmarks.load(sources)
         texts = [speed.page(sections), as_csv(speed.rows(sections)), speed.markdown(sections)]
@@ -48,7 +47,13 @@ def write_report(sources: Sequence[Path], out: Path) -> list[Path]:
         summaries = named(results)
         texts = [page(summaries, results.duplicates), table(summaries), markdown(summaries, results.duplicates)]
         drawn = {name: charts(summary) for name, summary in summaries.items()}
-    contents = [*(text.encode(errors="replace") for text in texts), draw(drawn)]  # half a character is no text
+    contents = [text.encode(errors="replace") for text in texts]  # half a character is no text
+    try:
+        from headwise.report.picture import draw  # matplotlib, which is optional
+    except ImportError as error:
+        tell(f"{paths.pop()} is left out, for it needs matplotlib ({error}): pip install 'headwise[plot]'.")
+    else:
+        contents.append(draw(drawn))
     with ExitStack() as stack:
         for path, content in zip(paths, contents, strict=True):
             stack.enter_context(replacing(path)).write_bytes(content)

@@ -1,9 +1,14 @@
-"""Means of records, and how sure they are: every task counts the same, intervals come from a bootstrap of the samples.
+"""Means of records, and how sure they are: every task counts the same, intervals are honest for few samples, too.
 
 A setting is a method at a keep. Of one task its value is the mean over the samples; over several tasks, the mean of
-the tasks' means. Intervals hold 95% of the means of resampled samples, resampled within each task; in one task all
-settings see the same resamples, so that ratios to the full cache compare like with like. Of a single sample no
-interval is known. summary.py applies this to all there is of one model.
+the tasks' means. Intervals hold 95% of the means of reweighted samples, reweighted within each task (Rubin's Bayesian
+bootstrap); in one task all settings see the same weights, so that ratios to the full cache compare like with like.
+
+Samples that all score the same have no spread, yet others may score differently. So a score or an agreement, which
+lies between 0 and 1, is averaged with one imagined sample more, spread evenly over what it may be. Where scores are 0
+or 1 the interval is Jeffreys' (Brown, Cai and DasGupta, "Interval Estimation for a Binomial Proportion", Statistical
+Science 2001): two right answers of two give 0.33 to 1. What has no upper end, divergence and nats, is spread by
+Student's t; of a single sample its interval is unknown. summary.py applies this to all there is of one model.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy.special import ndtri, stdtrit
 
 from headwise.report.records import FULL, Record
 
@@ -20,6 +26,9 @@ RESAMPLES, SEED = 2000, 0
 PERCENTILES = (2.5, 97.5)
 MEASURES = ("score", "nll", "kl", "agreement")
 PAIRED = ("paired", "yardstick")  # scores of a setting, and of the full cache on the very same samples
+# The imagined sample: a quarter of it at each of these, a setting's value and the full cache's.
+IMAGINED = np.array([(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)])
+BOUNDED = {"score": 0, "agreement": 0, "paired": 0, "yardstick": 1}  # and their column in it
 
 
 class Setting(NamedTuple):
@@ -37,11 +46,6 @@ class Estimate:
     low: float | None = None
     high: float | None = None
 
-    @property
-    def half_width(self) -> float | None:
-        """Half of the interval."""
-        return None if self.low is None or self.high is None else (self.high - self.low) / 2
-
     def exp(self) -> "Estimate":
         """A perplexity, from nats per token."""
         return self._each(exp)
@@ -57,11 +61,10 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Means:
-    """One measure of all settings: means, those of every resample, and the fewest samples of any task."""
+    """One measure of all settings: means, and those of every reweighting."""
 
     mean: Float[np.ndarray, " settings"]  # not a number where there are no samples
     resampled: Float[np.ndarray, "resamples settings"]
-    samples: Float[np.ndarray, " settings"]
 
     @property
     def known(self) -> Bool[np.ndarray, " settings"]:
@@ -70,8 +73,8 @@ class Means:
 
     def estimates(self) -> list[Estimate | None]:
         """With intervals; None for settings that lack the measure."""
-        low, high = _percentiles(self.resampled)
-        return [_estimate(*found) for found in zip(self.mean, low, high, self.samples, strict=True)]
+        low, high = np.percentile(self.resampled, PERCENTILES, axis=0)
+        return [_estimate(*found) for found in zip(self.mean, low, high, strict=True)]
 
     def over(self, other: "Means") -> "Means":
         """The ratio to other means of the same samples."""
@@ -80,28 +83,57 @@ class Means:
         return Means(
             mean=np.where(np.isfinite(mean), mean, np.nan),
             resampled=np.where(np.isfinite(resampled), resampled, np.nan),
-            samples=self.samples,
         )
 
 
 def bootstrap(
     values: Mapping[str, Float[np.ndarray, "settings samples"]], generator: np.random.Generator
 ) -> dict[str, Means]:
-    """Means of the measures of one task. All of them see the same resamples; a missing value is not a number."""
+    """Means of the measures of one task. All of them see the same weights; a missing value is not a number."""
     samples = next(iter(values.values())).shape[1]
-    drawn = generator.multinomial(samples, np.full(samples, 1 / samples), size=RESAMPLES).astype(float)
-    return {name: _means(found, drawn) for name, found in values.items()}
+    shares = np.append(np.ones(samples), np.full(len(IMAGINED), 1 / len(IMAGINED)))
+    drawn = generator.standard_gamma(shares, size=(RESAMPLES, len(shares)))
+    own, imagined = drawn[:, :samples], drawn[:, samples:]
+    return {
+        name: _bounded(found, own, imagined, BOUNDED[name]) if name in BOUNDED else _unbounded(found, own)
+        for name, found in values.items()
+    }
 
 
-def _means(values: Float[np.ndarray, "settings samples"], drawn: Float[np.ndarray, "resamples samples"]) -> Means:
+def interval(scores: Sequence[float]) -> Estimate | None:
+    """Mean and interval of one setting's scores on one task; None without a score."""
+    generator = np.random.default_rng(SEED)
+    return bootstrap({"score": np.array([scores], dtype=float)}, generator)["score"].estimates()[0] if scores else None
+
+
+def _bounded(
+    values: Float[np.ndarray, "settings samples"],
+    own: Float[np.ndarray, "resamples samples"],
+    imagined: Float[np.ndarray, "resamples corners"],
+    column: int,
+) -> Means:
+    mean, filled, present = _present(values)
+    total = own @ filled.T + (imagined @ IMAGINED[:, column])[:, None]
+    return Means(mean=mean, resampled=total / (own @ present.T + imagined.sum(1)[:, None]))
+
+
+def _unbounded(values: Float[np.ndarray, "settings samples"], own: Float[np.ndarray, "resamples samples"]) -> Means:
+    """Not below 0. The weights give a normal distribution's quantiles; t's are as much larger as few samples need."""
+    mean, filled, present = _present(values)
+    number = present.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):  # no sample, or a single one
+        wider = stdtrit(number - 1, PERCENTILES[1] / 100) / ndtri(PERCENTILES[1] / 100)
+        wider = wider * np.sqrt((number + 1) / (number - 1))
+        spread = (own @ filled.T) / (own @ present.T) - mean
+        return Means(mean=mean, resampled=np.maximum(mean + wider * spread, 0.0))
+
+
+def _present(values: Float[np.ndarray, "settings samples"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means, values with 0 where one is missing, and 1 where there is one."""
     present = ~np.isnan(values)
-    filled, number = np.where(present, values, 0.0), present.sum(1).astype(float)
+    filled = np.where(present, values, 0.0)
     with np.errstate(invalid="ignore"):  # no sample at all: 0 / 0
-        return Means(
-            mean=filled.sum(1) / number,
-            resampled=(drawn @ filled.T) / (drawn @ present.T.astype(float)),
-            samples=number,
-        )
+        return filled.sum(1) / present.sum(1), filled, present.astype(float)
 
 
 def mean_of_tasks(tasks: Sequence[Means]) -> Means:
@@ -109,26 +141,16 @@ def mean_of_tasks(tasks: Sequence[Means]) -> Means:
     return Means(
         mean=np.mean([task.mean for task in tasks], axis=0),
         resampled=np.mean([task.resampled for task in tasks], axis=0),
-        samples=np.min([task.samples for task in tasks], axis=0),
     )
 
 
-def _percentiles(resampled: Float[np.ndarray, "resamples settings"]) -> Float[np.ndarray, "ends settings"]:
-    """Of the resamples that are numbers: one of few samples may hold none of those that a setting has."""
-    bad = np.isnan(resampled)
-    if not bad.any():
-        return np.percentile(resampled, PERCENTILES, axis=0)
-    columns = [column[~missing] for column, missing in zip(resampled.T, bad.T, strict=True)]
-    nothing = np.full(len(PERCENTILES), np.nan)
-    return np.stack([np.percentile(column, PERCENTILES) if len(column) else nothing for column in columns], axis=1)
-
-
-def _estimate(mean: float, low: float, high: float, samples: float) -> Estimate | None:
+def _estimate(mean: float, low: float, high: float) -> Estimate | None:
+    """The interval holds the mean: the imagined sample moves it away from an end of the scale."""
     if isnan(mean):
         return None
-    if samples < 2 or not (isfinite(low) and isfinite(high)):
+    if not (isfinite(low) and isfinite(high)):
         return Estimate(value=float(mean))
-    return Estimate(value=float(mean), low=float(low), high=float(high))
+    return Estimate(value=float(mean), low=float(min(low, mean)), high=float(max(high, mean)))
 
 
 def values_of(

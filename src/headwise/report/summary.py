@@ -142,7 +142,7 @@ def _overall(
         nll = over["nll"][at]
         overall[setting] = Overall(
             score=over["score"][at],
-            of_full=of_full[at],
+            of_full=_exactly(of_full[at]) if setting.method == FULL else of_full[at],
             perplexity=nll and nll.exp(),
             kl=over["kl"][at],
             agreement=over["agreement"][at],
@@ -154,3 +154,8 @@ def _overall(
 
 def _estimates(tasks: Sequence[Task], means: Sequence[Means], settings: Sequence[Setting]) -> list[Estimate | None]:
     return mean_of_tasks(means).estimates() if tasks else [None] * len(settings)
+
+
+def _exactly(found: Estimate | None) -> Estimate | None:
+    """The full cache's share of its own score is certain."""
+    return found and Estimate(value=found.value)

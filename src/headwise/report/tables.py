@@ -26,10 +26,12 @@ class Style:
     low: bool = False
 
     def entry(self, found: Estimate) -> Entry:
-        """Value and half of the interval."""
-        half = found.half_width
-        margin = NONE if half is None else f"{self.factor * half:.{self.decimals}f}"
-        return Entry(text=f"{self.factor * found.value:.{self.decimals}f}", margin=margin)
+        """Value and interval."""
+        ends = [self._written(end) for end in (found.low, found.high) if end is not None]
+        return Entry(text=self._written(found.value), margin=" to ".join(ends) or NONE)
+
+    def _written(self, value: float) -> str:
+        return f"{self.factor * value:.{self.decimals}f}"
 
     def best(self, found: Sequence[Estimate]) -> Estimate | None:
         """The best of some."""
