@@ -213,6 +213,9 @@ def evaluate(
     fidelity: Annotated[bool, typer.Option(help="Also KL and agreement with the full cache.")] = True,
     timed: Annotated[int, typer.Option(min=0, max=MOST, help="Samples per task of which single steps are timed.")] = 1,
     rows: Annotated[int, typer.Option(min=1, max=MOST, help="Sequences decoded together, at most.")] = 256,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Short records, without answers and maps: for a repository.")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -227,7 +230,7 @@ def evaluate(
     from headwise.keep import parse_keep
 
     named, keeps, names = parse_tasks(tasks), tuple(parse_keep(k) for k in split(keep)), split(methods)
-    known_methods(names)
+    known_methods(names, oracle=True)
     if out is not None:
         require_place(out)
     processes, loaded, tokenizer = _load_launched(model, dtype, device, shared_out=False)
@@ -244,6 +247,7 @@ def evaluate(
         fidelity=fidelity,
         timed=timed,
         rows=rows,
+        brief=brief,
     )
     folder = None
     if out is not None:
@@ -255,7 +259,7 @@ def evaluate(
         return
     summaries = [s for s in summarise(records) if s.method in names]
     if as_json:
-        agreed = ("method", "keep", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction")
+        agreed = ("method", "keep", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction", "sees_answers")
         rows_of = [{**asdict(summary), "task": summary.task.removeprefix("mini-ruler:")} for summary in summaries]
         print_json([{name: row[name] for name in agreed} for row in rows_of])
         return
@@ -265,7 +269,7 @@ def evaluate(
         [
             [
                 s.task,
-                s.method,
+                f"{s.method} (sees the answers)" if s.sees_answers else s.method,
                 str(s.keep),
                 f"{s.kv_fraction:.1%}",
                 _number(s.accuracy) if s.nll is None or s.accuracy is not None else f"ppl {math.exp(s.nll):.3f}",

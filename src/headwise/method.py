@@ -32,6 +32,9 @@ from headwise.scores import (
 from headwise.shapes import ModelShape
 
 
+ORACLE = "oracle"  # a yardstick of `headwise eval` (evals/oracle.py), and no method
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
     """What to keep. Protected tokens are kept first, inside the budget (None: those of the scorer's paper).
@@ -219,6 +222,11 @@ def _halves(name: str) -> tuple[str, str]:
 def _make(registry: Mapping[str, Entry], text: str, name: str, kind: str) -> Any:
     word, at, path = text.partition("@")
     entry = registry.get(word)
+    if word == ORACLE:
+        raise BadInput(
+            f"method {name!r}: the oracle has seen the questions and their answers, so it is a yardstick and no method. "
+            f"Only 'headwise eval' shows it: --methods full,{ORACLE},..."
+        )
     if entry is None:
         known = f"Known {kind}s: {', '.join(registry)}."
         raise BadInput(f"method {name!r}: there is no {kind} {word!r}.{_hint(registry, word, name)} {known}")

@@ -24,13 +24,14 @@ from headwise.evals.answers import (
     time_decoding,
 )
 from headwise.evals.document import Tokens, tokenize
+from headwise.evals.oracle import as_method, foresee
 from headwise.evals.fidelity import LOGITS_BYTES, Continuations, Fidelity, Yardstick
 from headwise.evals.room import require_room
 from headwise.evals.tasks import Sample
 from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
 from headwise.keep import Keep, parse_keep
-from headwise.method import Method
+from headwise.method import ORACLE
 from headwise.ragged.cache import RaggedCache
 from headwise.reading import can_share, read
 
@@ -151,6 +152,7 @@ class _Asking:
         self.model, self.tokenizer = session.model, session.tokenizer
         self.limit = sample.max_new_tokens
         self.targets = None if sample.continues is None else [question[1:] for question in tokens.questions]
+        self.asked: Continuations | None = None  # the questions, each with the full cache's answer or what follows
         self.yardstick: Yardstick | None = None
 
     def measure(self, pairs: Sequence[Pair]) -> dict[Pair, Outcome]:
@@ -182,16 +184,20 @@ class _Asking:
     def _cuts(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Memory, float, int]]:
         """Every pair's cache, the seconds its reading took, and how many pairs that reading serves."""
         by_reading: dict[tuple[AbstractScorer, ...], list[Pair]] = {}
-        shared = tuple(dict.fromkeys(s for s in (_scorer(method) for method, _ in pairs) if can_share(s)))
+        scorers_of = {method: as_method(method).scorer for method, _ in pairs}
+        watching = (scorer for method, scorer in scorers_of.items() if method != ORACLE and can_share(scorer))
+        shared = tuple(dict.fromkeys(watching))
         for pair in pairs:
-            scorer = _scorer(pair[0])
+            scorer = scorers_of[pair[0]]
             by_reading.setdefault(shared if can_share(scorer) else (scorer,), []).append(pair)
         for scorers, served in by_reading.items():
             start = time.perf_counter()
             reading = read(self.model, self.tokens.context, scorers)
             seconds = time.perf_counter() - start
-            for pair in served:
-                yield pair, reading.cut(*pair), seconds, len(served)
+            if self.asked is not None and any(method == ORACLE for method, _ in served):
+                reading = foresee(self.model, reading, self.asked.questions, self.asked.texts)
+            for method, keep in served:
+                yield (method, keep), reading.cut(as_method(method), keep), seconds, len(served)
 
     def _outcomes(self, group: Sequence[tuple[Pair, Memory, float, int]]) -> list[Outcome]:
         memories = [memory for _, memory, *_ in group]
@@ -221,10 +227,13 @@ class _Asking:
         """What each answers, and how faithful it is. Compared first: who agrees with all of an answer says it."""
         if self.targets is not None or self.yardstick is None:
             said = self._answered(memories)
+            self.asked = self.asked or self._followed(said[0].answers)
             if self.targets is None and not self.session.fidelity:
                 return said
             if self.yardstick is None:
-                self.yardstick = self._yardstick(memories[0], said[0].answers)
+                self.yardstick = Yardstick(
+                    self.model, self.tokenizer, memories[0], self.tokens.context, self.asked
+                )
             faithful = self.yardstick.measure(_joined(memories), len(memories))
             return [replace(one, fidelity=fidelity) for one, fidelity in zip(said, faithful, strict=True)]
         start = time.perf_counter()
@@ -251,11 +260,11 @@ class _Asking:
         seconds = time.perf_counter() - start
         return [_Said(answer, seconds, len(memories)) for answer in answers]
 
-    def _yardstick(self, full: Memory, answers: Sequence[torch.Tensor]) -> Yardstick:
-        """Made of what the full cache said, or of the text that is given."""
+    def _followed(self, answers: Sequence[torch.Tensor]) -> Continuations:
+        """The questions with what the full cache said, or with the text that is given."""
         texts = self.targets if self.targets is not None else answers
         asked = [q[:1] for q in self.tokens.questions] if self.targets is not None else self.tokens.questions
-        return Yardstick(self.model, self.tokenizer, full, self.tokens.context, Continuations.of(asked, texts))
+        return Continuations.of(asked, texts)
 
     def _kept(self, memory: Memory) -> tuple[tuple[float, ...], ...]:
         shape = view(self.model).shape
@@ -266,10 +275,6 @@ class _Asking:
 
 def _joined(memories: Sequence[Memory]) -> Memory:
     return memories[0] if len(memories) == 1 else RaggedCache.join(cast(list[RaggedCache], memories))
-
-
-def _scorer(method: str) -> AbstractScorer:
-    return Method.parse(method).scorer
 
 
 def _together(parts: Sequence[Outcome]) -> Outcome:
