@@ -42,7 +42,9 @@ def main() -> None:
     records = {(r.task, r.index, r.method): r for r in wanted(asked.run, manifest, asked.keep)}
     model = asked.model or manifest["model"]
     tokenizer = load_tokenizer(model)
-    sizes = Sizes(samples=manifest["samples"], length=manifest["length"], seed=manifest["seed"], data_dir=asked.data_dir)
+    sizes = Sizes(
+        samples=manifest["samples"], length=manifest["length"], seed=manifest["seed"], data_dir=asked.data_dir
+    )
     tasks = {task.name: task for task in make_tasks(parse_tasks(",".join(manifest["tasks"])), tokenizer, sizes)}
     folder = asked.run.with_name(f"{asked.run.name}.kvpress")
     folder.mkdir(exist_ok=True)

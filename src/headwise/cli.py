@@ -259,7 +259,17 @@ def evaluate(
         return
     summaries = [s for s in summarise(records) if s.method in names]
     if as_json:
-        agreed = ("method", "keep", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction", "sees_answers")
+        agreed = (
+            "method",
+            "keep",
+            "task",
+            "length",
+            "samples",
+            "accuracy",
+            "full_accuracy",
+            "kv_fraction",
+            "sees_answers",
+        )
         rows_of = [{**asdict(summary), "task": summary.task.removeprefix("mini-ruler:")} for summary in summaries]
         print_json([{name: row[name] for name in agreed} for row in rows_of])
         return

@@ -31,7 +31,6 @@ from headwise.scores import (
 )
 from headwise.shapes import ModelShape
 
-
 ORACLE = "oracle"  # a yardstick of `headwise eval` (evals/oracle.py), and no method
 
 
@@ -224,8 +223,8 @@ def _make(registry: Mapping[str, Entry], text: str, name: str, kind: str) -> Any
     entry = registry.get(word)
     if word == ORACLE:
         raise BadInput(
-            f"method {name!r}: the oracle has seen the questions and their answers, so it is a yardstick and no method. "
-            f"Only 'headwise eval' shows it: --methods full,{ORACLE},..."
+            f"method {name!r}: the oracle has seen the questions and answers, so it is a yardstick and no method. Only "
+            f"'headwise eval' shows it: --methods full,{ORACLE},..."
         )
     if entry is None:
         known = f"Known {kind}s: {', '.join(registry)}."

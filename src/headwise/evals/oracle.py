@@ -4,10 +4,13 @@ It has seen what a method cannot see: the full cache's own answer to every quest
 model reads each question and its answer after the whole context, and every entry is given the most attention that any
 of these tokens pays it. The best entries of all heads together are kept. One cache serves all questions of a context,
 so their maximum counts. What falls short of the oracle at a keep can still be gained there; what the oracle loses,
-hardly. It is near the best that can be kept, not proven to be the best.
+hardly. It is near the best that can be kept, not proven to be the best: where tens of questions share one small cache,
+a method that weighs them otherwise can be above it.
+
+Scores that count what an entry writes (attention times ||v W_O||, or the change of a head's output without it) were
+tried, see docs/decisions.md.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -78,11 +81,6 @@ def largest_attention(
         for layer in cache.ragged_layers:
             layer.kernel = partial(_noted, found[layer.index], keys[layer.index], layer.kernel)
         model(input_ids=ids, position_ids=positions, **given(model, cache), use_cache=True, logits_to_keep=1)
-    if os.environ.get("VARIANT"):
-        from headwise.oracle import _written_norms
-        for l, f in enumerate(found):
-            n = _written_norms(whole, l).amax(1)
-            f *= n / (n.sum() if os.environ["VARIANT"] == "layer" else 1)
     return torch.stack(found)
 
 

@@ -6,9 +6,9 @@
 
 A killed run, started again with the same --out, repeats no sample and loses none: the last one is dropped if it is not
 complete. Methods, keeps, tasks and samples may be added to a folder; a model, seed, length or protocol of its own
-needs another. It may be moved, and continued on another machine: what counts are the model's weights, and that a method
-is still what it was. One run at a time: `locked` keeps a second one out. Lines are JSON in ASCII, and only a line feed ends
-them. Imports no torch.
+needs another. A folder may be moved and continued on another machine: what counts are the model's weights, and that a
+method is still what it was. One run at a time: `locked` keeps a second one out. Lines are JSON in ASCII, and only a
+line feed ends them. Imports no torch.
 """
 
 import json
@@ -245,7 +245,6 @@ class RunFolder:
             old, new = known[name], grown[name]
             grown[name] = max(old, new) if name == "samples" else list(dict.fromkeys([*old, *new]))
         return grown
-
 
     def _require_same_model(self, known: dict[str, Any]) -> None:
         """By its weights, wherever it lies; by its name where an older headwise has not noted them."""

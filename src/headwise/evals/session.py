@@ -24,8 +24,8 @@ from headwise.evals.answers import (
     time_decoding,
 )
 from headwise.evals.document import Tokens, tokenize
-from headwise.evals.oracle import as_method, foresee
 from headwise.evals.fidelity import LOGITS_BYTES, Continuations, Fidelity, Yardstick
+from headwise.evals.oracle import as_method, foresee
 from headwise.evals.room import require_room
 from headwise.evals.tasks import Sample
 from headwise.hf.families import view
@@ -231,9 +231,7 @@ class _Asking:
             if self.targets is None and not self.session.fidelity:
                 return said
             if self.yardstick is None:
-                self.yardstick = Yardstick(
-                    self.model, self.tokenizer, memories[0], self.tokens.context, self.asked
-                )
+                self.yardstick = Yardstick(self.model, self.tokenizer, memories[0], self.tokens.context, self.asked)
             faithful = self.yardstick.measure(_joined(memories), len(memories))
             return [replace(one, fidelity=fidelity) for one, fidelity in zip(said, faithful, strict=True)]
         start = time.perf_counter()

@@ -46,7 +46,8 @@ def headline(summary: Summary) -> Table:
     score: Measure = attrgetter("score" if summary.scored else "perplexity")
     style, rows = PERCENT if summary.scored else PERPLEXITY, []
     for keep in summary.keeps:
-        found = {s: known for s in summary.settings(keep) if s.method not in NO_METHODS and (known := score(summary.overall[s]))}
+        methods = [setting for setting in summary.settings(keep) if setting.method not in NO_METHODS]
+        found = {setting: known for setting in methods if (known := score(summary.overall[setting]))}
         best = style.best([*found.values()])
         if best is None:
             continue
@@ -141,7 +142,7 @@ def _bars(values: Sequence[float | None], say: Callable[[float], str], most: flo
 
 
 def _entries(found: Sequence[Estimate | None], settings: Sequence[Setting], style: Style) -> list[Entry]:
-    """The best of several methods is marked, and whose interval overlaps its own; the full cache and the oracle are no methods."""
+    """The best of several methods is marked, and whose interval overlaps its own; yardsticks are no methods."""
     methods = [one for one, setting in zip(found, settings, strict=True) if one and setting.method not in NO_METHODS]
     best = style.best(methods) if len(methods) > 1 else None
     return [
