@@ -38,6 +38,7 @@ from headwise.reading import can_share, read
 Pair = tuple[str, Keep]  # a method and a keep
 WHOLE: Pair = (FULL, parse_keep(1.0))
 CUT_BYTES = 2 * 2**30  # of caches that are asked together
+COMPARED_BYTES = 4 * LOGITS_BYTES  # of the logits of those that are compared together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,9 +171,7 @@ class _Asking:
     def _groups(self, pairs: Sequence[Pair], full_bytes: int) -> Iterator[list[tuple[Pair, Memory, float, int]]]:
         """Cut caches, as many at a time as may be asked together."""
         group: list[tuple[Pair, Memory, float, int]] = []
-        longest = max([self.limit, *map(len, self.targets or ())])
-        logits_bytes = 4 * longest * self.model.config.get_text_config().vocab_size
-        most = max(1, min(self.session.rows // len(self.tokens.questions), 4 * LOGITS_BYTES // logits_bytes))
+        most = max(1, self.session.rows // len(self.tokens.questions))
         for found in self._cuts(pairs):
             group.append(found)
             if len(group) == most or sum(memory.nbytes for _, memory, *_ in group) + full_bytes > CUT_BYTES:
@@ -232,14 +231,22 @@ class _Asking:
                 return said
             if self.yardstick is None:
                 self.yardstick = Yardstick(self.model, self.tokenizer, memories[0], self.tokens.context, self.asked)
-            faithful = self.yardstick.measure(_joined(memories), len(memories))
+            faithful = self._faithful(self.yardstick, memories)
             return [replace(one, fidelity=fidelity) for one, fidelity in zip(said, faithful, strict=True)]
         start = time.perf_counter()
-        faithful = self.yardstick.measure(_joined(memories), len(memories))
+        faithful = self._faithful(self.yardstick, memories)
         same = _Said(self.yardstick.texts, time.perf_counter() - start, len(memories))
         others = [i for i, fidelity in enumerate(faithful) if not self.yardstick.is_said_by(fidelity)]
         found = dict(zip(others, self._answered([memories[i] for i in others]), strict=True))
         return [replace(found.get(i, same), fidelity=fidelity) for i, fidelity in enumerate(faithful)]
+
+    def _faithful(self, yardstick: Yardstick, memories: Sequence[Memory]) -> list[Fidelity]:
+        """How near each comes, as many at a time as logits have room for; decoding, which needs less, goes together."""
+        longest = max(map(len, yardstick.texts), default=1)
+        logits_bytes = 4 * longest * self.model.config.get_text_config().vocab_size
+        most = max(1, COMPARED_BYTES // logits_bytes)
+        parts = [memories[start : start + most] for start in range(0, len(memories), most)]
+        return [found for part in parts for found in yardstick.measure(_joined(part), len(part))]
 
     def _answered(self, memories: Sequence[Memory]) -> list[_Said]:
         """Token ids per question, decoded together; none where the text that follows is given."""
