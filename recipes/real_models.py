@@ -68,15 +68,20 @@ SETS: Mapping[str, Set] = {
 
 
 def main() -> None:
-    """All sets that were asked for, until all are done."""
-    asked = arguments()
+    """All sets that were asked for. A task that cannot be measured does not stop the others; the exit code tells."""
+    asked, failed = arguments(), False
     model, tokenizer = load(str(asked.model), dtype=asked.dtype, device=asked.device)
     for name in asked.sets:
         chosen = SETS[name]
         for protocol in chosen.protocols:
             for task in tasks_of(chosen, asked, tokenizer):
-                folder = asked.out / asked.model.name / name / protocol / task.name.partition(":")[2]
-                run(model, tokenizer, task, chosen, protocol, folder, asked.methods)
+                path = asked.out / asked.model.name / name / protocol / task.name.partition(":")[2]
+                try:
+                    run(model, tokenizer, task, chosen, protocol, path, asked.methods)
+                except HeadwiseError as error:
+                    print(f"{path}: {error}", file=sys.stderr)
+                    failed = True
+    sys.exit(int(failed))
 
 
 def arguments() -> argparse.Namespace:

@@ -87,12 +87,12 @@ def with_one_question(task):
 def test_it_is_the_ceiling_at_a_small_keep():
     """A document with one question: what the oracle keeps answers it as well as what any method keeps, or better."""
     model, tokenizer = load("reference")
-    methods = ["oracle", "lkv", "keydiff+lukv", "keydiff", "snapkv"]
+    methods = ["oracle", "lkv", "keydiff+lukv", "keydiff", "random"]
     wanted = evaluation_of(tokenizer, "mini-ruler:niah_single,vt", methods, [0.02], samples=6)
     wanted = replace(wanted, tasks=tuple(map(with_one_question, wanted.tasks)))
     found = [row for row in summarise(evaluate(model, tokenizer, wanted)) if row.method in methods]
     mean = {name: sum(row.accuracy for row in found if row.method == name) / 2 for name in methods}
-    assert mean["oracle"] == max(mean.values()) > mean["snapkv"]
+    assert mean["oracle"] == max(mean.values()) > mean["random"]
     assert all(row.sees_answers == (row.method == "oracle") for row in found)
     assert all(row.kv_fraction == pytest.approx(0.02, abs=2e-4) for row in found)
 

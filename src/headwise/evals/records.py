@@ -82,8 +82,7 @@ class Record:
     def shortened(self) -> "Record":
         """Without the answers, and without counts but of a task's first sample; numbers to six digits."""
         fields = {name: _rounded(value) for name, value in asdict(self).items() if name != "versions"}
-        kept = tuple(tuple(map(_rounded, layer)) for layer in self.kept) if self.index == 0 else ()
-        return replace(self, **{**fields, "answers": (), "kept": kept})
+        return replace(self, **{**fields, "answers": (), "kept": fields["kept"] if self.index == 0 else ()})
 
 
 def records_in(file: Path) -> list[Record]:
@@ -94,9 +93,7 @@ def records_in(file: Path) -> list[Record]:
 def _rounded(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_rounded, value))
-    if not isinstance(value, float):
-        return value
-    return int(value) if value.is_integer() else float(f"{value:.6g}")
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def require_place(path: str | os.PathLike[str]) -> None:
