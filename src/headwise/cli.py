@@ -263,6 +263,9 @@ def evaluate(
     fidelity: Annotated[bool, typer.Option(help="Also KL and agreement with the full cache.")] = True,
     timed: Annotated[int, typer.Option(min=0, max=MOST, help="Samples per task of which single steps are timed.")] = 1,
     rows: Annotated[int, typer.Option(min=1, max=MOST, help="Sequences decoded together, at most.")] = 256,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Short records, without answers and maps: for a repository.")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -270,7 +273,7 @@ def evaluate(
     """Quality and measured memory of methods on tasks, against the full cache. Also under 'accelerate launch'."""
     from headwise.evals.records import RunFolder, require_place
 
-    names, keeps = _names(methods), _keeps(keep)
+    names, keeps = _names(methods, oracle=True), _keeps(keep)
     require_protocol(protocol)
     if out is not None:
         require_place(out)
@@ -297,6 +300,7 @@ def evaluate(
         fidelity=fidelity,
         timed=timed,
         rows=rows,
+        brief=brief,
     )
     folder = None
     if out is not None:
@@ -308,7 +312,17 @@ def evaluate(
         return
     summaries = [s for s in summarise(records) if s.method in names]
     if as_json:
-        agreed = ("method", "keep", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction")
+        agreed = (
+            "method",
+            "keep",
+            "task",
+            "length",
+            "samples",
+            "accuracy",
+            "full_accuracy",
+            "kv_fraction",
+            "sees_answers",
+        )
         rows_of = [{**asdict(summary), "task": summary.task.removeprefix("mini-ruler:")} for summary in summaries]
         print_json([{name: row[name] for name in agreed} for row in rows_of])
         return
@@ -318,7 +332,7 @@ def evaluate(
         [
             [
                 s.task,
-                s.method,
+                f"{s.method} (sees the answers)" if s.sees_answers else s.method,
                 str(s.keep),
                 f"{s.kv_fraction:.1%}",
                 _number(s.accuracy) if s.nll is None or s.accuracy is not None else f"ppl {math.exp(s.nll):.3f}",
@@ -978,10 +992,10 @@ def _inputs(model: str, methods: Sequence[str], text: Path | None) -> list[Path]
     return [*of_model, *texts, *(Path(name) for name in named if not name.startswith(HUB))]
 
 
-def _names(text: str) -> list[str]:
-    """Methods of a list. Raises BadInput."""
+def _names(text: str, *, oracle: bool = False) -> list[str]:
+    """Methods of a list; with `oracle` also that yardstick. Raises BadInput."""
     names = split(text)
-    require_names(names)
+    require_names(names, oracle=oracle)
     return names
 
 

@@ -15,6 +15,7 @@ from headwise.errors import BadInput
 
 FULL = "full"  # no method: transformers' own cache, the yardstick of commands and evaluations
 AUTO = "auto"  # the default of a model, see `method.choose`
+ORACLE = "oracle"  # a yardstick of `headwise eval` (evals/oracle.py), and no method
 HUB = "hub:"  # begins the name of a file on the model hub, see hub.py
 
 
@@ -172,12 +173,15 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def require_names(names: Sequence[str]) -> None:
-    """Raise BadInput unless there are names, and each is "full", "auto" or a method's. Files are not looked at."""
+def require_names(names: Sequence[str], *, oracle: bool = False) -> None:
+    """Raise BadInput unless there are names, and each is "full", "auto" or a method's; or "oracle", where that may be.
+
+    Files are not looked at.
+    """
     if not names:
         raise BadInput(f"no method is named; name some, such as {FULL} and snapkv+adakv.")
     for name in names:
-        if name not in (FULL, AUTO):
+        if name not in (FULL, AUTO) and not (oracle and name == ORACLE):
             entries_of(name)
 
 
@@ -228,6 +232,11 @@ def _found(registry: Mapping[str, Entry], text: str, name: str, kind: str) -> tu
     """The entry of one half of a name, and the file it is given."""
     word, at, path = text.partition("@")
     entry = registry.get(word)
+    if word == ORACLE:
+        raise BadInput(
+            f"method {name!r}: the oracle has seen the questions and answers, so it is a yardstick and no method. Only "
+            f"'headwise eval' shows it: --methods full,{ORACLE},..."
+        )
     if entry is None:
         known = f"Known {kind}s: {', '.join(registry)}."
         raise BadInput(f"method {name!r}: there is no {kind} {word!r}.{_hint(registry, word, name)} {known}")

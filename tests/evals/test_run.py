@@ -1,7 +1,8 @@
 """Evaluation: records, measured fractions, the same again for the same seed, and from a folder after a kill."""
 
+import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from headwise.evals.lexicon import REFERENCE_LEXICON
 from headwise.evals.records import RunFolder
 from headwise.evals.run import evaluate, manifest
 from headwise.evals.suites import lexicon_for
+from headwise.method import Method
+from headwise.report.results import write_report
 
 METHODS = ("full", "snapkv", "keydiff+global", "kvzip", "criticalkv")
 TIMES = {"prefill_seconds": 0.0, "decode_seconds": 0.0, "step_ms": None}
@@ -254,6 +257,65 @@ def test_a_folder_is_of_one_evaluation(model, whole, changes):
     with pytest.raises(BadInput, match=f"an evaluation with {name}=.*another folder"):
         records_of(model, folder_of(model, whole, **changes), **changes)
     assert lines_of(whole) == before
+
+
+def test_a_folder_goes_on_where_the_model_lies_elsewhere(model, tmp_path, monkeypatch):
+    small = {"methods": ["snapkv"], "samples": 1}
+    records_of(model, folder_of(model, tmp_path / "run", **small), **small)
+    calls = killed_after(99, monkeypatch)
+    told = manifest(model, "elsewhere/tiny", wanted(**small), 160, "headwise eval")
+    records_of(model, RunFolder(tmp_path / "run", told), **small)
+    assert calls == []
+
+
+def test_a_folder_is_of_one_model_s_weights(model, tmp_path):
+    small = {"methods": ["snapkv"], "samples": 1}
+    records_of(model, folder_of(model, tmp_path / "run", **small), **small)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters())[0, 0] += 1
+    with pytest.raises(BadInput, match=r"an evaluation with weights=.*another folder"):
+        records_of(other, folder_of(other, tmp_path / "run", **small), **small)
+    file = tmp_path / "run" / "run.json"
+    older = {name: value for name, value in json.loads(file.read_text()).items() if name not in ("weights", "made_of")}
+    file.write_text(json.dumps(older))
+    records_of(model, folder_of(model, tmp_path / "run", **small), **small)  # an older headwise wrote it: by its name
+    file.write_text(json.dumps({**older, "model": "other"}))
+    with pytest.raises(BadInput, match="an evaluation with model='other'"):
+        records_of(model, folder_of(model, tmp_path / "run", **small), **small)
+
+
+def test_a_method_that_has_changed_is_refused(model, tmp_path, monkeypatch):
+    small = {"methods": ["snapkv"], "samples": 1}
+    records_of(model, folder_of(model, tmp_path / "run", **small), **small)
+    monkeypatch.setattr(Method, "provenance", lambda self: {"window_size": 64})
+    more = {**small, "methods": ["snapkv", "keydiff"]}
+    with pytest.raises(BadInput, match="measured with another snapkv"):
+        records_of(model, folder_of(model, tmp_path / "run", **more), **more)
+    added = {**small, "methods": ["keydiff"]}
+    records_of(model, folder_of(model, tmp_path / "run", **added), **added)
+
+
+def test_short_records_hold_what_a_report_needs(model, records, tmp_path):
+    """Neither answers nor maps, which may be texts of a data set; counts of a task's first sample."""
+    pytest.importorskip("matplotlib")
+    folder = folder_of(model, tmp_path / "run", brief=True)
+    found = records_of(model, folder, brief=True)
+    for short, long in zip(found, records, strict=True):
+        assert (short.key, short.predictions, short.scores) == (long.key, long.predictions, long.scores)
+        assert short.answers == ()
+        assert short.kept == (long.kept if long.index == 0 else ())
+        assert short.kl == pytest.approx(long.kl, rel=1e-5)
+    assert not (tmp_path / "run" / "maps.jsonl").exists()
+    long_lines, short_lines = (len(json.dumps(asdict(r))) for r in (records[-1], found[-1]))
+    assert short_lines < long_lines
+    assert untimed(records_of(model, folder_of(model, tmp_path / "run", brief=True), brief=True)) == untimed(found)
+    records_of(model, folder_of(model, tmp_path / "long"))
+    for name in ("run", "long"):
+        write_report([tmp_path / name], tmp_path / f"{name}.html")
+    tables = [(tmp_path / f"{name}.md").read_text().partition("## ")[2] for name in ("run", "long")]
+    quality = [text[text.index("The best at") : text.index("Tokens of the full")] for text in tables]
+    assert quality[0] == quality[1]
 
 
 def test_a_folder_with_other_things_is_refused(model, tmp_path):

@@ -12,13 +12,14 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from headwise.errors import BadInput, BudgetInfeasible, UnsupportedModel
 from headwise.evals.document import Tokens
+from headwise.evals.oracle import as_method
 from headwise.hf.families import given, view
 from headwise.keep import Keep, parse_keep
 from headwise.method import Method
 from headwise.online import Progress, compress
 from headwise.ragged.prefill import make_plan
 from headwise.registry import FULL as FULL
-from headwise.registry import require_names
+from headwise.registry import ORACLE, require_names
 
 TIMED_STEPS = 24
 COPIED_BYTES = 2**30  # copies of a full cache that answer() makes at a time
@@ -75,28 +76,34 @@ class FullMemory:
         return twin
 
 
-def known_methods(methods: Sequence[str]) -> None:
-    """Raise BadInput unless there are methods and each is "full" or can be parsed."""
-    require_names(methods)
+def known_methods(methods: Sequence[str], *, oracle: bool = False) -> None:
+    """Raise BadInput unless there are methods and each is "full" or can be parsed; or "oracle", where that may be."""
+    require_names(methods, oracle=oracle)
     for method in methods:
-        if method != FULL:
+        if method != FULL and not (oracle and method == ORACLE):
             Method.parse(method)
 
 
 def require_possible(
-    model: PreTrainedModel, methods: Sequence[str], keeps: Sequence[float | str | Keep], tokens: Tokens
+    model: PreTrainedModel,
+    methods: Sequence[str],
+    keeps: Sequence[float | str | Keep],
+    tokens: Tokens,
+    *,
+    oracle: bool = False,
 ) -> None:
     """Raise what reading the context with any of the methods would raise for its budget or the model, reading nothing.
 
-    Raises BadInput, ArtifactMismatch, UnsupportedModel, BudgetInfeasible.
+    `oracle`: whether the yardstick of this name may be among them. Raises BadInput, ArtifactMismatch, UnsupportedModel,
+    BudgetInfeasible.
     """
-    known_methods(methods)
+    known_methods(methods, oracle=oracle)
     found, length = view(model), tokens.context.shape[1]
     slides = len(found.shape.layers) < found.shape.num_layers
     for name in methods:
         if name == FULL:
             continue
-        method = Method.parse(name).for_model(found.shape, found.config_hash)
+        method = as_method(name).for_model(found.shape, found.config_hash)
         if method.scorer.replay is not None and slides:
             raise UnsupportedModel(
                 f"{name} has the model repeat the context, which sliding-window layers cannot take back: choose "

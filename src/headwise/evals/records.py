@@ -2,12 +2,13 @@
 
     OUT/run.json        what was run: model, methods, keeps, tasks, seed, hardware, versions, command
     OUT/records.jsonl   the records; while several processes write, OUT/records.RANK.jsonl until all are done
-    OUT/maps.jsonl      which tokens the heads kept, for the first sample of every task
+    OUT/maps.jsonl      which tokens the heads kept, for the first sample of every task; none of short records
 
 A killed run, started again with the same --out, repeats no sample and loses none: the last one is dropped if it is not
 complete. Methods, keeps, tasks and samples may be added to a folder; a model, seed, length or protocol of its own
-needs another. One run at a time: `locked` keeps a second one out. Lines are JSON in ASCII, and only a line feed ends
-them. Imports no torch.
+needs another. A folder may be moved and continued on another machine: what counts are the model's weights, and that a
+method is still what it was. One run at a time: `locked` keeps a second one out. Lines are JSON in ASCII, and only a
+line feed ends them. Imports no torch.
 """
 
 import json
@@ -15,7 +16,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from headwise.writing import append, left_of, reason, remove, require_file, requ
 
 FORMAT = 1
 RUN, RECORDS, MAPS = "run.json", "records.jsonl", "maps.jsonl"
-_SAME = ("format", "model", "config_hash", "dtype", "protocol", "seed", "length", "fidelity")
+_SAME = ("format", "config_hash", "dtype", "protocol", "seed", "length", "fidelity")
 _GROW = ("tasks", "methods", "keeps", "samples")
 _OURS = re.compile(r"run\.json|(records|maps)(\.\d+)?\.jsonl")
 Unit = tuple[str, int]  # a task and the index of a sample
@@ -36,7 +37,8 @@ class Record:
     """One method at one keep on one sample. Bytes are of keys and values; `kept` are entries per layer and head.
 
     `score` is the mean over questions, None where nothing is answered. `kl` (nats), `agreement` (share of tokens with
-    the same first choice) and `nll` are of what the full cache answered, see fidelity.py.
+    the same first choice) and `nll` are of what the full cache answered, see fidelity.py. `sees_answers`: it is no
+    method, but the oracle, which was shown the questions and their answers.
     """
 
     task: str
@@ -65,6 +67,7 @@ class Record:
     step_ms: float | None
     kept: tuple[tuple[float, ...], ...]
     versions: dict[str, str]
+    sees_answers: bool = False
 
     @property
     def unit(self) -> Unit:
@@ -75,6 +78,22 @@ class Record:
     def key(self) -> tuple[Unit, str, str]:
         """What a folder holds once: a method at a keep on a sample."""
         return self.unit, self.method, self.keep
+
+    def shortened(self) -> "Record":
+        """Without the answers, and without counts but of a task's first sample; numbers to six digits."""
+        fields = {name: _rounded(value) for name, value in asdict(self).items() if name != "versions"}
+        return replace(self, **{**fields, "answers": (), "kept": fields["kept"] if self.index == 0 else ()})
+
+
+def records_in(file: Path) -> list[Record]:
+    """Those of a file of lines. Raises BadInput for a damaged line."""
+    return [_record(line, f"{file}, line {number}") for number, line in enumerate(_lines(file), start=1)]
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_rounded, value))
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def require_place(path: str | os.PathLike[str]) -> None:
@@ -132,7 +151,7 @@ class RunFolder:
 
     def records(self) -> list[Record]:
         """Everything that was written so far, each once. Raises BadInput for a damaged line."""
-        return list({record.key: record for file in self._files() for record in _read(file)}.values())
+        return list({record.key: record for file in self._files() for record in records_in(file)}.values())
 
     def append(self, records: Sequence[Record], maps: Sequence[dict[str, Any]] = ()) -> None:
         """Add what one sample gave. Raises WriteFailed.
@@ -183,7 +202,7 @@ class RunFolder:
         """
         wanted, records, seen = set(pairs), self.records(), set[Any]()
         for file in self._files():
-            found = list(zip(_lines(file), _read(file), strict=True))
+            found = list(zip(_lines(file), records_in(file), strict=True))
             last = found[-1][1].unit if found else None
             whole = wanted <= {(record.method, record.keep) for record in records if record.unit == last}
             while not whole and found and found[-1][1].unit == last and found[-1][1].key[1:] in wanted:
@@ -210,17 +229,38 @@ class RunFolder:
         """What was run here before and now. Raises BadInput where the two are not one evaluation."""
         if known is None:
             return self.manifest
+        self._require_same_model(known)
+        self._require_same_methods(known)
         for name in _SAME:
             if known.get(name) != self.manifest[name]:
                 raise BadInput(
                     f"{self.path} holds an evaluation with {name}={known.get(name)!r}, this one has "
                     f"{self.manifest[name]!r}: name another folder with --out."
                 )
-        grown = dict(self.manifest)
+        grown = self.manifest | {"made_of": known.get("made_of", {}) | self.manifest.get("made_of", {})}
         for name in _GROW:
             old, new = known[name], grown[name]
             grown[name] = max(old, new) if name == "samples" else list(dict.fromkeys([*old, *new]))
         return grown
+
+    def _require_same_model(self, known: dict[str, Any]) -> None:
+        """By its weights, wherever it lies; by its name where an older headwise has not noted them."""
+        name = "weights" if "weights" in known and "weights" in self.manifest else "model"
+        if known.get(name) != self.manifest[name]:
+            raise BadInput(
+                f"{self.path} holds an evaluation with {name}={known.get(name)!r}, this one has "
+                f"{self.manifest[name]!r}: name another folder with --out."
+            )
+
+    def _require_same_methods(self, known: dict[str, Any]) -> None:
+        """A method's file may have been made anew, its parameters changed: then its old records are of another one."""
+        old, new = known.get("made_of", {}), self.manifest.get("made_of", {})
+        changed = [method for method in new if old.get(method, new[method]) != new[method]]
+        if changed:
+            raise BadInput(
+                f"{self.path} was measured with another {changed[0]}: its file or its parameters have changed since. "
+                "Name another folder with --out."
+            )
 
 
 def _line(record: Record) -> str:
@@ -242,10 +282,6 @@ def _content(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise BadInput(f"cannot read {file}: {reason(error)}. Name another folder with --out.") from error
-
-
-def _read(file: Path) -> list[Record]:
-    return [_record(line, f"{file}, line {number}") for number, line in enumerate(_lines(file), start=1)]
 
 
 def _record(line: str, where: str) -> Record:

@@ -5,6 +5,7 @@ of generated tasks come from the split "evaluation", whose seeds no other split 
 calibration ever sees them.
 """
 
+import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
+from hashlib import sha256
 from importlib.metadata import version
 from statistics import fmean
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from headwise.artifacts import fingerprint
 from headwise.errors import BadInput
 from headwise.evals.answers import FULL, known_methods, require_possible
 from headwise.evals.document import Tokens
@@ -29,10 +32,13 @@ from headwise.evals.tasks import Sample, Task, require_protocol
 from headwise.hf.families import view
 from headwise.keep import Keep, parse_keep
 from headwise.kernels import fastest
+from headwise.method import Method
 from headwise.processes import Processes
 from headwise.ragged.cache import RaggedCache
+from headwise.registry import ORACLE
 
 LONGEST_MAP = 2048  # tokens of a context that is drawn
+LOOKED_AT = 1024  # first numbers of every weight that tell a model from another
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +59,7 @@ class Summary:
     kv_fraction: float  # measured bytes over the full cache's bytes
     seed: int
     protocol: str
+    sees_answers: bool  # no method, but the oracle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +74,7 @@ class Evaluation:
     fidelity: bool = True
     timed: int = 1
     rows: int = 256  # sequences that are decoded together, at most
+    brief: bool = False  # whether records are short, and no maps are made: for a folder that is kept in a repository
 
     def __post_init__(self) -> None:
         if not self.tasks or not self.keeps:
@@ -76,7 +84,7 @@ class Evaluation:
             raise BadInput("the seed is out of range: choose one from 0 to 2**63 - 1.")
         if min(self.rows, self.timed + 1, self.seed + 1) < 1:
             raise BadInput(f"rows={self.rows} must be at least 1, timed={self.timed} and seed={self.seed} at least 0.")
-        known_methods(self.methods)
+        known_methods(self.methods, oracle=True)
 
     @property
     def pairs(self) -> list[Pair]:
@@ -113,7 +121,7 @@ def evaluate(
     )
     for task in evaluation.tasks:
         for tokens in session.tokens(task.sample(0)):
-            require_possible(model, evaluation.methods, evaluation.keeps, tokens)
+            require_possible(model, evaluation.methods, evaluation.keeps, tokens, oracle=True)
     with nullcontext() if folder is None or processes.rank > 0 else folder.locked():
         return _asked_for(_measured(session, evaluation, folder, processes, progress), evaluation)
 
@@ -168,7 +176,7 @@ def _measure(
     outcomes = session.measure(sample, pairs, timed=index < evaluation.timed, show=maps.note)
     full_bytes = outcomes[WHOLE].kv_bytes
     records = [_record(task, index, sample, pair, outcomes[pair], full_bytes, evaluation) for pair in pairs]
-    return records, maps.made
+    return ([record.shortened() for record in records], []) if evaluation.brief else (records, maps.made)
 
 
 def _record(
@@ -210,6 +218,7 @@ def _record(
         step_ms=outcome.step_ms,
         kept=outcome.kept,
         versions=versions(),
+        sees_answers=pair[0] == ORACLE,
     )
 
 
@@ -269,6 +278,7 @@ def summarise(records: Sequence[Record]) -> Iterator[Summary]:
             kv_fraction=fmean(record.kv_bytes / record.full_kv_bytes for record in found),
             seed=found[0].seed,
             protocol=found[0].protocol,
+            sees_answers=found[0].sees_answers,
         )
 
 
@@ -284,6 +294,7 @@ def manifest(model: PreTrainedModel, name: str, evaluation: Evaluation, length: 
     return {
         "model": name,
         "config_hash": seen.config_hash,
+        "weights": fingerprint(*(weight.detach().reshape(-1)[:LOOKED_AT].cpu() for weight in model.parameters())),
         "shape": {
             "num_layers": shape.num_layers,
             "layers": list(shape.layers),
@@ -293,6 +304,7 @@ def manifest(model: PreTrainedModel, name: str, evaluation: Evaluation, length: 
         },
         "tasks": [task.name for task in evaluation.tasks],
         "methods": list(dict.fromkeys([FULL, *evaluation.methods])),
+        "made_of": _made_of(model, evaluation.methods),
         "keeps": [str(keep) for keep in dict.fromkeys(evaluation.keeps)],
         "samples": max(task.num_samples for task in evaluation.tasks),
         "latest": [[pair[0], _written(pair)] for pair in dict.fromkeys([WHOLE, *evaluation.pairs])],
@@ -308,6 +320,14 @@ def manifest(model: PreTrainedModel, name: str, evaluation: Evaluation, length: 
         "command": command,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def _made_of(model: PreTrainedModel, methods: Sequence[str]) -> dict[str, str]:
+    """What tells a method from another of its name: a hash of its parameters and of what its file holds."""
+    seen = view(model)
+    named = [name for name in dict.fromkeys(methods) if name not in (FULL, ORACLE)]
+    made = {name: Method.parse(name).for_model(seen.shape, seen.config_hash).provenance() for name in named}
+    return {name: sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16] for name, of in made.items()}
 
 
 @cache

@@ -23,8 +23,9 @@ from headwise.evals.answers import (
     room_for_answers,
     time_decoding,
 )
-from headwise.evals.document import Tokens, instructed, tokenize
+from headwise.evals.document import Tokens, tokenize
 from headwise.evals.fidelity import LOGITS_BYTES, Continuations, Fidelity, Yardstick
+from headwise.evals.oracle import as_method, foresee
 from headwise.evals.room import require_room
 from headwise.evals.tasks import Sample
 from headwise.hf.families import view
@@ -33,10 +34,12 @@ from headwise.keep import Keep, parse_keep
 from headwise.online import Progress
 from headwise.ragged.cache import RaggedCache
 from headwise.reading import can_share, read
+from headwise.registry import ORACLE
 
 Pair = tuple[str, Keep]  # a method and a keep
 WHOLE: Pair = (FULL, parse_keep(1.0))
 CUT_BYTES = 2 * 2**30  # of caches that are asked together
+COMPARED_BYTES = 4 * LOGITS_BYTES  # of the logits of those that are compared together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,6 +164,7 @@ class _Asking:
         self.model, self.tokenizer = session.model, session.tokenizer
         self.limit, self.chat = sample.max_new_tokens, sample.chat
         self.targets = None if sample.continues is None else [question[1:] for question in tokens.questions]
+        self.asked: Continuations | None = None  # the questions, each with the full cache's answer or what follows
         self.yardstick: Yardstick | None = None
 
     def measure(self, pairs: Sequence[Pair], progress: Progress) -> dict[Pair, Outcome]:
@@ -181,9 +185,7 @@ class _Asking:
     def _groups(self, pairs: Sequence[Pair], full_bytes: int) -> Iterator[list[tuple[Pair, Memory, float, int]]]:
         """Cut caches, as many at a time as may be asked together."""
         group: list[tuple[Pair, Memory, float, int]] = []
-        longest = max([self.limit, *map(len, self.targets or ())])
-        logits_bytes = 4 * longest * self.model.config.get_text_config().vocab_size
-        most = max(1, min(self.session.rows // len(self.tokens.questions), 4 * LOGITS_BYTES // logits_bytes))
+        most = max(1, self.session.rows // len(self.tokens.questions))
         for found in self._cuts(pairs):
             group.append(found)
             if len(group) == most or sum(memory.nbytes for _, memory, *_ in group) + full_bytes > CUT_BYTES:
@@ -195,8 +197,9 @@ class _Asking:
     def _cuts(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Memory, float, int]]:
         """Every pair's cache, the seconds its reading took, and how many pairs that reading serves."""
         by_reading: dict[tuple[AbstractScorer, ...], list[Pair]] = {}
-        methods = {name: instructed(name, self.tokenizer, chat=self.chat) for name, _ in pairs}
-        shared = tuple(dict.fromkeys(m.scorer for m in methods.values() if can_share(m.scorer)))
+        methods = {name: as_method(name, self.tokenizer, chat=self.chat) for name, _ in pairs}
+        watching = (m.scorer for name, m in methods.items() if name != ORACLE and can_share(m.scorer))
+        shared = tuple(dict.fromkeys(watching))
         for pair in pairs:
             scorer = methods[pair[0]].scorer
             by_reading.setdefault(shared if can_share(scorer) else (scorer,), []).append(pair)
@@ -205,6 +208,8 @@ class _Asking:
             chunk_size = self.session.prefill_chunk_size
             reading = read(self.model, self.tokens.context, scorers, prefill_chunk_size=chunk_size)
             seconds = time.perf_counter() - start
+            if self.asked is not None and any(name == ORACLE for name, _ in served):
+                reading = foresee(self.model, reading, self.asked.questions, self.asked.texts)
             for pair in served:
                 yield pair, reading.cut(methods[pair[0]], pair[1]), seconds, len(served)
 
@@ -236,18 +241,27 @@ class _Asking:
         """What each answers, and how faithful it is. Compared first: who agrees with all of an answer says it."""
         if self.targets is not None or self.yardstick is None:
             said = self._answered(memories)
+            self.asked = self.asked or self._followed(said[0].answers)
             if self.targets is None and not self.session.fidelity:
                 return said
             if self.yardstick is None:
-                self.yardstick = self._yardstick(memories[0], said[0].answers)
-            faithful = self.yardstick.measure(_joined(memories), len(memories))
+                self.yardstick = Yardstick(self.model, self.tokenizer, memories[0], self.tokens.context, self.asked)
+            faithful = self._faithful(self.yardstick, memories)
             return [replace(one, fidelity=fidelity) for one, fidelity in zip(said, faithful, strict=True)]
         start = time.perf_counter()
-        faithful = self.yardstick.measure(_joined(memories), len(memories))
+        faithful = self._faithful(self.yardstick, memories)
         same = _Said(self.yardstick.texts, time.perf_counter() - start, len(memories))
         others = [i for i, fidelity in enumerate(faithful) if not self.yardstick.is_said_by(fidelity)]
         found = dict(zip(others, self._answered([memories[i] for i in others]), strict=True))
         return [replace(found.get(i, same), fidelity=fidelity) for i, fidelity in enumerate(faithful)]
+
+    def _faithful(self, yardstick: Yardstick, memories: Sequence[Memory]) -> list[Fidelity]:
+        """How near each comes, as many at a time as logits have room for; decoding, which needs less, goes together."""
+        longest = max(map(len, yardstick.texts), default=1)
+        logits_bytes = 4 * longest * self.model.config.get_text_config().vocab_size
+        most = max(1, COMPARED_BYTES // logits_bytes)
+        parts = [memories[start : start + most] for start in range(0, len(memories), most)]
+        return [found for part in parts for found in yardstick.measure(_joined(part), len(part))]
 
     def _answered(self, memories: Sequence[Memory]) -> list[_Said]:
         """Token ids per question, decoded together; none where the text that follows is given."""
@@ -266,11 +280,11 @@ class _Asking:
         seconds = time.perf_counter() - start
         return [_Said(answer, seconds, len(memories)) for answer in answers]
 
-    def _yardstick(self, full: Memory, answers: Sequence[torch.Tensor]) -> Yardstick:
-        """Made of what the full cache said, or of the text that is given."""
+    def _followed(self, answers: Sequence[torch.Tensor]) -> Continuations:
+        """The questions with what the full cache said, or with the text that is given."""
         texts = self.targets if self.targets is not None else answers
         asked = [q[:1] for q in self.tokens.questions] if self.targets is not None else self.tokens.questions
-        return Yardstick(self.model, self.tokenizer, full, self.tokens.context, Continuations.of(asked, texts))
+        return Continuations.of(asked, texts)
 
     def _kept(self, memory: Memory) -> tuple[tuple[float, ...], ...]:
         shape = view(self.model).shape

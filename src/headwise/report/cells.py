@@ -105,9 +105,15 @@ def cells_of(
                 kl=kl,
                 agreement=agreement,
                 cost=Cost.of(grouped[setting]),
-                kept=np.mean([record.kept / record.context_tokens for record in grouped[setting]], axis=0),
+                kept=mean_kept([record.kept / record.context_tokens for record in grouped[setting]]),
             )
     return cells
+
+
+def mean_kept(found: Sequence[Float[np.ndarray, "layers kv_heads"]]) -> Float[np.ndarray, "layers kv_heads"]:
+    """Over those that are known: short records of all samples but a task's first do not tell. 0 if none is."""
+    known = [kept for kept in found if not np.isnan(kept).any()]
+    return np.mean(known, axis=0) if known else np.zeros_like(found[0])
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -42,6 +42,8 @@ def model_shape(value: Any) -> ModelShape:
 
 
 def _entries(value: Any) -> np.ndarray:
+    if value == []:  # of a short record
+        return np.zeros((0, 0), dtype=np.float32)
     entries = np.array(value)
     if entries.ndim != 2 or entries.dtype.kind not in "if" or not ((entries >= 0) & (entries <= MOST)).all():
         raise ValueError

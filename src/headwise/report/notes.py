@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from headwise.report.cells import Task
 from headwise.report.markup import CLOSE, NONE
-from headwise.report.records import FULL
+from headwise.report.records import FULL, ORACLE
 from headwise.report.statistics import RESAMPLES
 from headwise.report.summary import Summary
 
@@ -29,12 +29,22 @@ def explanations(summary: Summary) -> list[str]:
         "Other seeds and other models are not in it.",
         f"Bold: the best method. {CLOSE}: its interval overlaps the best one's. All methods see the same samples, so "
         "differences within the intervals can be real.",
+        *_yardstick(summary),
         f"KV bytes are measured: keys and values in storage after the context has been cut.{left_whole}",
         "A decoding step is one token of one sequence, measured alone. decode_seconds, in the CSV file, were measured "
         "in batches and are shared out among their sequences: not a latency. One prefill serves all methods and keeps "
         "whose scorers can watch the same one: its seconds are not what each of them alone would take. Times are "
         "medians over samples.",
     ]
+
+
+def _yardstick(summary: Summary) -> list[str]:
+    """What the oracle is, where it was evaluated."""
+    told = (
+        f"{ORACLE} is no method that could be used, but a yardstick: it was shown the questions and the full cache's "
+        "answers, and keeps the entries that these look at most. It says what can be reached at a keep."
+    )
+    return [told] * (ORACLE in summary.methods)
 
 
 def _missing(summary: Summary) -> list[str]:

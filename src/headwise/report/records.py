@@ -20,6 +20,8 @@ from headwise.shapes import ModelShape
 
 FORMAT = 1
 FULL = "full"  # the method that keeps everything: the yardstick
+ORACLE = "oracle"  # another one: it has seen the questions and the answers
+NO_METHODS = (FULL, ORACLE)
 RUN = "run.json"
 LARGEST_MAP = 2**26  # tokens times heads; those that are written have 2048 tokens at most
 RECORDS, MAPS = "records*.jsonl", "maps*.jsonl"  # one of each, but while several processes write
@@ -72,7 +74,7 @@ class Record:
     decode_seconds: float
     decode_rows: int
     step_ms: float | None
-    kept: Float[np.ndarray, "layers kv_heads"]  # entries; means where a sample is read several times
+    kept: Float[np.ndarray, "layers kv_heads"]  # entries; means where a sample is read several times; NaN: not known
     versions: Mapping[str, str]
 
 
@@ -188,6 +190,8 @@ def _records(folder: Path, run: Run) -> Iterator[Record]:
         found = strict_json.checked(raw, fields.RECORD, place, fields.ADVICE)
         if found["versions"] == run.versions:
             found["versions"] = run.versions  # one for thousands of records
+        if not found["kept"].size:
+            found["kept"] = np.full(expected, np.nan, dtype=np.float32)  # a short record
         record = Record(**found)
         if record.kept.shape != expected:
             raise BadInput(f"{place}: 'kept' has shape {record.kept.shape}; by {RUN} it must be {expected}.")

@@ -10,7 +10,7 @@ from statistics import fmean
 
 import numpy as np
 
-from headwise.report.cells import Cell, Cost, Overall, Task, cells_of
+from headwise.report.cells import Cell, Cost, Overall, Task, cells_of, mean_kept
 from headwise.report.records import FULL, Record, Section
 from headwise.report.statistics import (
     MEASURES,
@@ -147,7 +147,7 @@ def _overall(
             kl=over["kl"][at],
             agreement=over["agreement"][at],
             cost=Cost.mean([cell.cost for cell in common]),
-            kept=np.mean([cell.kept for cell in common], axis=0),
+            kept=mean_kept([cell.kept for cell in common]),
         )
     return overall
 

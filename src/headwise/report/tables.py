@@ -9,7 +9,7 @@ from operator import attrgetter
 
 from headwise.report.cells import Overall
 from headwise.report.markup import NONE, Entry, Table
-from headwise.report.records import FULL
+from headwise.report.records import NO_METHODS, ORACLE
 from headwise.report.statistics import Estimate, Setting
 from headwise.report.summary import Summary
 
@@ -48,7 +48,8 @@ def headline(summary: Summary) -> Table:
     score: Measure = attrgetter("score" if summary.scored else "perplexity")
     style, rows = PERCENT if summary.scored else PERPLEXITY, []
     for keep in summary.keeps:
-        found = {s: known for s in summary.settings(keep) if s.method != FULL and (known := score(summary.overall[s]))}
+        methods = [setting for setting in summary.settings(keep) if setting.method not in NO_METHODS]
+        found = {setting: known for setting in methods if (known := score(summary.overall[setting]))}
         best = style.best([*found.values()])
         if best is None:
             continue
@@ -129,8 +130,12 @@ def _table(title: str, settings: Sequence[Setting], columns: Mapping[str, Sequen
     return Table(
         title=title,
         columns=tuple(columns),
-        rows=tuple((setting.method, entries) for setting, entries in zip(settings, rows, strict=True)),
+        rows=tuple((_row_name(setting), entries) for setting, entries in zip(settings, rows, strict=True)),
     )
+
+
+def _row_name(setting: Setting) -> str:
+    return f"{ORACLE} (sees the answers)" if setting.method == ORACLE else setting.method
 
 
 def _bars(values: Sequence[float | None], say: Callable[[float], str], most: float = 0.0) -> list[Entry]:
@@ -139,11 +144,11 @@ def _bars(values: Sequence[float | None], say: Callable[[float], str], most: flo
 
 
 def _entries(found: Sequence[Estimate | None], settings: Sequence[Setting], style: Style) -> list[Entry]:
-    """The best of several methods is marked, and whose interval overlaps its own; the full cache is no method."""
-    methods = [one for one, setting in zip(found, settings, strict=True) if one and setting.method != FULL]
+    """The best of several methods is marked, and whose interval overlaps its own; yardsticks are no methods."""
+    methods = [one for one, setting in zip(found, settings, strict=True) if one and setting.method not in NO_METHODS]
     best = style.best(methods) if len(methods) > 1 else None
     return [
-        _marked(style.entry(one), one, best if setting.method != FULL else None) if one else Entry()
+        _marked(style.entry(one), one, best if setting.method not in NO_METHODS else None) if one else Entry()
         for one, setting in zip(found, settings, strict=True)
     ]
 

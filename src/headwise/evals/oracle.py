@@ -1,0 +1,116 @@
+"""The oracle: what could be kept if the questions and their answers were known. A yardstick, and no method.
+
+It has seen what a method cannot see: the full cache's own answer to every question (or the text that goes on). The
+model reads each question and its answer after the whole context, and every entry is given the most attention that any
+of these tokens pays it. The best entries of all heads together are kept. One cache serves all questions of a context,
+so their maximum counts. What falls short of the oracle at a keep can still be gained there; what the oracle loses,
+hardly. It is near the best that can be kept, not proven to be the best: where tens of questions share one small cache,
+a method that weighs them otherwise can be above it.
+
+Scores that count what an entry writes (attention times ||v W_O||, or the change of a head's output without it) were
+tried, see docs/decisions.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from headwise.allocate import Global
+from headwise.evals.document import instructed
+from headwise.hf.families import given
+from headwise.interfaces import AbstractScorer, Observation
+from headwise.kernels import Kernel
+from headwise.layout import Segments
+from headwise.method import Method
+from headwise.oracle import require_whole, states_of
+from headwise.ragged.cache import RaggedCache
+from headwise.reading import Reading
+from headwise.registry import ORACLE
+from headwise.scores.attention import attention
+
+_QUERY_BLOCK = 128  # queries whose attention is computed at once
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Foresight(AbstractScorer):
+    """Stands for scores that were looked up in what comes after the context: see `foresee`."""
+
+    def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
+        """A context alone does not tell them."""
+        raise AssertionError("the oracle's scores are those of a reading that has foreseen; it watches none.")
+
+
+def as_method(name: str, tokenizer: Any = None, *, chat: bool = True) -> Method:
+    """The method of this name, with its instruction if there is a tokenizer; or what the oracle cuts by.
+
+    Raises BadInput.
+    """
+    if name == ORACLE:
+        return Method(scorer=Foresight(), allocator=Global())
+    return Method.parse(name) if tokenizer is None else instructed(name, tokenizer, chat=chat)
+
+
+def foresee(
+    model: PreTrainedModel,
+    reading: Reading,
+    questions: Sequence[Int[Tensor, " _"]],
+    answers: Sequence[Int[Tensor, " _"]],
+) -> Reading:
+    """The reading with the oracle's scores: `cut` takes `as_method(ORACLE)` then. Raises BadInput."""
+    scores = largest_attention(model, reading.whole, questions, answers)
+    return replace(reading, scores={**reading.scores, Foresight(): scores[:, None]})
+
+
+@torch.no_grad()
+def largest_attention(
+    model: PreTrainedModel,
+    whole: RaggedCache,
+    questions: Sequence[Int[Tensor, " _"]],
+    answers: Sequence[Int[Tensor, " _"]],
+) -> Float[Tensor, "layers kv_heads tokens"]:
+    """The most attention that each entry of a wholly kept context gets from any token that follows it, float32.
+
+    Those are the tokens of every question and of its answer, each pair read alone right after the context, but for the
+    answer's last token: nothing is predicted from it. The maximum is over the query heads of a group, too. Raises
+    BadInput unless the cache holds one context, all of it.
+    """
+    require_whole(whole)
+    keys = [states_of(whole, layer)[0] for layer in range(len(whole.ragged_layers))]
+    found = [torch.zeros(layer.shape[:2], dtype=torch.float32, device=layer.device) for layer in keys]
+    for question, answer in zip(questions, answers, strict=True):
+        ids, cache = torch.cat([question, answer[:-1]])[None], whole.fork()
+        positions = whole.get_seq_length() + torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)[None]
+        for layer in cache.ragged_layers:
+            layer.kernel = partial(_noted, found[layer.index], keys[layer.index], layer.kernel)
+        model(input_ids=ids, position_ids=positions, **given(model, cache), use_cache=True, logits_to_keep=1)
+    return torch.stack(found)
+
+
+def _noted(
+    largest: Float[Tensor, "kv_heads tokens"],
+    keys: Float[Tensor, "kv_heads tokens head_dim"],
+    kernel: Kernel,
+    query: Float[Tensor, "one kv_heads group queries head_dim"],
+    segments: Segments,
+    rows: Tensor,
+    tail_keys: Float[Tensor, "one kv_heads queries head_dim"],
+    tail_values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Stands before a layer's kernel; raises `largest` to what the queries pay the entries of the context."""
+    num_context, num_queries = keys.shape[1], query.shape[3]
+    every = torch.cat([keys[None], tail_keys], dim=2)
+    columns = torch.arange(every.shape[2], dtype=torch.int64, device=query.device)
+    for start in range(0, num_queries, _QUERY_BLOCK):
+        block = query[:, :, :, start : start + _QUERY_BLOCK]
+        last = num_context + start + torch.arange(block.shape[3], dtype=torch.int64, device=query.device)
+        weights = attention(block.flatten(1, 2), every, (columns <= last[:, None])[None], scaling=scaling)
+        torch.maximum(largest, weights[0, ..., :num_context].amax((1, 2)), out=largest)
+    return kernel(query, segments, rows, tail_keys, tail_values, mask, scaling)
