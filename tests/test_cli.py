@@ -265,7 +265,7 @@ LIGHT = {  # answered before torch is imported, which takes seconds
     "tiers -m /no/such/model": "there is no folder",
     "compare --methods keydif": "Did you mean 'keydiff'?",
     "eval --methods keydiff+adakw": "there is no allocator",
-    "generate -q who --method lkv+": "there is no allocator",
+    "generate -q who --method lkv+": "It is short for lkv-t+lkv-h",
     "compare --keep 0.15,15": "is outside (0, 1]",
     "eval --keep lots": "is not understood",
     "generate -q who --keep 0": "is outside (0, 1]",
@@ -284,8 +284,8 @@ def test_wrong_inputs_are_told_without_torch(folder):
         "for line in json.loads(sys.stdin.read()):\n"
         "    sys.argv = ['headwise', *line]\n"
         "    try: cli.main()\n"
-        "    except SystemExit as end: print(end.code, sorted({'torch', 'transformers', 'jaxtyping'} & {*sys.modules}))\n"
-    )
+        "    except SystemExit as end: print(end.code, sorted({*HEAVY} & {*sys.modules}))\n"
+    ).replace("HEAVY", "('torch', 'transformers', 'jaxtyping')")
     lines = [[part.format(dir=folder) for part in shlex.split(line)] for line in LIGHT]
     done = subprocess.run(
         [sys.executable, "-c", program], input=json.dumps(lines), capture_output=True, text=True, timeout=120
@@ -301,7 +301,8 @@ def test_generate_from_the_full_cache(run):
 
 
 def test_generate_ends_at_the_model_s_last_position(run):
-    line = "generate -m {base} -c {dir}/text.txt -q '? locker apple' --method adakv --keep 0.25 --max-new-tokens 1000000 --json"
+    line = "generate -m {base} -c {dir}/text.txt -q '? locker apple' --method adakv --keep 0.25"
+    line += " --max-new-tokens 1000000 --json"
     assert len(json.loads(succeed(run, line))["answer"].split()) < 1024
 
 

@@ -100,14 +100,18 @@ def test_the_scorer_s_steps_are_all_it_takes(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # the file is left open for brevity
 def test_the_ten_lines_of_the_readme(model_folders, tmp_path, monkeypatch, capsys):
-    """As they are, but for the model, which is a tiny one in a folder."""
+    """As they are, but for the model, which is a tiny one in a folder, and questions in its words."""
     (code,) = re.findall(r"^## Ten lines\n+```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     assert code.count("Qwen/Qwen3-4B") == 2
     assert "device_map" not in code, "it needs accelerate, which is not installed with headwise"
     (tmp_path / "report.txt").write_text("the bold fox guarded the silver bridge. " * 25)
     monkeypatch.chdir(tmp_path)
     found = {}
-    exec(compile(code.replace("Qwen/Qwen3-4B", str(model_folders["qwen3"])), "README.md", "exec"), found)
+    tiny = {"Qwen/Qwen3-4B": str(model_folders["qwen3"]), "Who signed the report": "? locker", "What does it cost": "?"}
+    for text, known in tiny.items():
+        assert text in code
+        code = code.replace(text, known)
+    exec(compile(code, "README.md", "exec"), found)
     document, kept = found["prompt"].context.shape[1], found["cache"].lengths
     assert document == 201
     assert int(kept.sum()) == round(0.15 * document * kept.numel())
@@ -167,6 +171,6 @@ def test_the_python_page_runs_without_warnings(capsys):
     code = "\n".join(re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
     found = {"__name__": "__main__"}
     exec(compile(code, "python.md", "exec"), found)
-    assert capsys.readouterr().err == ""
+    assert "warn" not in capsys.readouterr().err.lower()  # bars of progress are fine
     assert found["later"].lengths.tolist() == found["cache"].lengths.tolist()
     assert [row.method for row in found["rows"]] == ["full", "keydiff", "keydiff"]

@@ -131,11 +131,11 @@ class Reading:
         meter, compressible = self.whole.meter.fork(), {layer.model_index for layer in self.whole.ragged_layers}
         meter.held, meter.peak = {}, meter.uncut_peak
         full = 2 * self.first.keys.numel() * self.whole.ragged_layers[0].dtype.itemsize  # padding included
-        tokens = self.first.keys.shape[2]
-        for layer in self.whole.layers if self.before else ():  # in pieces, all layers are whole up to the last one
-            early = full if layer.model_index in compressible else layer.nbytes
-            meter.report(layer.model_index, min(early, full * self.before // tokens))
+        early = full * self.before // self.first.keys.shape[2]
+        for layer in self.whole.layers if early else ():  # in pieces, all layers are whole up to the last one
+            meter.report(layer.model_index, early if layer.model_index in compressible else min(early, layer.nbytes))
         for index in compressible if whole_first else ():
+            meter.report(index, full + early // 2)  # the last piece is put to the keys, then to the values
             meter.report(index, full)
         for layer in cut:
             held = full if layer.model_index in compressible else 0

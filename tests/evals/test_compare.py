@@ -193,11 +193,12 @@ def test_kvzip_repeats_after_its_instruction(llama, monkeypatch):
         return read(model, ids, scorers, **options)
 
     monkeypatch.setattr("headwise.evals.session.read", watched)
-    monkeypatch.setattr("headwise.scores.reconstruct.INSTRUCTION", "the bold fox guarded the silver bridge")
+    words = ["the", "bold", "fox", "guarded", "the", "silver", "bridge"]
+    monkeypatch.setattr("headwise.scores.reconstruct.INSTRUCTION", " ".join(words))
     for template in (None, CHAT_TEMPLATE):
         compared(llama, methods=["kvzip"], tokenizer=word_tokenizer(template))
     plain, chat = told
-    assert word_tokenizer().decode(plain).split() == ["the", "bold", "fox", "guarded", "the", "silver", "bridge"]
+    assert word_tokenizer().decode(plain).split() == words
     assert chat[: len(plain)] == plain
     assert word_tokenizer().decode(chat[len(plain) :]).split() == ["<eos>", "[", "assistant", "]"]
     monkeypatch.undo()

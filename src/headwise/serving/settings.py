@@ -134,6 +134,7 @@ def _static(method: Method) -> Method:
 
 def require_servable(method: str) -> None:
     """Raise BadInput, naming what would work, unless scorer and allocator can be served."""
+    Method.parse(method)  # raises for what is no method, and for a file that is not there
     scorer, allocator = entries_of(method)
     _require(method, "scorer", scorer, SCORERS, "it needs more of the model than a server keeps")
     _require(method, "allocator", allocator, ALLOCATORS, "its counts depend on the prompt, but block tables do not")
