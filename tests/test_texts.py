@@ -37,10 +37,7 @@ RULER = [
     "Answer the question based on the given documents",
     "VAR ",
 ]
-CHINESE = (
-    "老船长把钥匙放在灯塔的第三级台阶下面。年轻的管理员每天早上都去那里看一看！有一天钥匙不见了，谁也不知道是谁拿走的？"
-    * 3
-)
+CHINESE = "老船长把钥匙放在灯塔的第三级台阶下面。年轻的管理员每天早上都去那里看一看。有一天钥匙不见了。"
 THAI = "เรือลำหนึ่งแล่นเข้ามาในท่าเรือตอนเช้ามืด\nชาวประมงสามคนยืนรออยู่บนฝั่งด้วยความเงียบ\nไม่มีใครพูดถึงพายุเมื่อคืนนี้เลยแม้แต่คำเดียว\n"
 
 
@@ -49,7 +46,7 @@ def count(text):
     return len(_TOKEN.findall(text))
 
 
-def mix(number=len(ORDER) * 2, split="calibration", seed=0, lengths=LENGTHS):
+def mix(number=22, split="calibration", seed=0, lengths=LENGTHS):
     return natural(count, number, lengths, seed, split)
 
 
@@ -196,7 +193,7 @@ def test_a_text_that_is_used_up_ends_earlier_so_that_something_follows():
 
 
 def test_sentences_end_where_they_do():
-    text = "Mrs. Jones met J. Smith. Was it e.g. late? “Yes!” he said.\n\nA heading\n\n今天下雨。明天呢？"
+    text = "Mrs. Jones met J. Smith. Was it e.g. late? “Yes!” he said.\n\nA heading\n\n今天下雨。明天再看。"
     found = [text[start:end] for start, end in sentence_spans(text)]
     assert found == [
         "Mrs. Jones met J. Smith.",
@@ -204,14 +201,14 @@ def test_sentences_end_where_they_do():
         "“Yes!” he said.",
         "A heading",
         "今天下雨。",
-        "明天呢？",
+        "明天再看。",
     ]
 
 
 # --- questions for any text ---
 
 
-@pytest.mark.parametrize("text", [CHINESE[:60] + "海鸥在屋顶上叫个不停。" + "风从北方吹来带着盐的味道。", THAI])
+@pytest.mark.parametrize("text", [CHINESE + "海鸥在屋顶上叫个不停。" + "风从北方吹来带着盐的味道。", THAI])
 def test_scripts_without_spaces_are_asked_about_by_their_first_letters(text):
     named = [NAMED.search(question) for question in about_text(text, Random(0))]
     found = [match[1] for match in named if match]

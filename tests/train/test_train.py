@@ -283,8 +283,8 @@ def lines(path):
     return path
 
 
-COMMAND = "train --model {folder} --data {data} --out {out} --steps 4 --warm-steps 2 --contexts-per-step 4 --questions 2 "
-COMMAND += "--answer-tokens 3 --keeps 0.1,0.4 --sink 1 --window 3 --seed 2 --device cpu --json"
+COMMAND = "train --model {folder} --data {data} --out {out} --steps 4 --warm-steps 2 --contexts-per-step 4 "
+COMMAND += "--questions 2 --answer-tokens 3 --keeps 0.1,0.4 --sink 1 --window 3 --seed 2 --device cpu --json"
 
 
 def command_line(line, monkeypatch, capsys):
