@@ -111,7 +111,7 @@ def _opening(text: str, start: int, end: int) -> str:
     stops = words[_FEWEST_WORDS - 1 : _MOST_WORDS] if spaced else range(_FEWEST_LETTERS // 2, _MOST_LETTERS, 2)
     for stop in stops:
         if (
-            _FEWEST_LETTERS <= stop * (2 - spaced)
+            stop * (2 - spaced) >= _FEWEST_LETTERS
             and stop <= min(_MOST_LETTERS, end - start - 1)
             and text.count(first[:stop]) == 1
         ):
