@@ -805,3 +805,45 @@ def test_a_process_of_its_own():
 def test_help_needs_no_torch():
     code = "import sys, headwise.cli; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+# --- calibrate ---
+
+
+def test_calibrate_prints_a_row_per_domain(run):
+    out = succeed(run, "calibrate --model {base} --contexts 8 --length 100")
+    for word in ("8 contexts from builtin", "niah_multikey_dense", "cwe", "tokens", "questions"):
+        assert word in out
+    rows = json.loads(succeed(run, "calibrate --model {base} --contexts 8 --length 100 --json"))
+    fields = {"domain", "contexts", "tokens", "shortest", "longest", "following_tokens", "questions"}
+    assert all(set(row) == fields for row in rows)
+    assert sum(row["contexts"] for row in rows) == 8
+
+
+def test_calibrate_shows_examples_and_writes_what_data_reads(run, folder, tmp_path):
+    text, out = folder / "report.txt", tmp_path / "mix.jsonl"
+    line = f"calibrate --model reference --data {text} --length 80 --questions none"
+    shown = succeed(run, f"{line} --show 1 --out {out}")
+    assert "signed by Ada Lovelace" in shown and "follows" in shown and "own continuation" in shown
+    assert "1 characters ..." not in shown
+    made = json.loads(succeed(run, f"{line} --show 9 --json"))
+    assert made == json.loads(succeed(run, f"calibrate --model reference --data {out} --show 9 --json"))
+    assert set(made[0]) == {"context", "questions", "domain", "following"}
+    assert text.read_text().startswith(made[0]["context"] + made[0]["following"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--questions some", "write auto, none, or how many"),
+        ("--split evaluation", "never from what evaluates"),
+        ("--length 9", "64 tokens or more"),
+        ("--data nowhere.txt", "cannot read"),
+        ("--data {dir}/empty", "is empty"),
+        ("--contexts 4 --data builtin:5", "two numbers of contexts"),
+    ],
+)
+def test_calibrate_refuses_what_is_wrong(run, options, words):
+    code, out, err = run(f"calibrate --model {{base}} {options}")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err

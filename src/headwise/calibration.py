@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from reprlib import repr as shown
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -54,7 +54,7 @@ TASKS = (
     "fwe",
 )
 
-Questions = Literal["auto", "none"] | int | None
+Questions = str | int | None  # "auto", "none", or how many of each context at most
 
 
 def load_examples(
@@ -85,18 +85,18 @@ def load_examples(
         return [_limited(example, questions) for example in examples]
     path = Path(source)
     files = sorted(p for p in path.iterdir() if p.suffix in {".jsonl", *PLAIN}) if path.is_dir() else [path]
-    examples = [example for file in files for example in _read(file)]
-    if not examples:
+    read = [(example, file.suffix != ".jsonl") for file in files for example in _read(file)]
+    if not read:
         raise BadInput(f"{source} holds no examples: give a .jsonl, .txt or .md file, a folder of them, or {BUILTIN}.")
-    if (length, contexts, questions) == (None, None, None):
-        return examples
-    lengths = _lengths(length, max_positions, NATURAL_LENGTHS)
-    cut = cut_up(
-        examples, count_tokens(tokenizer), [each - _special(tokenizer) for each in lengths], contexts or default
-    )
+    examples = [example for example, _ in read]
+    if (length, contexts, questions) != (None, None, None) and any(plain for _, plain in read):
+        lengths = [each - _special(tokenizer) for each in _lengths(length, max_positions, NATURAL_LENGTHS)]
+        examples = cut_up(read, count_tokens(tokenizer), lengths, contexts or default)
+    if contexts is not None and len(examples) > contexts:
+        examples = [examples[len(examples) * n // contexts] for n in range(contexts)]
     if questions not in (None, "none"):
-        cut = [with_questions(example, Random(f"{split} {number}")) for number, example in enumerate(cut)]
-    return [_limited(example, questions) for example in cut]
+        examples = [with_questions(example, Random(f"{split} {number}")) for number, example in enumerate(examples)]
+    return [_limited(example, questions) for example in examples]
 
 
 def builtin(

@@ -286,8 +286,8 @@ def lines(path):
     return path
 
 
-COMMAND = "train --model {folder} --data {data} --out {out} --steps 4 --warm-steps 2 --contexts 4 --questions 2 "
-COMMAND += "--answer-tokens 3 --keeps 0.1,0.4 --sink 1 --window 3 --seed 2 --device cpu --json"
+COMMAND = "train --model {folder} --data {data} --out {out} --steps 4 --warm-steps 2 --contexts-per-step 4 "
+COMMAND += "--questions 2 --answer-tokens 3 --keeps 0.1,0.4 --sink 1 --window 3 --seed 2 --device cpu --json"
 
 
 def command_line(line, monkeypatch, capsys):
@@ -383,7 +383,7 @@ def test_gates_of_another_model_are_no_fixed_scorer(loaded, model_folders, tmp_p
         ("--keeps 0.1tok,0.3tok", "write fractions strictly between 0 and 1"),
         ("--keeps 0.5,0.1", "write the smallest and the largest, in this order"),
         ("--part lkv-h", "name one, such as keydiff"),
-        ("--contexts 30", "too few"),
+        ("--contexts-per-step 30", "too few"),
     ],
 )
 def test_a_wrong_option_is_one_line_on_stderr(model_folders, tmp_path, monkeypatch, capsys, options, words):

@@ -12,8 +12,11 @@ FOLLOWING_SHARE = 5  # of a short text, what follows is a fifth
 ENOUGH = 0.75  # of the room: a cut that leaves more of it empty is tried between smaller parts
 MOST_CHARACTERS = 12  # per token, when a text is cut roughly before its tokens are counted
 
-# The mark that ends a sentence. In scripts without spaces nothing needs to follow it.
-SENTENCE_END = re.compile(r"""[.!?…؟।۔]["')\]”’»]*(?=\s+["'(\[“‘«`*_]*[^\Wa-z_]|\s*\Z)|[。！？｡]["'」』”’）]*""")  # noqa: RUF001
+# The mark that ends a sentence; not that of Mrs. or an initial. In scripts without spaces nothing needs to follow it.
+_TITLE = r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])"
+_SPACED = r"""[.!?…؟।۔]["')\]”’»]*(?=\s+["'(\[“‘«`*_]*[^\Wa-z_]|\s*\Z)"""  # noqa: RUF001
+_UNSPACED = r"""[。！？｡]["'」』”’）]*"""  # noqa: RUF001
+SENTENCE_END = re.compile(f"{_TITLE}{_SPACED}|{_UNSPACED}")
 _PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
 _LINE_END = re.compile(r"\n")
 _WORD_END = re.compile(r"\s+")

@@ -12,29 +12,24 @@ from headwise.texts.questions import about_code, about_text, looks_like_code
 SHORTEST = 64  # tokens of a text, or of what is left at the end of one
 
 
-def cut_up(texts: Sequence[Example], count: Count, lengths: Sequence[int], contexts: int) -> list[Example]:
-    """At most `contexts` examples from all over the texts, their contexts of `lengths` tokens in turn, at most.
+def cut_up(read: Sequence[tuple[Example, bool]], count: Count, lengths: Sequence[int], contexts: int) -> list[Example]:
+    """The examples, of which those that are plain texts are cut into contexts of `lengths` tokens in turn, at most.
 
-    Every text has a part in them as its size has, and at least one. Texts that come with questions or with what follows
-    them are examples already, and stay as they are. Raises BadInput for a text that is too short.
+    `read` says of each whether it is plain. All plain texts together give about `contexts`, from all over them: each
+    has a part in them as its size has, and at least one. Raises BadInput for a text that is too short.
     """
-    characters = sum(len(text.context) for text in texts)
+    characters = sum(len(text.context) for text, plain in read if plain)
     found: list[Example] = []
-    for text in texts:
-        if text.questions or text.following:
-            found.append(text)
-            continue
-        wanted = max(1, round(contexts * len(text.context) / characters))
-        cut = list(_contexts(text, count, lengths, wanted, len(found)))
+    for text, plain in read:
+        wanted = max(1, round(contexts * len(text.context) / characters)) if plain else 0
+        cut = list(_contexts(text, count, lengths, wanted, len(found))) if plain else [text]
         if not cut:
             raise BadInput(
                 f"the text {text.context.strip()[:40]!r} ({text.domain}) is too short to be cut into contexts: "
                 f"it needs {SHORTEST} tokens. Leave it out, or put texts that belong together in one file."
             )
         found += cut
-    if len(found) <= contexts:
-        return found
-    return [found[len(found) * n // contexts] for n in range(contexts)]
+    return found
 
 
 def with_questions(example: Example, rng: Random) -> Example:
@@ -53,8 +48,9 @@ def _contexts(text: Example, count: Count, lengths: Sequence[int], wanted: int, 
         aim = max(end, len(whole) * number // wanted)
         start = next((start for start in starts if start >= aim), aim) if aim > end else end
         start += len(whole[start:]) - len(whole[start:].lstrip("\n"))
-        context, following = passage(whole[start:], count, lengths[(before + number) % len(lengths)])
-        if count(context) + count(following) < SHORTEST:
-            return
+        length = lengths[(before + number) % len(lengths)]
+        context, following = passage(whole[start:], count, length)
+        if count(context) + count(following) < (max(SHORTEST, length // 2) if number else SHORTEST):
+            return  # the rest of a text is not worth a context of its own
         end = start + len(context)
         yield replace(text, context=context, following=following)

@@ -18,6 +18,7 @@ from headwise.texts.example import Example
 from headwise.texts.questions import about_code, about_text
 
 _CHARACTERS, _MOST_CHARACTERS = 5, 8  # of a token, about
+_FILLER = 80, 500  # characters of a paragraph to strew facts in
 _DOCSTRING = 200  # characters; shorter ones say little
 _BROKEN = 50  # characters that a line has which was broken to a width, at least
 _PLAIN_LINE = re.compile(r"[\w(\"'*`]")
@@ -43,10 +44,11 @@ def code(number: int, count: Count, length: int, seed: int, split: str) -> Examp
 
 
 def paragraphs(number: int, length: int, seed: int, split: str) -> list[str]:
-    """Paragraphs of the manual, to strew facts in."""
-    text = _stretch(_manual(split), number, length, f"{split} filler {seed}")
+    """Paragraphs of the manual that are prose and not long, to strew facts in."""
+    text = _stretch(_manual(split), number, 3 * length, f"{split} filler {seed}")
     starts = paragraph_starts(text)
-    return [text[a:b].strip("\n") for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+    found = (text[a:b].strip("\n") for a, b in zip(starts, [*starts[1:], len(text)], strict=True))
+    return [one for one in found if _FILLER[0] <= len(one) <= _FILLER[1] and _PLAIN_LINE.match(one)]
 
 
 def _stretch(documents: Documents, number: int, length: int, seed: str) -> str:

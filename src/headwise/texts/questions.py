@@ -24,9 +24,9 @@ _NOT_LAST = (
     "Quote this sentence and the next one: " + OPENING,
 )
 _ABOUT = (
-    "What does the text say about {term}?",
-    "Quote every sentence that mentions {term}.",
-    "Where does the text speak of {term}, and in what connection?",
+    'Quote every sentence with the word "{term}".',
+    'In what connection does the text use the word "{term}"?',
+    'How often does the word "{term}" come up, and in which sentences?',
 )
 _WHOLE = (
     "Summarise the text in three sentences.",
@@ -66,7 +66,7 @@ _CODE = re.compile(
 _CODE_SHARE = 0.5  # of the lines
 _FEWEST_WORDS, _MOST_WORDS = 4, 9
 _FEWEST_LETTERS, _MOST_LETTERS = 12, 80
-_UNSPACED = 30  # letters in a row without a space
+_UNSPACED = 14  # letters of a word on average; in a script without spaces they are more
 
 
 def about_text(text: str, rng: Random) -> tuple[str, ...]:
@@ -107,10 +107,14 @@ def _opening(text: str, start: int, end: int) -> str:
     line_end = text.find("\n", start, end)
     first = text[start : end if line_end < 0 else line_end]
     words = [match.end() for match in _WORD.finditer(first)]
-    spaced = bool(words) and words[0] <= _UNSPACED
-    stops = words[_FEWEST_WORDS - 1 : _MOST_WORDS] if spaced else range(_FEWEST_LETTERS, _MOST_LETTERS, 4)
+    spaced = len(first) < _UNSPACED * len(words)
+    stops = words[_FEWEST_WORDS - 1 : _MOST_WORDS] if spaced else range(_FEWEST_LETTERS // 2, _MOST_LETTERS, 2)
     for stop in stops:
-        if _FEWEST_LETTERS <= stop <= _MOST_LETTERS and stop < end - start and text.count(first[:stop]) == 1:
+        if (
+            stop * (2 - spaced) >= _FEWEST_LETTERS
+            and stop <= min(_MOST_LETTERS, end - start - 1)
+            and text.count(first[:stop]) == 1
+        ):
             return first[:stop] if stop <= len(first) else ""
     return ""
 

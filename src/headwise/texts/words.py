@@ -36,7 +36,7 @@ PRODUCTS = tuple(
     word.replace("-", " ")
     for word in _words(
         """
-    thermostat dishwasher projector trolley dehumidifier scanner keyboard router charger headset tripod
+    thermostat dishwasher projector trolley dehumidifier scanner trackball router charger headset tripod
     microphone treadmill espresso-maker air-purifier rice-cooker label-printer bike-trailer desk-lamp soundbar
     webcam power-bank lawnmower hedge-trimmer pressure-cooker sewing-machine camping-stove baby-monitor
     smoke-alarm wall-bracket water-softener leaf-blower tile-cutter paint-sprayer cordless-drill
@@ -45,7 +45,7 @@ PRODUCTS = tuple(
 )
 GOODS = _words(
     """
-    turnips apricots lentils cinnamon radishes cranberries oatmeal vinegar walnuts parsnips saffron mustard
+    turnips apricots lentils cinnamon radishes cranberries oatmeal marzipan walnuts parsnips saffron horseradish
     chickpeas raisins gherkins paprika buckwheat asparagus molasses rhubarb cardamom semolina pistachios
     shallots tarragon
     """
