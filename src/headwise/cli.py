@@ -308,7 +308,17 @@ def profile(
     model: Model = "reference",
     scorer: Annotated[str, typer.Option("--scorer", help="Comma-separated; one pass serves all.")] = "snapkv",
     data: Annotated[str, typer.Option(help="FILE.jsonl, FILE.txt, a folder of them, or builtin[:N].")] = "builtin",
-    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens decoded per question.")] = 64,
+    future: Annotated[
+        str | None,
+        typer.Option(help="What tells which entries matter, of answers,repeat,following; left out: by the model."),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST, help="Tokens decoded per question; 64 for the bundled model, else 16."),
+    ] = None,
+    queries: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Of 1,024 tokens that are read as a future, how many count.")
+    ] = 128,
     sink: Annotated[int, typer.Option(min=0, max=MOST, help="First tokens that every head keeps first.")] = 4,
     window: Annotated[int, typer.Option(min=0, max=MOST, help="Last tokens that every head keeps next.")] = 32,
     temperature: Annotated[float, typer.Option(min=0, max=MOST, help="0 decodes greedily.")] = 0.0,
@@ -324,15 +334,18 @@ def profile(
     from headwise.calibration import load_examples
     from headwise.hf.families import view
     from headwise.oracle import Sampling
-    from headwise.profile import Settings
+    from headwise.profile import Settings, default_futures, default_steps
     from headwise.profile import profile as run
 
     require_file(out, inputs=_inputs(model, split(scorer), Path(data)))
     require_folder(f"{out}.parts")
     processes, loaded, tokenizer = _load_launched(model, dtype, device)
     examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions)
+    futures = default_futures(tokenizer, examples) if future is None else tuple(split(future))
     settings = Settings(
-        steps=steps,
+        steps=steps or default_steps(tokenizer),
+        futures=futures,
+        queries=queries,
         sampling=Sampling(temperature=temperature, seed=seed),
         sink=sink,
         window=window,
