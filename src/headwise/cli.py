@@ -314,7 +314,7 @@ def profile(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST, help="Tokens decoded per question; 64 for the bundled model, else 16."),
+        typer.Option(min=1, max=MOST, help="Tokens decoded per question; 64 if answers are the only future, else 8."),
     ] = None,
     queries: Annotated[
         int, typer.Option(min=1, max=MOST, help="Of 1,024 tokens that are read as a future, how many count.")
@@ -343,7 +343,7 @@ def profile(
     examples = load_examples(data, tokenizer, max_positions=view(loaded).max_positions)
     futures = default_futures(tokenizer, examples) if future is None else tuple(split(future))
     settings = Settings(
-        steps=steps or default_steps(tokenizer),
+        steps=steps or default_steps(futures),
         futures=futures,
         queries=queries,
         sampling=Sampling(temperature=temperature, seed=seed),

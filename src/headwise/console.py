@@ -81,7 +81,7 @@ def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
     with tqdm(unit=f" {unit}", file=sys.stderr, leave=False, disable=None) as bar:
         log = _Log(unit) if bar.disable else None
 
-        def report(done: float, total: float, text: str = "") -> None:
+        def report(done: float | int, total: int, text: str = "") -> None:
             if log is not None:
                 log.report(done, total, text)
                 return
@@ -89,7 +89,8 @@ def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
                 bar.initial = bar.n = done
             bar.total = total
             bar.set_postfix_str(shown(text), refresh=False)
-            bar.update(done - bar.n)
+            bar.n = round(done, 2)
+            bar.update(0)  # draws it, if it is time
 
         yield report
 
@@ -99,10 +100,10 @@ class _Log:
 
     def __init__(self, unit: str):
         self.unit = unit
-        self._total, self._first, self._began = None, 0.0, time.monotonic()
+        self._total, self._first, self._began = -1, 0.0, time.monotonic()
         self._next = self._began + FIRST_LINE
 
-    def report(self, done: float, total: float, text: str) -> None:
+    def report(self, done: float | int, total: int, text: str) -> None:
         """Print a line if it is time."""
         now = time.monotonic()
         if total != self._total:  # other work, which has a pace of its own

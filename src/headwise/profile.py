@@ -113,16 +113,16 @@ class Lesson:
 
 
 def default_futures(tokenizer: Any, examples: Sequence[Example]) -> tuple[str, ...]:
-    """The futures that are best: answers alone for the bundled model's language, else all that the examples have."""
+    """Answers alone for the bundled model's language, as its budgets were made; else all that the examples have."""
     if not _knows_english(tokenizer):
         return ("answers",)
     known = any(getattr(example, "following", "") for example in examples)
     return FUTURES if known else ("answers", "repeat")
 
 
-def default_steps(tokenizer: Any) -> int:
-    """Tokens to decode per question: as published for the bundled model's language; where texts count too, fewer."""
-    return 16 if _knows_english(tokenizer) else 64
+def default_steps(futures: Sequence[str]) -> int:
+    """Tokens to decode per question: as published where answers are all that counts; fewer where texts do, too."""
+    return 64 if tuple(futures) == ("answers",) else 8
 
 
 def _knows_english(tokenizer: Any) -> bool:
