@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import given
@@ -182,5 +183,6 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen)
     with console.progress_bar("contexts") as progress:
         progress(2, 8)
-        progress(8, 8)
-    assert "8/8" in screen.getvalue() and "headwise:" not in screen.getvalue()
+        time.sleep(0.2)  # it is drawn ten times a second
+        progress(2.456, 8)
+    assert "2.46/8 [" in screen.getvalue() and "headwise:" not in screen.getvalue()
