@@ -238,14 +238,13 @@ def measure(
     outputs = {s: OutputLoss(reading.whole, orders[s], protected[s], written=written) for s in scorers}
     normal = importance.scale[:, None, None]
     pooled, solved = torch.zeros_like(normal), {scorer: [] for scorer in scorers}
-    for part, questions in _futures(model, lesson, reading.whole, [importance, *outputs.values()], settings):
+    for questions in _futures(model, lesson, reading.whole, [importance, *outputs.values()], settings, tell):
         found = importance.take()
         pooled = torch.maximum(pooled, found.amax(0))
         if settings.published and questions:
             for scorer in scorers:
                 curves = marginal_utility(found / normal, orders[scorer].expand_as(found), protected[scorer])
                 solved[scorer] += [published_counts(c, protected[scorer], lesson.context.shape[1]) for c in curves]
-        tell(part)
     measured: dict[AbstractScorer, dict[str, Tensor]] = {}
     for scorer in scorers:
         ideal = keeping_order(pooled, *settings.protection(scorer))
@@ -262,24 +261,29 @@ def measure(
 
 
 def _futures(
-    model: PreTrainedModel, lesson: Lesson, whole: RaggedCache, listeners: Sequence[Listener], settings: Settings
-) -> Iterator[tuple[float, bool]]:
-    """Tell the listeners of all futures; after some questions, or a text, the part of the context's work that is done.
-
-    And whether it was questions.
-    """
+    model: PreTrainedModel,
+    lesson: Lesson,
+    whole: RaggedCache,
+    listeners: Sequence[Listener],
+    settings: Settings,
+    tell: Callable[[float], None],
+) -> Iterator[bool]:
+    """Tell the listeners of all futures; yields after some questions (True) or a text (False)."""
     costs = [len(question) + settings.steps for question in lesson.questions]
     sizes = [len(each.opening) + len(each.text) for each in lesson.texts]
     done, work = lesson.context.shape[1], lesson.context.shape[1] + sum(costs) + sum(sizes)
+    tell(done / work)
     if lesson.questions:
         options = {"steps": settings.steps, "sampling": settings.sampling}
         for answered in decode(model, whole, lesson.questions, listeners, **options):
+            yield True
             done += sum(costs[answered.start : answered.stop])
-            yield done / work, True
+            tell(done / work)
     for each, size in zip(lesson.texts, sizes, strict=True):
         follow(model, whole, each.opening, each.text, listeners, queries=settings.queries)
+        yield False
         done += size
-        yield done / work, False
+        tell(done / work)
 
 
 def _of_one(curve: Float[Tensor, "layers kv_heads steps"]) -> Float[Tensor, "layers kv_heads steps"]:
