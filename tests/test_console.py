@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import pytest
@@ -145,3 +146,74 @@ def test_a_process_with_such_a_stdout_gives_its_result(encoding):
     assert done.returncode == 2
     assert done.stderr.decode("ascii").count("\n") == 1
     assert r"\u2192\x1b[2J" in done.stderr.decode("ascii")
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(console, "time", made)
+    return made
+
+
+def told(capsys):
+    return capsys.readouterr().err.splitlines()
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(clock, capsys):
+    with console.progress_bar("contexts") as progress:
+        progress(0, 8)
+        clock.now += 4
+        progress(0.5, 8)
+        assert told(capsys) == []
+        clock.now += 2
+        progress(0.75, 8, f"loss{EVIL}")
+        assert told(capsys) == [f"headwise: 0.75 of 8 contexts, 00:06 elapsed, about 00:58 left: loss{SAFE}"]
+        clock.now += 29
+        progress(3, 8)
+        assert told(capsys) == []
+        clock.now += 1
+        progress(4, 8)
+        assert told(capsys) == ["headwise: 4 of 8 contexts, 00:36 elapsed, about 00:36 left"]
+
+
+def test_what_was_done_before_tells_nothing_about_the_time_left(clock, capsys):
+    with console.progress_bar("contexts") as progress:
+        progress(6, 8)
+        clock.now += 10
+        progress(7, 8)
+        assert told(capsys) == ["headwise: 7 of 8 contexts, 00:10 elapsed, about 00:10 left"]
+        progress(0, 100)  # other work
+        clock.now += 60
+        progress(0, 100)
+        assert told(capsys) == ["headwise: 0 of 100 contexts, 01:00 elapsed"]
+
+
+def test_short_work_says_nothing_in_a_log(capsys):
+    with console.progress_bar("contexts") as progress:
+        progress(0, 1)
+        progress(1, 1)
+    assert told(capsys) == []
+
+
+def test_on_a_terminal_there_is_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with console.progress_bar("contexts") as progress:
+        progress(2, 8)
+        time.sleep(0.2)  # it is drawn ten times a second
+        progress(2.456, 8)
+    assert "2.46/8 [" in screen.getvalue() and "headwise:" not in screen.getvalue()

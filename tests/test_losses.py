@@ -1,6 +1,7 @@
 """Losses by count: the change of a head's output against plain float64 softmax over what is left, and bookkeeping."""
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,15 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.hf.families import view
-from headwise.losses import RANKS, OutputLoss, keeping_order, marginal_utility
+from headwise.losses import RANKS, OutputLoss, keeping_order, marginal_utility, spread_points
 from headwise.method import Method
-from headwise.oracle import Step, decode, states_of
+from headwise.oracle import Rows, decode, states_of
 from headwise.reading import read
 from headwise.select import protected_mask, protection_order, select
 
 CASES = settings(max_examples=60, deadline=None, derandomize=True)
 KEYDIFF = Method.parse("keydiff").scorer
 STEPS, TOKENS = 4, 41
+ALL = 100  # points per octave: one by one
 
 
 @cache
@@ -38,12 +40,12 @@ def questions(*lengths):
     return [random_ids(1, length, seed=10 + number)[0] for number, length in enumerate(lengths)]
 
 
-def measured(family, asked, *, sink=1, window=3, ranks=RANKS, end=None, batch_size=8, steps=STEPS):
+def measured(family, asked, *, sink=1, window=3, per_octave=ALL, end=None, batch_size=8, steps=STEPS):
     """OutputLoss of the greedy answers, entries in KeyDiff's order."""
     model, found = model_and_reading(family)
     model.generation_config.eos_token_id = end
     order = keeping_order(found.scores[KEYDIFF][:, 0], sink, window)
-    loss = OutputLoss(found.whole, order, sink + window, ranks)
+    loss = OutputLoss(found.whole, order, sink + window, per_octave=per_octave)
     for _ in decode(model, found.whole, asked, [loss], steps=steps, batch_size=batch_size):
         pass
     return loss
@@ -94,32 +96,32 @@ def assert_same(found, expected):
 # --- the change of the output ---
 
 
-@pytest.mark.parametrize("ranks", [RANKS, 10], ids=["one by one", "in blocks"])
+@pytest.mark.parametrize("per_octave", [ALL, 2], ids=["one by one", "in blocks"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
-def test_several_questions_of_different_length(family, ranks):
+def test_several_questions_of_different_length(family, per_octave):
     asked = questions(6, 1, 9)
-    loss = measured(family, asked, ranks=ranks, batch_size=2)
-    kept = range(TOKENS + 1) if ranks == RANKS else [*range(5), *range(8, TOKENS, 4), TOKENS]
+    loss = measured(family, asked, per_octave=per_octave, batch_size=2)
+    kept = range(TOKENS + 1) if per_octave == ALL else [0, 1, 2, 3, 4, 6, 8, 12, 17, 24, 34, TOKENS]
     assert loss.kept.tolist() == list(kept)
     assert_same(loss.loss(), brute_force(family, asked, loss))
     assert (loss.loss()[..., -1] == 0).all()
     assert (loss.loss()[..., 0] > 0).all()
 
 
-@pytest.mark.parametrize("ranks", [RANKS, 6])
-def test_sliding_layers_are_left_out(ranks):
+@pytest.mark.parametrize("per_octave", [ALL, 1])
+def test_sliding_layers_are_left_out(per_octave):
     """One question at a time: padding takes places in a sliding window, there as in transformers itself."""
     asked = questions(7, 3)
-    loss = measured("gemma3_text", asked, ranks=ranks, batch_size=1)
+    loss = measured("gemma3_text", asked, per_octave=per_octave, batch_size=1)
     assert loss.loss().shape[0] == 2
     assert_same(loss.loss(), brute_force("gemma3_text", asked, loss))
 
 
-@pytest.mark.parametrize(("sink", "window", "ranks"), [(0, 0, 41), (0, 0, 40), (4, 36, 5), (2, 0, 1), (0, 5, 12)])
-def test_any_protection_and_resolution(sink, window, ranks):
+@pytest.mark.parametrize(("sink", "window", "per_octave"), [(0, 0, ALL), (4, 36, 1), (2, 0, 4), (0, 41, 3), (0, 5, 8)])
+def test_any_protection_and_resolution(sink, window, per_octave):
     asked = questions(4)
-    loss = measured("llama", asked, sink=sink, window=window, ranks=ranks)
-    assert loss.kept[sink + window :].diff().max() == -(-(TOKENS - sink - window) // ranks)
+    loss = measured("llama", asked, sink=sink, window=window, per_octave=per_octave)
+    assert sink + window in loss.points
     assert_same(loss.loss(), brute_force("llama", asked, loss))
 
 
@@ -138,7 +140,14 @@ def after_one_step(logits, tail_logits, **options):
     _, found = model_and_reading("llama")
     whole, order = found.whole, keeping_order(found.scores[KEYDIFF][:, 0], 1, 3)
     loss, tail_values = OutputLoss(whole, order, 4, **options), torch.randn(1, 2, tail_logits.shape[-1], 16)
-    loss(Step(layer=0, context=logits, tail=tail_logits, tail_values=tail_values, answering=torch.tensor([True])))
+    rows = Rows(
+        layer=0,
+        context=logits[0][:, :, None],
+        tail=tail_logits[0].logsumexp(-1)[..., None],
+        tail_output=(tail_logits[0].softmax(-1) @ tail_values[0])[:, :, None],
+        question=torch.zeros(1, dtype=torch.int64),
+    )
+    loss(rows)
     expected = change_of_output(
         torch.cat([logits, tail_logits], dim=-1)[0],
         torch.cat([states_of(whole, 0)[1], tail_values[0]], dim=1),
@@ -149,20 +158,20 @@ def after_one_step(logits, tail_logits, **options):
     return loss.loss()[0], expected.square().sum((-1, -2))  # a single step: nothing is taken off
 
 
-@pytest.mark.parametrize("ranks", [RANKS, 7])
-def test_logits_of_any_size_that_float64_can_weigh(ranks):
+@pytest.mark.parametrize("per_octave", [ALL, 2])
+def test_logits_of_any_size(per_octave):
     """Sinks stand far above everything; entries that nothing outweighs must not be lost beside them."""
     logits, tail = torch.randn(1, 2, 2, TOKENS) * 50, torch.randn(1, 2, 2, 5)
     logits[..., 0] = 300
     tail[..., :2] = -torch.inf  # padding before a short question
-    assert_same(*after_one_step(logits, tail, ranks=ranks))
+    assert_same(*after_one_step(logits, tail, per_octave=per_octave))
 
 
 @pytest.mark.parametrize("sink_logit", [1e3, 1e5, -1e5])
 def test_huge_gaps_give_finite_numbers(sink_logit):
     logits, tail = torch.randn(1, 2, 2, TOKENS), torch.randn(1, 2, 2, 5)
     logits[..., 0] = sink_logit
-    found, expected = after_one_step(logits, tail)
+    found, expected = after_one_step(logits, tail, per_octave=ALL)
     assert found.isfinite().all()
     assert_same(found, expected)
 
@@ -179,17 +188,28 @@ def test_a_peak_that_is_kept_last_gives_finite_numbers():
 # --- marginal utilities ---
 
 
-@pytest.mark.parametrize(("ranks", "block"), [(RANKS, 1), (37, 1), (36, 2), (10, 4)])
-def test_what_keeping_more_takes_off_the_loss(ranks, block):
-    loss = measured("llama", questions(5), ranks=ranks)
+@pytest.mark.parametrize("per_octave", [ALL, 8, 1])
+def test_what_keeping_more_takes_off_the_loss(per_octave):
+    """Straight between the points, protected entries one by one."""
+    loss = measured("llama", questions(5), sink=3, window=4, per_octave=per_octave)
     found = loss.marginal()
-    assert (loss.block, found.shape) == (block, (3, 2, 4 + ranks))
+    assert found.shape == (3, 2, 7 + RANKS)
     torch.testing.assert_close(found.sum(-1), loss.loss()[..., 0], rtol=1e-12, atol=0)
-    torch.testing.assert_close(found[..., :4], -loss.loss()[..., :5].diff(dim=-1), rtol=1e-9, atol=1e-12)
-    at = np.linspace(4, TOKENS, ranks + 1)
+    at = [*range(1, 7), *np.linspace(7, TOKENS, RANKS + 1)]
     for gained, one_loss in zip(found.flatten(0, 1).cumsum(-1), loss.loss().flatten(0, 1), strict=True):
         by_hand = np.interp(at, loss.kept.numpy(), (one_loss[0] - one_loss).numpy())
-        np.testing.assert_allclose(gained[3:].numpy(), by_hand, rtol=1e-9)
+        np.testing.assert_allclose(gained.numpy(), by_hand, rtol=1e-9)
+
+
+@pytest.mark.parametrize("per_octave", [1, 4, 16])
+@pytest.mark.parametrize(("tokens", "protected"), [(1, 0), (2, 2), (30, 36), (1000, 36), (4096, 0)])
+def test_points_are_close_together_where_few_are_kept(tokens, protected, per_octave):
+    found = spread_points(tokens, protected, per_octave)
+    assert (found[0], found[-1]) == (0, tokens)
+    assert min(protected, tokens) in found
+    assert len(found) <= 4 + per_octave * (1 + np.log2(tokens))
+    for before, after in pairwise(found):
+        assert before < after <= before + max(1, -(-before * (2 ** (1 / per_octave) - 1) // 1) + 1)
 
 
 def test_marginal_utility_by_hand():

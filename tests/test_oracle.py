@@ -11,7 +11,7 @@ from transformers import DynamicCache
 import headwise
 from headwise.errors import BadInput
 from headwise.method import Method
-from headwise.oracle import Sampling, entry_importance
+from headwise.oracle import Importance, Sampling, entry_importance, follow
 from headwise.reading import read
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "phi3"]
@@ -141,6 +141,36 @@ def test_the_reading_is_left_as_it_was():
     assert importance("llama", questions(4)).equal(first)
     assert reading.whole.get_seq_length() == context().shape[1]
     assert [layer.kernel for layer in reading.whole.ragged_layers] == kernels
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("opening", [0, 3])
+def test_a_text_that_is_read_counts_as_if_each_of_its_tokens_were_an_answer(family, opening):
+    """Of a text of 6 tokens after 3 others, those count that its tokens are predicted from."""
+    model, reading = model_and_reading(family)
+    ids = random_ids(1, 9, seed=5)[0]
+    found = Importance(reading.whole)
+    follow(model, reading.whole, ids[:opening], ids[opening:], [found], queries=100)
+    first = max(opening, 1)
+    expected = [brute_force(family, ids[:stop], steps=1, normalization="none") for stop in range(first, 9)]
+    assert_same(found.take()[0], torch.stack(expected).amax(0))
+
+
+def test_few_queries_of_a_text_are_evenly_spread():
+    model, reading = model_and_reading("llama")
+    ids, found, seen = random_ids(1, 12, seed=5)[0], Importance(reading.whole), []
+    follow(model, reading.whole, ids[:2], ids[2:], [found, lambda rows: seen.append(rows)], queries=4)
+    assert [len(rows.question) for rows in seen] == [4] * 3
+    expected = [brute_force("llama", ids[:stop], steps=1, normalization="none") for stop in (2, 5, 8, 11)]
+    assert_same(found.take()[0], torch.stack(expected).amax(0))
+
+
+@pytest.mark.parametrize(("length", "queries"), [(1, 5), (0, 5), (4, 0)])
+def test_a_text_with_nothing_to_look_at_is_refused(length, queries):
+    model, reading = model_and_reading("llama")
+    ids = random_ids(1, 9, seed=5)[0]
+    with pytest.raises(BadInput, match="at least two tokens"):
+        follow(model, reading.whole, ids[:0], ids[:length], [], queries=queries)
 
 
 @pytest.mark.parametrize(

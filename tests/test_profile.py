@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 
 import file_kinds
@@ -27,7 +27,7 @@ from headwise.hulls import concave_hulls, share
 from headwise.losses import RANKS, OutputLoss, keeping_order, marginal_utility
 from headwise.method import SCORERS
 from headwise.oracle import Sampling, decode, entry_importance
-from headwise.profile import CURVES, Settings, measure, profile
+from headwise.profile import CURVES, Lesson, Settings, measure, profile
 from headwise.reading import read
 from headwise.solve import solve
 
@@ -45,6 +45,10 @@ EXAMPLES = [
 def loaded(model_folders):
     """Model and tokenizer."""
     return models.load(str(model_folders["qwen3"]), device="cpu")
+
+
+def lesson(context, questions, texts=()):
+    return Lesson(context=context, questions=tuple(questions), texts=tuple(texts))
 
 
 def make(loaded, out, examples=EXAMPLES, scorers=("keydiff", "expected"), **options):
@@ -102,6 +106,8 @@ def test_a_profile_says_what_it_was_made_from(loaded, whole):
         "sink": 1,
         "window": 3,
         "published": False,
+        "futures": ["answers"],
+        "queries": 128,
     }
     assert found.origin.shape == view(model).shape
     assert found.origin.config_hash == view(model).config_hash
@@ -123,7 +129,7 @@ def single(loaded):
     model, tokenizer = loaded
     context, questions = encode(tokenizer, EXAMPLES[3], device="cpu")
     scorer = SCORERS["expected"].make()
-    found = measure(model, context, questions, [scorer], replace(QUICK, published=True))[scorer]
+    found = measure(model, lesson(context, questions), [scorer], replace(QUICK, published=True))[scorer]
     return context, questions, scorer, found, read(model, context, [scorer])
 
 
@@ -169,7 +175,7 @@ def test_published_is_the_mean_of_the_solutions_of_single_questions(loaded):
     context, questions = encode(tokenizer, EXAMPLES[3], device="cpu")
     scorer, tokens = SCORERS["keydiff"].make(), context.shape[1]
     settings = replace(QUICK, sink=0, window=0, published=True)
-    found = measure(model, context, questions, [scorer], settings)[scorer]["published"]
+    found = measure(model, lesson(context, questions), [scorer], settings)[scorer]["published"]
     reading, counts = read(model, context, [scorer]), []
     order = reading.scores[scorer][:, 0].argsort(dim=-1, descending=True, stable=True)
     for question in questions:
@@ -207,7 +213,7 @@ def test_the_mean_of_a_domain_is_over_its_contexts(loaded, whole):
     model, tokenizer = loaded
     scorer = SCORERS["keydiff"].make()
     measured = [
-        measure(model, *encode(tokenizer, example, device="cpu"), [scorer], QUICK)[scorer]
+        measure(model, lesson(*encode(tokenizer, example, device="cpu")), [scorer], QUICK)[scorer]
         for example in (EXAMPLES[0], EXAMPLES[3])
     ]
     for loss, curve in whole[0].curves["keydiff"].items():
@@ -261,6 +267,73 @@ def test_names_that_are_not_in_the_profile(whole):
 def test_save_and_load_give_back_every_bit(whole, tmp_path):
     whole[0].save(tmp_path / "again")
     assert_same(Profile.load(tmp_path / "again"), whole[0])
+
+
+# --- futures that are read ---
+
+
+def reread(loaded, example=EXAMPLES[0], **options):
+    """A lesson and its curves for KeyDiff."""
+    from headwise.profile import _fitting
+
+    scorer, settings = SCORERS["keydiff"].make(), replace(QUICK, **options)
+    taught = _fitting(*loaded, example, [scorer], settings)
+    return taught, measure(loaded[0], taught, [scorer], settings)[scorer]
+
+
+def test_a_context_is_repeated_in_pieces(loaded, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 20)
+    taught, _ = reread(loaded, futures=("repeat",))
+    context = taught.context[0]
+    assert taught.questions == ()
+    assert torch.cat([piece.text for piece in taught.texts]).equal(context)
+    assert len(taught.texts) == -(-len(context) // 20)
+    at = 0
+    for piece in taught.texts:  # the reference tokenizer does not know the instruction
+        assert piece.opening.equal(context[max(0, at - 8) : at])
+        at += len(piece.text)
+
+
+def test_what_follows_is_read_after_the_context(loaded):
+    @dataclass(frozen=True, kw_only=True)
+    class Followed(Example):
+        following: str = ""
+
+    example = Followed(context=WORDS * 2, questions=("? who",), following="then the old red tower")
+    taught, _ = reread(loaded, example, futures=("following",))
+    (piece,) = taught.texts
+    assert (taught.questions, len(piece.opening)) == ((), 0)
+    assert loaded[1].decode(piece.text).split() == example.following.split()
+    plain = replace(example, questions=())  # its last token is no part of the context
+    taught, _ = reread(loaded, plain, futures=("following",))
+    (piece,) = taught.texts
+    whole = torch.cat([taught.context[0], piece.opening, piece.text])
+    assert whole.tolist() == loaded[1](plain.context + plain.following)["input_ids"]
+
+
+def test_all_futures_count(loaded):
+    """Importance by its maximum, over the queries of answers and texts."""
+    _, answers = reread(loaded)
+    taught, both = reread(loaded, futures=("answers", "repeat"), queries=10_000)
+    _, repeat = reread(loaded, futures=("repeat",), queries=10_000)
+    assert len(taught.questions) == 2
+    for loss in CURVES:
+        assert not both[loss].allclose(answers[loss], rtol=1e-2)
+        assert not both[loss].allclose(repeat[loss], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"futures": ()}, "choose one or more of answers, repeat, following"),
+        ({"futures": ("next",)}, "choose one or more of answers"),
+        ({"queries": 0}, "at least one query"),
+        ({"futures": ("repeat",), "published": True}, "needs the future 'answers'"),
+    ],
+)
+def test_settings_that_mean_nothing(options, words):
+    with pytest.raises(BadInput, match=words):
+        Settings(**options)
 
 
 # --- resuming ---
@@ -351,7 +424,20 @@ def test_the_same_example_twice_counts_twice(loaded, tmp_path, monkeypatch):
 def test_progress_is_told_from_nothing_to_everything(loaded, tmp_path):
     seen = []
     make(loaded, tmp_path / "p", progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(n, 4) for n in range(5)]
+    assert (seen[0], seen[-1]) == ((0, 4), (4, 4))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert {done for done, _ in seen} > set(range(5))  # and parts of contexts
+    assert {total for _, total in seen} == {4}
+
+
+def test_progress_of_a_run_that_goes_on_begins_with_what_is_there(loaded, tmp_path, monkeypatch):
+    seen = []
+    interrupted_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        make(loaded, tmp_path / "p", EXAMPLES[::-1])
+    monkeypatch.undo()
+    make(loaded, tmp_path / "p", progress=lambda done, total: seen.append(done))
+    assert (seen[0], seen[-1]) == (2, 4)
 
 
 # --- several processes ---
@@ -403,6 +489,7 @@ REFUSED = {
         {"examples": [Example(context="the red stone. " * 8)], "scorers": ["snapkv"]},
         "no longer than the 33 that are protected",
     ),
+    "no text that follows": ({"settings": replace(QUICK, futures=("following",))}, "give it a text under 'following'"),
     "an empty question": ({"examples": [Example(context=WORDS, questions=("? who", " "))]}, "a question is empty"),
 }
 
@@ -438,7 +525,7 @@ def test_other_files_are_no_profiles(loaded, whole, tmp_path):
 def test_sliding_layers_have_no_curve():
     model = tiny_model("gemma3_text")
     scorer = SCORERS["keydiff"].make()
-    found = measure(model, random_ids(1, 40), (random_ids(1, 3)[0],), [scorer], QUICK)[scorer]
+    found = measure(model, lesson(random_ids(1, 40), [random_ids(1, 3)[0]]), [scorer], QUICK)[scorer]
     assert {curve.shape for curve in found.values()} == {(2, 2, 4 + RANKS)}
 
 
@@ -470,10 +557,10 @@ def at_once(monkeypatch):
     """What a context gives, measured once: the tests below are of files."""
     known = {}
 
-    def told(model, context, questions, *given):
-        key = (tuple(context.flatten().tolist()), len(questions))
+    def told(model, taught, *given):
+        key = (tuple(taught.context.flatten().tolist()), len(taught.questions))
         if key not in known:
-            known[key] = measure(model, context, questions, *given)
+            known[key] = measure(model, taught, *given)
         return dict(zip(given[0], known[key].values(), strict=True))
 
     monkeypatch.setattr(module, "measure", told)

@@ -433,7 +433,17 @@ def profile(
     length: Length = None,
     contexts: Contexts = None,
     questions: Questions = None,
-    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens decoded per question.")] = 64,
+    future: Annotated[
+        str | None,
+        typer.Option(help="What tells which entries matter, of answers,repeat,following; left out: by the model."),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST, help="Tokens decoded per question; 64 if answers are the only future, else 8."),
+    ] = None,
+    queries: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Of 1,024 tokens that are read as a future, how many count.")
+    ] = 128,
     sink: Annotated[int, typer.Option(min=0, max=MOST, help="First tokens that every head keeps first.")] = 4,
     window: Annotated[int, typer.Option(min=0, max=MOST, help="Last tokens that every head keeps next.")] = 32,
     temperature: Annotated[float, typer.Option(min=0, max=MOST, help="0 decodes greedily.")] = 0.0,
@@ -450,7 +460,7 @@ def profile(
     from headwise.calibration import load_examples
     from headwise.hf.families import view
     from headwise.oracle import Sampling
-    from headwise.profile import Settings
+    from headwise.profile import Settings, default_futures, default_steps
     from headwise.profile import profile as run
 
     asked = _questions(questions)
@@ -465,8 +475,11 @@ def profile(
         contexts=contexts,
         questions=asked,
     )
+    futures = default_futures(tokenizer, examples) if future is None else tuple(split(future))
     settings = Settings(
-        steps=steps,
+        steps=steps or default_steps(futures),
+        futures=futures,
+        queries=queries,
         sampling=Sampling(temperature=temperature, seed=seed),
         sink=sink,
         window=window,

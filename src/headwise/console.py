@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,9 @@ from headwise.errors import BadInput
 # What moves a cursor, sets colours or a title, types for the user, starts a line, or turns the direction of writing:
 # C0 and C1, marks, overrides and isolates of direction, line separators. And halves of characters, which are none.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+FIRST_LINE, NEXT_LINE = 5.0, 30.0  # seconds between lines of progress where there is no terminal
 
 
 def shown(text: str, *, lines: bool = False) -> str:
@@ -67,18 +71,57 @@ def split(text: str) -> list[str]:
 
 @contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, fed with (done, total), and a text behind it if there is one."""
+    """Progress on stderr, fed with (done, total), and a text behind it if there is one.
+
+    A bar on a terminal; elsewhere a line after five seconds, then every thirty. What was done before the first call
+    tells nothing about the time that is left.
+    """
     from tqdm import tqdm
 
     with tqdm(unit=f" {unit}", file=sys.stderr, leave=False, disable=None) as bar:
+        log = _Log(unit) if bar.disable else None
 
-        def report(done: int, total: int, text: str = "") -> None:
+        def report(done: float | int, total: int, text: str = "") -> None:
+            if log is not None:
+                log.report(done, total, text)
+                return
+            if bar.total is None:
+                bar.initial = bar.n = done
             bar.total = total
             bar.set_postfix_str(shown(text), refresh=False)
-            if not bar.update(done - bar.n):
-                bar.refresh()  # the first step may take minutes, and what it is shall be seen
+            bar.n = round(done, 2)
+            if not bar.update(0) and text:  # drawn if it is time; what a step is shall be seen: it may take minutes
+                bar.refresh()
 
         yield report
+
+
+class _Log:
+    """Progress where no bar can be drawn: a line now and then."""
+
+    def __init__(self, unit: str):
+        self.unit = unit
+        self._total, self._first, self._began = -1, 0.0, time.monotonic()
+        self._next = self._began + FIRST_LINE
+
+    def report(self, done: float | int, total: int, text: str) -> None:
+        """Print a line if it is time."""
+        now = time.monotonic()
+        if total != self._total:  # other work, which has a pace of its own
+            self._total, self._first, self._began = total, done, now
+        if now < self._next:
+            return
+        self._next = now + NEXT_LINE
+        told = [f"{done:.4g} of {total} {self.unit}", f"{_clock(now - self._began)} elapsed"]
+        if done > self._first:
+            told.append(f"about {_clock((now - self._began) * (total - done) / (done - self._first))} left")
+        print(f"headwise: {', '.join(told)}{f': {shown(text)}' if text else ''}", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    from tqdm import tqdm
+
+    return tqdm.format_interval(seconds)
 
 
 def print_json(value: Any) -> None:

@@ -8,19 +8,23 @@ Two losses, each a curve per head in the order in which a scorer keeps entries (
                   few entries can mislead a head more than none, and that many alike can stand in for each other. A
                   change that is the same at all steps is left out: it tells no answer from another
 
+The change is measured at few counts, close together where little is kept, which is where budgets are decided.
+
 Curves are handed on as marginal utilities: what each entry, or each equal share of them, takes off the loss.
 """
+
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headwise.oracle import Step, output_gram, states_of
+from headwise.oracle import Rows, Written
 from headwise.ragged.cache import RaggedCache
 from headwise.select import protected_mask, protection_order
 
 RANKS = 256  # resolution of a curve beyond the protected tokens
-_UNDERFLOW = -600.0  # exp of it is still a float64
+PER_OCTAVE = 4  # points per doubling of what is kept, at which a change of the output is measured
 
 
 def keeping_order(scores: Float[Tensor, "*heads tokens"], sink: int, window: int) -> Int[Tensor, "*heads tokens"]:
@@ -44,79 +48,86 @@ def marginal_utility(
 
 
 class OutputLoss:
-    """Listener: how the output of every head changes with how much it keeps, summed over decoding steps.
+    """Listener: how the output of every head changes with how much it keeps, summed over later queries.
 
-    `order` [layers, kv_heads, tokens] is of `keeping_order`; its first `protected` entries are told one by one.
-    Memory: about `ranks` outputs for every query head, and as many for each question of a batch in one layer.
+    `order` [layers, kv_heads, tokens] is of `keeping_order`; a curve tells its first `protected` entries one by one.
+    Outputs are made at `kept` entries only, closer together where there are few, and the curve is drawn straight
+    between them. Memory: so many outputs for every query head, and in one layer for every query told of at once.
     """
 
     def __init__(
-        self, whole: RaggedCache, order: Int[Tensor, "layers kv_heads tokens"], protected: int, ranks: int = RANKS
+        self,
+        whole: RaggedCache,
+        order: Int[Tensor, "layers kv_heads tokens"],
+        protected: int,
+        *,
+        written: Written | None = None,
+        per_octave: int = PER_OCTAVE,
     ):
-        candidates = order.shape[-1] - protected
-        self.whole, self.order, self.protected, self.ranks = whole, order, protected, ranks
-        self.block = -(-candidates // ranks)  # entries per recorded point
-        ends = torch.arange(self.block, candidates + self.block, self.block, dtype=torch.int64, device="cpu").clamp(
-            max=candidates
-        )
-        self.kept = torch.cat([torch.arange(protected + 1, dtype=torch.int64, device="cpu"), protected + ends]).to(
-            order.device
-        )
-        self.gram = [output_gram(whole, layer) for layer in range(len(order))]
-        self._squares = torch.zeros(*order.shape[:-1], len(self.kept), dtype=torch.float64, device=order.device)
+        self.order, self.protected, self.written = order, protected, written or Written(whole)
+        self.points = spread_points(order.shape[-1], protected, per_octave)
+        self.kept = torch.tensor(self.points, dtype=torch.int64, device=order.device)
+        self._squares = torch.zeros(*order.shape[:-1], len(self.points), dtype=torch.float64, device=order.device)
         self._sums: dict[int, Tensor] = {}  # layer -> [H, G, points, D]
-        self._steps = 0
+        self._queries = 0
 
-    def __call__(self, step: Step) -> None:
-        """Take note of a step."""
-        outputs, sums = self._parts(step)  # of the tail, of every protected entry, of every block of others
-        weight = (sums - sums.amax(-1, keepdim=True)).double().clamp(min=_UNDERFLOW).exp()
-        seen = (outputs * weight[..., None]).cumsum(-2) / weight.cumsum(-1)[..., None]
-        change = (seen - seen[..., -1:, :]).float() * step.answering[:, None, None, None, None]
-        self._squares[step.layer] += self._norms(change, step.layer).sum((0, 2)).double()
-        self._sums[step.layer] = self._sums.get(step.layer, 0) + change.sum(0)
-        self._steps += int(step.answering.sum()) if step.layer == 0 else 0
+    def __call__(self, rows: Rows) -> None:
+        """Take note of some queries."""
+        seen = self._outputs(rows)
+        change = seen - seen[:, :, -1:]  # [H, G, points, rows, D]
+        self._squares[rows.layer] += change.square().sum((1, 3, 4)).double()
+        self._sums[rows.layer] = self._sums.get(rows.layer, 0) + change.sum(3)
+        self._queries += len(rows.question) if rows.layer == 0 else 0
 
     def loss(self) -> Float[Tensor, "layers kv_heads points"]:
-        """Summed squares at `kept` entries, less what a constant change accounts for (a single step has no other)."""
-        if self._steps < 2:
+        """Summed squares at `kept` entries, less what a constant change accounts for (a single query has no other)."""
+        if self._queries < 2:
             return self._squares
-        common = [self._norms(total, layer).sum(1).double() for layer, total in sorted(self._sums.items())]
-        return (self._squares - torch.stack(common) / self._steps).clamp(min=0)
+        common = [total.square().sum((1, 3)).double() for _, total in sorted(self._sums.items())]
+        return (self._squares - torch.stack(common) / self._queries).clamp(min=0)
 
     def marginal(self) -> Float[Tensor, "layers kv_heads steps"]:
         """What keeping more takes off the loss, by rank. May be negative where more is worse than less."""
         loss = self.loss()
-        return _by_rank(loss[..., :1] - loss, self.kept, self.protected, self.ranks)
+        return _by_rank(loss[..., :1] - loss, self.kept, self.protected, RANKS)
 
-    def _norms(self, change: Float[Tensor, "*batch kv_heads group points head_dim"], layer: int) -> Tensor:
-        """Squared norm of what the change writes."""
-        return ((change @ self.gram[layer]) * change).sum(-1).clamp(min=0)
+    def _outputs(self, rows: Rows) -> Float[Tensor, "kv_heads group points rows head_dim"]:
+        """What a head writes when its later queries see the first entries in order, at every point.
 
-    def _parts(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Attention output [B, H, G, parts, D] and log-sum-exp [B, H, G, parts] of parts of the cache."""
-        values, order = states_of(self.whole, step.layer)[1].float(), self.order[step.layer]
-        logits = step.context.gather(-1, order[None, :, None].expand_as(step.context))
-        values = values.gather(1, order[..., None].expand_as(values))
-        first, rest = logits[..., : self.protected], logits[..., self.protected :]
-        pad = -rest.shape[-1] % self.block
-        rest = torch.nn.functional.pad(rest, (0, pad), value=-torch.inf).unflatten(-1, (-1, self.block))
-        blocks = torch.nn.functional.pad(values[:, self.protected :], (0, 0, 0, pad)).unflatten(1, (-1, self.block))
-        outputs = [
-            (step.tail.softmax(-1) @ step.tail_values)[:, :, :, None],
-            values[None, :, None, : self.protected].expand(*first.shape, -1),
-            torch.einsum("bhgpn,hpnd->bhgpd", rest.softmax(-1), blocks),
-        ]
-        sums = [step.tail.logsumexp(-1, keepdim=True), first, rest.logsumexp(-1)]
-        return torch.cat(outputs, dim=-2), torch.cat(sums, dim=-1)
+        Point after point, the output so far and that of the next entries are mixed by their log-sum-exps: stable in
+        float32, whatever the logits.
+        """
+        order, whole = self.order[rows.layer][:, None], self.written.values(rows.layer)
+        logits = rows.context.gather(-1, order[:, :, None].expand_as(rows.context))
+        values = whole.gather(2, order[..., None].expand_as(whole))
+        output, total = self.written.of(rows.tail_output, rows.layer), rows.tail
+        seen = [output]
+        for start, stop in pairwise(self.points):
+            new = logits[..., start:stop]
+            summed = new.logsumexp(-1)
+            found = (new - summed[..., None]).exp_() @ values[:, :, start:stop]
+            total = torch.logaddexp(total, summed)
+            output = output + (found - output) * (summed - total).exp_()[..., None]
+            seen.append(output)
+        return torch.stack(seen, dim=2)
+
+
+def spread_points(tokens: int, protected: int, per_octave: int = PER_OCTAVE) -> list[int]:
+    """Counts from 0 to `tokens`: one by one while few, then so many per doubling; `protected` is among them."""
+    points, at = {0, min(protected, tokens), tokens}, 1.0
+    while round(at) < tokens:
+        points.add(round(at))
+        at = max(at + 1, at * 2 ** (1 / per_octave))
+    return sorted(points)
 
 
 def _by_rank(
     gained: Float[Tensor, "*heads points"], kept: Int[Tensor, " points"], protected: int, ranks: int
 ) -> Float[Tensor, "*heads steps"]:
     """Steps of a curve known at `kept` entries: singly up to `protected`, then `ranks` equal ones, interpolated."""
-    at = torch.linspace(protected, float(kept[-1]), ranks + 1, dtype=torch.float64, device=gained.device)
+    first = torch.arange(protected, dtype=torch.float64, device=gained.device)
+    rest = torch.linspace(protected, float(kept[-1]), ranks + 1, dtype=torch.float64, device=gained.device)
+    at = torch.cat([first, rest])
     above = torch.searchsorted(kept.double(), at, right=True).clamp(max=len(kept) - 1)
     share = (at - kept[above - 1]) / (kept[above] - kept[above - 1])
-    rest = torch.lerp(gained[..., above - 1], gained[..., above], share.to(gained))
-    return torch.cat([gained[..., :protected], rest], dim=-1).diff(dim=-1)
+    return torch.lerp(gained[..., above - 1], gained[..., above], share.to(gained)).diff(dim=-1)

@@ -1,23 +1,25 @@
 """What the model really looks at: every question answered from the full cache, and who wants to know may listen.
 
-`decode` answers questions on a wholly kept context and hands every decoding step to its listeners. `Importance` is the
-listener that LU-KV (arXiv 2602.08585) defines; the long-horizon utility of entry j of a KV head is
+`decode` answers questions on a wholly kept context and tells its listeners of every decoding step. `follow` has the
+model read a text instead, such as the context itself, and tells of some of its queries. `Importance` is the listener
+that LU-KV (arXiv 2602.08585) defines; the long-horizon utility of entry j of a KV head is
 
     I[j] = max over later decoding steps k and the query heads of the group of  A[k, j] * ||v_j W_O||_2
 
 with A the softmax attention over everything in the cache at step k. Only decoding steps count: queries whose output is
-a generated token. The other tokens of a question are no future queries. Attention is never made for the whole context:
-one row per step, memory O(context). Ours differs from the authors' code in that the last token of the question counts:
-it decodes the first token of the answer, which in a short answer is where the looking up is done.
+a generated token. The other tokens of a question are no future queries. Queries are gathered and told of some 64 at a
+time, so attention is never made for the whole context: memory O(context). Ours differs from the authors' code in that
+the last token of the question counts: it decodes the first token of the answer, which in a short answer is where the
+looking up is done.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,6 +30,7 @@ from headwise.layout import Segments
 from headwise.ragged.cache import RaggedCache
 
 Normalization = Literal["layer", "none"]
+TOLD_AT_ONCE = 64  # queries, at least, unless there are no more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,22 +45,24 @@ class Sampling:
             raise BadInput("the seed is out of range: choose one from 0 to 2**63 - 1.")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """One decoding step of a batch of questions in one layer. Logits are float32, before the softmax."""
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Queries of one layer that come after a context: what they look at. float32, logits before the softmax."""
 
     layer: int
-    context: Float[Tensor, "batch kv_heads group tokens"]  # logits at the context's entries
-    tail: Float[Tensor, "batch kv_heads group tail"]  # at the question and what was decoded; -inf where not seen
-    tail_values: Float[Tensor, "batch kv_heads tail head_dim"]
-    answering: Bool[Tensor, " batch"]  # False once a question's answer has ended
+    context: Float[Tensor, "kv_heads group rows tokens"]  # logits at the context's entries
+    tail: Float[Tensor, "kv_heads group rows"]  # log-sum-exp of the logits at what else they see, which came later
+    tail_output: Float[Tensor, "kv_heads group rows head_dim"]  # attention's output on that alone
+    question: Int[Tensor, " rows"]  # of which question of the batch each is
 
-    def weights(self) -> Float[Tensor, "batch kv_heads group tokens"]:
+    @cached_property
+    def weights(self) -> Float[Tensor, "kv_heads group rows tokens"]:
         """Attention on the context's entries: a softmax over context and tail."""
-        return torch.cat([self.context, self.tail], dim=-1).softmax(-1)[..., : self.context.shape[-1]]
+        whole = torch.logaddexp(self.context.logsumexp(-1), self.tail)
+        return (self.context - whole[..., None]).exp_()
 
 
-Listener = Callable[[Step], None]
+Listener = Callable[[Rows], None]
 
 
 @torch.no_grad()
@@ -102,6 +107,36 @@ def answers(
     return _decode(model, whole, recorder, questions, steps, Sampling(), torch.Generator())
 
 
+@torch.no_grad()
+def follow(
+    model: PreTrainedModel,
+    whole: RaggedCache,
+    opening: Int[Tensor, " _"],
+    text: Int[Tensor, " _"],
+    listeners: Sequence[Listener],
+    *,
+    queries: int,
+) -> None:
+    """Let the model read `opening` and then `text` after a wholly kept context, in one pass.
+
+    Listeners are told of so many queries, evenly spread over those that a token of the text is predicted from. Raises
+    BadInput.
+    """
+    require_whole(whole)
+    ids = torch.cat([opening, text])[None, :-1]
+    first = max(len(opening) - 1, 0)
+    if queries < 1 or ids.shape[1] <= first:
+        raise BadInput("a text that follows needs at least two tokens, and at least one of them must be looked at.")
+    recorder, cache = _Recorder(listeners, 1, whole), whole.fork()
+    recorder.listen(cache)
+    spread = torch.linspace(
+        first, ids.shape[1] - 1, min(queries, ids.shape[1] - first), dtype=torch.float64, device="cpu"
+    )
+    recorder.recording = spread.round().long().tolist()
+    _forward(model, cache, ids, ids.new_ones(1, whole.get_seq_length() + ids.shape[1]))
+    recorder.tell()
+
+
 def entry_importance(
     model: PreTrainedModel,
     whole: RaggedCache,
@@ -124,41 +159,89 @@ def entry_importance(
     return found / importance.scale[:, None, None] if normalization == "layer" else found
 
 
+class Written:
+    """What entries of a wholly kept context write to the output, in head_dim numbers per query head instead of hidden.
+
+    They are so rotated that lengths stay what they are: with W_O^T = Q R, the norm of v R^T is that of v W_O.
+    """
+
+    def __init__(self, whole: RaggedCache):
+        self.whole = whole
+        self._factors: dict[int, Tensor] = {}
+        self._last: tuple[int, Tensor] | None = None  # listeners ask for the same layer one after the other
+
+    def values(self, layer: int) -> Float[Tensor, "kv_heads group tokens head_dim"]:
+        """Of every entry. float32."""
+        if self._last is None or self._last[0] != layer:
+            self._last = layer, self.of(states_of(self.whole, layer)[1].float()[:, None], layer)
+        return self._last[1]
+
+    def of(
+        self, outputs: Float[Tensor, "kv_heads one_or_group rows head_dim"], layer: int
+    ) -> Float[Tensor, "kv_heads group rows head_dim"]:
+        """Of values, or outputs of attention, of the query heads of a layer."""
+        if layer not in self._factors:
+            weight = self.whole.view.output_weight(layer).detach().float()
+            weight = weight.unflatten(0, (self.whole.view.shape.kv_heads, -1))  # [H, G, D, hidden]
+            self._factors[layer] = torch.linalg.qr(weight.mT, mode="r").R.mT
+        return outputs @ self._factors[layer]
+
+
 class Importance:
     """Listener: the importance of every entry for each question of the batch at hand, not normalised.
 
     `scale` [layers] is what "layer" normalisation divides by: the sum of ||v W_O|| over a layer's heads and entries.
     """
 
-    def __init__(self, whole: RaggedCache):
-        self.norms = [_written_norms(whole, layer) for layer in range(len(whole.ragged_layers))]  # [H, G, N] each
+    def __init__(self, whole: RaggedCache, written: Written | None = None):
+        written = written or Written(whole)
+        # [H, G, N] each
+        self.norms = [written.values(layer).norm(dim=-1) for layer in range(len(whole.ragged_layers))]
         self.scale = torch.stack([norms.sum() for norms in self.norms])
-        self._found: dict[int, Tensor] = {}
+        self._found: dict[tuple[int, int], Tensor] = {}  # question, layer -> [H, N]
 
-    def __call__(self, step: Step) -> None:
-        """Take note of a step."""
-        useful = (step.weights() * self.norms[step.layer]).amax(2) * step.answering[:, None, None]
-        found = self._found.get(step.layer)
-        self._found[step.layer] = useful if found is None else torch.maximum(found, useful)
+    def __call__(self, rows: Rows) -> None:
+        """Take note of some queries."""
+        for question in rows.question.unique().tolist():
+            seen = rows.weights[:, :, rows.question == question].amax(2)
+            useful, key = (seen * self.norms[rows.layer]).amax(1), (question, rows.layer)
+            self._found[key] = torch.maximum(self._found[key], useful) if key in self._found else useful
 
     def take(self) -> Float[Tensor, "batch layers kv_heads tokens"]:
         """What was noted since the last time."""
         found, self._found = self._found, {}
-        return torch.stack([found[layer] for layer in range(len(self.norms))], dim=1)
+        questions = sorted({question for question, _ in found})
+        return torch.stack([torch.stack([found[q, layer] for layer in range(len(self.norms))]) for q in questions])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Heard:
+    """Queries of one pass that wait to be told."""
+
+    queries: Float[Tensor, "kv_heads group rows head_dim"]  # scaled
+    tail: Float[Tensor, "kv_heads group rows"]
+    tail_output: Float[Tensor, "kv_heads group rows head_dim"]
+    question: Int[Tensor, " rows"]
 
 
 class _Recorder:
-    """Stands before the kernel of every layer and tells the listeners of each decoding step."""
+    """Stands before the kernel of every layer, gathers queries, and tells the listeners of many at a time."""
 
     def __init__(self, listeners: Sequence[Listener], num_questions: int, whole: RaggedCache):
-        self.listeners = listeners
+        self.listeners, self.whole = listeners, whole
         self.answering = torch.ones(num_questions, dtype=torch.bool, device=states_of(whole, 0)[0].device)
-        self.recording = False
+        self.recording: Sequence[int] = ()  # which queries of a pass count
+        self._waiting: dict[int, list[_Heard]] = {}  # by layer
 
     def listen(self, cache: RaggedCache) -> None:
         """Have every layer of `cache` tell us its queries before it computes its attention."""
         for layer in cache.ragged_layers:
             layer.kernel = partial(self._attend, layer.index, layer.kernel)
+
+    def tell(self) -> None:
+        """Tell the listeners of all that wait."""
+        for layer in list(self._waiting):
+            self._tell(layer)
 
     def _attend(
         self,
@@ -172,22 +255,44 @@ class _Recorder:
         mask: Tensor | None,
         scaling: float,
     ) -> Tensor:
-        if self.recording and self.listeners:
-            now = query[:, :, :, 0].float() * scaling
-            keys = _by_head(segments.keys, segments.kv_heads).float()
-            tail = torch.einsum("bhgd,bhnd->bhgn", now, tail_keys.float())
+        if len(self.recording) and self.listeners:
+            at = torch.tensor(self.recording, dtype=torch.int64, device=query.device)
+            now = query[:, :, :, at].float() * scaling
+            logits = torch.einsum("bhgtd,bhnd->bhgtn", now, tail_keys.float())
             if mask is not None:
-                tail = tail.masked_fill(~mask[:, None, -1:], -torch.inf)
-            step = Step(
-                layer=layer,
-                context=torch.einsum("bhgd,hnd->bhgn", now, keys),
-                tail=tail,
-                tail_values=tail_values.float(),
-                answering=self.answering,
+                logits = logits.masked_fill(~mask[:, None, None, at], -torch.inf)
+            output = torch.einsum("bhgtn,bhnd->bhgtd", logits.softmax(-1), tail_values.float())
+            question = torch.arange(len(query), dtype=torch.int64, device=query.device)[:, None].expand(-1, len(at))
+            chosen = self.answering.nonzero()[:, 0]
+            heard = self._waiting.setdefault(layer, [])
+            heard.append(
+                _Heard(
+                    queries=_as_rows(now[chosen]),
+                    tail=_as_rows(logits[chosen].logsumexp(-1, keepdim=True))[..., 0],
+                    tail_output=_as_rows(output[chosen]),
+                    question=question[chosen].flatten(),
+                )
             )
-            for listener in self.listeners:
-                listener(step)
+            if sum(len(h.question) for h in heard) >= TOLD_AT_ONCE:
+                self._tell(layer)
         return kernel(query, segments, rows, tail_keys, tail_values, mask, scaling)
+
+    def _tell(self, layer: int) -> None:
+        heard = self._waiting.pop(layer)
+        keys = states_of(self.whole, layer)[0].float()
+        rows = Rows(
+            layer=layer,
+            context=torch.cat([h.queries for h in heard], dim=2) @ keys[:, None].mT,
+            tail=torch.cat([h.tail for h in heard], dim=2),
+            tail_output=torch.cat([h.tail_output for h in heard], dim=2),
+            question=torch.cat([h.question for h in heard]),
+        )
+        for listener in self.listeners:
+            listener(rows)
+
+
+def _as_rows(found: Float[Tensor, "batch kv_heads group some size"]) -> Float[Tensor, "kv_heads group rows size"]:
+    return found.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 def _decode(
@@ -210,7 +315,7 @@ def _decode(
     recorder.listen(cache)
     if longest > 1:
         _forward(model, cache, ids[:, :-1], mask[:, :-1])
-    recorder.recording, ids, said = True, ids[:, -1:], []
+    recorder.recording, ids, said = (0,), ids[:, -1:], []
     lengths = torch.zeros(len(questions), dtype=torch.int64, device=ids.device)
     for _ in range(steps):
         ids = _next(_forward(model, cache, ids, mask), sampling, generator)
@@ -220,6 +325,7 @@ def _decode(
         if not bool(recorder.answering.any()):
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
+    recorder.tell()
     return [row[:length] for row, length in zip(torch.cat(said, dim=-1), lengths.tolist(), strict=True)]
 
 
@@ -260,20 +366,6 @@ def states_of(
     return _by_head(segments.keys, segments.kv_heads), _by_head(segments.values, segments.kv_heads)
 
 
-def output_gram(whole: RaggedCache, layer: int) -> Float[Tensor, "kv_heads group head_dim head_dim"]:
-    """W_O W_O^T of every query head: ||x W_O||^2 = x gram x^T. float32."""
-    heads = whole.view.shape.kv_heads
-    weight = whole.view.output_weight(layer).detach().float().unflatten(0, (heads, -1))  # [H, G, D, hidden]
-    return weight @ weight.transpose(-1, -2)
-
-
 def _by_head(states: Tensor, heads: int) -> Tensor:
     """Flat storage of one wholly kept context as [H, N, D]."""
     return states.view(heads, -1, states.shape[-1])
-
-
-def _written_norms(whole: RaggedCache, layer: int) -> Float[Tensor, "kv_heads group tokens"]:
-    """||v W_O||_2 of every entry for every query head that shares it."""
-    values = states_of(whole, layer)[1].float()
-    squares = torch.einsum("hnd,hgde,hne->hgn", values, output_gram(whole, layer), values)
-    return squares.clamp(min=0).sqrt()

@@ -1,11 +1,17 @@
 """LU-KV, first half: what every head gains, as a function of how much it keeps.
 
-LU-KV (arXiv 2602.08585). For every calibration context: one prefill, in which the scorers see the context only; its
-questions are answered from the full cache, and every decoding step tells what each head would lose if it had kept only
-its best entries by a scorer (losses.py). Questions are POOLED before anything is solved: importance by its maximum,
-changes of the output by their sum. Averaging solutions per question, as published, underfunds the heads that few
-questions need; `published` records those too. Memory: the full cache of one context and a few numbers per entry,
-O(context).
+LU-KV (arXiv 2602.08585). For every calibration context: one prefill, in which the scorers see the context only; then
+later queries tell what each head would lose if it had kept only its best entries by a scorer (losses.py). Later queries
+come from one or more futures:
+
+    answers    every decoding step of every answer to its questions, from the full cache: LU-KV's
+    repeat     the model reads the context again after an instruction to repeat it, as KVzip (arXiv 2505.23416) does:
+               every entry is asked for once, for the cost of one pass
+    following  the model reads the text that really comes next
+
+Futures and questions are POOLED before anything is solved: importance by its maximum, changes of the output by their
+sum. Averaging solutions per question, as published, underfunds the heads that few questions need; `published` records
+those too. Memory: the full cache of one context and a few numbers per entry, O(context).
 
 Every context is measured into a file of its own beside the profile, which is why a killed run goes on where it was, why
 several processes can share the work, and why neither changes the result: the parts are merged in the data's order.
@@ -13,9 +19,10 @@ several processes can share the work, and why neither changes the result: the pa
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +37,24 @@ from headwise.calibration import Example, encode
 from headwise.contents import part_table, sizes_of
 from headwise.errors import BadInput
 from headwise.evals.room import require_room
+from headwise.evals.seams import following_ids
 from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
 from headwise.locks import lock_of, locked
-from headwise.losses import RANKS, OutputLoss, keeping_order, marginal_utility
+from headwise.losses import PER_OCTAVE, RANKS, OutputLoss, keeping_order, marginal_utility
 from headwise.method import Method
-from headwise.oracle import Importance, Sampling, decode
+from headwise.oracle import Importance, Listener, Sampling, Written, decode, follow
 from headwise.processes import Processes
+from headwise.ragged.cache import RaggedCache
 from headwise.ragged.store import model_fingerprint
 from headwise.reading import can_watch, read
 from headwise.schema import Schema
 from headwise.writing import failed, remove, remove_leftovers, require_file, require_folder
 
 CURVES = (*LOSSES, "ideal")
+FUTURES = ("answers", "repeat", "following")
+REPEAT = "Repeat the previous context exactly."  # KVzip's instruction
+PIECE, OVERLAP = 1024, 8  # tokens of a text that are read in one pass, and of the piece before that come first
 _PART = re.compile(r"[0-9a-f]{24}\.safetensors")
 # What a killed process leaves of writing one: a folder now, files when headwise was older.
 _TEMPORARY = re.compile(rf"\.{_PART.pattern}\.[0-9a-f]{{12,32}}\.tmp|\.tmp\w{{6}}")
@@ -53,7 +65,8 @@ class Settings:
     """How losses are measured; part of the profile's provenance.
 
     `sink` first and `window` last tokens are kept first by every head, more where the scorer itself protects more;
-    whether a head gets all of them is solved. `published` solves every question by itself, too.
+    whether a head gets all of them is solved. `published` solves every question by itself, too. Of every 1,024 tokens
+    that are read as a future, so many evenly spread `queries` count.
     """
 
     steps: int = 64
@@ -61,10 +74,60 @@ class Settings:
     sink: int = 4
     window: int = 32
     published: bool = False
+    futures: tuple[str, ...] = ("answers",)  # of FUTURES
+    queries: int = 128
+
+    def __post_init__(self) -> None:
+        unknown = [future for future in self.futures if future not in FUTURES]
+        if unknown or not self.futures:
+            raise BadInput(f"future={','.join(self.futures)!r}: choose one or more of {', '.join(FUTURES)}.")
+        if self.queries < 1:
+            raise BadInput(f"queries={self.queries}: at least one query of a text must count.")
+        if self.published and "answers" not in self.futures:
+            raise BadInput("published solves every question by itself: it needs the future 'answers'.")
 
     def protection(self, scorer: AbstractScorer) -> tuple[int, int]:
         """Sink and window of a scorer."""
         return max(self.sink, scorer.sink), max(self.window, scorer.window)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Reread:
+    """A text that the model reads after the context, in one pass; the queries of its own tokens count."""
+
+    opening: Int[Tensor, " _"]  # comes before it and does not count, but for its last token
+    text: Int[Tensor, " _"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Lesson:
+    """An example as tokens: a context, and its futures."""
+
+    context: Int[Tensor, "1 tokens"]
+    questions: tuple[Int[Tensor, " _"], ...]  # to be answered; none where answers do not count
+    texts: tuple[Reread, ...]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that tells it from others."""
+        return (self.context, *self.questions, *(t for each in self.texts for t in (each.opening, each.text)))
+
+
+def default_futures(tokenizer: Any, examples: Sequence[Example]) -> tuple[str, ...]:
+    """Answers alone for the bundled model's language, as its budgets were made; else all that the examples have."""
+    if not _knows_english(tokenizer):
+        return ("answers",)
+    known = any(getattr(example, "following", "") for example in examples)
+    return FUTURES if known else ("answers", "repeat")
+
+
+def default_steps(futures: Sequence[str]) -> int:
+    """Tokens to decode per question: as published where answers are all that counts; fewer where texts do, too."""
+    return 64 if tuple(futures) == ("answers",) else 8
+
+
+def _knows_english(tokenizer: Any) -> bool:
+    ids = tokenizer(REPEAT, add_special_tokens=False)["input_ids"]
+    return tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
 
 
 def profile(
@@ -76,13 +139,14 @@ def profile(
     *,
     settings: Settings | None = None,
     processes: Processes | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> None:
     """Measure every example for every scorer and write the Profile `out`; resumes what a killed run left.
 
     Several `processes` share the examples, and `out`; other runs are kept out. Raises BadInput before anything is
     measured, also where `out` cannot be written; ArtifactMismatch or BadInput for parts that are damaged; WriteFailed.
-    Parts of another model, other settings or other scorers are not taken up.
+    Parts of another model, other settings or other scorers are not taken up. `progress` is told of contexts, and of
+    parts of one, in the order of the work; of those that are there already at once.
     """
     settings, parts = settings or Settings(), Path(f"{os.fspath(out)}.parts")
     chosen = _scorers(scorers)
@@ -93,16 +157,19 @@ def profile(
     with nullcontext() if processes.rank > 0 else locked(lock_of(out), out):
         if processes.rank == 0:
             _require_parts(parts)
-        encoded = [_fitting(model, tokenizer, example, list(chosen.values()), settings) for example in examples]
+        lessons = _lessons(model, tokenizer, examples, list(chosen.values()), settings)
         parameters = sorted((name, repr(scorer.provenance())) for name, scorer in chosen.items())
-        run = fingerprint(model_fingerprint(model), repr((asdict(settings), parameters, RANKS)))
-        files = [parts / f"{fingerprint(run, *texts)[:24]}.safetensors" for texts in ((c, *qs) for c, qs in encoded)]
+        run = fingerprint(model_fingerprint(model), repr((asdict(settings), parameters, RANKS, PER_OCTAVE)))
+        files = [parts / f"{fingerprint(run, *lesson.tensors())[:24]}.safetensors" for lesson in lessons]
         _make(parts)
-        mine = processes.share(len(examples))
+        mine = sorted(
+            processes.share(len(examples)), key=lambda index: not files[index].is_file()
+        )  # what is there first
         for done, index in enumerate(mine):
-            progress(done, len(mine))
             if not files[index].is_file():
-                measured = measure(model, *encoded[index], list(chosen.values()), settings)
+                progress(done, len(mine))
+                tell = partial(_tell, progress, done, len(mine))
+                measured = measure(model, lessons[index], list(chosen.values()), settings, tell)
                 tensors = {f"{n}.{k}": t.float() for n, s in chosen.items() for k, t in measured[s].items()}
                 write_tensors(files[index], "part", tensors, {"run": run, "domain": examples[index].domain})
         progress(len(mine), len(mine))
@@ -114,6 +181,10 @@ def profile(
             _remove(parts)
             remove_leftovers(out)
         processes.wait()
+
+
+def _tell(progress: Callable[[float, int], None], done: int, total: int, part: float) -> None:
+    progress(done + part, total)
 
 
 def _require_parts(parts: Path) -> None:
@@ -149,31 +220,31 @@ def _remove(parts: Path) -> None:
 
 def measure(
     model: PreTrainedModel,
-    context: Int[Tensor, "1 tokens"],
-    questions: Sequence[Int[Tensor, " _"]],
+    lesson: Lesson,
     scorers: Sequence[AbstractScorer],
     settings: Settings,
+    tell: Callable[[float], None] = lambda part: None,
 ) -> dict[AbstractScorer, dict[str, Tensor]]:
     """For every scorer the curves of one context [layers, kv_heads, sink + window + RANKS], float64.
 
     They are those of CURVES; over all heads each sums to 1. If settings.published, also "published" [99, layers,
-    kv_heads]: the kept fractions of the questions, each solved by itself, averaged.
+    kv_heads]: the kept fractions of the questions, each solved by itself, averaged. `tell` hears which part is done.
     """
-    reading = read(model, context, scorers)
+    reading = read(model, lesson.context, scorers)
     protected = {scorer: sum(settings.protection(scorer)) for scorer in scorers}
     orders = {s: keeping_order(reading.scores[s][:, 0], *settings.protection(s)) for s in scorers}
-    importance = Importance(reading.whole)
-    outputs = {s: OutputLoss(reading.whole, orders[s], protected[s]) for s in scorers}
+    written = Written(reading.whole)
+    importance = Importance(reading.whole, written)
+    outputs = {s: OutputLoss(reading.whole, orders[s], protected[s], written=written) for s in scorers}
     normal = importance.scale[:, None, None]
     pooled, solved = torch.zeros_like(normal), {scorer: [] for scorer in scorers}
-    listeners = [importance, *outputs.values()]
-    for _ in decode(model, reading.whole, questions, listeners, steps=settings.steps, sampling=settings.sampling):
+    for questions in _futures(model, lesson, reading.whole, [importance, *outputs.values()], settings, tell):
         found = importance.take()
         pooled = torch.maximum(pooled, found.amax(0))
-        if settings.published:
+        if settings.published and questions:
             for scorer in scorers:
                 curves = marginal_utility(found / normal, orders[scorer].expand_as(found), protected[scorer])
-                solved[scorer] += [published_counts(c, protected[scorer], context.shape[1]) for c in curves]
+                solved[scorer] += [published_counts(c, protected[scorer], lesson.context.shape[1]) for c in curves]
     measured: dict[AbstractScorer, dict[str, Tensor]] = {}
     for scorer in scorers:
         ideal = keeping_order(pooled, *settings.protection(scorer))
@@ -185,8 +256,34 @@ def measure(
         }
         measured[scorer] = {name: _of_one(curve) for name, curve in curves.items()}
         if settings.published:
-            measured[scorer]["published"] = torch.stack(solved[scorer]).double().mean(0) / context.shape[1]
+            measured[scorer]["published"] = torch.stack(solved[scorer]).double().mean(0) / lesson.context.shape[1]
     return measured
+
+
+def _futures(
+    model: PreTrainedModel,
+    lesson: Lesson,
+    whole: RaggedCache,
+    listeners: Sequence[Listener],
+    settings: Settings,
+    tell: Callable[[float], None],
+) -> Iterator[bool]:
+    """Tell the listeners of all futures; yields after some questions (True) or a text (False)."""
+    costs = [len(question) + settings.steps for question in lesson.questions]
+    sizes = [len(each.opening) + len(each.text) for each in lesson.texts]
+    done, work = lesson.context.shape[1], lesson.context.shape[1] + sum(costs) + sum(sizes)
+    tell(done / work)
+    if lesson.questions:
+        options = {"steps": settings.steps, "sampling": settings.sampling}
+        for answered in decode(model, whole, lesson.questions, listeners, **options):
+            yield True
+            done += sum(costs[answered.start : answered.stop])
+            tell(done / work)
+    for each, size in zip(lesson.texts, sizes, strict=True):
+        follow(model, whole, each.opening, each.text, listeners, queries=settings.queries)
+        yield False
+        done += size
+        tell(done / work)
 
 
 def _of_one(curve: Float[Tensor, "layers kv_heads steps"]) -> Float[Tensor, "layers kv_heads steps"]:
@@ -206,14 +303,35 @@ def _scorers(names: Sequence[str]) -> dict[str, AbstractScorer]:
     return chosen
 
 
+def _lessons(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    scorers: Sequence[AbstractScorer],
+    settings: Settings,
+) -> list[Lesson]:
+    """Examples as tokens. Raises BadInput where one has no future, or does not fit the model."""
+    if settings.steps < 1:
+        raise BadInput("the oracle needs at least one step.")
+    lessons = [_fitting(model, tokenizer, example, scorers, settings) for example in examples]
+    for example, lesson in zip(examples, lessons, strict=True):
+        if not lesson.questions and not lesson.texts:
+            raise BadInput(
+                f"nothing says what follows the context {example.context[:40]!r}: give it a text under 'following', or "
+                "name another future."
+            )
+    return lessons
+
+
 def _fitting(
     model: PreTrainedModel, tokenizer: Any, example: Example, scorers: Sequence[AbstractScorer], settings: Settings
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Context and question tokens. Raises BadInput where they are too many for the model or too few for a scorer."""
+) -> Lesson:
+    """An example as tokens. Raises BadInput where they are too many for the model or too few for a scorer."""
     limit = view(model).max_positions
     require_room(tokenizer, example.context, limit)
     context, questions = encode(tokenizer, example, device=model.device)
-    tokens = context.shape[1] + max(len(q) for q in questions) + settings.steps
+    asked = questions if "answers" in settings.futures else ()
+    tokens = context.shape[1] + (max(len(q) for q in asked) + settings.steps if asked else 0)
     if tokens > limit:
         raise BadInput(
             f"a calibration context of {context.shape[1]} tokens, its longest question and {settings.steps} decoded "
@@ -225,7 +343,54 @@ def _fitting(
             f"a calibration context of {context.shape[1]} tokens is no longer than the {protected} that are "
             f"protected: {example.context[:40]!r}."
         )
-    return context, questions
+    texts = [
+        piece
+        for opening, text in _texts(tokenizer, example, context, questions, settings)
+        for piece in _pieces(opening, text, limit - context.shape[1], example)
+    ]
+    return Lesson(context=context, questions=asked, texts=tuple(texts))
+
+
+def _texts(
+    tokenizer: Any,
+    example: Example,
+    context: Int[Tensor, "1 tokens"],
+    questions: Sequence[Int[Tensor, " _"]],
+    settings: Settings,
+) -> Iterator[tuple[Int[Tensor, " _"], Int[Tensor, " _"]]]:
+    """What the model reads after the context: an opening and a text each."""
+    if "repeat" in settings.futures:
+        yield _instruction(tokenizer, example, context), context[0]
+    following = getattr(example, "following", "") if "following" in settings.futures else ""
+    if following:  # encode() takes the last token of a context without questions for a question
+        opening = context[0, :0] if example.questions else questions[0]
+        yield opening, context.new_tensor(following_ids(tokenizer, following, verbose=False))
+
+
+def _pieces(opening: Int[Tensor, " _"], text: Int[Tensor, " _"], room: int, example: Example) -> Iterator[Reread]:
+    """A text in pieces of equal size, each after the opening and the end of the piece before, as KVzip has them.
+
+    Raises BadInput where `room` tokens are too few for it.
+    """
+    largest = min(PIECE, room - len(opening) - OVERLAP)
+    if largest < 2:
+        raise BadInput(
+            "a calibration context leaves no room to read a text after it; give the model a shorter one, or name "
+            f"another future: {example.context[:40]!r}."
+        )
+    size = -(-len(text) // -(-len(text) // largest))
+    for start in range(0, len(text), size):
+        before = text[max(0, start - OVERLAP) : start]
+        yield Reread(opening=torch.cat([opening, before]), text=text[start : start + size])
+
+
+def _instruction(tokenizer: Any, example: Example, context: Int[Tensor, "1 tokens"]) -> Int[Tensor, " _"]:
+    """Tokens that ask to repeat the context; none where the tokenizer does not know the words."""
+    if not _knows_english(tokenizer):
+        return context[0, :0]
+    if example.questions:
+        return encode(tokenizer, replace(example, questions=(REPEAT,)), device=context.device)[1][0]
+    return context.new_tensor(following_ids(tokenizer, f"\n\n{REPEAT}\n\n"))
 
 
 def _origin(model: PreTrainedModel, run: str, files: Sequence[Path]) -> Origin:

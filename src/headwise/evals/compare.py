@@ -69,7 +69,8 @@ def compare(
     BudgetInfeasible, ArtifactMismatch or UnsupportedModel if one of the methods could not run.
     """
     require_protocol(protocol)
-    keeps = [parse_keep(one) for one in (keep if isinstance(keep, list | tuple) else [keep])]
+    asked_keeps: Sequence[float | str | Keep] = [keep] if isinstance(keep, float | int | str | Keep) else keep
+    keeps = [parse_keep(one) for one in asked_keeps]
     if not keeps:
         raise BadInput("no keep is given; give one, such as 0.15.")
     known_methods(methods)

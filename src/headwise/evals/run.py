@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import version
+from itertools import count
 from statistics import fmean
 from typing import Any
 
@@ -104,7 +105,7 @@ def evaluate(
     *,
     folder: RunFolder | None = None,
     processes: Processes | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> list[Record]:
     """Measure everything that `folder` does not hold yet; all records of the evaluation, its samples in order.
 
@@ -131,7 +132,7 @@ def _measured(
     evaluation: Evaluation,
     folder: RunFolder | None,
     processes: Processes,
-    progress: Callable[[int, int], None],
+    progress: Callable[[float, int], None],
 ) -> list[Record]:
     """Records of all samples: those that the folder holds, and what it lacks."""
     made = list(_resumed(folder, evaluation, processes))
@@ -141,7 +142,9 @@ def _measured(
         progress(done, len(share))
         missing = [p for p in [WHOLE, *evaluation.pairs] if ((task.name, index), p[0], _written(p)) not in have]
         if missing:
-            found, maps = _measure(session, task, index, list(dict.fromkeys(missing)), evaluation)
+            pairs = list(dict.fromkeys(missing))
+            tell = partial(_tell, progress, done, len(share))
+            found, maps = _measure(session, task, index, pairs, evaluation, tell)
             made += found
             if folder is not None:
                 folder.append(found, maps)
@@ -154,6 +157,10 @@ def _measured(
         processes.wait()
         made = folder.records()
     return made
+
+
+def _tell(progress: Callable[[float, int], None], done: int, total: int, part: float) -> None:
+    progress(done + part, total)
 
 
 def _resumed(folder: RunFolder | None, evaluation: Evaluation, processes: Processes) -> list[Record]:
@@ -169,11 +176,25 @@ def _resumed(folder: RunFolder | None, evaluation: Evaluation, processes: Proces
 
 
 def _measure(
-    session: Session, task: Task, index: int, pairs: Sequence[Pair], evaluation: Evaluation
+    session: Session,
+    task: Task,
+    index: int,
+    pairs: Sequence[Pair],
+    evaluation: Evaluation,
+    tell: Callable[[float], None],
 ) -> tuple[list[Record], list[dict[str, Any]]]:
-    """Records of one sample for these pairs, and maps of what heads kept if it is a task's first."""
+    """Records of one sample for these pairs, and maps of what heads kept if it is a task's first.
+
+    `tell` hears which part of the pairs has been cut.
+    """
     sample, maps = task.sample(index), _Maps(task, index, session.tokenizer, evaluation.keeps)
-    outcomes = session.measure(sample, pairs, timed=index < evaluation.timed, show=maps.note)
+    cut = count(1)
+
+    def note(pair: Pair, tokens: Tokens, cache: RaggedCache) -> None:
+        maps.note(pair, tokens, cache)
+        tell(next(cut) / (len(pairs) + 1))
+
+    outcomes = session.measure(sample, pairs, timed=index < evaluation.timed, show=note)
     full_bytes = outcomes[WHOLE].kv_bytes
     records = [_record(task, index, sample, pair, outcomes[pair], full_bytes, evaluation) for pair in pairs]
     return ([record.shortened() for record in records], []) if evaluation.brief else (records, maps.made)
