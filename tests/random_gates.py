@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from headwise.allocate import ShippedLKVH, learned_budgets
+from headwise.allocate import ShippedContest, ShippedLKVH, contest, learned_budgets
 from headwise.artifacts import Origin
 from headwise.gates import EntryScores, Gates, HeadBudgets, summary_width
 from headwise.hf.families import view
@@ -23,7 +23,7 @@ def scatter(module, seed=0, size=1.0):
     return module.requires_grad_(False)
 
 
-def make_gates(shape, config_hash="", *, parts=PARTS, seed=0, sink=2, window=5, size=0.5):
+def make_gates(shape, config_hash="", *, parts=PARTS, seed=0, sink=2, window=5, size=0.5, comparable=False):
     """Gates with these parts for a ModelShape."""
     modules = {}
     if "budgets" in parts:
@@ -32,7 +32,8 @@ def make_gates(shape, config_hash="", *, parts=PARTS, seed=0, sink=2, window=5, 
     if "scores" in parts:
         modules["scores"] = scatter(EntryScores(len(shape.layers), shape.kv_heads, shape.head_dim), seed, size)
     origin = Origin(shape=shape, model="a/b", config_hash=config_hash, sink=sink, window=window, calibration="c")
-    return Gates(origin=origin, settings={"sink": sink, "window": window, "seed": seed}, **modules)
+    settings = {"sink": sink, "window": window, "seed": seed}
+    return Gates(origin=origin, comparable=comparable, settings=settings, **modules)
 
 
 def gates_for(model, **options):
@@ -55,4 +56,6 @@ def method_for(name, model):
         method = replace(method, scorer=learned_scorer(gates))
     if method.allocator == ShippedLKVH():
         method = replace(method, allocator=learned_budgets(gates))
+    if method.allocator == ShippedContest():
+        method = replace(method, allocator=contest(gates))
     return method

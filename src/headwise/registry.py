@@ -99,6 +99,9 @@ SCORERS: Mapping[str, Entry] = MappingProxyType(
         "kvzip": Entry(
             make=scorer("KVzip"), summary="attention while the model repeats the context (2 passes)", paper="2505.23416"
         ),
+        "kvzip-l2": Entry(
+            make=scorer("KVzipL2"), summary="as kvzip, by squared attention, summed instead of its maximum (2 passes)"
+        ),
         "lkv-t": Entry(
             make=_learned_scores,
             summary="learned from keys and values: lkv-t@FILE, or lkv-t where gates are shipped",
@@ -165,6 +168,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "expected": "expected+uniform",
         "criticalkv": "criticalkv+uniform",
         "kvzip": "kvzip+global",
+        "kvzip-l2": "kvzip-l2+global",
         "pyramidkv": "snapkv+pyramid",
         "adakv": "snapkv+adakv",
         "lkv-t": "lkv-t+uniform",

@@ -1,5 +1,6 @@
 """CriticalKV's two stages and KVzip's replays."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from headwise.errors import BadInput
 from headwise.interfaces import Chunk, Replay, Statistics
-from headwise.scores import H2O, CriticalKV, ExpectedAttention, KeyDiff, KVzip, SnapKV
+from headwise.scores import H2O, CriticalKV, ExpectedAttention, KeyDiff, KVzip, KVzipL2, SnapKV
 
 CRITICAL = [
     CriticalKV(base=SnapKV(window_size=4)),
@@ -63,7 +64,9 @@ def replayed(scorer: KVzip, context: Any, replays: list[tuple[Any, int, int]]) -
     return statistics
 
 
-def kvzip(context: Any, replay: Any, start: int, end: int) -> Tensor:
+def kvzip(
+    context: Any, replay: Any, start: int, end: int, join: Callable[[Tensor, Tensor], Tensor] = torch.maximum
+) -> Tensor:
     """Largest weight each of the tokens [start, end) gets from the replay, [H, end - start], by loops."""
     sinks = range(min(4, start))
     best = torch.zeros(context.keys.shape[1], end - start, dtype=torch.float64)
@@ -74,7 +77,7 @@ def kvzip(context: Any, replay: Any, start: int, end: int) -> Tensor:
                 keys = cached + [key.double() for key in replay.keys[0, head, : t + 1]]
                 query = replay.queries[0, query_head, t].double()
                 weights = torch.stack([context.scaling * query.dot(key) for key in keys]).softmax(0)
-                best[head] = torch.maximum(best[head], weights[len(sinks) : len(sinks) + end - start])
+                best[head] = join(best[head], weights[len(sinks) : len(sinks) + end - start])
     return best
 
 
@@ -87,6 +90,19 @@ def test_kvzip_equals_the_formula(make_layer: Any, monkeypatch: pytest.MonkeyPat
     observation.statistics.update(replayed(scorer, context, replays))
     expected = torch.cat([kvzip(context, *replay) for replay in replays], dim=-1)
     torch.testing.assert_close(scorer.score(observation)[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_kvzip_l2_equals_the_formula(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwise.scores.reconstruct._QUERY_BLOCK", 5)
+    context = make_layer(lengths=(23,))
+    replays = [(make_layer(lengths=(12,), seed=1), 0, 15), (make_layer(lengths=(12,), seed=2), 10, 23)]
+    scorer = KVzipL2()
+    observation = context.observe(scorer)
+    observation.statistics.update(replayed(scorer, context, replays))
+    expected = torch.zeros(context.keys.shape[1], 23, dtype=torch.float64)
+    for replay, start, end in replays:
+        expected[:, start:end] += kvzip(context, replay, start, end, lambda one, other: one + other.square())
+    torch.testing.assert_close(scorer.score(observation)[0].double(), expected.sqrt(), rtol=1e-5, atol=1e-6)
 
 
 def test_kvzip_keeps_the_largest_when_ranges_overlap(make_layer: Any) -> None:

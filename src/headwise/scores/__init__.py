@@ -3,7 +3,7 @@
 from headwise.scores.expected import ExpectedAttention
 from headwise.scores.keys import KeyDiff, Knorm, Random, Streaming
 from headwise.scores.learned import LKVT, ShippedLKVT, learned_scorer
-from headwise.scores.reconstruct import CriticalKV, KVzip
+from headwise.scores.reconstruct import CriticalKV, KVzip, KVzipL2
 from headwise.scores.window import H2O, TOVA, SnapKV
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "CriticalKV",
     "ExpectedAttention",
     "KVzip",
+    "KVzipL2",
     "KeyDiff",
     "Knorm",
     "Random",
