@@ -100,7 +100,9 @@ SCORERS: Mapping[str, Entry] = MappingProxyType(
             make=scorer("KVzip"), summary="attention while the model repeats the context (2 passes)", paper="2505.23416"
         ),
         "kvzip-l2": Entry(
-            make=scorer("KVzipL2"), summary="as kvzip, by squared attention, summed instead of its maximum (2 passes)"
+            make=scorer("KVzipL2"),
+            summary="as kvzip, by the sum of squared attention instead of the largest (2 passes)",
+            paper="2505.23416",
         ),
         "lkv-t": Entry(
             make=_learned_scores,
