@@ -69,7 +69,7 @@ def compare(
     BudgetInfeasible, ArtifactMismatch or UnsupportedModel if one of the methods could not run.
     """
     require_protocol(protocol)
-    keeps = [parse_keep(one) for one in (keep if isinstance(keep, list | tuple) else [keep])]
+    keeps = [parse_keep(keep)] if isinstance(keep, str | int | float | Keep) else [parse_keep(one) for one in keep]
     if not keeps:
         raise BadInput("no keep is given; give one, such as 0.15.")
     known_methods(methods)
