@@ -251,7 +251,7 @@ def test_the_default_method_is_said_with_its_reason(run, model, method):
 def test_a_saved_document_says_which_method_the_default_was(run, tmp_path):
     save = tmp_path / "report.safetensors"
     assert run(f"generate -m {{base}} -c {{dir}}/text.txt -q '? locker apple' --keep 0.5 --save {save}")[0] == 0
-    assert json.loads(succeed(run, f"inspect {save} --json"))["provenance"]["method"]["scorer"]["name"] == "KVzip"
+    assert json.loads(succeed(run, f"inspect {save} --json"))["method"]["scorer"]["name"] == "KVzip"
 
 
 LIGHT = {  # answered before torch is imported, which takes seconds

@@ -89,12 +89,13 @@ def load_examples(
     if not read:
         raise BadInput(f"{source} holds no examples: give a .jsonl, .txt or .md file, a folder of them, or {BUILTIN}.")
     examples = [example for example, _ in read]
-    if (length, contexts, questions) != (None, None, None) and any(plain for _, plain in read):
+    cutting = (length, contexts) != (None, None) or questions == "auto"
+    if cutting and any(plain for _, plain in read):
         lengths = [each - _special(tokenizer) for each in _lengths(length, max_positions, NATURAL_LENGTHS)]
         examples = cut_up(read, count_tokens(tokenizer), lengths, contexts or default)
     if contexts is not None and len(examples) > contexts:
         examples = [examples[len(examples) * n // contexts] for n in range(contexts)]
-    if questions not in (None, "none"):
+    if questions == "auto":
         examples = [with_questions(example, Random(f"{split} {number}")) for number, example in enumerate(examples)]
     return [_limited(example, questions) for example in examples]
 

@@ -6,7 +6,7 @@ cache stays in memory meanwhile, so this is for comparing methods, not for savin
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -132,8 +132,7 @@ class Reading:
         meter.held, meter.peak = {}, meter.uncut_peak
         full = 2 * self.first.keys.numel() * self.whole.ragged_layers[0].dtype.itemsize  # padding included
         early = full * self.before // self.first.keys.shape[2]
-        layers = cast(Sequence[Any], self.whole.layers if early else ())
-        for layer in layers:  # in pieces, all layers are whole up to the last one
+        for layer in cut if early else ():  # in pieces, all layers are whole up to the last one
             meter.report(layer.model_index, early if layer.model_index in compressible else min(early, layer.nbytes))
         for index in compressible if whole_first else ():
             meter.report(index, full + early // 2)  # the last piece is put to the keys, then to the values

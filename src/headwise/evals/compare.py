@@ -69,8 +69,7 @@ def compare(
     BudgetInfeasible, ArtifactMismatch or UnsupportedModel if one of the methods could not run.
     """
     require_protocol(protocol)
-    asked_keeps: Sequence[float | str | Keep] = [keep] if isinstance(keep, float | int | str | Keep) else keep
-    keeps = [parse_keep(one) for one in asked_keeps]
+    keeps = [parse_keep(keep)] if isinstance(keep, str | int | float | Keep) else [parse_keep(one) for one in keep]
     if not keeps:
         raise BadInput("no keep is given; give one, such as 0.15.")
     known_methods(methods)
