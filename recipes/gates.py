@@ -5,7 +5,8 @@
 As `headwise train --model reference --fit-steps 0 --warm-steps 500 --steps 600`: a model so small is distilled in a
 quarter of an hour, and that teaches it more than what futures pay. Contexts come from the split "train" of the task
 generators, whose seeds no calibration and no evaluation can reach. Takes a quarter of an hour on two cores. Sums of
-floating-point numbers depend on the number of threads: another machine makes gates that do the same, not the same bytes.
+floating-point numbers depend on the number of threads: another machine makes gates that do the same, not the same
+bytes.
 """
 
 import argparse

@@ -72,8 +72,9 @@ def load_examples(
 
     `length` is the most tokens of a context, `contexts` how many there are at most. `questions`: "auto" also asks
     of texts that have no questions, a number asks at most so many of each, "none" leaves the continuation of a context
-    as the only future, None takes questions as they are. Plain texts are used whole, unless a length, a number of contexts
-    or "auto" is given: then they are cut into contexts, at most `contexts` or else `default`. A line of JSON is a context as it is.
+    as the only future, None takes questions as they are. Plain texts are used whole, unless a length, a number of
+    contexts or "auto" is given: then they are cut into contexts, at most `contexts` or else `default`. A line of JSON
+    is a context as it is.
 
     Raises BadInput naming file and line.
     """
