@@ -79,7 +79,9 @@ def _gates(path: str | os.PathLike[str], found: Mapping[str, Any]) -> Iterator[t
     yield "method", f"{method}@{path}"
     yield "holds", " and ".join(parts)
     settings = found.get("settings") or {}
-    if "keeps" in settings and "steps" in settings:
+    if found.get("comparable"):
+        yield "keep", "any; its heads compete, for their scores compare"
+    elif "keeps" in settings and "steps" in settings:
         yield "keep", "any; trained for {} to {}, {} steps".format(*settings["keeps"], settings["steps"])
     yield from _protected(origin)
 
