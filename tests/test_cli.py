@@ -265,7 +265,7 @@ LIGHT = {  # answered before torch is imported, which takes seconds
     "tiers -m /no/such/model": "there is no folder",
     "compare --methods keydif": "Did you mean 'keydiff'?",
     "eval --methods keydiff+adakw": "there is no allocator",
-    "generate -q who --method lkv+": "It is short for lkv-t+lkv-h",
+    "generate -q who --method lkv+": "It is short for lkv-t+lkv-c",
     "compare --keep 0.15,15": "is outside (0, 1]",
     "eval --keep lots": "is not understood",
     "generate -q who --keep 0": "is outside (0, 1]",

@@ -312,19 +312,10 @@ def evaluate(
         return
     summaries = [s for s in summarise(records) if s.method in names]
     if as_json:
-        agreed = (
-            "method",
-            "keep",
-            "task",
-            "length",
-            "samples",
-            "accuracy",
-            "full_accuracy",
-            "kv_fraction",
-            "sees_answers",
-        )
+        agreed = ("method", "keep", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction")
         rows_of = [{**asdict(summary), "task": summary.task.removeprefix("mini-ruler:")} for summary in summaries]
-        print_json([{name: row[name] for name in agreed} for row in rows_of])
+        marked = [agreed + ("sees_answers",) * row["sees_answers"] for row in rows_of]
+        print_json([{name: row[name] for name in names} for row, names in zip(rows_of, marked, strict=True)])
         return
     print_table(
         f"Up to {count(range(samples), 'sample')} per task, {length} tokens, seed {seed}, {protocol}. Model: {model}",

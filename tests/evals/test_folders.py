@@ -38,8 +38,8 @@ def measured(model, evaluation):
     found, measure = {}, run._measure
     with pytest.MonkeyPatch.context() as patch:
 
-        def noting(session, task, index, pairs, evaluation):
-            found[task.name, index] = measure(session, task, index, pairs, evaluation)
+        def noting(session, task, index, *rest):
+            found[task.name, index] = measure(session, task, index, *rest)
             return found[task.name, index]
 
         patch.setattr(run, "_measure", noting)

@@ -399,7 +399,7 @@ def test_what_is_printed_is_how_to_use_it(model_folders, tmp_path, monkeypatch, 
     data, out = lines(tmp_path / "data" / "a.jsonl"), tmp_path / "g.safetensors"
     line = COMMAND.format(folder=model_folders["qwen3"], data=data.parent, out=out).removesuffix(" --json")
     code, said, err = command_line(f"{line} --part lkv-h --scorer keydiff", monkeypatch, capsys)
-    assert (code, said) == (0, f"{out}: 4 steps on 12 contexts. Use it as keydiff+lkv-h@{out}\n"), err
+    assert (code, said) == (0, f"{out}: trained on 12 contexts. Use it as keydiff+lkv-h@{out}\n"), err
     model, tokenizer = models.load(str(model_folders["qwen3"]), device="cpu")
     ids = torch.tensor([tokenizer(WORDS)["input_ids"]])
     headwise.compress(model, ids, f"keydiff+lkv-h@{out}", keep=0.3)

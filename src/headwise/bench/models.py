@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from headwise.allocate import ShippedLKVH, learned_budgets
+from headwise.allocate import ShippedContest, ShippedLKVH, learned_budgets
 from headwise.artifacts import Origin, config_hash
 from headwise.errors import BadInput, BudgetInfeasible
 from headwise.evals.models import load_config
@@ -84,7 +84,7 @@ def method_for(name: str, shape: ModelShape, config_hash: str) -> Method:
     method = Method.parse(name)
     if method.scorer == ShippedLKVT():
         method = replace(method, scorer=learned_scorer(_untrained(shape, config_hash)))
-    if method.allocator == ShippedLKVH():
+    if method.allocator in (ShippedLKVH(), ShippedContest()):
         method = replace(method, allocator=learned_budgets(_untrained(shape, config_hash)))
     return method
 

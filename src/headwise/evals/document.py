@@ -184,4 +184,6 @@ def _require_known(tokenizer: Any, ids: list[int], limit: float, text: str, what
 def _unknown_token(tokenizer: Any) -> int | None:
     """What stands for a word that the tokenizer lacks. One of bytes knows every word; some use that token otherwise."""
     unknown = getattr(tokenizer, "unk_token_id", None)
-    return None if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id) else unknown
+    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        return None
+    return unknown
