@@ -162,6 +162,7 @@ class Clock:
 def clock(monkeypatch):
     made = Clock()
     monkeypatch.setattr(console, "time", made)
+    monkeypatch.setattr(console, "FIRST_LINE", 5.0)
     return made
 
 

@@ -51,7 +51,7 @@ def measured(model, evaluation):
 def go(model, evaluation, measured, monkeypatch):
     """Evaluate into a folder, the measuring itself already done."""
 
-    def told(session, task, index, pairs, evaluation):
+    def told(session, task, index, pairs, *rest):
         records, maps = measured[task.name, index]
         return [r for r in records if (r.method, r.keep) in {(m, str(k)) for m, k in pairs}], maps
 
