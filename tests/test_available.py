@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from headwise import artifacts, cli, shipped
-from headwise.allocate import LUKV
+from headwise.allocate import LUKV, Global
 from headwise.artifacts import Budget, Origin, config_hash
 from headwise.available import overview
 from headwise.errors import BadInput, HeadwiseError
@@ -183,3 +183,30 @@ def test_the_command_makes_a_small_copy(tmp_path):
     found = json.loads(shown.stdout)
     assert set(found) == {"path", "kind", "bytes_before", "bytes_after", "changed", "shared"}
     assert found["kind"] == "gates"
+
+
+# --- the files that really come with headwise ---
+
+REAL = [
+    *((SMOLLM2, name) for name in ("lkv", "lkv-t+lkv-h", "keydiff+lukv", "expected+lukv", "snapkv+lukv")),
+    *((QWEN_CODER, name) for name in ("lkv", "lkv-t+lkv-h")),
+]
+
+
+@pytest.mark.parametrize("known", [lambda known: known, from_gguf], ids=["hub", "gguf"])
+@pytest.mark.parametrize(("model", "name"), REAL, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_model_finds_the_files_that_are_shipped_for_it(model, name, known):
+    config = config_of(known(model))
+    method = Method.parse(name).for_model(shape_of(config), config_hash(config.to_dict()))
+    made_for = {method.scorer.made_for, method.allocator.made_for} - {""}
+    assert len(made_for) == 1
+    assert made_for.pop().rpartition("/")[2].lower().startswith(("smollm2-135m", "qwen2.5-coder-0.5b"))
+    if name == "lkv":
+        assert type(method.allocator) is Global
+        assert method.scorer.gates.comparable
+
+
+def test_what_is_shipped_is_small():
+    files = [*(reference_path().parent / "ready").rglob("*.safetensors")]
+    assert len(files) >= 5
+    assert sum(file.stat().st_size for file in files) < 4 * 2**20
