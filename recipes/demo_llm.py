@@ -32,8 +32,8 @@ QUESTIONS = {
     "What happens to patent licenses if You institute patent litigation?": "terminate",
     "What must You give any other recipients of the Work?": "copy of this License",
 }
-PLAIN = ("full", "random", "streaming", "snapkv", "expected", "keydiff", "kvzip")
-PREPARED = ("expected+lukv", "keydiff+lukv", "lkv")  # where files for the model come with headwise
+PLAIN = ("full", "random", "snapkv", "keydiff", "kvzip")
+PREPARED = ("keydiff+lukv", "lkv")  # where files for the model come with headwise
 
 
 def main() -> None:
