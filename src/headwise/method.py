@@ -21,6 +21,7 @@ from headwise.registry import entries_of as entries_of
 from headwise.registry import made
 from headwise.registry import paper_of as paper_of
 from headwise.shapes import ModelShape
+from headwise.shipped import shipped
 
 # The default where no gates are ready for a model: what needs no preparation and is best on real models, query-agnostic
 # (docs/results; set by measurement). The second one is for where a context cannot be read twice: models with
@@ -156,8 +157,7 @@ def _warn_of_another(made_for: str, name: str) -> None:
 
 def _gates_are_ready(config_hash: str) -> bool:
     """Whether both parts of LKV are shipped for a model."""
-    try:
-        gates = shipped_gates(config_hash)
-    except BadInput:
+    if not shipped("gates", config_hash):
         return False
+    gates = shipped_gates(config_hash)  # damaged ones are told, not passed over
     return gates.budgets is not None and gates.scores is not None

@@ -8,6 +8,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from torch import Tensor
+
 from headwise.artifacts import describe, fingerprint
 from headwise.errors import BadInput
 from headwise.writing import failed, remove, require_folder
@@ -18,13 +20,13 @@ _TEMPORARY = re.compile(rf"\.{_PART.pattern}\.[0-9a-f]{{12,32}}\.tmp|\.tmp\w{{6}
 
 
 class Parts:
-    """The folder OUT.parts of a result OUT."""
+    """The folder OUT.parts of a result OUT, which `what` names in messages."""
 
-    def __init__(self, out: str | os.PathLike[str]):
-        self.folder = Path(f"{os.fspath(out)}.parts")
+    def __init__(self, out: str | os.PathLike[str], what: str):
+        self.folder, self.what = Path(f"{os.fspath(out)}.parts"), what
 
-    def file(self, *named: str) -> Path:
-        """The file of what these texts name."""
+    def file(self, *named: Tensor | str) -> Path:
+        """The file of what these name."""
         return self.folder / f"{fingerprint(*named)[:24]}.safetensors"
 
     def require(self) -> None:
@@ -34,8 +36,8 @@ class Parts:
             ours = _PART.fullmatch(path.name) and describe(path).get("kind") == "part"
             if not (ours or _TEMPORARY.fullmatch(path.name)):
                 raise BadInput(
-                    f"the folder {self.folder} holds {path.name}, which is no part of a result. Move it away, or name "
-                    "another --out."
+                    f"the folder {self.folder} holds {path.name}, which is no part of {self.what}. Move it away, or "
+                    "name another --out."
                 )
 
     def make(self) -> None:

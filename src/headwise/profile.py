@@ -18,9 +18,8 @@ several processes can share the work, and why neither changes the result: the pa
 """
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.allocate.profiled import published_counts
-from headwise.artifacts import LOSSES, Origin, Profile, describe, fingerprint, opened, write_tensors
+from headwise.artifacts import LOSSES, Origin, Profile, fingerprint, opened, write_tensors
 from headwise.calibration import Example, encode
 from headwise.contents import part_table, sizes_of
 from headwise.errors import BadInput
@@ -44,20 +43,18 @@ from headwise.locks import lock_of, locked
 from headwise.losses import PER_OCTAVE, RANKS, OutputLoss, keeping_order, marginal_utility
 from headwise.method import Method
 from headwise.oracle import Importance, Listener, Sampling, Written, decode, follow
+from headwise.parts import Parts
 from headwise.processes import Processes
 from headwise.ragged.cache import RaggedCache
 from headwise.ragged.store import model_fingerprint
 from headwise.reading import can_watch, read
 from headwise.schema import Schema
-from headwise.writing import failed, remove, remove_leftovers, require_file, require_folder
+from headwise.scores.reconstruct import INSTRUCTION
+from headwise.writing import remove_leftovers, require_file
 
 CURVES = (*LOSSES, "ideal")
 FUTURES = ("answers", "repeat", "following")
-REPEAT = "Repeat the previous context exactly."  # KVzip's instruction
 PIECE, OVERLAP = 1024, 8  # tokens of a text that are read in one pass, and of the piece before that come first
-_PART = re.compile(r"[0-9a-f]{24}\.safetensors")
-# What a killed process leaves of writing one: a folder now, files when headwise was older.
-_TEMPORARY = re.compile(rf"\.{_PART.pattern}\.[0-9a-f]{{12,32}}\.tmp|\.tmp\w{{6}}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +123,7 @@ def default_steps(futures: Sequence[str]) -> int:
 
 
 def _knows_english(tokenizer: Any) -> bool:
-    ids = tokenizer(REPEAT, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(INSTRUCTION, add_special_tokens=False)["input_ids"]
     return tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
 
 
@@ -148,7 +145,7 @@ def profile(
     Parts of another model, other settings or other scorers are not taken up. `progress` is told of contexts, and of
     parts of one, in the order of the work; of those that are there already at once.
     """
-    settings, parts = settings or Settings(), Path(f"{os.fspath(out)}.parts")
+    settings, parts = settings or Settings(), Parts(out, "a profile")
     chosen = _scorers(scorers)
     if not examples:
         raise BadInput("there is nothing to profile: give at least one example.")
@@ -156,12 +153,12 @@ def profile(
     processes = processes or Processes()
     with nullcontext() if processes.rank > 0 else locked(lock_of(out), out):
         if processes.rank == 0:
-            _require_parts(parts)
+            parts.require()
         lessons = _lessons(model, tokenizer, examples, list(chosen.values()), settings)
         parameters = sorted((name, repr(scorer.provenance())) for name, scorer in chosen.items())
         run = fingerprint(model_fingerprint(model), repr((asdict(settings), parameters, RANKS, PER_OCTAVE)))
-        files = [parts / f"{fingerprint(run, *lesson.tensors())[:24]}.safetensors" for lesson in lessons]
-        _make(parts)
+        files = [parts.file(run, *lesson.tensors()) for lesson in lessons]
+        parts.make()
         mine = sorted(
             processes.share(len(examples)), key=lambda index: not files[index].is_file()
         )  # what is there first
@@ -178,44 +175,13 @@ def profile(
         if processes.rank == 0:
             origin = _origin(model, run, files)
             _merge(files, [e.domain for e in examples], chosen, origin, settings, run).save(out)
-            _remove(parts)
+            parts.remove()
             remove_leftovers(out)
         processes.wait()
 
 
 def _tell(progress: Callable[[float, int], None], done: int, total: int, part: float) -> None:
     progress(done + part, total)
-
-
-def _require_parts(parts: Path) -> None:
-    """Raise BadInput if the folder of parts cannot be written, or holds what this module did not write.
-
-    A folder that is a user's own must not be removed at the end.
-    """
-    require_folder(parts)
-    for path in parts.iterdir() if parts.is_dir() else ():
-        ours = _TEMPORARY.fullmatch(path.name) or (_PART.fullmatch(path.name) and describe(path).get("kind") == "part")
-        if not ours:
-            raise BadInput(
-                f"the folder {parts} holds {path.name}, which is no part of a profile. Move it away, or name another "
-                "--out."
-            )
-
-
-def _make(parts: Path) -> None:
-    try:
-        parts.mkdir(exist_ok=True)
-    except OSError as error:
-        raise failed(parts, error) from error
-
-
-def _remove(parts: Path) -> None:
-    """Remove parts, and their folder if nobody has put something else there."""
-    for path in parts.iterdir():
-        if _TEMPORARY.fullmatch(path.name) or _PART.fullmatch(path.name):
-            remove(path)
-    with suppress(OSError):
-        parts.rmdir()
 
 
 def measure(
@@ -389,8 +355,8 @@ def _instruction(tokenizer: Any, example: Example, context: Int[Tensor, "1 token
     if not _knows_english(tokenizer):
         return context[0, :0]
     if example.questions:
-        return encode(tokenizer, replace(example, questions=(REPEAT,)), device=context.device)[1][0]
-    return context.new_tensor(following_ids(tokenizer, f"\n\n{REPEAT}\n\n"))
+        return encode(tokenizer, replace(example, questions=(INSTRUCTION,)), device=context.device)[1][0]
+    return context.new_tensor(following_ids(tokenizer, f"\n\n{INSTRUCTION}\n\n"))
 
 
 def _origin(model: PreTrainedModel, run: str, files: Sequence[Path]) -> Origin:

@@ -180,7 +180,7 @@ def test_a_tokenizer_without_the_words_gets_no_instruction(loaded):  # noqa: F81
 
 def test_a_part_of_another_run_is_named(loaded, tmp_path):  # noqa: F811
     model, tokenizer = loaded
-    parts = collect.Parts(tmp_path / "g")
+    parts = collect.Parts(tmp_path / "g", "gates")
     settings = FitSettings(entries=8, questions=0)
     options = (settings, Processes(), lambda *say: None)
     collect.collect(model, tokenizer, EXAMPLES[:1], parts, *options)

@@ -98,7 +98,7 @@ class ShippedLKVH(AbstractAllocator):
 
     keeps_protected: ClassVar[bool] = False
 
-    def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> LKVH:
+    def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> AbstractAllocator:
         """With the gates for this model. Raises BadInput if none are shipped."""
         return learned_budgets(shipped_gates(config_hash)).resolve(scorer, shape, config_hash)
 
@@ -109,27 +109,19 @@ class ShippedLKVH(AbstractAllocator):
         layers: Sequence[int],
         demand: Demand,
     ) -> Int[Tensor, "layers batch kv_heads"]:
-        """Never asked: `resolve` puts a LKVH in its place."""
+        """Never asked: `resolve` puts another in its place."""
         raise BadInput("shipped gates must be resolved for a model before they can allocate.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShippedContest(AbstractAllocator):
+class ShippedContest(ShippedLKVH):
     """`contest` with the gates that come with headwise for the model at hand, if there are any."""
+
+    keeps_protected: ClassVar[bool] = True
 
     def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> AbstractAllocator:
         """With the gates for this model. Raises BadInput if none are shipped."""
         return contest(shipped_gates(config_hash)).resolve(scorer, shape, config_hash)
-
-    def allocate(
-        self,
-        scores: Float[Tensor, "layers batch kv_heads tokens"],
-        candidates: Bool[Tensor, "batch tokens"],
-        layers: Sequence[int],
-        demand: Demand,
-    ) -> Int[Tensor, "layers batch kv_heads"]:
-        """Never asked: `resolve` puts another in its place."""
-        raise BadInput("shipped gates must be resolved for a model before they can allocate.")
 
 
 def contest(gates: Gates) -> AbstractAllocator:

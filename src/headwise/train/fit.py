@@ -23,9 +23,9 @@ from headwise.hf.families import view
 from headwise.oracle import answers, states_of
 from headwise.ragged.cache import RaggedCache
 from headwise.reading import read
+from headwise.scores.reconstruct import INSTRUCTION
 from headwise.train.futures import attention_paid
 
-INSTRUCTION = "\n\nRepeat the previous context exactly.\n\n"
 LEAST = 3e-5  # attention, over all futures, below which entries are alike
 BATCH = 256  # entries of a step, the same of every head
 JUDGED = 0.15  # keep at which held-out contexts are judged
@@ -116,7 +116,7 @@ def futures_of(
 
 def instruction_ids(tokenizer: Any) -> list[int]:
     """Tokens that ask for a repetition; none where the tokenizer lacks the words, as that of the bundled model does."""
-    found = tokenizer(INSTRUCTION, add_special_tokens=False)["input_ids"]
+    found = tokenizer(f"\n\n{INSTRUCTION}\n\n", add_special_tokens=False)["input_ids"]
     return [] if tokenizer.unk_token_id in found else found
 
 

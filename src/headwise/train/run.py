@@ -94,7 +94,7 @@ def train(
     processes = processes or Processes()
     for path in written(out):
         require_file(path)
-    Parts(out).require()
+    Parts(out, "gates").require()
     with nullcontext() if processes.rank > 0 else locked(lock_of(out), out):
         _train(model, tokenizer, examples, out, part, scorer, settings or Settings(), processes, progress)
 
@@ -149,7 +149,7 @@ def _train(
     history: list[dict[str, Any]] = []
     if fitted:
         assert scores is not None
-        history = _fit(model, tokenizer, examples, Parts(out), scores, budgets, settings, processes, progress)
+        history = _fit(model, tokenizer, examples, Parts(out, "gates"), scores, budgets, settings, processes, progress)
     if not fitted or settings.warm_steps or settings.steps:
         state = _State(kept, trainer, run)
 
@@ -175,7 +175,7 @@ def _train(
     told = {**asdict(settings), "part": part}
     Gates(origin=origin, budgets=budgets, scores=scores, comparable=comparable, settings=told).save(out)
     remove(kept)
-    Parts(out).remove()
+    Parts(out, "gates").remove()
     for path in written(out):
         remove_leftovers(path)
 
