@@ -36,9 +36,10 @@ from headwise.evals.tasks import Task
 from headwise.keep import parse_keep
 from headwise.locks import SUFFIX, locked
 
-CORE = ("full", "lkv", "kvzip", "keydiff+lukv", "expected+lukv", "keydiff", "snapkv", "oracle")
-OTHERS = ("random", "streaming", "knorm", "tova", "h2o", "expected", "criticalkv", "pyramidkv", "adakv")
-OTHERS += ("snapkv+lukv", "keydiff+adakv", "expected+adakv", "expected+global", "lkv-t", "lkv-t+global")
+CORE = ("full", "lkv", "kvzip", "kvzip-l2", "keydiff", "keydiff+lukv", "expected", "expected+lukv")
+CORE += ("snapkv", "snapkv+lukv", "oracle")
+OTHERS = ("random", "streaming", "knorm", "tova", "h2o", "criticalkv", "pyramidkv", "adakv")
+OTHERS += ("keydiff+adakv", "expected+adakv", "expected+global", "lkv-t", "lkv-t+lkv-h", "lkv-t+global")
 KEEPS = ("0.0625", "0.15", "0.25")
 SEED = 20_000  # of the evaluation: nothing was tuned on it
 CHINESE = ("multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh")

@@ -16,7 +16,7 @@ from headwise.errors import BadInput
 from headwise.evals.compare import compare
 from headwise.evals.document import Asked
 from headwise.evals.models import load
-from headwise.evals.oracle import as_method, foresee, largest_attention
+from headwise.evals.oracle import as_method, foresee, squared_attention
 from headwise.evals.records import RunFolder
 from headwise.evals.run import evaluate, manifest, summarise
 from headwise.method import Method
@@ -43,9 +43,9 @@ def brute_force(family, context):
         ids = torch.cat([context, question[None], answer[None, :-1]], dim=-1)
         attentions = model(ids, output_attentions=True).attentions
         layers = [attentions[layer][0] for layer in headwise.hf.families.view(model).shape.layers]
-        paid = torch.stack([weights[:, CONTEXT:, :CONTEXT].amax(1) for weights in layers])
-        found.append(paid.unflatten(1, (model.config.num_key_value_heads, -1)).amax(2))
-    return torch.stack(found).amax(0)
+        paid = torch.stack([weights[:, CONTEXT:, :CONTEXT].square().sum(1) for weights in layers])
+        found.append(paid.unflatten(1, (model.config.num_key_value_heads, -1)).sum(2))
+    return torch.stack(found).sum(0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,7 +54,7 @@ def test_an_entry_counts_what_any_later_token_pays_it(family):
     questions, answers = zip(*pairs(), strict=True)
     reading = read(model, context, [Method.parse("keydiff").scorer])
     kernels = [layer.kernel for layer in reading.whole.ragged_layers]
-    found = largest_attention(model, reading.whole, questions, answers)
+    found = squared_attention(model, reading.whole, questions, answers)
     torch.testing.assert_close(found, brute_force(family, context), rtol=1e-3, atol=1e-6)
     assert [layer.kernel for layer in reading.whole.ragged_layers] == kernels
     assert reading.whole.get_seq_length() == CONTEXT

@@ -1,14 +1,14 @@
 """The oracle: what could be kept if the questions and their answers were known. A yardstick, and no method.
 
 It has seen what a method cannot see: the full cache's own answer to every question (or the text that goes on). The
-model reads each question and its answer after the whole context, and every entry is given the most attention that any
-of these tokens pays it. The best entries of all heads together are kept. One cache serves all questions of a context,
-so their maximum counts. What falls short of the oracle at a keep can still be gained there; what the oracle loses,
-hardly. It is near the best that can be kept, not proven to be the best: where tens of questions share one small cache,
-a method that weighs them otherwise can be above it.
+model reads each question and its answer after the whole context, and every entry is given the squares of the attention
+that these tokens pay it, summed: about what the heads' outputs would lose without it (`headwise.train.futures`). The
+best entries of all heads together are kept. One cache serves all questions of a context, so their sum counts. What
+falls short of the oracle at a keep can still be gained there; what the oracle loses, hardly. It is near the best that
+can be kept, not proven to be the best: entries are chosen one by one, and a set of them may do better.
 
-Scores that count what an entry writes (attention times ||v W_O||, or the change of a head's output without it) were
-tried, see docs/decisions.md.
+The largest attention, and scores that count what an entry writes (attention times ||v W_O||), were tried, see
+docs/decisions.md.
 """
 
 from collections.abc import Sequence
@@ -63,21 +63,21 @@ def foresee(
     answers: Sequence[Int[Tensor, " _"]],
 ) -> Reading:
     """The reading with the oracle's scores: `cut` takes `as_method(ORACLE)` then. Raises BadInput."""
-    scores = largest_attention(model, reading.whole, questions, answers)
+    scores = squared_attention(model, reading.whole, questions, answers)
     return replace(reading, scores={**reading.scores, Foresight(): scores[:, None]})
 
 
 @torch.no_grad()
-def largest_attention(
+def squared_attention(
     model: PreTrainedModel,
     whole: RaggedCache,
     questions: Sequence[Int[Tensor, " _"]],
     answers: Sequence[Int[Tensor, " _"]],
 ) -> Float[Tensor, "layers kv_heads tokens"]:
-    """The most attention that each entry of a wholly kept context gets from any token that follows it, float32.
+    """What each entry of a wholly kept context gets from the tokens that follow it: attention squared, summed; float32.
 
     Those are the tokens of every question and of its answer, each pair read alone right after the context, but for the
-    answer's last token: nothing is predicted from it. The maximum is over the query heads of a group, too. Raises
+    answer's last token: nothing is predicted from it. The sum is over the query heads of a group, too. Raises
     BadInput unless the cache holds one context, all of it.
     """
     require_whole(whole)
@@ -93,7 +93,7 @@ def largest_attention(
 
 
 def _noted(
-    largest: Float[Tensor, "kv_heads tokens"],
+    paid: Float[Tensor, "kv_heads tokens"],
     keys: Float[Tensor, "kv_heads tokens head_dim"],
     kernel: Kernel,
     query: Float[Tensor, "one kv_heads group queries head_dim"],
@@ -104,7 +104,7 @@ def _noted(
     mask: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """Stands before a layer's kernel; raises `largest` to what the queries pay the entries of the context."""
+    """Stands before a layer's kernel; adds to `paid` what the queries pay the entries of the context."""
     num_context, num_queries = keys.shape[1], query.shape[3]
     every = torch.cat([keys[None], tail_keys], dim=2)
     columns = torch.arange(every.shape[2], dtype=torch.int64, device=query.device)
@@ -112,5 +112,5 @@ def _noted(
         block = query[:, :, :, start : start + _QUERY_BLOCK]
         last = num_context + start + torch.arange(block.shape[3], dtype=torch.int64, device=query.device)
         weights = attention(block.flatten(1, 2), every, (columns <= last[:, None])[None], scaling=scaling)
-        torch.maximum(largest, weights[0, ..., :num_context].amax((1, 2)), out=largest)
+        paid += weights[0, ..., :num_context].square().sum((1, 2))
     return kernel(query, segments, rows, tail_keys, tail_values, mask, scaling)
