@@ -1,0 +1,117 @@
+"""Tables of what recipes/real_models.py has measured, in Markdown: for docs/results/real-models.md.
+
+    python recipes/real_models_tables.py runs [--page docs/results/real-models.md]
+
+With --page they replace what stands between the page's two marks. Intervals are those of `headwise report`. A task that
+the full cache does not answer says little about a method: means are over the tasks it answers, the others are named.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from headwise.report.records import FULL, RUN, load
+from headwise.report.statistics import Estimate, Setting
+from headwise.report.summary import Summary, summarise
+
+START, END = "<!-- made by recipes/real_models_tables.py -->", "<!-- end -->"
+ANSWERED = 0.5  # score of the full cache
+MAIN_KEEP = "0.15"
+
+
+def main() -> None:
+    """Write or print all tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder that recipes/real_models.py has made")
+    parser.add_argument("--page", type=Path, help="page to put them into")
+    asked = parser.parse_args()
+    text = "\n".join(pages(asked.runs))
+    if asked.page is None:
+        print(text)
+        return
+    page = asked.page.read_text(encoding="utf-8")
+    (before, rest), (_, after) = page.split(START), page.split(END)
+    assert END in rest
+    asked.page.write_text(f"{before}{START}\n\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def pages(runs: Path) -> Iterator[str]:
+    """A section for every model, set and protocol."""
+    folders: dict[tuple[str, str, str], list[Path]] = {}
+    for run in sorted(runs.glob(f"*/*/*/*/{RUN}")):
+        model, name, protocol, _ = run.relative_to(runs).parent.parts
+        folders.setdefault((model, name, protocol), []).append(run.parent)
+    order = ("ruler-1k", "books", "longbench-2k", "ruler-2k", "ruler-4k", "others")
+    for (model, name, protocol), found in sorted(
+        folders.items(), key=lambda item: (item[0][0], order.index(item[0][1]), item[0][2])
+    ):
+        sections = load(found).sections
+        assert len(sections) == 1, (model, name, protocol)
+        yield from section(summarise(sections[0]), f"{model}, {name}, {protocol}")
+
+
+def section(summary: Summary, title: str) -> Iterator[str]:
+    """One set: the mean over its tasks, then every task at one keep."""
+    full = Setting(FULL, "1")
+    counts = [summary.cells[full, task].samples for task in summary.tasks]
+    samples = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(counts[0])
+    yield f"### {title}\n"
+    if summary.predicted and not summary.scored:
+        yield f"{samples} passages. KL to the full cache, nats per token of the text that follows.\n"
+        yield from table(summary, "kl", 3)
+        return
+    answered = [task for task in summary.tasks if summary.cells[full, task].quality.value >= ANSWERED]
+    left = [task.label for task in summary.tasks if task not in answered]
+    names = {task.name for task in answered}
+    some = replace(summary.section, records=[r for r in summary.section.records if r.task in names])
+    told = f" Left out, for the full cache answers less than half: {', '.join(left)}." if left else ""
+    yield f"{samples} samples a task, {len(answered)} tasks.{told}\n"
+    if answered:
+        yield "Score, as a share of the full cache's:\n"
+        part = summarise(some)
+        yield from table(part, "of_full", 2)
+    yield f"KL to the full cache, nats per token of its answers, all {len(summary.tasks)} tasks:\n"
+    yield from table(summary, "kl", 3)
+    yield f"Score of every task at {MAIN_KEEP}:\n"
+    yield from tasks_table(summary)
+
+
+def table(summary: Summary, measure: str, digits: int) -> Iterator[str]:
+    """Methods by keeps."""
+    keeps = [keep for keep in summary.keeps if keep != "1"]
+    yield f"| | {' | '.join(keeps)} |"
+    yield f"|---|{'---|' * len(keeps)}"
+    for method in summary.methods:
+        cells = []
+        for keep in keeps:
+            found = summary.overall.get(Setting(method, keep))
+            cells.append(shown(getattr(found, measure) if found else None, digits))
+        yield f"| `{method}` | {' | '.join(cells)} |"
+    yield ""
+
+
+def tasks_table(summary: Summary) -> Iterator[str]:
+    """Methods by tasks."""
+    yield f"| | {' | '.join(task.label for task in summary.tasks)} |"
+    yield f"|---|{'---|' * len(summary.tasks)}"
+    rows: Sequence[Setting] = [Setting(FULL, "1"), *(Setting(method, MAIN_KEEP) for method in summary.methods)]
+    for setting in rows:
+        cells = [summary.cells.get((setting, task)) for task in summary.tasks]
+        texts = [f"{cell.quality.value:.2f}" if cell else "" for cell in cells]
+        if any(texts):
+            yield f"| `{setting.method}` | {' | '.join(texts)} |"
+    yield ""
+
+
+def shown(found: Estimate | None, digits: int) -> str:
+    """A mean and its interval."""
+    if found is None:
+        return ""
+    if found.low is None or found.high is None:
+        return f"{found.value:.{digits}f}"
+    return f"{found.value:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()
