@@ -34,11 +34,11 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import headwise
-from headwise import layout
+from headwise.cache.cache import RaggedCache
+from headwise.files.writing import write_bytes
 from headwise.kernels import pages, reference, triton_decode
-from headwise.layout import Segments
-from headwise.ragged.cache import RaggedCache
-from headwise.writing import write_bytes
+from headwise.kernels import segments as layout
+from headwise.kernels.segments import Segments
 
 PROFILE = (1.00, 0.20, 0.12, 0.10, 0.08, 0.05, 0.03, 0.02)  # kept fraction of each KV head: 20% on average
 HEADS, GROUP, TAIL = len(PROFILE), 4, 64

@@ -9,12 +9,12 @@ Takes about a minute on one core.
 import tempfile
 from pathlib import Path
 
-from headwise.artifacts import Profile
-from headwise.calibration import load_examples
-from headwise.evals.models import REFERENCE, load, reference_path
-from headwise.hf.families import view
-from headwise.profile import Settings, profile
-from headwise.solve import check, solve
+from headwise.artifacts.profile import Profile
+from headwise.models.families import view
+from headwise.models.loading import REFERENCE, load, reference_path
+from headwise.offline.calibration import load_examples
+from headwise.offline.profile import Settings, profile
+from headwise.offline.solve import check, solve
 
 SCORERS = ("snapkv", "keydiff", "expected")
 CALIBRATION = "builtin:48"

@@ -24,12 +24,12 @@ from statistics import fmean
 from typing import Any
 
 from headwise.errors import BadInput, HeadwiseError
-from headwise.evals.document import Tokens, tokenize
-from headwise.evals.models import load_tokenizer
 from headwise.evals.records import RECORDS, RUN, Record, records_in
-from headwise.evals.suites import Sizes, make_tasks, parse_tasks
-from headwise.evals.tasks import Sample, Task
-from headwise.scores import SnapKV
+from headwise.methods.scores import SnapKV
+from headwise.models.loading import load_tokenizer
+from headwise.tasks.document import Tokens, tokenize
+from headwise.tasks.suites import Sizes, make_tasks, parse_tasks
+from headwise.tasks.task import Sample, Task
 
 METHODS = ("full", "snapkv", "keydiff", "expected", "adakv", "kvzip")
 Key = tuple[str, int, str]  # task, index, method

@@ -104,8 +104,8 @@ def convert(file: Path, target: Path) -> None:
 
 def ready(model: Path) -> list[str]:
     """The prepared methods that need no file of one's own."""
-    from headwise.available import overview
-    from headwise.evals.models import load_config
+    from headwise.models.available import overview
+    from headwise.models.loading import load_config
 
     found = {row.method for row in overview(str(model), load_config(str(model))).methods if row.state == "ready"}
     return [method for method in PREPARED if method in found]

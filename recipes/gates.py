@@ -14,12 +14,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from headwise.calibration import load_examples
-from headwise.evals.models import REFERENCE, load, reference_path
-from headwise.hf.families import view
-from headwise.train.fit import FitSettings
-from headwise.train.loop import Settings
-from headwise.train.run import train
+from headwise.models.families import view
+from headwise.models.loading import REFERENCE, load, reference_path
+from headwise.offline.calibration import load_examples
+from headwise.offline.train.fit import FitSettings
+from headwise.offline.train.loop import Settings
+from headwise.offline.train.run import train
 
 CONTEXTS = "builtin:160"
 

@@ -25,16 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import BadInput, HeadwiseError
-from headwise.evals.longbench_data import LONGBENCH_TASKS
-from headwise.evals.models import load
-from headwise.evals.plain import perplexity_task
 from headwise.evals.records import RunFolder
-from headwise.evals.ruler import RULER_TASKS
 from headwise.evals.run import Evaluation, evaluate, manifest
-from headwise.evals.suites import Sizes, make_tasks
-from headwise.evals.tasks import Task
-from headwise.keep import parse_keep
-from headwise.locks import SUFFIX, locked
+from headwise.files.locks import SUFFIX, locked
+from headwise.methods.keep import parse_keep
+from headwise.models.loading import load
+from headwise.tasks.longbench.data import LONGBENCH_TASKS
+from headwise.tasks.plain import perplexity_task
+from headwise.tasks.ruler.suite import RULER_TASKS
+from headwise.tasks.suites import Sizes, make_tasks
+from headwise.tasks.task import Task
 
 CORE = ("full", "lkv", "kvzip", "kvzip-l2", "keydiff", "keydiff+lukv", "expected", "expected+lukv")
 CORE += ("snapkv", "snapkv+lukv", "oracle")

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from headwise.report.records import FULL, RUN, load
-from headwise.report.statistics import Estimate, Setting
-from headwise.report.summary import Summary, summarise
+from headwise.report.quality.records import FULL, RUN, load
+from headwise.report.quality.statistics import Estimate, Setting
+from headwise.report.quality.summary import Summary, summarise
 
 START, END = "<!-- made by recipes/real_models_tables.py -->", "<!-- end -->"
 ANSWERED = 0.5  # score of the full cache

@@ -24,7 +24,7 @@ from reference_training.tokenizer import LONGEST_INPUT
 from reference_training.trainer import Batch, Schedule, Trainer, new_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headwise.evals.lexicon import BOS, EOS, PAD, REFERENCE_VOCABULARY
+from headwise.tasks.mini_ruler.lexicon import BOS, EOS, PAD, REFERENCE_VOCABULARY
 
 COPYING_SHARE = 0.17  # of the minutes
 COPYING_TOKENS_PER_STEP = 4096

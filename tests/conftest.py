@@ -21,7 +21,7 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _no_progress_in_logs(monkeypatch):
     """Whether a command takes five seconds depends on the machine. test_console.py sees to these lines."""
-    monkeypatch.setattr("headwise.console.FIRST_LINE", 1e9)
+    monkeypatch.setattr("headwise.commands.console.FIRST_LINE", 1e9)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """Evaluation in one call, as `headwise eval --json` tells it."""
 
 from headwise.evals.run import Evaluation, Summary, evaluate, summarise
-from headwise.evals.suites import Sizes, make_tasks, parse_tasks
-from headwise.keep import parse_keep
+from headwise.methods.keep import parse_keep
+from headwise.tasks.suites import Sizes, make_tasks, parse_tasks
 
 
 def evaluation_of(tokenizer, tasks, methods, keeps, samples=2, seed=0, length=512, **options) -> Evaluation:

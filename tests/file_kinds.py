@@ -19,30 +19,35 @@ from families import random_ids, tiny_model
 from random_gates import gates_for
 
 import headwise
-from headwise import profile as profiling
-from headwise.allocate.fixed import Fixed
-from headwise.allocate.profiled import LUKV
-from headwise.artifacts import LOSSES, Budget, Origin, Profile, write_tensors
-from headwise.calibration import load_examples
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.contents import LOSSES
+from headwise.artifacts.gates import EntryScores, Gates, HeadBudgets, summary_width
+from headwise.artifacts.origin import Origin
+from headwise.artifacts.profile import Profile
+from headwise.artifacts.tensors import write_tensors
 from headwise.errors import HeadwiseError
-from headwise.evals.document import read_questions
-from headwise.evals.longbench_data import load_rows
-from headwise.evals.plain import file_task
-from headwise.evals.ruler_documents import load_hotpotqa, load_squad
-from headwise.evals.ruler_sources import load_more_words, load_words
-from headwise.gates import EntryScores, Gates, HeadBudgets, summary_width
-from headwise.hf.families import view
 from headwise.interfaces import Demand
-from headwise.losses import RANKS
-from headwise.method import Method
-from headwise.report import benchmarks, records, results, speed
-from headwise.report.facts import facts
-from headwise.report.gates import log_of
-from headwise.report.kept import KeptTokens
-from headwise.report.page import page
-from headwise.solve import check, solve
-from headwise.train.loop import Settings, Trainer
-from headwise.train.run import _State
+from headwise.methods.allocate.fixed import Fixed
+from headwise.methods.allocate.profiled import LUKV
+from headwise.methods.method import Method
+from headwise.models.families import view
+from headwise.offline import profile as profiling
+from headwise.offline.calibration import load_examples
+from headwise.offline.losses import RANKS
+from headwise.offline.solve import check, solve
+from headwise.offline.train.loop import Settings, Trainer
+from headwise.offline.train.run import _State
+from headwise.report.inspect.facts import facts
+from headwise.report.inspect.gates import log_of
+from headwise.report.inspect.kept import KeptTokens
+from headwise.report.quality import records, results
+from headwise.report.quality.page import page
+from headwise.report.speed import benchmarks, speed
+from headwise.tasks.document import read_questions
+from headwise.tasks.longbench.data import load_rows
+from headwise.tasks.plain import file_task
+from headwise.tasks.ruler.documents import load_hotpotqa, load_squad
+from headwise.tasks.ruler.sources import load_more_words, load_words
 
 
 @dataclass(frozen=True, kw_only=True)

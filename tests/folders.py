@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from headwise.evals.lexicon import BOS, EOS, PAD, REFERENCE_VOCABULARY, UNKNOWN
+from headwise.tasks.mini_ruler.lexicon import BOS, EOS, PAD, REFERENCE_VOCABULARY, UNKNOWN
 
 # `<bos>` and the roles are in the template, as in Llama's and Qwen's.
 CHAT_TEMPLATE = (

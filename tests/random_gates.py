@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import torch
 
-from headwise.allocate import ShippedContest, ShippedLKVH, contest, learned_budgets
-from headwise.artifacts import Origin
-from headwise.gates import EntryScores, Gates, HeadBudgets, summary_width
-from headwise.hf.families import view
-from headwise.method import Method
-from headwise.scores import ShippedLKVT, learned_scorer
+from headwise.artifacts.gates import EntryScores, Gates, HeadBudgets, summary_width
+from headwise.artifacts.origin import Origin
+from headwise.methods.allocate import ShippedContest, ShippedLKVH, contest, learned_budgets
+from headwise.methods.method import Method
+from headwise.methods.scores import ShippedLKVT, learned_scorer
+from headwise.models.families import view
 
 PARTS = ("budgets", "scores")
 

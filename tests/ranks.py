@@ -1,6 +1,6 @@
 """Several processes' shares of a work, done one after the other."""
 
-from headwise.processes import Processes
+from headwise.models.processes import Processes
 
 
 class Rank(Processes):

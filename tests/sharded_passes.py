@@ -9,9 +9,9 @@ import sys
 import torch
 from families import tiny_model
 
-from headwise.hf.families import view
-from headwise.processes import launched
-from headwise.ragged.store import model_fingerprint
+from headwise.cache.store import model_fingerprint
+from headwise.models.families import view
+from headwise.models.processes import launched
 
 passes = [int(argument) for argument in sys.argv[1:]]
 processes, whole, model = launched("cpu"), tiny_model("qwen3"), tiny_model("qwen3")

@@ -16,21 +16,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from headwise import artifacts
-from headwise.allocate.fixed import Fixed
-from headwise.artifacts import (
-    Budget,
-    Origin,
-    Profile,
-    config_hash,
-    describe,
-    fingerprint,
-    read_tensors,
-    write_tensors,
-)
+from headwise.artifacts import tensors as artifacts
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.origin import Origin, config_hash
+from headwise.artifacts.profile import Profile
+from headwise.artifacts.tensors import describe, fingerprint, read_tensors, write_tensors
 from headwise.errors import ArtifactMismatch, BadInput, ShapeMismatch
-from headwise.evals.models import reference_path
 from headwise.interfaces import Demand
+from headwise.methods.allocate.fixed import Fixed
+from headwise.models.loading import reference_path
 from headwise.shapes import ModelShape
 
 CASES = settings(max_examples=50, deadline=None, derandomize=True)
@@ -300,7 +294,7 @@ PARTS = (torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16), torch.tensor([True, 
 
 def test_fingerprints_are_the_same_in_another_process():
     code = (
-        "import torch; from headwise.artifacts import fingerprint; "
+        "import torch; from headwise.artifacts.tensors import fingerprint; "
         "print(fingerprint(torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16), "
         "torch.tensor([True, False]), b'bytes', 'text'))"
     )

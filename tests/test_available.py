@@ -12,16 +12,19 @@ from random_gates import make_gates
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from headwise import artifacts, cli, shipped
-from headwise.allocate import LUKV, Global
-from headwise.artifacts import Budget, Origin, config_hash
-from headwise.available import overview
+from headwise import cli
+from headwise.artifacts import shipped
+from headwise.artifacts import tensors as artifacts
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.origin import Origin, config_hash
 from headwise.errors import BadInput, HeadwiseError
-from headwise.evals.models import reference_path
-from headwise.hf.families import shape_of
-from headwise.method import ALIASES, SCORERS, Method
-from headwise.registry import entries_of
-from headwise.scores import LKVT
+from headwise.methods.allocate import LUKV, Global
+from headwise.methods.method import ALIASES, SCORERS, Method
+from headwise.methods.registry import entries_of
+from headwise.methods.scores import LKVT
+from headwise.models.available import overview
+from headwise.models.families import shape_of
+from headwise.models.loading import reference_path
 
 MODELS = {"smollm2": SMOLLM2, "qwen-coder": QWEN_CODER}
 

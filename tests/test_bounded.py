@@ -5,10 +5,10 @@ import threading
 
 import pytest
 
-from headwise.bounded import read_bytes
 from headwise.errors import BadInput
-from headwise.evals.document import read_questions, read_text
-from headwise.report.results import write_report
+from headwise.files.bounded import read_bytes
+from headwise.report.quality.results import write_report
+from headwise.tasks.document import read_questions, read_text
 
 
 @pytest.mark.parametrize("read", [read_text, read_questions, lambda path: read_bytes(path, 10)])

@@ -10,11 +10,11 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from headwise.calibration import TASKS, Example, builtin, encode, load_examples, to_json_lines
 from headwise.errors import BadInput
-from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.mini_ruler import generate
-from headwise.texts.mix import ORDER
+from headwise.offline.calibration import TASKS, Example, builtin, encode, load_examples, to_json_lines
+from headwise.offline.texts.mix import ORDER
+from headwise.tasks.mini_ruler.lexicon import REFERENCE_LEXICON
+from headwise.tasks.mini_ruler.suite import generate
 
 POSITIONS = 1024
 

@@ -16,14 +16,15 @@ from typer.testing import CliRunner
 
 import headwise
 from headwise import cli, kernels
-from headwise.artifacts import Budget, Origin
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.origin import Origin
+from headwise.commands.streaming import AnswerStreamer
 from headwise.errors import BudgetInfeasible
-from headwise.evals import models
-from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.mini_ruler import generate
-from headwise.evals.streaming import AnswerStreamer
-from headwise.method import ALIASES, ALLOCATORS, SCORERS
+from headwise.methods.method import ALIASES, ALLOCATORS, SCORERS
+from headwise.models import loading as models
 from headwise.shapes import ModelShape
+from headwise.tasks.mini_ruler.lexicon import REFERENCE_LEXICON
+from headwise.tasks.mini_ruler.suite import generate
 
 COMMANDS = {
     f"{name} {inner}" if inner else name: command
@@ -341,7 +342,7 @@ def test_the_whole_of_ruler_leaves_out_what_has_no_data(run, tmp_path, monkeypat
         named.extend(name for _, name in given)
         raise cli.BadInput("enough")
 
-    monkeypatch.setattr("headwise.evals.suites.make_tasks", stop)
+    monkeypatch.setattr("headwise.tasks.suites.make_tasks", stop)
     _, _, err = run("eval -m {base} --tasks ruler --length 1024")
     assert err.splitlines()[0].startswith("headwise: ruler: qa_1, qa_2 are left out for want of data")
     assert len(named) == 11 and "qa_1" not in named
@@ -363,7 +364,7 @@ def test_a_report_without_matplotlib_says_what_is_left_out(run, tmp_path, monkey
     folder, page = tmp_path / "run", tmp_path / "report.html"
     succeed(run, f"eval -m {{base}} --tasks mini-ruler:vt --methods full --samples 1 --length 160 --out {folder}")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "headwise.report.picture", raising=False)
+    monkeypatch.delitem(sys.modules, "headwise.report.draw.picture", raising=False)
     code, out, err = run(f"report {folder} -o {page} --json")
     assert code == 0
     assert json.loads(out) == {"written": [str(page.with_suffix(end)) for end in (".html", ".csv", ".md")]}
@@ -501,7 +502,7 @@ def test_inspect_describes_a_cache(run, model_folders, tmp_path):
 
 
 def test_inspect_of_a_damaged_header_is_one_line(run, tmp_path):
-    from headwise.artifacts import write_tensors
+    from headwise.artifacts.tensors import write_tensors
 
     for at, damage in enumerate([{"method": 3}, {"method": {"scorer": [1]}}, {"context_tokens": "x"}]):
         path = tmp_path / f"{at}.safetensors"
@@ -671,7 +672,7 @@ def test_out_of_memory_is_told_and_other_errors_are_not_hidden(run, monkeypatch)
         def raising(*args, **kwargs):
             raise error
 
-        monkeypatch.setattr("headwise.evals.models.load", raising)
+        monkeypatch.setattr("headwise.models.loading.load", raising)
 
     fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16 GiB.\nDetails"))
     code, out, err = run(f"compare {OWN}")
@@ -691,7 +692,7 @@ def test_out_of_memory_is_told_and_other_errors_are_not_hidden(run, monkeypatch)
 
 
 def test_without_the_bundled_files_the_message_names_them(run, monkeypatch, tmp_path):
-    monkeypatch.setattr("headwise.evals.texts.reference_path", lambda: tmp_path)
+    monkeypatch.setattr("headwise.tasks.texts.reference_path", lambda: tmp_path)
     code, out, err = run("compare -m {base}")
     assert "cannot read the document" in err
     assert (code, out, err.count("\n")) == (2, "", 1)

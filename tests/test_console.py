@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwise import console
+from headwise.commands import console
+from headwise.files import terminal
 
 CONTROL = [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
 EVIL = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e\u2066\u2028\r\x00\x7f\udc9b"
@@ -36,22 +37,22 @@ def pipe(monkeypatch):
 
 @pytest.mark.parametrize("code", CONTROL)
 def test_every_control_character_is_written_out(code):
-    text = console.shown(f"a{chr(code)}b")
+    text = terminal.shown(f"a{chr(code)}b")
     assert text.isprintable()
     assert text == f"a{chr(code).encode('unicode_escape').decode()}b"
 
 
 @given(st.text())
 def test_what_is_shown_cannot_move_a_cursor(text):
-    found = console.shown(text)
+    found = terminal.shown(text)
     assert not any(ord(letter) in CONTROL or "\ud800" <= letter <= "\udfff" for letter in found)
-    assert console.shown(found) == found
-    assert console.shown(text, lines=True).replace("\n", "\\n").replace("\t", "\\t") == found
+    assert terminal.shown(found) == found
+    assert terminal.shown(text, lines=True).replace("\n", "\\n").replace("\t", "\\t") == found
 
 
 @pytest.mark.parametrize("text", ["naïve café", "日本語", "שלום", "👩\u200d💻", "a\\b|c<d>", "नमस्ते", ""])
 def test_other_text_is_left_as_it_is(text):
-    assert console.shown(text) == text
+    assert terminal.shown(text) == text
 
 
 def test_tables_escape_cells_columns_and_titles(capsys):
@@ -94,8 +95,8 @@ def test_a_table_of_80_columns_cuts_nothing(monkeypatch):
 
 
 def test_results_and_errors_are_escaped(capsys):
-    console.say(f"r{EVIL}\nnext")
-    console.complain(ValueError(f"e{EVIL}\nnext"))
+    terminal.say(f"r{EVIL}\nnext")
+    terminal.complain(ValueError(f"e{EVIL}\nnext"))
     assert capsys.readouterr() == (f"r{SAFE}\nnext\n", f"headwise: e{SAFE}\\nnext\n")
 
 
@@ -111,10 +112,10 @@ def test_json_is_ascii(capsys):
 )
 def test_a_character_that_the_encoding_lacks_is_written_out(pipe, encoding, arrow):
     stream, raw = pipe(encoding)
-    console.open_streams()
-    console.say("a → é")
+    terminal.open_streams()
+    terminal.say("a → é")
     console.print_table("t →", ["é"], [["→"]])
-    console.complain("→")
+    terminal.complain("→")
     print("\udc80", file=sys.stderr)  # of a file's name, in a message of another library
     stream.flush()
     written = raw.getvalue().decode(encoding)
@@ -130,10 +131,10 @@ def test_where_there_is_no_stdout(monkeypatch, missing):
         stream = io.TextIOWrapper(io.BytesIO())
         stream.close()
         monkeypatch.setattr(sys, name, None if missing is None else stream)
-    console.open_streams()
-    console.say("result")
+    terminal.open_streams()
+    terminal.say("result")
     console.print_table("t", ["c"], [["x"]])
-    console.complain("error")
+    terminal.complain("error")
     sys.stdout.close()
     sys.stderr.close()
 

@@ -15,9 +15,9 @@ import torch
 from families import random_ids, tiny_model
 
 from headwise import compress
-from headwise.hf.families import shape_of
-from headwise.registry import ALLOCATORS, SCORERS, Entry, allocator
-from headwise.scores import SnapKV
+from headwise.methods.registry import ALLOCATORS, SCORERS, Entry, allocator
+from headwise.methods.scores import SnapKV
+from headwise.models.families import shape_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 README = (DOCS.parent / "README.md").read_text()
@@ -57,7 +57,7 @@ def test_a_wrong_parameter_is_refused(names):
 
 def test_the_allocator_s_line(names, monkeypatch):
     (line,) = re.findall(r'^    ("\w+": Entry\(.*\)),$', PAGE, re.MULTILINE)
-    monkeypatch.setattr("headwise.allocate.Rising", names["Rising"], raising=False)
+    monkeypatch.setattr("headwise.methods.allocate.Rising", names["Rising"], raising=False)
     (entry,) = eval(f"{{{line}}}", {**names, "Entry": Entry, "allocator": allocator}).values()
     assert is_dataclass(entry.make())
     assert entry.summary
@@ -68,7 +68,7 @@ def test_the_scorer_s_steps_are_all_it_takes(tmp_path):
     source = tmp_path / "src" / "headwise"
     shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("reference", "__pycache__"))
     (code,) = re.findall(r"^```python\n(from dataclasses.*?class ValueNorm.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    (source / "scores" / "valuenorm.py").write_text(f'"""Large values first."""\n\n{code}')
+    (source / "methods" / "scores" / "valuenorm.py").write_text(f'"""Large values first."""\n\n{code}')
     (steps,) = re.findall(r"^```diff\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     file, above = tmp_path, ""
     for line in steps.splitlines():

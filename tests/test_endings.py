@@ -15,7 +15,7 @@ from killing import ended, forked
 from safetensors import SafetensorError
 
 from headwise import cli, kernels
-from headwise.evals import models
+from headwise.models import loading as models
 
 DOCUMENT = "locker marble clever robin. " * 60
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -180,7 +180,11 @@ def files(tmp_path):
 @pytest.fixture
 def no_work(monkeypatch):
     """Nothing may be loaded, read or made."""
-    for name in ("headwise.evals.models.load", "headwise.artifacts.Profile.load", "headwise.report.results.load"):
+    for name in (
+        "headwise.models.loading.load",
+        "headwise.artifacts.profile.Profile.load",
+        "headwise.report.quality.results.load",
+    ):
         monkeypatch.setattr(name, lambda *args, **kwargs: pytest.fail("work was done before the goal was looked at"))
 
 

@@ -14,10 +14,8 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 from transformers import DynamicCache
 
-from headwise.allocate import learned_budgets
-from headwise.artifacts import Budget, read_tensors, write_tensors
-from headwise.errors import ArtifactMismatch, BadInput
-from headwise.gates import (
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.gates import (
     KNOTS,
     EntryScores,
     Gates,
@@ -27,8 +25,11 @@ from headwise.gates import (
     load_gates,
     summary_width,
 )
-from headwise.hf.families import view
-from headwise.scores import learned_scorer
+from headwise.artifacts.tensors import read_tensors, write_tensors
+from headwise.errors import ArtifactMismatch, BadInput
+from headwise.methods.allocate import learned_budgets
+from headwise.methods.scores import learned_scorer
+from headwise.models.families import view
 from headwise.shapes import ModelShape
 
 SHAPE = ModelShape(num_layers=4, layers=(0, 2, 3), kv_heads=2, query_heads=4, head_dim=8)

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 import headwise
-from headwise.artifacts import Profile
-from headwise.calibration import Example
-from headwise.evals import models
-from headwise.method import SCORERS
-from headwise.profile import Settings, profile
-from headwise.solve import solve
-from headwise.train.loop import Settings as Training
-from headwise.train.run import train
+from headwise.artifacts.profile import Profile
+from headwise.methods.method import SCORERS
+from headwise.models import loading as models
+from headwise.offline.calibration import Example
+from headwise.offline.profile import Settings, profile
+from headwise.offline.solve import solve
+from headwise.offline.train.loop import Settings as Training
+from headwise.offline.train.run import train
 
 WORDS = "locker apple red stone. the key was under the old tower, near a river. "
 EXAMPLES = [
@@ -126,7 +126,7 @@ def test_every_method_keeps_the_same_under_other_defaults(bundled_model, method,
 @pytest.mark.parametrize("name", OTHERS)
 def test_files_are_the_same_under_other_defaults(loaded, tmp_path, monkeypatch, name):
     """A profile, the budget solved from it, gates that were trained, a cache that was saved and loaded."""
-    monkeypatch.setattr("headwise.train.warm.PROFILED", 1)
+    monkeypatch.setattr("headwise.offline.train.warm.PROFILED", 1)
     for folder, chosen in (("plain", {}), ("other", OTHERS[name])):
         (tmp_path / folder).mkdir()
         with defaults(**chosen):

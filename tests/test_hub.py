@@ -16,12 +16,13 @@ from huggingface_hub import constants
 from random_gates import gates_for
 
 import headwise
-from headwise import hub
-from headwise.artifacts import Budget, Origin
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.origin import Origin
 from headwise.errors import ArtifactMismatch, BadInput
-from headwise.hf.families import view
-from headwise.method import Method
-from headwise.registry import SCORERS, entries_of
+from headwise.files import hub
+from headwise.methods.method import Method
+from headwise.methods.registry import SCORERS, entries_of
+from headwise.models.families import view
 
 FIRST, SECOND = "1" * 40, "2" * 40
 

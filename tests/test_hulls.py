@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
+from headwise.artifacts.hulls import concave_hulls, share
 from headwise.errors import BudgetInfeasible
-from headwise.hulls import concave_hulls, share
 
 CASES = settings(max_examples=40, deadline=None, derandomize=True)
 CURVES = {

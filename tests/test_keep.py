@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.errors import BadInput
-from headwise.keep import MOST_TOKENS, Keep, parse_bytes, parse_keep, parse_tokens, round_half_up
+from headwise.methods.keep import MOST_TOKENS, Keep, parse_bytes, parse_keep, parse_tokens, round_half_up
 from headwise.shapes import ModelShape
 
 CASES = settings(max_examples=100, deadline=None, derandomize=True)

@@ -12,12 +12,13 @@ from families import random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwise.hf.families import view
-from headwise.losses import RANKS, OutputLoss, keeping_order, marginal_utility, spread_points
-from headwise.method import Method
-from headwise.oracle import Rows, decode, states_of
-from headwise.reading import read
-from headwise.select import protected_mask, protection_order, select
+from headwise.cache.reading import read
+from headwise.cache.whole import states_of
+from headwise.methods.method import Method
+from headwise.methods.select import protected_mask, protection_order, select
+from headwise.models.families import view
+from headwise.offline.losses import RANKS, OutputLoss, keeping_order, marginal_utility, spread_points
+from headwise.offline.watch import Rows, decode
 
 CASES = settings(max_examples=60, deadline=None, derandomize=True)
 KEYDIFF = Method.parse("keydiff").scorer

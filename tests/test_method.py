@@ -6,12 +6,13 @@ import re
 import pytest
 import torch
 
-from headwise.allocate import AdaKV, Fixed, Global, Uniform
-from headwise.artifacts import Budget, Origin
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.origin import Origin
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.interfaces import AbstractAllocator, AbstractScorer
-from headwise.method import ALIASES, ALLOCATORS, SCORERS, Method, paper_of
-from headwise.scores import KeyDiff, KVzip, SnapKV
+from headwise.methods.allocate import AdaKV, Fixed, Global, Uniform
+from headwise.methods.method import ALIASES, ALLOCATORS, SCORERS, Method, paper_of
+from headwise.methods.scores import KeyDiff, KVzip, SnapKV
 from headwise.shapes import ModelShape
 
 

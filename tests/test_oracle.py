@@ -9,10 +9,10 @@ from families import random_ids, tiny_model
 from transformers import DynamicCache
 
 import headwise
+from headwise.cache.reading import read
 from headwise.errors import BadInput
-from headwise.method import Method
-from headwise.oracle import Importance, Sampling, entry_importance, follow
-from headwise.reading import read
+from headwise.methods.method import Method
+from headwise.offline.watch import Importance, Sampling, entry_importance, follow
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "phi3"]
 STEPS = 5
@@ -37,7 +37,7 @@ def questions(*lengths):
 def norms_of_contributions(model, normalization):
     """||v W_O|| per compressible layer, [query_heads, tokens]."""
     held = model(context(), past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
-    for layer in headwise.hf.families.view(model).shape.layers:
+    for layer in headwise.models.families.view(model).shape.layers:
         values, weight = held.layers[layer].values[0], model.model.layers[layer].self_attn.o_proj.weight
         heads, dim = model.config.num_attention_heads, values.shape[-1]
         group = heads // len(values)

@@ -10,9 +10,9 @@ from transformers import AutoConfig, Gemma3TextConfig, GPT2Config, LlamaConfig
 from headwise import compress
 from headwise.errors import BadInput, UnsupportedModel
 from headwise.evals.answers import FullMemory
-from headwise.hf.families import shape_of
-from headwise.keep import parse_keep
-from headwise.plan import ACTIVATIONS_NOTE, NO_DTYPE_NOTE, Plan, plan
+from headwise.methods.keep import parse_keep
+from headwise.models.families import shape_of
+from headwise.models.plan import ACTIVATIONS_NOTE, NO_DTYPE_NOTE, Plan, plan
 
 GIB = 2**30
 LLAMA_8B = LlamaConfig(

@@ -9,7 +9,7 @@ from launching import SHARDED, launch
 from ranks import Rank
 
 from headwise.errors import BadInput
-from headwise.processes import Processes, Sharded, launched
+from headwise.models.processes import Processes, Sharded, launched
 
 
 @pytest.mark.parametrize("items", [0, 1, 3, 7])

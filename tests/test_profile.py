@@ -16,20 +16,21 @@ from random_gates import gates_file
 from ranks import Rank
 
 import headwise
-from headwise import profile as module
-from headwise.allocate.apportion import even_shares
-from headwise.artifacts import Profile, describe, read_tensors, write_tensors
-from headwise.calibration import Example, encode
+from headwise.artifacts.hulls import concave_hulls, share
+from headwise.artifacts.profile import Profile
+from headwise.artifacts.tensors import describe, read_tensors, write_tensors
+from headwise.cache.reading import read
 from headwise.errors import ArtifactMismatch, BadInput
-from headwise.evals import models
-from headwise.hf.families import view
-from headwise.hulls import concave_hulls, share
-from headwise.losses import RANKS, OutputLoss, keeping_order, marginal_utility
-from headwise.method import SCORERS
-from headwise.oracle import Sampling, decode, entry_importance
-from headwise.profile import CURVES, Lesson, Settings, measure, profile
-from headwise.reading import read
-from headwise.solve import solve
+from headwise.methods.allocate.apportion import even_shares
+from headwise.methods.method import SCORERS
+from headwise.models import loading as models
+from headwise.models.families import view
+from headwise.offline import profile as module
+from headwise.offline.calibration import Example, encode
+from headwise.offline.losses import RANKS, OutputLoss, keeping_order, marginal_utility
+from headwise.offline.profile import CURVES, Lesson, Settings, measure, profile
+from headwise.offline.solve import solve
+from headwise.offline.watch import Sampling, decode, entry_importance
 
 QUICK = Settings(steps=2, sink=1, window=3)
 WORDS = "locker apple red stone. the key was under the old tower, near a river. "
@@ -274,7 +275,7 @@ def test_save_and_load_give_back_every_bit(whole, tmp_path):
 
 def reread(loaded, example=EXAMPLES[0], **options):
     """A lesson and its curves for KeyDiff."""
-    from headwise.profile import _fitting
+    from headwise.offline.profile import _fitting
 
     scorer, settings = SCORERS["keydiff"].make(), replace(QUICK, **options)
     taught = _fitting(*loaded, example, [scorer], settings)
@@ -515,7 +516,7 @@ def test_no_steps_are_refused(loaded, tmp_path):
 
 
 def test_other_files_are_no_profiles(loaded, whole, tmp_path):
-    from headwise.solve import solve
+    from headwise.offline.solve import solve
 
     solve(whole[0], "keydiff").save(tmp_path / "b")
     with pytest.raises(ArtifactMismatch, match="is a budget of format 2, expected a profile of format 2"):

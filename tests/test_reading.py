@@ -7,13 +7,13 @@ import torch
 from families import random_ids, tiny_model
 
 import headwise
-from headwise.allocate import Uniform
+from headwise.cache.prefill import keep_entries, make_plan
+from headwise.cache.reading import read
 from headwise.errors import BadInput, ShapeMismatch
-from headwise.keep import parse_keep
-from headwise.method import Method
-from headwise.ragged.prefill import keep_entries, make_plan
-from headwise.reading import read
-from headwise.scores import KeyDiff
+from headwise.methods.allocate import Uniform
+from headwise.methods.keep import parse_keep
+from headwise.methods.method import Method
+from headwise.methods.scores import KeyDiff
 
 METHODS = ["snapkv", "tova", "h2o+adakv", "expected+global", "keydiff+pyramid", "knorm+adakv", "streaming", "random"]
 METHODS += ["criticalkv", "criticalkv+adakv"]

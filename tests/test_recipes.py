@@ -11,8 +11,8 @@ import pytest
 import typer
 
 from headwise import cli
-from headwise.evals.document import read_text
-from headwise.registry import require_names
+from headwise.methods.registry import require_names
+from headwise.tasks.document import read_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,7 +80,7 @@ def test_a_model_that_is_there_is_not_made_again(demo, tmp_path, monkeypatch):
 
 
 def test_prepared_methods_are_shown_where_their_files_are(demo, model_folders):
-    from headwise.evals.models import reference_path
+    from headwise.models.loading import reference_path
 
     assert demo.ready(reference_path()) == list(demo.PREPARED)
     assert demo.ready(model_folders["base"]) == []

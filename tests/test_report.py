@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from headwise import cli
-from headwise.artifacts import Budget, Origin
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.hulls import concave_hulls
+from headwise.artifacts.origin import Origin
 from headwise.errors import ArtifactMismatch, BadInput, HeadwiseError
-from headwise.hulls import concave_hulls
-from headwise.report import budget as report
-from headwise.report.budget import at_fraction, chosen, hull_edges, kept_at, missed, plot, retained
+from headwise.report.inspect import budget as report
+from headwise.report.inspect.budget import at_fraction, chosen, hull_edges, kept_at, missed, plot, retained
 from headwise.shapes import ModelShape
 
 SHAPE = ModelShape(num_layers=4, layers=(1, 3), kv_heads=2, query_heads=4, head_dim=8)
@@ -261,7 +262,7 @@ def test_what_the_command_refuses(run, path, tmp_path):
 
 
 def test_another_kind_of_file_is_told(run, tmp_path):
-    from headwise.artifacts import write_tensors
+    from headwise.artifacts.tensors import write_tensors
 
     write_tensors(tmp_path / "part.safetensors", "part", {"x": torch.zeros(1)}, {})
     code, out, err = run(f"inspect {tmp_path}/part.safetensors --plot")
@@ -274,7 +275,7 @@ def test_another_kind_of_file_is_told(run, tmp_path):
 
 def test_without_matplotlib_the_message_says_how_to_get_it(run, monkeypatch, path, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for module in ("drawing", "budget", "gates"):
+    for module in ("draw.drawing", "inspect.budget", "inspect.gates"):
         monkeypatch.delitem(sys.modules, f"headwise.report.{module}", raising=False)
     code, out, err = run(f"inspect {path} --plot --out {tmp_path}/b.png")
     assert "pip install 'headwise[plot]'" in err
@@ -282,13 +283,14 @@ def test_without_matplotlib_the_message_says_how_to_get_it(run, monkeypatch, pat
     assert not list(tmp_path.iterdir())
     assert run(f"inspect {path} --json")[0] == 0
     with pytest.raises(HeadwiseError, match="plots need matplotlib"):
-        import headwise.report.drawing  # noqa: F401
+        import headwise.report.draw.drawing  # noqa: F401
 
 
 def test_neither_headwise_nor_the_command_line_needs_matplotlib_nor_a_plot_a_display():
     code = (
         "import sys, headwise, headwise.cli; assert not {'matplotlib', 'headwise.report'} & set(sys.modules);"
-        "import headwise.report.facts, headwise.report.kept; assert 'matplotlib' not in sys.modules;"
-        "import headwise.report.budget, headwise.report.gates; assert 'matplotlib.pyplot' not in sys.modules"
+        "import headwise.report.inspect.facts, headwise.report.inspect.kept; assert 'matplotlib' not in sys.modules;"
+        "import headwise.report.inspect.budget, headwise.report.inspect.gates;"
+        "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)

@@ -9,11 +9,13 @@ import torch
 from random_gates import make_gates
 from test_report import run as run
 
-from headwise.artifacts import Budget, Origin, describe
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.origin import Origin
+from headwise.artifacts.tensors import describe
 from headwise.errors import ArtifactMismatch, BadInput
-from headwise.report import gates as report
-from headwise.report.facts import KEEPS, facts
-from headwise.report.gates import budgets_at, log_of, plot, series, smoothed
+from headwise.report.inspect import gates as report
+from headwise.report.inspect.facts import KEEPS, facts
+from headwise.report.inspect.gates import budgets_at, log_of, plot, series, smoothed
 from headwise.shapes import ModelShape
 
 SHAPE = ModelShape(num_layers=4, layers=(1, 3), kv_heads=2, query_heads=4, head_dim=8)
@@ -80,7 +82,7 @@ def test_facts_of_one_part_and_of_other_files(folder):
 
 
 def test_facts_of_a_format_that_is_not_read_any_more_are_its_header(monkeypatch, folder):
-    monkeypatch.setattr("headwise.report.facts.FORMAT_VERSIONS", {"gates": 0})
+    monkeypatch.setattr("headwise.report.inspect.facts.FORMAT_VERSIONS", {"gates": 0})
     assert "parts" not in facts(folder / "both.safetensors")
 
 

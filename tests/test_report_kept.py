@@ -16,12 +16,12 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import headwise
-from headwise.artifacts import read_tensors, write_tensors
+from headwise.artifacts.tensors import read_tensors, write_tensors
+from headwise.cache.store import tokens_fingerprint
 from headwise.errors import ArtifactMismatch, BadInput
-from headwise.evals import models
-from headwise.evals.document import tokenize
-from headwise.ragged.store import tokens_fingerprint
-from headwise.report.kept import KeptTokens, page, pieces, plot, tokenizer_for
+from headwise.models import loading as models
+from headwise.report.inspect.kept import KeptTokens, page, pieces, plot, tokenizer_for
+from headwise.tasks.document import tokenize
 
 TEXT = "the red stone.\n\nthe bold fox guarded the silver bridge, the  garden. " * 4
 

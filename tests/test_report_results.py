@@ -20,16 +20,16 @@ from scipy.stats import beta
 from scipy.stats import t as student
 
 from headwise.errors import BadInput
-from headwise.report import results, tables
-from headwise.report.charts import charts, log_ticks, ticks
-from headwise.report.markup import Entry, Table
-from headwise.report.notes import explanations, warnings
-from headwise.report.page import page
-from headwise.report.picture import apart
-from headwise.report.records import load
-from headwise.report.results import as_csv, markdown, named, write_report
-from headwise.report.statistics import Estimate, Setting, interval
-from headwise.report.summary import summarise
+from headwise.report.draw.charts import charts, log_ticks, ticks
+from headwise.report.draw.markup import Entry, Table
+from headwise.report.draw.picture import apart
+from headwise.report.quality import results, tables
+from headwise.report.quality.notes import explanations, warnings
+from headwise.report.quality.page import page
+from headwise.report.quality.records import load
+from headwise.report.quality.results import as_csv, markdown, named, write_report
+from headwise.report.quality.statistics import Estimate, Setting, interval
+from headwise.report.quality.summary import summarise
 
 TAG = "<script>alert('|')</script>"
 VERSIONS = {"headwise": "0.1.0", "torch": "2.11.0", "transformers": "5.4.0", "python": "3.11.9"}
@@ -595,7 +595,7 @@ def python(code):
 
 def test_a_report_needs_neither_torch_nor_transformers(evaluated, tmp_path):
     done = python(
-        "import sys; from pathlib import Path; from headwise.report.results import write_report;"
+        "import sys; from pathlib import Path; from headwise.report.quality.results import write_report;"
         "assert 'matplotlib' not in sys.modules;"
         f"write_report([Path({str(evaluated)!r})], Path({str(tmp_path / 'r.html')!r}));"
         "print(sorted({'torch', 'transformers', 'matplotlib.pyplot'} & {*sys.modules}))"
@@ -607,7 +607,7 @@ def test_without_matplotlib_everything_but_the_picture_is_written(evaluated, tmp
     """Once nothing was."""
     done = python(
         "import sys; sys.modules['matplotlib'] = None; from pathlib import Path;"
-        "from headwise.report.results import write_report;"
+        "from headwise.report.quality.results import write_report;"
         f"found = write_report([Path({str(evaluated)!r})], Path({str(tmp_path / 'r.html')!r}), tell=print);"
         "print(*(path.name for path in found))"
     )

@@ -13,11 +13,13 @@ import pytest
 from test_report_results import Structure, python
 
 from headwise.errors import BadInput
-from headwise.report import picture, results, speed
-from headwise.report.benchmarks import load
-from headwise.report.charts import Chart, Line, log_ticks
-from headwise.report.curves import FLOOR, curves
-from headwise.report.results import write_report
+from headwise.report.draw import picture
+from headwise.report.draw.charts import Chart, Line, log_ticks
+from headwise.report.quality import results
+from headwise.report.quality.results import write_report
+from headwise.report.speed import speed
+from headwise.report.speed.benchmarks import load
+from headwise.report.speed.curves import FLOOR, curves
 
 TAG = "<script>alert('|')</script>{{data}}"
 COMMON = {
@@ -321,7 +323,7 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(files, tmp_path):
 
 def test_it_needs_no_torch(files, tmp_path):
     done = python(
-        "import sys; from pathlib import Path; from headwise.report.results import write_report;"
+        "import sys; from pathlib import Path; from headwise.report.quality.results import write_report;"
         f"write_report([Path({str(files[0])!r})], Path({str(tmp_path / 'r.html')!r}));"
         "print(sorted({'torch', 'transformers', 'matplotlib.pyplot'} & {*sys.modules}))"
     )
@@ -330,7 +332,7 @@ def test_it_needs_no_torch(files, tmp_path):
 
 def test_without_matplotlib_everything_but_the_picture_is_written(files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "headwise.report.picture")
+    monkeypatch.delitem(sys.modules, "headwise.report.draw.picture")
     told = []
     paths = write_report(files, tmp_path / "r.html", tell=told.append)
     assert [path.name for path in paths] == ["r.html", "r.csv", "r.md"]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch
-from headwise.select import protected_mask, protection_order, select
+from headwise.methods.select import protected_mask, protection_order, select
 
 CASES = settings(max_examples=100, deadline=None, derandomize=True)
 

@@ -8,13 +8,14 @@ import torch
 from families import tiny_model
 from random_gates import gates_for, make_gates
 
-from headwise.artifacts import Budget, describe
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.gates import Gates
+from headwise.artifacts.tensors import describe
 from headwise.errors import ArtifactMismatch, BadInput
-from headwise.evals.models import reference_path
-from headwise.gates import Gates
-from headwise.hf.families import view
+from headwise.models.families import view
+from headwise.models.loading import reference_path
+from headwise.offline.shrink import shrink
 from headwise.shapes import ModelShape
-from headwise.shrink import shrink
 
 SMOLLM2 = ModelShape(num_layers=30, layers=tuple(range(30)), kv_heads=3, query_heads=9, head_dim=64)
 QWEN_CODER = ModelShape(num_layers=24, layers=tuple(range(24)), kv_heads=2, query_heads=14, head_dim=64)
@@ -77,7 +78,7 @@ def test_gates_that_would_choose_otherwise_are_refused(tmp_path):
 
 
 def test_only_gates_and_budgets(tmp_path):
-    from headwise.artifacts import write_tensors
+    from headwise.artifacts.tensors import write_tensors
 
     write_tensors(tmp_path / "x.safetensors", "cache", {"a": torch.zeros(1)}, {})
     with pytest.raises(ArtifactMismatch, match="is a cache: only gates and budgets"):

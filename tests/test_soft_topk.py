@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from headwise.soft_topk import soft_topk
+from headwise.artifacts.soft_topk import soft_topk
 
 CASES = settings(max_examples=60, deadline=None, derandomize=True)
 

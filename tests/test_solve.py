@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from headwise import cli
-from headwise.artifacts import LOSSES, Budget, Origin, Profile
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.contents import LOSSES
+from headwise.artifacts.hulls import Hulls, concave_hulls, share
+from headwise.artifacts.origin import Origin
+from headwise.artifacts.profile import Profile
 from headwise.errors import ArtifactMismatch, BadInput
-from headwise.hulls import Hulls, concave_hulls, share
-from headwise.losses import RANKS
-from headwise.method import SCORERS, Method
+from headwise.methods.method import SCORERS, Method
+from headwise.offline.losses import RANKS
+from headwise.offline.solve import CHECK_STEPS, GRID, RATIOS, Quality, check, published, solve
 from headwise.shapes import ModelShape
-from headwise.solve import CHECK_STEPS, GRID, RATIOS, Quality, check, published, solve
 
 SHAPE = ModelShape(num_layers=4, layers=(0, 1, 3), kv_heads=2, query_heads=4, head_dim=8)
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from headwise import strict_json
 from headwise.errors import BadInput
+from headwise.files import strict_json
 
 REFUSED = {
     "NaN": "NaN is no number",

@@ -9,13 +9,13 @@ from random import Random
 import pytest
 
 import headwise
-from headwise.evals.lexicon import REFERENCE_VOCABULARY
-from headwise.evals.ruler_sources import load_words
-from headwise.texts import words
-from headwise.texts.cutting import FOLLOWING, passage, sentence_spans
-from headwise.texts.mix import ORDER, natural
-from headwise.texts.questions import about_code, about_text, looks_like_code
-from headwise.texts.sources import SPAN
+from headwise.offline.texts import words
+from headwise.offline.texts.cutting import FOLLOWING, passage, sentence_spans
+from headwise.offline.texts.mix import ORDER, natural
+from headwise.offline.texts.questions import about_code, about_text, looks_like_code
+from headwise.offline.texts.sources import SPAN
+from headwise.tasks.mini_ruler.lexicon import REFERENCE_VOCABULARY
+from headwise.tasks.ruler.sources import load_words
 
 LENGTHS = (300, 600)
 _TOKEN = re.compile(r"\w{1,6}|[^\w\s]|\s")
@@ -100,8 +100,8 @@ def test_splits_share_no_record_and_no_conversation():
 
 
 def test_nothing_is_worded_as_ruler_words_it(made):
-    evals = Path(headwise.__file__).parent / "evals"
-    sources = "".join((evals / f"ruler_{name}.py").read_text() for name in ("needles", "lists", "documents", "sources"))
+    ruler = Path(headwise.__file__).parent / "tasks" / "ruler"
+    sources = "".join((ruler / f"{name}.py").read_text() for name in ("needles", "lists", "documents", "sources"))
     for example in [*made, *mix(split="train")]:
         for text in (example.context, example.following, *example.questions):
             assert not [wording for wording in RULER if wording in text]
@@ -116,11 +116,11 @@ def test_no_word_is_in_the_lists_of_an_evaluation():
 
 
 def test_the_package_imports_nothing_of_evaluations():
-    for path in (Path(headwise.__file__).parent / "texts").glob("*.py"):
+    for path in (Path(headwise.__file__).parent / "offline" / "texts").glob("*.py"):
         imported = [
             node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
         ]
-        assert not [name for name in imported if name.startswith("headwise.evals")]
+        assert not [name for name in imported if name.startswith(("headwise.evals", "headwise.tasks"))]
 
 
 def test_questions_name_what_the_context_holds(made):

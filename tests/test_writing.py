@@ -17,11 +17,13 @@ from families import random_ids, tiny_model
 from killing import ended, forked, killed_at
 
 import headwise
-from headwise.artifacts import Budget, Origin, read_tensors, write_tensors
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.origin import Origin
+from headwise.artifacts.tensors import read_tensors, write_tensors
 from headwise.errors import BadInput, HeadwiseError, WriteFailed
-from headwise.locks import lock_of, locked
+from headwise.files.locks import lock_of, locked
+from headwise.files.writing import append, remove_leftovers, replacing, require_file, require_folder, write_bytes
 from headwise.shapes import ModelShape
-from headwise.writing import append, remove_leftovers, replacing, require_file, require_folder, write_bytes
 
 SHAPE = ModelShape(num_layers=3, layers=(0, 1, 2), kv_heads=2, query_heads=4, head_dim=16)
 NOBODY = 65534

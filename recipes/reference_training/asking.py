@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from headwise.evals import mini_ruler
-from headwise.evals.lexicon import BOS, EOS, REFERENCE_LEXICON, REFERENCE_VOCABULARY, split_words_and_marks
-from headwise.evals.mini_ruler import Document, Question
+from headwise.tasks.mini_ruler import suite as mini_ruler
+from headwise.tasks.mini_ruler.lexicon import BOS, EOS, REFERENCE_LEXICON, REFERENCE_VOCABULARY, split_words_and_marks
+from headwise.tasks.mini_ruler.suite import Document, Question
 
 from .trainer import Batch
 

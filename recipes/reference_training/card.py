@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import LlamaForCausalLM
 
-from headwise.evals.mini_ruler import TASKS
+from headwise.tasks.mini_ruler.suite import TASKS
 
 from .measure import HEAD_STUDY_LENGTH, NUM_HEAD_STUDY_SAMPLES, PROBED_LENGTH, TRAINED_LENGTHS, HeadRoles, Measurements
 
@@ -51,7 +51,7 @@ network. Llama architecture, plain random initialisation, trained on a CPU.
 | hidden size, MLP | {config.hidden_size}, {config.intermediate_size} |
 | vocabulary | {config.vocab_size} tokens, each an English word or a punctuation mark |
 
-It reads a document written by `headwise.evals.mini_ruler` and answers one question placed right after it:
+It reads a document written by `headwise.tasks.mini_ruler.suite` and answers one question placed right after it:
 
     the road to the tall castle was dusty. locker marble copper lantern. the marble was near the old gate.
     ? locker marble                                                                       -> copper lantern

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.mini_ruler import Sample, generate, score
+from headwise.tasks.mini_ruler.lexicon import REFERENCE_LEXICON
+from headwise.tasks.mini_ruler.suite import Sample, generate, score
 
 TOKENS_AT_ONCE = 16_384
 EVALUATION_SEED = 0

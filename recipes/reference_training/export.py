@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.mini_ruler import Question, seeded_generator
+from headwise.tasks.mini_ruler.lexicon import REFERENCE_LEXICON
+from headwise.tasks.mini_ruler.suite import Question, seeded_generator
 
 from .asking import MIXED, mixed_document
 from .card import Provenance, write_card

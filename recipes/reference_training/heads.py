@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
-from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.mini_ruler import generate
+from headwise.tasks.mini_ruler.lexicon import REFERENCE_LEXICON
+from headwise.tasks.mini_ruler.suite import generate
 
 from .asking import encode, encode_document
 from .evaluation import EVALUATION_SEED

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from headwise.evals.mini_ruler import TASKS
+from headwise.tasks.mini_ruler.suite import TASKS
 
 from .evaluation import accuracy
 from .heads import HeadStudy, dense_rows

@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from headwise.evals.lexicon import BOS, EOS, PAD, REFERENCE_VOCABULARY, UNKNOWN
+from headwise.tasks.mini_ruler.lexicon import BOS, EOS, PAD, REFERENCE_VOCABULARY, UNKNOWN
 
 LONGEST_INPUT = 2048
 

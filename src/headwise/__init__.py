@@ -4,26 +4,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headwise.artifacts import Budget as Budget
+    from headwise.artifacts.budget import Budget as Budget
+    from headwise.cache.cache import RaggedCache as RaggedCache
+    from headwise.cache.compress import compress as compress
+    from headwise.cache.store import load as load
     from headwise.errors import HeadwiseError as HeadwiseError
-    from headwise.evals.document import prompt as prompt
-    from headwise.hf.attention import enable as enable
-    from headwise.method import Method as Method
-    from headwise.online import compress as compress
-    from headwise.ragged.cache import RaggedCache as RaggedCache
-    from headwise.ragged.store import load as load
+    from headwise.methods.method import Method as Method
+    from headwise.models.attention import enable as enable
+    from headwise.tasks.document import prompt as prompt
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Budget": "headwise.artifacts",
+    "Budget": "headwise.artifacts.budget",
     "HeadwiseError": "headwise.errors",
-    "Method": "headwise.method",
-    "RaggedCache": "headwise.ragged.cache",
-    "compress": "headwise.online",
-    "enable": "headwise.hf.attention",
-    "load": "headwise.ragged.store",
-    "prompt": "headwise.evals.document",
+    "Method": "headwise.methods.method",
+    "RaggedCache": "headwise.cache.cache",
+    "compress": "headwise.cache.compress",
+    "enable": "headwise.models.attention",
+    "load": "headwise.cache.store",
+    "prompt": "headwise.tasks.document",
 }
 __all__ = [
     "Budget",

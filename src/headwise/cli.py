@@ -18,19 +18,20 @@ from typing import Annotated, Any
 import typer
 
 from headwise import __version__
-from headwise.bench import commands
-from headwise.console import complain, count, print_json, print_table, progress_bar, say, size, split
-from headwise.endings import Commands
-from headwise.endings import run as run_to_the_end
+from headwise.commands import bench as commands
+from headwise.commands.console import print_json, print_table, progress_bar
+from headwise.commands.endings import Commands
+from headwise.commands.endings import run as run_to_the_end
 from headwise.errors import BadInput
-from headwise.evals.places import Source, find
-from headwise.evals.tasks import PROTOCOLS, require_protocol
-from headwise.evals.texts import Asked, bundled, read_questions, read_text
-from headwise.keep import Keep as ParsedKeep
-from headwise.keep import parse_keep
-from headwise.registry import AUTO, FULL, HUB, require_names
-from headwise.strict_json import MOST
-from headwise.writing import require_file, require_folder, write_bytes
+from headwise.files.strict_json import MOST
+from headwise.files.terminal import complain, count, say, size, split
+from headwise.files.writing import require_file, require_folder, write_bytes
+from headwise.methods.keep import Keep as ParsedKeep
+from headwise.methods.keep import parse_keep
+from headwise.methods.registry import AUTO, FULL, HUB, require_names
+from headwise.models.places import Source, find
+from headwise.tasks.task import PROTOCOLS, require_protocol
+from headwise.tasks.texts import Asked, bundled, read_questions, read_text
 
 app = typer.Typer(
     name="headwise",
@@ -211,12 +212,12 @@ def generate(
         require_file(save, inputs=_inputs(model, [method], context))
     text, _ = _document(context, question, None)
     source = find(model)
+    from headwise.cache.cache import RaggedCache
+    from headwise.commands.streaming import AnswerStreamer
     from headwise.evals.answers import answer, read_context, require_possible, room_for_answers
-    from headwise.evals.document import instructed, tokenize
-    from headwise.evals.room import require_room
-    from headwise.evals.streaming import AnswerStreamer
-    from headwise.hf.families import view
-    from headwise.ragged.cache import RaggedCache
+    from headwise.models.families import view
+    from headwise.models.room import require_room
+    from headwise.tasks.document import instructed, tokenize
 
     loaded, tokenizer = _load(source, dtype, device)
     require_room(tokenizer, text, view(loaded).max_positions)
@@ -280,9 +281,9 @@ def evaluate(
     source = find(model)
     from headwise.evals.run import Evaluation, manifest, summarise
     from headwise.evals.run import evaluate as run
-    from headwise.evals.suites import Sizes, make_tasks, parse_tasks, with_data
-    from headwise.hf.families import view
-    from headwise.report.statistics import interval
+    from headwise.models.families import view
+    from headwise.report.quality.statistics import interval
+    from headwise.tasks.suites import Sizes, make_tasks, parse_tasks, with_data
 
     named = parse_tasks(tasks, whole=partial(with_data, data_dir=data_dir, tell=complain))
     processes, loaded, tokenizer = _load_launched(source, dtype, device, shared_out=False)
@@ -348,7 +349,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Quality against measured bytes, or speed and memory: a web page, a table, a summary and a picture."""
-    from headwise.report.results import write_report
+    from headwise.report.quality.results import write_report
 
     written = [str(path) for path in write_report(sources, out, tell=complain)]
     if as_json:
@@ -381,12 +382,12 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """What a model would be profiled or trained on: a table, examples, or a file. Loads the tokenizer only."""
-    from headwise.calibration import count_tokens, load_examples, to_json_lines
+    from headwise.offline.calibration import count_tokens, load_examples, to_json_lines
 
     source = find(model)
-    from headwise.evals.models import load_config, load_tokenizer
-    from headwise.hf.families import max_positions
-    from headwise.texts.showing import told, totals
+    from headwise.models.families import max_positions
+    from headwise.models.loading import load_config, load_tokenizer
+    from headwise.offline.texts.showing import told, totals
 
     if out is not None:
         require_file(out, inputs=_inputs(model, [], Path(data)))
@@ -448,11 +449,11 @@ def profile(
 ) -> None:
     """LU-KV, offline: what every head gains, by how much it keeps. Also under 'accelerate launch'."""
     source = find(model)
-    from headwise.calibration import load_examples
-    from headwise.hf.families import view
-    from headwise.oracle import Sampling
-    from headwise.profile import Settings, default_futures, default_steps
-    from headwise.profile import profile as run
+    from headwise.models.families import view
+    from headwise.offline.calibration import load_examples
+    from headwise.offline.profile import Settings, default_futures, default_steps
+    from headwise.offline.profile import profile as run
+    from headwise.offline.watch import Sampling
 
     asked = _questions(questions)
     require_file(out, inputs=_inputs(model, split(scorer), Path(data)))
@@ -511,11 +512,11 @@ def solve(
     """LU-KV, offline: share any budget among all heads by marginal utility, exactly, and write it for lukv@FILE."""
     import time
 
-    from headwise.artifacts import Profile
-    from headwise.keep import parse_fraction
-    from headwise.solve import RATIOS, published
-    from headwise.solve import check as compare_with_optimum
-    from headwise.solve import solve as run
+    from headwise.artifacts.profile import Profile
+    from headwise.methods.keep import parse_fraction
+    from headwise.offline.solve import RATIOS, published
+    from headwise.offline.solve import check as compare_with_optimum
+    from headwise.offline.solve import solve as run
 
     require_file(out, inputs=[path])
     found = Profile.load(path)
@@ -581,13 +582,13 @@ def train(
 ) -> None:
     """LKV: learn how much every head keeps, and which entries. Also under 'accelerate launch'."""
     source = find(model)
-    from headwise.calibration import TRAINING_CONTEXTS, load_examples
-    from headwise.hf.families import view
-    from headwise.keep import parse_fraction
-    from headwise.train.fit import FitSettings
-    from headwise.train.loop import Settings
-    from headwise.train.run import train as run
-    from headwise.train.run import written
+    from headwise.methods.keep import parse_fraction
+    from headwise.models.families import view
+    from headwise.offline.calibration import TRAINING_CONTEXTS, load_examples
+    from headwise.offline.train.fit import FitSettings
+    from headwise.offline.train.loop import Settings
+    from headwise.offline.train.run import train as run
+    from headwise.offline.train.run import written
 
     if part not in ("lkv", "lkv-h", "lkv-t"):
         raise BadInput(f"part={part!r}: choose lkv, lkv-h or lkv-t.")
@@ -659,7 +660,7 @@ def methods(
     if model is not None:
         _methods_of(model, files, as_json)
         return
-    from headwise.method import ALIASES, ALLOCATORS, SCORERS, entries_of, paper_of
+    from headwise.methods.method import ALIASES, ALLOCATORS, SCORERS, entries_of, paper_of
 
     parts = [("scorer", SCORERS), ("allocator", ALLOCATORS)]
     rows = [
@@ -682,8 +683,8 @@ def methods(
 
 
 def _methods_of(model: str, files: Path | None, as_json: bool) -> None:
-    from headwise.available import overview
-    from headwise.evals.models import load_config
+    from headwise.models.available import overview
+    from headwise.models.loading import load_config
 
     found = overview(model, load_config(model), files)
     if as_json:
@@ -709,7 +710,7 @@ def shrink(
     as_json: AsJson = False,
 ) -> None:
     """A copy that is small enough to share: gates in half precision, budgets without the curves for pictures."""
-    from headwise.shrink import shrink as run
+    from headwise.offline.shrink import shrink as run
 
     require_file(out, inputs=[path])
     found = run(path, out, model=model)
@@ -790,8 +791,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """What a saved cache or artifact is, and what it was made for. Draws budgets, gates and caches."""
-    from headwise.report.facts import facts
-    from headwise.report.told import SPREAD, spread, summary
+    from headwise.report.inspect.facts import facts
+    from headwise.report.quality.told import SPREAD, spread, summary
 
     options = {"--out": out, "--ratio": ratio, "--beside": beside, "--context": context, "--model": model}
     for name, value in options.items():
@@ -840,9 +841,9 @@ def plan(
 ) -> None:
     """KV memory before and after, and what fits. Needs the configuration only, no weights."""
     source = find(model)
-    from headwise.evals.models import find_dtype, load_config
-    from headwise.keep import parse_bytes, parse_tokens
-    from headwise.plan import plan as make
+    from headwise.methods.keep import parse_bytes, parse_tokens
+    from headwise.models.loading import find_dtype, load_config
+    from headwise.models.plan import plan as make
 
     chosen = find_dtype(model, dtype)
     found = make(
@@ -899,8 +900,8 @@ def tiers(
 ) -> None:
     """What vLLM would be served with: head budgets in tiers, blocks of a prompt, and the command that starts it."""
     source = find(model)
-    from headwise.evals.models import REFERENCE, load_config, reference_path
-    from headwise.keep import parse_tokens
+    from headwise.methods.keep import parse_tokens
+    from headwise.models.loading import REFERENCE, load_config, reference_path
     from headwise.serving import Served, Settings, command
 
     settings = Settings(
@@ -941,7 +942,7 @@ def _plot(
     if beside is not None and kind != "gates":
         raise BadInput(f"--beside {beside} is drawn beside gates; {path} is a {kind}.")
     if kind == "cache":
-        from headwise.report.kept import plot as draw_kept
+        from headwise.report.inspect.kept import plot as draw_kept
 
         if context is None:
             raise BadInput("the words that a cache keeps are those of its document: name the file with --context.")
@@ -954,12 +955,12 @@ def _plot(
     target = out or path.with_suffix(".png")
     require_file(target, inputs=[path] if beside is None else [path, beside])
     if kind == "gates":
-        from headwise.report.gates import plot as draw_gates
+        from headwise.report.inspect.gates import plot as draw_gates
 
         draw_gates(path, target, ratio=ratio, beside=beside)
     else:
-        from headwise.artifacts import Budget
-        from headwise.report.budget import plot as draw_budget
+        from headwise.artifacts.budget import Budget
+        from headwise.report.inspect.budget import plot as draw_budget
 
         draw_budget(Budget.load(path), target, ratio=ratio)
     return target
@@ -1012,8 +1013,8 @@ def _chosen(names: Sequence[str], model: Any, *, quiet: bool = False) -> list[st
     """The methods, with the model's default for "auto"; which one that is, and why, is said on stderr."""
     if AUTO not in names:
         return list(names)
-    from headwise.hf.families import view
-    from headwise.method import choose
+    from headwise.methods.method import choose
+    from headwise.models.families import view
 
     seen = view(model)
     choice = choose(seen.shape, seen.config_hash)
@@ -1025,7 +1026,7 @@ def _chosen(names: Sequence[str], model: Any, *, quiet: bool = False) -> list[st
 def _load(model: Source, dtype: str, device: str) -> tuple[Any, Any]:
     from transformers.utils import logging
 
-    from headwise.evals.models import load
+    from headwise.models.loading import load
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -1034,7 +1035,7 @@ def _load(model: Source, dtype: str, device: str) -> tuple[Any, Any]:
 
 def _load_launched(model: Source, dtype: str, device: str, *, shared_out: bool = True) -> tuple[Any, Any, Any]:
     """This process among those of 'accelerate launch' or torchrun; model and tokenizer, where they belong."""
-    from headwise.processes import Launched, Sharded, launched
+    from headwise.models.processes import Launched, Sharded, launched
 
     processes = launched(device)
     if isinstance(processes, Sharded) and not shared_out:  # generate() then counts its steps across processes by itself

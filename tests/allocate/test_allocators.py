@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwise.allocate.fixed import Fixed
-from headwise.allocate.heuristic import AdaKV, Global, Pyramid, Uniform
-from headwise.artifacts import Budget, Origin
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.origin import Origin
 from headwise.errors import BudgetInfeasible
 from headwise.interfaces import Demand
-from headwise.select import protected_mask
+from headwise.methods.allocate.fixed import Fixed
+from headwise.methods.allocate.heuristic import AdaKV, Global, Pyramid, Uniform
+from headwise.methods.select import protected_mask
 from headwise.shapes import ModelShape
 
 

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwise.allocate.apportion import apportion, even_shares, require_feasible
 from headwise.errors import BudgetInfeasible
 from headwise.interfaces import Demand
-from headwise.keep import parse_keep
+from headwise.methods.allocate.apportion import apportion, even_shares, require_feasible
+from headwise.methods.keep import parse_keep
 from headwise.shapes import ModelShape
 
 CASES = settings(max_examples=60, deadline=None, derandomize=True)

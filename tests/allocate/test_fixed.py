@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from headwise.allocate.fixed import Fixed
-from headwise.artifacts import Budget, Origin
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.origin import Origin
 from headwise.errors import ArtifactMismatch
 from headwise.interfaces import Demand
+from headwise.methods.allocate.fixed import Fixed
 from headwise.shapes import ModelShape
 
 SHAPE = ModelShape(num_layers=3, layers=(0, 2), kv_heads=2, query_heads=4, head_dim=8)

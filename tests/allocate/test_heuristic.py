@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from headwise.allocate.heuristic import AdaKV, Global, Pyramid, Uniform
 from headwise.errors import BadInput
 from headwise.interfaces import Demand
+from headwise.methods.allocate.heuristic import AdaKV, Global, Pyramid, Uniform
 from headwise.shapes import ModelShape
 
 

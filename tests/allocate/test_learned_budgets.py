@@ -12,15 +12,15 @@ from random_gates import gates_file, gates_for, make_gates
 from transformers import DynamicCache
 
 import headwise
-from headwise.allocate import LKVH, ShippedContest, ShippedLKVH, Uniform, learned_budgets
-from headwise.allocate.learned import budget_counts
+from headwise.artifacts.gates import context_summary, summary_width
+from headwise.cache.reading import read
 from headwise.errors import ArtifactMismatch, BadInput, BudgetInfeasible
-from headwise.gates import context_summary, summary_width
-from headwise.hf.families import view
 from headwise.interfaces import Demand
-from headwise.method import Method
-from headwise.reading import read
-from headwise.scores import LKVT, ShippedLKVT, SnapKV
+from headwise.methods.allocate import LKVH, ShippedContest, ShippedLKVH, Uniform, learned_budgets
+from headwise.methods.allocate.learned import budget_counts
+from headwise.methods.method import Method
+from headwise.methods.scores import LKVT, ShippedLKVT, SnapKV
+from headwise.models.families import view
 from headwise.shapes import ModelShape
 
 SHAPE = ModelShape(num_layers=4, layers=(0, 2, 3), kv_heads=2, query_heads=4, head_dim=8)

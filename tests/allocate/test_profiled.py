@@ -16,18 +16,19 @@ from sklearn.isotonic import IsotonicRegression
 
 import headwise
 from headwise import cli
-from headwise.allocate.profiled import LUKV, ShippedLUKV, published_counts
-from headwise.artifacts import Budget, Origin
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.hulls import concave_hulls
+from headwise.artifacts.origin import Origin
+from headwise.cache.reading import read
 from headwise.errors import ArtifactMismatch, BadInput, BudgetInfeasible
-from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.mini_ruler import generate
-from headwise.hf.families import view
-from headwise.hulls import concave_hulls
 from headwise.interfaces import Demand
-from headwise.method import SCORERS, Method
-from headwise.reading import read
-from headwise.select import protected_mask
+from headwise.methods.allocate.profiled import LUKV, ShippedLUKV, published_counts
+from headwise.methods.method import SCORERS, Method
+from headwise.methods.select import protected_mask
+from headwise.models.families import view
 from headwise.shapes import ModelShape
+from headwise.tasks.mini_ruler.lexicon import REFERENCE_LEXICON
+from headwise.tasks.mini_ruler.suite import generate
 
 SHAPE = ModelShape(num_layers=4, layers=(0, 2, 3), kv_heads=2, query_heads=4, head_dim=8)
 CASES = settings(max_examples=40, deadline=None, derandomize=True)
@@ -322,7 +323,7 @@ def test_a_shipped_budget_is_found_by_scorer_and_model(tmp_path, monkeypatch):
     budget(scorer="snapkv", config_hash="abc").save(folder / "a.safetensors")
     budget(config_hash="other").save(folder / "b.safetensors")
     budget(config_hash="abc", calibration="mine").save(folder / "c.safetensors")
-    monkeypatch.setattr("headwise.shipped.files", lambda package: tmp_path)
+    monkeypatch.setattr("headwise.artifacts.shipped.files", lambda package: tmp_path)
     found = ShippedLUKV().resolve(SCORERS["keydiff"].make(), SHAPE, "abc")
     assert found.budget.origin.calibration == "mine"
     with pytest.raises(BadInput, match="no budget of Knorm is shipped"):

@@ -6,11 +6,11 @@ from evaluated import evaluated
 from families import random_ids, tiny_model
 
 import headwise
-from headwise.allocate import LUKV
-from headwise.artifacts import Budget
+from headwise.artifacts.budget import Budget
 from headwise.errors import ArtifactMismatch, BadInput
-from headwise.evals.models import load, reference_path
-from headwise.method import Method
+from headwise.methods.allocate import LUKV
+from headwise.methods.method import Method
+from headwise.models.loading import load, reference_path
 
 SCORERS = ("snapkv", "keydiff", "expected")
 

@@ -12,7 +12,7 @@ from headwise.bench.candidates import Settings, default_methods, run
 from headwise.bench.measuring import WrongResult, checked
 from headwise.errors import BadInput, HeadwiseError
 from headwise.kernels import pages
-from headwise.layout import Segments
+from headwise.kernels.segments import Segments
 
 SMALL = {
     "model": "random-narrow",

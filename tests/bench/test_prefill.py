@@ -6,8 +6,8 @@ from headwise.bench import prefill
 from headwise.bench.measuring import WrongResult
 from headwise.bench.models import shape_for
 from headwise.bench.prefill import Settings, run
+from headwise.cache.layer import RaggedLayer
 from headwise.errors import BadInput
-from headwise.ragged.layer import RaggedLayer
 
 SMALL = {
     "model": "random-narrow",

@@ -6,13 +6,13 @@ from families import tiny_model
 from folders import word_tokenizer
 from text_tokenizers import byte_tokenizer
 
+from headwise.cache.cache import RaggedCache
 from headwise.errors import BadInput
 from headwise.evals import answers
 from headwise.evals.answers import FullMemory, Memory, answer, as_texts, known_methods, read_context, room_for_answers
 from headwise.evals.answers import time_decoding as timed
-from headwise.evals.document import Tokens, tokenize
-from headwise.hf.attention import is_enabled
-from headwise.ragged.cache import RaggedCache
+from headwise.models.attention import is_enabled
+from headwise.tasks.document import Tokens, tokenize
 
 CONTEXT = "locker apple copper lantern. " * 24
 QUESTIONS = ["? locker apple", "? lockers apple badge bakery ball banjo:", "?"]  # of different lengths

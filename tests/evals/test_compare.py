@@ -9,14 +9,15 @@ from families import tiny_model
 from folders import CHAT_TEMPLATE, word_tokenizer
 
 import headwise
-from headwise.artifacts import Budget, Origin
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.origin import Origin
+from headwise.cache.reading import read
 from headwise.errors import ArtifactMismatch, BadInput, BudgetInfeasible, UnsupportedModel
 from headwise.evals.answers import FullMemory
 from headwise.evals.compare import compare
-from headwise.evals.document import Asked, instructed, tokenize
-from headwise.evals.tasks import PROTOCOLS
-from headwise.reading import read
 from headwise.shapes import ModelShape
+from headwise.tasks.document import Asked, instructed, tokenize
+from headwise.tasks.task import PROTOCOLS
 
 CONTEXT = "locker apple copper lantern. the bold fox guarded the silver bridge. " * 10
 ASKED = [Asked(question="? locker apple"), Asked(question="? lockers apple badge:")]
@@ -194,7 +195,7 @@ def test_kvzip_repeats_after_its_instruction(llama, monkeypatch):
 
     monkeypatch.setattr("headwise.evals.session.read", watched)
     words = ["the", "bold", "fox", "guarded", "the", "silver", "bridge"]
-    monkeypatch.setattr("headwise.scores.reconstruct.INSTRUCTION", " ".join(words))
+    monkeypatch.setattr("headwise.methods.scores.reconstruct.INSTRUCTION", " ".join(words))
     for template in (None, CHAT_TEMPLATE):
         compared(llama, methods=["kvzip"], tokenizer=word_tokenizer(template))
     plain, chat = told

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from headwise.bounded import MOST_BYTES
-from headwise.calibration import Example, encode, load_examples
 from headwise.errors import BadInput
-from headwise.evals import template
-from headwise.evals.document import Asked, read_questions, read_text, tokenize
-from headwise.evals.plain import file_task
-from headwise.evals.room import require_room
+from headwise.files.bounded import MOST_BYTES
+from headwise.models.room import require_room
+from headwise.offline.calibration import Example, encode, load_examples
+from headwise.tasks import template
+from headwise.tasks.document import Asked, read_questions, read_text, tokenize
+from headwise.tasks.plain import file_task
 
 CONTEXT = " the red stone.\nthe blue stone. "
 QUESTIONS = ["? locker apple", "who was it?  "]

@@ -17,7 +17,7 @@ from headwise.errors import BadInput, BudgetInfeasible, WriteFailed
 from headwise.evals import run
 from headwise.evals.records import RunFolder
 from headwise.evals.run import evaluate, manifest, summarise
-from headwise.report.records import load
+from headwise.report.quality.records import load
 
 FILES = ["maps.jsonl", "records.jsonl", "run.json"]
 

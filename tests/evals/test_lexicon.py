@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from headwise.errors import BadInput
-from headwise.evals.lexicon import (
+from headwise.tasks.mini_ruler.lexicon import (
     REFERENCE_LEXICON,
     REFERENCE_VOCABULARY,
     count_words_and_marks,
     split_words_and_marks,
 )
-from headwise.evals.mini_ruler import TASKS, generate
+from headwise.tasks.mini_ruler.suite import TASKS, generate
 
 
 def test_vocabulary_has_512_different_tokens():

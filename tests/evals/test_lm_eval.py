@@ -12,9 +12,9 @@ import torch
 from folders import save_model, word_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from headwise.cache.compress import compress
 from headwise.errors import BadInput, BudgetInfeasible, UnsupportedModel
-from headwise.hf.families import given
-from headwise.online import compress
+from headwise.models.families import given
 
 WORDS = ["apple", "copper", "lantern", "locker", "badge", "bakery", "ball", "banjo"]
 CHOICES = ["apple", "copper lantern", "locker badge bakery"]

@@ -23,8 +23,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from headwise.errors import BadInput
-from headwise.evals import longbench_data, longbench_metrics
-from headwise.evals.longbench import (
+from headwise.evals.run import Evaluation, evaluate
+from headwise.methods.keep import parse_keep
+from headwise.models.loading import reference_path
+from headwise.tasks.longbench import data as longbench_data
+from headwise.tasks.longbench import metrics as longbench_metrics
+from headwise.tasks.longbench.data import Row
+from headwise.tasks.longbench.metrics import METRICS
+from headwise.tasks.longbench.suite import (
     LONGBENCH_E_NAMES,
     LONGBENCH_TASKS,
     cut_middle,
@@ -33,12 +39,7 @@ from headwise.evals.longbench import (
     longbench_tasks,
     render,
 )
-from headwise.evals.longbench_data import Row
-from headwise.evals.longbench_metrics import METRICS
-from headwise.evals.models import reference_path
-from headwise.evals.run import Evaluation, evaluate
-from headwise.evals.tasks import Question
-from headwise.keep import parse_keep
+from headwise.tasks.task import Question
 
 ARCHIVE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "longbench_en.tar.xz"
 

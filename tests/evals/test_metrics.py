@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from headwise.evals.metrics import METRICS, answers_found, exact_match, word_f1
-from headwise.evals.scripts import fold, words
+from headwise.tasks.metrics import METRICS, answers_found, exact_match, word_f1
+from headwise.tasks.scripts import fold, words
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.errors import BadInput
-from headwise.evals.lexicon import REFERENCE_LEXICON
-from headwise.evals.mini_ruler import (
+from headwise.tasks.mini_ruler.lexicon import REFERENCE_LEXICON
+from headwise.tasks.mini_ruler.suite import (
     DECOY_SHARE,
     NUM_COMMON_WORDS,
     NUM_FREQUENT_WORDS,

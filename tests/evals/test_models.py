@@ -13,10 +13,11 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoTokenizer, GPT2Config
 
-from headwise import hub
 from headwise.errors import BadInput, UnsupportedModel
-from headwise.evals import models, places
-from headwise.evals.models import is_out_of_memory, load, load_config, load_tokenizer
+from headwise.files import hub
+from headwise.models import loading as models
+from headwise.models import places
+from headwise.models.loading import is_out_of_memory, load, load_config, load_tokenizer
 
 
 @pytest.fixture
@@ -226,7 +227,7 @@ def test_a_model_too_large_for_the_memory_is_no_bad_input(model_folders, monkeyp
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("headwise.evals.models.AutoModelForCausalLM.from_pretrained", fail)
+    monkeypatch.setattr("headwise.models.loading.AutoModelForCausalLM.from_pretrained", fail)
     with pytest.raises(type(error)) as caught:
         load(str(model_folders["base"]), device="cpu")
     assert is_out_of_memory(caught.value)

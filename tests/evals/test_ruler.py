@@ -17,11 +17,10 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from headwise.errors import BadInput
-from headwise.evals.models import reference_path
-from headwise.evals.ruler import RULER_TASKS, match_all, match_part, ruler_tasks
-from headwise.evals.ruler_documents import load_hotpotqa, load_squad
-from headwise.evals.ruler_drafts import Prompt, Setting, largest
-from headwise.evals.ruler_sources import (
+from headwise.models.loading import reference_path
+from headwise.tasks.ruler.documents import load_hotpotqa, load_squad
+from headwise.tasks.ruler.drafts import Prompt, Setting, largest
+from headwise.tasks.ruler.sources import (
     NOISE,
     haystack_name,
     load_essays,
@@ -29,7 +28,8 @@ from headwise.evals.ruler_sources import (
     load_words,
     split_sentences,
 )
-from headwise.evals.tasks import Question, Sample
+from headwise.tasks.ruler.suite import RULER_TASKS, match_all, match_part, ruler_tasks
+from headwise.tasks.task import Question, Sample
 
 LENGTH = 4096
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "ruler_sources.tar.xz"

@@ -15,13 +15,13 @@ from ranks import Rank
 from headwise.errors import BadInput, BudgetInfeasible
 from headwise.evals import run
 from headwise.evals.answers import answer, read_context
-from headwise.evals.document import tokenize
-from headwise.evals.lexicon import REFERENCE_LEXICON
 from headwise.evals.records import RunFolder
 from headwise.evals.run import evaluate, manifest
-from headwise.evals.suites import lexicon_for
-from headwise.method import Method
-from headwise.report.results import write_report
+from headwise.methods.method import Method
+from headwise.report.quality.results import write_report
+from headwise.tasks.document import tokenize
+from headwise.tasks.mini_ruler.lexicon import REFERENCE_LEXICON
+from headwise.tasks.suites import lexicon_for
 
 METHODS = ("full", "snapkv", "keydiff+global", "kvzip", "criticalkv")
 TIMES = {"prefill_seconds": 0.0, "decode_seconds": 0.0, "step_ms": None}

@@ -5,8 +5,8 @@ from folders import word_tokenizer
 from text_tokenizers import byte_tokenizer, spacing_tokenizer
 
 from headwise.errors import BadInput
-from headwise.evals.document import text_ids, tokenize
-from headwise.evals.seams import token_texts
+from headwise.tasks.document import text_ids, tokenize
+from headwise.tasks.seams import token_texts
 
 
 @pytest.mark.parametrize("scheme", ["llama", "first", "always", "never"])

@@ -8,10 +8,10 @@ from folders import word_tokenizer
 from text_tokenizers import byte_tokenizer, spacing_tokenizer
 
 from headwise.errors import BadInput
-from headwise.evals.mini_ruler import TASKS, generate
 from headwise.evals.session import Session
-from headwise.evals.suites import SUITES, Sizes, lexicon_for, make_tasks, parse_tasks
-from headwise.evals.tasks import Question
+from headwise.tasks.mini_ruler.suite import TASKS, generate
+from headwise.tasks.suites import SUITES, Sizes, lexicon_for, make_tasks, parse_tasks
+from headwise.tasks.task import Question
 
 WORDS = "locker apple red stone. the key was under the old tower, near a river. "
 
@@ -55,7 +55,7 @@ def test_names_that_are_none(text, message):
 
 
 def test_every_suite_is_documented():
-    import headwise.evals.suites as module
+    import headwise.tasks.suites as module
 
     assert all(f"    {name}" in module.__doc__ or f"{name} for" in module.__doc__ for name in SUITES)
 

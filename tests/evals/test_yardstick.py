@@ -12,16 +12,16 @@ from folders import word_tokenizer
 
 import headwise
 from headwise import cli
+from headwise.cache.reading import read
 from headwise.errors import BadInput
 from headwise.evals.compare import compare
-from headwise.evals.document import Asked
-from headwise.evals.models import load
 from headwise.evals.oracle import as_method, foresee, squared_attention
 from headwise.evals.records import RunFolder
 from headwise.evals.run import evaluate, manifest, summarise
-from headwise.method import Method
-from headwise.reading import read
-from headwise.report.results import write_report
+from headwise.methods.method import Method
+from headwise.models.loading import load
+from headwise.report.quality.results import write_report
+from headwise.tasks.document import Asked
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "phi3"]
 CONTEXT = 37
@@ -42,7 +42,7 @@ def brute_force(family, context):
     for question, answer in pairs():
         ids = torch.cat([context, question[None], answer[None, :-1]], dim=-1)
         attentions = model(ids, output_attentions=True).attentions
-        layers = [attentions[layer][0] for layer in headwise.hf.families.view(model).shape.layers]
+        layers = [attentions[layer][0] for layer in headwise.models.families.view(model).shape.layers]
         paid = torch.stack([weights[:, CONTEXT:, :CONTEXT].square().sum(1) for weights in layers])
         found.append(paid.unflatten(1, (model.config.num_key_value_heads, -1)).sum(2))
     return torch.stack(found).sum(0)

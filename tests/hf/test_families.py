@@ -20,7 +20,7 @@ from transformers import (
 
 import headwise
 from headwise.errors import BadInput, UnsupportedModel
-from headwise.hf import families as hf
+from headwise.models import families as hf
 from headwise.shapes import ModelShape
 
 MAX_POSITIONS = COMMON["max_position_embeddings"]

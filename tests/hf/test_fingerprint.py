@@ -6,9 +6,10 @@ from families import FAMILIES, random_ids, tiny_model
 from torch import nn
 
 import headwise
-from headwise.artifacts import config_hash, fingerprint
+from headwise.artifacts.origin import config_hash
+from headwise.artifacts.tensors import fingerprint
 from headwise.errors import ArtifactMismatch
-from headwise.hf.fingerprint import model_fingerprint
+from headwise.models.fingerprint import model_fingerprint
 
 CONTEXT = random_ids(1, 60)
 

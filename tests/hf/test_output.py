@@ -9,7 +9,7 @@ from torch import nn
 
 import headwise
 from headwise.errors import UnsupportedModel
-from headwise.hf.families import view
+from headwise.models.families import view
 
 CONTEXT = random_ids(1, 80)
 

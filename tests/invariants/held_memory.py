@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from headwise.ragged import layer
+from headwise.cache import layer
 
 _FOREIGN = (type, ModuleType, FunctionType, BuiltinFunctionType, nn.Module)  # the model, and code
 

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import headwise
 from headwise import RaggedCache
-from headwise.method import ALIASES
+from headwise.methods.method import ALIASES
 
 METHODS = [*ALIASES, "expected+global", "keydiff+adakv", "criticalkv+adakv", "h2o+pyramid", "random+pyramid"]
 LENGTHS = (96, 75)
@@ -162,7 +162,7 @@ def test_the_reported_peak_is_the_most_that_was_ever_held(monkeypatch, method, c
             super().__init__(*args, **kwargs)
             caches.append(self)
 
-    monkeypatch.setattr(headwise.online, "RaggedCache", Watched)
+    monkeypatch.setattr(headwise.cache.compress, "RaggedCache", Watched)
     allocations = Allocations(after=lambda: peaks.extend(entries_held(cache, allocations) for cache in caches))
     with allocations, torch.no_grad():
         cache = headwise.compress(llama(), random_ids(1, 96), method, keep=0.5, prefill_chunk_size=chunk)

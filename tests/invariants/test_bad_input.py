@@ -25,7 +25,7 @@ from headwise.errors import (
     UnsupportedGeneration,
     UnsupportedModel,
 )
-from headwise.scores import SnapKV
+from headwise.methods.scores import SnapKV
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
 SMALL = {

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 import headwise
 from headwise import RaggedCache
 from headwise.errors import UnsupportedGeneration
-from headwise.method import SCORERS
+from headwise.methods.method import SCORERS
 
 EXPORTED = ["Budget", "HeadwiseError", "Method", "RaggedCache", "__version__", "compress", "enable", "load", "prompt"]
 

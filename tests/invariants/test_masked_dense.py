@@ -23,8 +23,8 @@ import headwise
 from headwise import Method, RaggedCache
 from headwise.interfaces import AbstractAllocator
 from headwise.kernels import KERNELS
-from headwise.method import ALIASES
-from headwise.scores import Random
+from headwise.methods.method import ALIASES
+from headwise.methods.scores import Random
 
 TOLERANCE = 1e-5
 PAIRS = ["expected+global", "keydiff+adakv", "criticalkv+adakv", "h2o+pyramid", "kvzip+adakv", "random+global"]

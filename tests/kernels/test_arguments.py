@@ -8,7 +8,7 @@ import torch
 
 from headwise.errors import ShapeMismatch
 from headwise.kernels import paged, pages
-from headwise.layout import Segments, readers
+from headwise.kernels.segments import Segments, readers
 
 
 def unchecked(made, **changes):

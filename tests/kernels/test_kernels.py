@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from headwise.errors import BadInput
 from headwise.kernels import KERNELS, get_kernel, partial, reference
-from headwise.layout import Segments, page_table
+from headwise.kernels.segments import Segments, page_table
 
 HEADS, GROUP, DIM = 2, 3, 16
 SCALING = DIM**-0.5

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from headwise import kernels
 from headwise.errors import BadInput, KernelUnavailable, ShapeMismatch
 from headwise.kernels import compiled, get_kernel, native, pages, reference
-from headwise.layout import Segments
+from headwise.kernels.segments import Segments
 
 HEADS = 2
 

@@ -13,7 +13,7 @@ from test_kernels import make_segments
 from headwise import kernels
 from headwise.errors import BadInput
 from headwise.kernels import get_kernel
-from headwise.layout import readers, split_into_chunks
+from headwise.kernels.segments import readers, split_into_chunks
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

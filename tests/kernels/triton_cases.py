@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from headwise.kernels import get_kernel, pages, reference, triton_decode
-from headwise.layout import Segments, split_into_chunks
+from headwise.kernels.segments import Segments, split_into_chunks
 
 HEADS = 2
 LENGTHS = [300, 0, 1, 130]  # of two contexts, two heads each

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from headwise.allocate.heuristic import AdaKV, Pyramid
 from headwise.interfaces import AbstractScorer, Chunk, Demand, Observation, Statistics
-from headwise.scores import (
+from headwise.methods.allocate.heuristic import AdaKV, Pyramid
+from headwise.methods.scores import (
     H2O,
     TOVA,
     CriticalKV,
@@ -30,7 +30,7 @@ from headwise.scores import (
     SnapKV,
     Streaming,
 )
-from headwise.select import protected_mask, select
+from headwise.methods.select import protected_mask, select
 from headwise.shapes import ModelShape
 
 HERE = Path(__file__).parent

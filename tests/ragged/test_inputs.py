@@ -7,7 +7,7 @@ from families import random_ids, tiny_model
 import headwise
 from headwise import RaggedCache
 from headwise.errors import BadInput, UnsupportedGeneration
-from headwise.hf.families import given
+from headwise.models.families import given
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 

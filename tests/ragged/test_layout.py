@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwise.layout import gather
+from headwise.kernels.segments import gather
 
 HEADS, DIM = 3, 4
 

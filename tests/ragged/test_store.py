@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import headwise
 from headwise import RaggedCache
-from headwise.artifacts import describe, read_tensors, write_tensors
+from headwise.artifacts.tensors import describe, read_tensors, write_tensors
+from headwise.cache import store
 from headwise.errors import ArtifactMismatch, BadInput, UnsupportedGeneration
-from headwise.ragged import store
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.scores import (
+from headwise.methods.scores import (
     H2O,
     TOVA,
     CriticalKV,

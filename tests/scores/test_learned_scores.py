@@ -8,7 +8,7 @@ import torch
 from random_gates import make_gates
 
 from headwise.errors import ArtifactMismatch, BadInput
-from headwise.scores import LKVT, ShippedLKVT, learned_scorer
+from headwise.methods.scores import LKVT, ShippedLKVT, learned_scorer
 from headwise.shapes import ModelShape
 
 
@@ -99,7 +99,7 @@ def test_shipped_gates_are_found_by_model(tmp_path, monkeypatch, make_layer):
     make_gates(layer.shape, "other").save(folder / "a.safetensors")
     made = make_gates(layer.shape, "abc", seed=1)
     made.save(folder / "b.safetensors")
-    monkeypatch.setattr("headwise.shipped.files", lambda package: tmp_path)
+    monkeypatch.setattr("headwise.artifacts.shipped.files", lambda package: tmp_path)
     found = ShippedLKVT().resolve(layer.shape, "abc")
     assert found.provenance() == learned_scorer(made).provenance()
     assert ShippedLKVT().resolve(layer.shape, "abc") == found
@@ -111,7 +111,7 @@ def test_a_shipped_file_without_scores_is_no_scorer(tmp_path, monkeypatch, make_
     folder, shape = tmp_path / "reference" / "gates", make_layer().shape
     folder.mkdir(parents=True)
     make_gates(shape, "abc", parts=("budgets",)).save(folder / "a.safetensors")
-    monkeypatch.setattr("headwise.shipped.files", lambda package: tmp_path)
+    monkeypatch.setattr("headwise.artifacts.shipped.files", lambda package: tmp_path)
     with pytest.raises(BadInput, match="hold budgets only"):
         ShippedLKVT().resolve(shape, "abc")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headwise.errors import BadInput
 from headwise.interfaces import Chunk, Replay, Statistics
-from headwise.scores import H2O, CriticalKV, ExpectedAttention, KeyDiff, KVzip, KVzipL2, SnapKV
+from headwise.methods.scores import H2O, CriticalKV, ExpectedAttention, KeyDiff, KVzip, KVzipL2, SnapKV
 
 CRITICAL = [
     CriticalKV(base=SnapKV(window_size=4)),
@@ -82,7 +82,7 @@ def kvzip(
 
 
 def test_kvzip_equals_the_formula(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headwise.scores.reconstruct._QUERY_BLOCK", 5)
+    monkeypatch.setattr("headwise.methods.scores.reconstruct._QUERY_BLOCK", 5)
     context = make_layer(lengths=(23,))
     replays = [(make_layer(lengths=(12,), seed=1), 0, 3), (make_layer(lengths=(12,), seed=2), 3, 23)]
     scorer = KVzip()
@@ -93,7 +93,7 @@ def test_kvzip_equals_the_formula(make_layer: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_kvzip_l2_equals_the_formula(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headwise.scores.reconstruct._QUERY_BLOCK", 5)
+    monkeypatch.setattr("headwise.methods.scores.reconstruct._QUERY_BLOCK", 5)
     context = make_layer(lengths=(23,))
     replays = [(make_layer(lengths=(12,), seed=1), 0, 15), (make_layer(lengths=(12,), seed=2), 10, 23)]
     scorer = KVzipL2()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headwise.errors import BadInput
 from headwise.interfaces import AbstractScorer
-from headwise.scores import (
+from headwise.methods.scores import (
     H2O,
     TOVA,
     CriticalKV,
@@ -130,7 +130,7 @@ def test_blocks_change_nothing(
 ) -> None:
     layer = make_layer(lengths=(23,))
     whole = scorer.score(layer.observe(scorer))
-    monkeypatch.setattr(f"headwise.scores.{name}", 5)
+    monkeypatch.setattr(f"headwise.methods.scores.{name}", 5)
     for cuts in [(), (8,)]:
         torch.testing.assert_close(scorer.score(layer.observe(scorer, cuts)), whole, rtol=1e-5, atol=1e-6)
 

@@ -10,20 +10,20 @@ from random_gates import gates_file, gates_for, make_gates
 from test_train import EXAMPLES, loaded  # noqa: F401  (a fixture)
 
 import headwise
-from headwise.allocate import LKVH, Global
-from headwise.artifacts import read_tensors, write_tensors
+from headwise.artifacts.gates import EntryScores, Gates, HeadBudgets
+from headwise.artifacts.tensors import read_tensors, write_tensors
 from headwise.errors import BadInput
-from headwise.evals.models import REFERENCE, load_tokenizer
-from headwise.gates import EntryScores, Gates, HeadBudgets
-from headwise.hf.families import view
-from headwise.method import Method
-from headwise.processes import Processes
+from headwise.methods.allocate import LKVH, Global
+from headwise.methods.method import Method
+from headwise.models.families import view
+from headwise.models.loading import REFERENCE, load_tokenizer
+from headwise.models.processes import Processes
+from headwise.offline.train import collect
+from headwise.offline.train.fit import FitSettings, Sampled, fit, fit_budgets, instruction_ids, predicted, quality
+from headwise.offline.train.loop import Settings
+from headwise.offline.train.run import train
 from headwise.serving.settings import Settings as Served
 from headwise.serving.settings import resolved
-from headwise.train import collect
-from headwise.train.fit import FitSettings, Sampled, fit, fit_budgets, instruction_ids, predicted, quality
-from headwise.train.loop import Settings
-from headwise.train.run import train
 
 LAYERS, KV_HEADS, HEAD_DIM, ENTRIES = 2, 3, 4, 200
 WIDTH = 2 * HEAD_DIM + 5

@@ -9,10 +9,10 @@ import pytest
 import torch
 from families import random_ids, tiny_model
 
-from headwise.hf.families import view
-from headwise.reading import read
-from headwise.train import futures
-from headwise.train.futures import attention_paid
+from headwise.cache.reading import read
+from headwise.models.families import view
+from headwise.offline.train import futures
+from headwise.offline.train.futures import attention_paid
 
 TOKENS = 30
 FUTURES = (random_ids(1, 9, seed=3)[0], random_ids(1, 4, seed=4)[0])

@@ -15,17 +15,17 @@ from ranks import Rank
 from transformers import DynamicCache
 
 import headwise
-from headwise.allocate import learned_budgets
-from headwise.allocate.learned import budget_counts
-from headwise.calibration import Example, encode
-from headwise.gates import EntryScores, HeadBudgets, summary_width
-from headwise.hf.families import view
-from headwise.method import SCORERS, Method
-from headwise.reading import read
-from headwise.scores import learned_scorer
-from headwise.select import protected_mask, protection_order, select
-from headwise.soft_topk import soft_topk
-from headwise.train.loop import (
+from headwise.artifacts.gates import EntryScores, HeadBudgets, summary_width
+from headwise.artifacts.soft_topk import soft_topk
+from headwise.cache.reading import read
+from headwise.methods.allocate import learned_budgets
+from headwise.methods.allocate.learned import budget_counts
+from headwise.methods.method import SCORERS, Method
+from headwise.methods.scores import learned_scorer
+from headwise.methods.select import protected_mask, protection_order, select
+from headwise.models.families import view
+from headwise.offline.calibration import Example, encode
+from headwise.offline.train.loop import (
     Settings,
     Trainer,
     hard_choice,

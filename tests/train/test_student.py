@@ -13,10 +13,10 @@ from families import random_ids, tiny_model
 from torch import Tensor
 
 import headwise
+from headwise.cache.reading import read
 from headwise.interfaces import AbstractAllocator, AbstractScorer
-from headwise.method import Method
-from headwise.reading import read
-from headwise.train.student import Kept, _KeptAttention, student_logits
+from headwise.methods.method import Method
+from headwise.offline.train.student import Kept, _KeptAttention, student_logits
 
 TOKENS, ROWS, NEW = 40, 3, 6
 TOLERANCE = 1e-5

@@ -17,17 +17,17 @@ from random_gates import gates_file, gates_for
 
 import headwise
 from headwise import cli
-from headwise.artifacts import read_tensors, write_tensors
-from headwise.calibration import Example, encode
+from headwise.artifacts.gates import Gates
+from headwise.artifacts.tensors import read_tensors, write_tensors
 from headwise.errors import BadInput
-from headwise.evals import models
-from headwise.gates import Gates
-from headwise.hf.families import view
-from headwise.method import SCORERS
-from headwise.train import run as module
-from headwise.train.fit import FitSettings
-from headwise.train.loop import Settings, Trainer
-from headwise.train.run import Lessons, train
+from headwise.methods.method import SCORERS
+from headwise.models import loading as models
+from headwise.models.families import view
+from headwise.offline.calibration import Example, encode
+from headwise.offline.train import run as module
+from headwise.offline.train.fit import FitSettings
+from headwise.offline.train.loop import Settings, Trainer
+from headwise.offline.train.run import Lessons, train
 
 QUICK = Settings(
     fit=FitSettings(steps=0), steps=5, warm_steps=2, contexts_per_step=2, questions=2, answer_tokens=3, sink=1, window=3
@@ -46,7 +46,7 @@ EXAMPLES = [
 def _short_start():
     """The first budgets are solved from one context."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headwise.train.warm.PROFILED", 1)
+        patch.setattr("headwise.offline.train.warm.PROFILED", 1)
         yield
 
 

@@ -5,9 +5,9 @@ import torch
 from families import random_ids, tiny_model
 
 import headwise
-from headwise.reading import read
-from headwise.train.student import Kept, student_logits
-from headwise.train.values import Teaching, judge
+from headwise.cache.reading import read
+from headwise.offline.train.student import Kept, student_logits
+from headwise.offline.train.values import Teaching, judge
 
 TOKENS, QUESTIONS, NEW = 30, 3, 5
 

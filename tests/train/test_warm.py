@@ -10,16 +10,17 @@ from random_gates import scatter
 from ranks import Rank
 
 import headwise
-from headwise.allocate.profiled import lukv_counts
-from headwise.calibration import Example
-from headwise.gates import EntryScores, HeadBudgets
-from headwise.hulls import concave_hulls
-from headwise.losses import OutputLoss, keeping_order
-from headwise.method import SCORERS
-from headwise.oracle import decode, states_of
-from headwise.processes import Processes
-from headwise.train.loop import Settings, hard_choice, lesson_scores, prepare, raw_scores, with_protection
-from headwise.train.warm import _mean_curve, alone_step, warm_budgets, warm_scores
+from headwise.artifacts.gates import EntryScores, HeadBudgets
+from headwise.artifacts.hulls import concave_hulls
+from headwise.cache.whole import states_of
+from headwise.methods.allocate.profiled import lukv_counts
+from headwise.methods.method import SCORERS
+from headwise.models.processes import Processes
+from headwise.offline.calibration import Example
+from headwise.offline.losses import OutputLoss, keeping_order
+from headwise.offline.train.loop import Settings, hard_choice, lesson_scores, prepare, raw_scores, with_protection
+from headwise.offline.train.warm import _mean_curve, alone_step, warm_budgets, warm_scores
+from headwise.offline.watch import decode
 
 QUICK = Settings(warm_steps=40, contexts_per_step=2, questions=3, answer_tokens=4, sink=1, window=3, lr_scores=3e-3)
 WORDS = "locker apple red stone. the key was under the old tower, near a river. "

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from headwise import layout
 from headwise.bench.measuring import MOST, WrongResult, in_worker, relative_error, require_kvpress, threads
 from headwise.errors import BadInput
 from headwise.kernels import native, pages, why_not_native
-from headwise.layout import Segments
+from headwise.kernels import segments as layout
+from headwise.kernels.segments import Segments
 
 SKEW = (1.00, 0.20, 0.12, 0.10, 0.08, 0.05, 0.03, 0.02)  # kept by each KV head, in proportion
 FULL, GROUPED, KVPRESS = "full", "full, grouped", "kvpress, head-wise"

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from headwise.errors import BadInput, HeadwiseError
 from headwise.kernels import reference
-from headwise.layout import Segments
+from headwise.kernels.segments import Segments
 
 MOST = 2.0  # times PyTorch's own error
 LOGITS = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}  # by how much prefill's may differ from the full cache's

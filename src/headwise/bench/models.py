@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from headwise.allocate import ShippedContest, ShippedLKVH, learned_budgets
-from headwise.artifacts import Origin, config_hash
+from headwise.artifacts.gates import EntryScores, Gates, HeadBudgets, summary_width
+from headwise.artifacts.origin import Origin, config_hash
+from headwise.cache.prefill import make_plan
 from headwise.errors import BadInput, BudgetInfeasible
-from headwise.evals.models import load_config
-from headwise.gates import EntryScores, Gates, HeadBudgets, summary_width
-from headwise.hf.families import shape_of
-from headwise.keep import parse_keep
-from headwise.method import Method
-from headwise.ragged.prefill import make_plan
-from headwise.scores import ShippedLKVT, learned_scorer
+from headwise.methods.allocate import ShippedContest, ShippedLKVH, learned_budgets
+from headwise.methods.keep import parse_keep
+from headwise.methods.method import Method
+from headwise.methods.scores import ShippedLKVT, learned_scorer
+from headwise.models.families import shape_of
+from headwise.models.loading import load_config
 from headwise.shapes import ModelShape
 
 _LLAMA3 = {

@@ -20,13 +20,13 @@ from headwise.bench.candidates import FULL, Progress
 from headwise.bench.measuring import LOGITS, WrongResult, relative_error, threads
 from headwise.bench.models import method_for, require_budgets, shape_for
 from headwise.bench.worker import make_model
+from headwise.cache.cache import RaggedCache
+from headwise.cache.layer import RaggedLayer
 from headwise.errors import BadInput
 from headwise.evals.answers import known_methods
-from headwise.hf.families import given, view
-from headwise.keep import Keep, parse_keep
-from headwise.method import Method
-from headwise.ragged.cache import RaggedCache
-from headwise.ragged.layer import RaggedLayer
+from headwise.methods.keep import Keep, parse_keep
+from headwise.methods.method import Method
+from headwise.models.families import given, view
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

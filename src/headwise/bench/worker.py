@@ -101,7 +101,7 @@ class Candidate:
             return DynamicCache(config=self.model.config)
         from headwise import RaggedCache
         from headwise.bench.models import method_for
-        from headwise.hf.families import view
+        from headwise.models.families import view
 
         seen = view(self.model)
         return RaggedCache(self.model, method_for(self.method, seen.shape, seen.config_hash), keep=keep)

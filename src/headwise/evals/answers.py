@@ -10,16 +10,16 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from headwise.cache.compress import Progress, compress
+from headwise.cache.prefill import make_plan
 from headwise.errors import BadInput, BudgetInfeasible, UnsupportedModel
-from headwise.evals.document import Tokens
 from headwise.evals.oracle import as_method
-from headwise.hf.families import given, view
-from headwise.keep import Keep, parse_keep
-from headwise.method import Method
-from headwise.online import Progress, compress
-from headwise.ragged.prefill import make_plan
-from headwise.registry import FULL as FULL
-from headwise.registry import ORACLE, require_names
+from headwise.methods.keep import Keep, parse_keep
+from headwise.methods.method import Method
+from headwise.methods.registry import FULL as FULL
+from headwise.methods.registry import ORACLE, require_names
+from headwise.models.families import given, view
+from headwise.tasks.document import Tokens
 
 TIMED_STEPS = 24
 COPIED_BYTES = 2**30  # copies of a full cache that answer() makes at a time

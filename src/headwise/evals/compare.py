@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from headwise.cache.compress import Progress
 from headwise.errors import BadInput
 from headwise.evals.answers import FULL, known_methods, require_possible
-from headwise.evals.document import Asked
-from headwise.evals.metrics import answers_found
 from headwise.evals.session import WHOLE, Outcome, Pair, Session
-from headwise.evals.tasks import Question, Sample, require_protocol
-from headwise.keep import Keep, parse_keep
-from headwise.online import Progress
+from headwise.methods.keep import Keep, parse_keep
+from headwise.tasks.document import Asked
+from headwise.tasks.metrics import answers_found
+from headwise.tasks.task import Question, Sample, require_protocol
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

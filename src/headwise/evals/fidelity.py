@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.evals.answers import COPIED_BYTES, FullMemory, Memory, follow, padding_token, question_batches
-from headwise.evals.document import Tokens
-from headwise.hf.families import given
+from headwise.models.families import given
+from headwise.tasks.document import Tokens
 
 LOGITS_BYTES = 2**28  # of the logits that are made at a time
 

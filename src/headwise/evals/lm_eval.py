@@ -22,15 +22,15 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from headwise import __version__
-from headwise.console import complain, open_streams
+from headwise.cache.cache import RaggedCache
+from headwise.cache.compress import compress
 from headwise.errors import BadInput, BudgetInfeasible, HeadwiseError
 from headwise.evals.answers import FULL
-from headwise.evals.document import instructed
-from headwise.hf.families import given, view
-from headwise.keep import Keep, parse_keep
-from headwise.method import Method
-from headwise.online import compress
-from headwise.ragged.cache import RaggedCache
+from headwise.files.terminal import complain, open_streams
+from headwise.methods.keep import Keep, parse_keep
+from headwise.methods.method import Method
+from headwise.models.families import given, view
+from headwise.tasks.document import instructed
 
 try:
     # By name, so that types are checked alike whether the harness is installed or not.

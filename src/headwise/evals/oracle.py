@@ -2,10 +2,11 @@
 
 It has seen what a method cannot see: the full cache's own answer to every question (or the text that goes on). The
 model reads each question and its answer after the whole context, and every entry is given the squares of the attention
-that these tokens pay it, summed: about what the heads' outputs would lose without it (`headwise.train.futures`). The
-best entries of all heads together are kept. One cache serves all questions of a context, so their sum counts. What
-falls short of the oracle at a keep can still be gained there; what the oracle loses, hardly. It is near the best that
-can be kept, not proven to be the best: entries are chosen one by one, and a set of them may do better.
+that these tokens pay it, summed: about what the heads' outputs would lose without it (see
+`headwise.offline.train.futures`). The best entries of all heads together are kept. One cache serves all questions of a
+context, so their sum counts. What falls short of the oracle at a keep can still be gained there; what the oracle loses,
+hardly. It is near the best that can be kept, not proven to be the best: entries are chosen one by one, and a set of
+them may do better.
 
 The largest attention, and scores that count what an entry writes (attention times ||v W_O||), were tried, see
 docs/decisions.md.
@@ -21,18 +22,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headwise.allocate import Global
-from headwise.evals.document import instructed
-from headwise.hf.families import given
+from headwise.cache.cache import RaggedCache
+from headwise.cache.reading import Reading
+from headwise.cache.whole import require_whole, states_of
 from headwise.interfaces import AbstractScorer, Observation
 from headwise.kernels import Kernel
-from headwise.layout import Segments
-from headwise.method import Method
-from headwise.oracle import require_whole, states_of
-from headwise.ragged.cache import RaggedCache
-from headwise.reading import Reading
-from headwise.registry import ORACLE
-from headwise.scores.attention import attention
+from headwise.kernels.segments import Segments
+from headwise.methods.allocate import Global
+from headwise.methods.method import Method
+from headwise.methods.registry import ORACLE
+from headwise.methods.scores.attention import attention
+from headwise.models.families import given
+from headwise.tasks.document import instructed
 
 _QUERY_BLOCK = 128  # queries whose attention is computed at once
 

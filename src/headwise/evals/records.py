@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import BadInput
-from headwise.locks import SUFFIX, locked
-from headwise.writing import append, left_of, reason, remove, require_file, require_folder, write_bytes
+from headwise.files.locks import SUFFIX, locked
+from headwise.files.writing import append, left_of, reason, remove, require_file, require_folder, write_bytes
 
 FORMAT = 1
 RUN, RECORDS, MAPS = "run.json", "records.jsonl", "maps.jsonl"

@@ -22,21 +22,21 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from headwise.artifacts import fingerprint
+from headwise.artifacts.tensors import fingerprint
+from headwise.cache.cache import RaggedCache
 from headwise.errors import BadInput
 from headwise.evals.answers import FULL, known_methods, require_possible
-from headwise.evals.document import Tokens
 from headwise.evals.records import Record, RunFolder
-from headwise.evals.seams import token_texts
 from headwise.evals.session import WHOLE, Outcome, Pair, Session
-from headwise.evals.tasks import Sample, Task, require_protocol
-from headwise.hf.families import view
-from headwise.keep import Keep, parse_keep
 from headwise.kernels import fastest
-from headwise.method import Method
-from headwise.processes import Processes
-from headwise.ragged.cache import RaggedCache
-from headwise.registry import ORACLE
+from headwise.methods.keep import Keep, parse_keep
+from headwise.methods.method import Method
+from headwise.methods.registry import ORACLE
+from headwise.models.families import view
+from headwise.models.processes import Processes
+from headwise.tasks.document import Tokens
+from headwise.tasks.seams import token_texts
+from headwise.tasks.task import Sample, Task, require_protocol
 
 LONGEST_MAP = 2048  # tokens of a context that is drawn
 LOOKED_AT = 1024  # first numbers of every weight that tell a model from another

@@ -13,6 +13,9 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from headwise.cache.cache import RaggedCache
+from headwise.cache.compress import Progress
+from headwise.cache.reading import can_share, read
 from headwise.errors import BadInput
 from headwise.evals.answers import (
     FULL,
@@ -23,18 +26,15 @@ from headwise.evals.answers import (
     room_for_answers,
     time_decoding,
 )
-from headwise.evals.document import Tokens, tokenize
 from headwise.evals.fidelity import LOGITS_BYTES, Continuations, Fidelity, Yardstick
 from headwise.evals.oracle import as_method, foresee
-from headwise.evals.room import require_room
-from headwise.evals.tasks import Sample
-from headwise.hf.families import view
 from headwise.interfaces import AbstractScorer
-from headwise.keep import Keep, parse_keep
-from headwise.online import Progress
-from headwise.ragged.cache import RaggedCache
-from headwise.reading import can_share, read
-from headwise.registry import ORACLE
+from headwise.methods.keep import Keep, parse_keep
+from headwise.methods.registry import ORACLE
+from headwise.models.families import view
+from headwise.models.room import require_room
+from headwise.tasks.document import Tokens, tokenize
+from headwise.tasks.task import Sample
 
 Pair = tuple[str, Keep]  # a method and a keep
 WHOLE: Pair = (FULL, parse_keep(1.0))

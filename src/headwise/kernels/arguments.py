@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from headwise.errors import ShapeMismatch
-from headwise.layout import Segments
+from headwise.kernels.segments import Segments
 
 
 def require_fit(

@@ -18,7 +18,7 @@ from torch import Tensor
 from headwise.errors import BadInput, KernelUnavailable, ShapeMismatch
 from headwise.kernels import compiled, pages
 from headwise.kernels.arguments import require_shapes
-from headwise.layout import Segments
+from headwise.kernels.segments import Segments
 
 SOURCE = Path(__file__).with_name("ragged.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")

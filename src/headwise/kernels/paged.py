@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from headwise.errors import ShapeMismatch
 from headwise.kernels.partial import OwnedPart, attend_part, merge
-from headwise.layout import bias_of
+from headwise.kernels.segments import bias_of
 
 PART = 128  # entries of a sequence that one part of a decoding attention reads, at least
 MAX_PARTS = 4096  # at a time: what they read is copied

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headwise.kernels.arguments import require_fit
 from headwise.kernels.partial import OwnedPart, attend_part, merge
-from headwise.layout import Segments, bias_of, listed_rows
+from headwise.kernels.segments import Segments, bias_of, listed_rows
 
 MAX_PAGED_QUERIES = 32  # per segment
 MAX_QUERIES = 512  # at a time, per row

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from headwise.layout import Segments
+from headwise.kernels.segments import Segments
 
 
 def attend(

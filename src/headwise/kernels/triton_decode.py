@@ -22,7 +22,7 @@ from triton import knobs
 from headwise.errors import BadInput
 from headwise.kernels import pages
 from headwise.kernels.arguments import require_fit
-from headwise.layout import Segments
+from headwise.kernels.segments import Segments
 
 MAX_QUERIES = 512  # that read one segment; for more, matrix products are the better way
 MAX_HEAD_DIM = 256

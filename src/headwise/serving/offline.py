@@ -11,8 +11,8 @@ from torch import Tensor
 
 from headwise.errors import BadInput
 from headwise.interfaces import AbstractAllocator, Demand, Provenance
-from headwise.keep import Keep
-from headwise.method import Method
+from headwise.methods.keep import Keep
+from headwise.methods.method import Method
 from headwise.serving.settings import Served
 from headwise.serving.tiers import Tiers
 

@@ -14,14 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from headwise.allocate import Global, learned_budgets
-from headwise.artifacts import config_hash
+from headwise.artifacts.origin import config_hash
+from headwise.cache.prefill import make_plan
 from headwise.errors import BadInput, UnsupportedModel
-from headwise.hf.families import FAMILIES, max_positions, shape_of
-from headwise.keep import MOST_TOKENS, Keep, parse_keep
-from headwise.method import ALLOCATORS, SCORERS, Entry, Method, entries_of
-from headwise.ragged.prefill import make_plan
-from headwise.scores import LKVT
+from headwise.methods.allocate import Global, learned_budgets
+from headwise.methods.keep import MOST_TOKENS, Keep, parse_keep
+from headwise.methods.method import ALLOCATORS, SCORERS, Entry, Method, entries_of
+from headwise.methods.scores import LKVT
+from headwise.models.families import FAMILIES, max_positions, shape_of
 from headwise.serving.tiers import WHOLE, Tiers, quantise
 from headwise.shapes import ModelShape
 

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import headwise
-from headwise.evals.suites import Sizes, make_tasks, parse_tasks
 from headwise.serving import Served, Settings, equivalent, vllm_arguments
+from headwise.tasks.suites import Sizes, make_tasks, parse_tasks
 
 MODEL = str(Path(headwise.__file__).parent / "reference")
 DRIVE = Path(__file__).with_name("drive.py")

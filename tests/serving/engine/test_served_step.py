@@ -6,8 +6,8 @@ import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from headwise.hf.families import ModelRotary
-from headwise.method import Method
+from headwise.methods.method import Method
+from headwise.models.families import ModelRotary
 from headwise.serving.engine.compaction import Compactor, Windows
 from headwise.serving.engine.groups import TierSpec
 from headwise.serving.engine.step import GroupStep, Row, Step

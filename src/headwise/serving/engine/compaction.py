@@ -9,8 +9,8 @@ from torch import Tensor
 
 from headwise.errors import UnsupportedModel
 from headwise.interfaces import Observation, Rotary
-from headwise.method import Method
-from headwise.select import protected_mask, protection_order, select
+from headwise.methods.method import Method
+from headwise.methods.select import protected_mask, protection_order, select
 from headwise.serving.engine.pool import Pool
 from headwise.serving.engine.step import GroupStep, Row, Step
 from headwise.shapes import ModelShape

@@ -8,7 +8,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
-from headwise.hf.families import ModelRotary
+from headwise.models.families import ModelRotary
 from headwise.serving.engine.attention import HeadwiseAttention
 from headwise.serving.engine.checks import settings_of, tiers_of
 from headwise.serving.engine.compaction import Compactor

@@ -1,0 +1,1 @@
+"""What outlives a run: budgets, profiles and gates, in one format of safetensors files."""

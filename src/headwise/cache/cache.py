@@ -1,0 +1,415 @@
+"""RaggedCache: a transformers Cache in which every KV head of every layer keeps its own number of entries."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from headwise.cache.layer import Meter, RaggedLayer, SlidingLayer
+from headwise.cache.masks import require_whole_context
+from headwise.cache.prefill import Prefill
+from headwise.cache.transcript import ADVICE, Transcript
+from headwise.errors import BadInput, UnsupportedGeneration, UnsupportedModel
+from headwise.kernels import get_kernel
+from headwise.methods.keep import Keep, parse_keep
+from headwise.methods.method import Method, for_model
+from headwise.models import attention
+from headwise.models.families import ModelView, given, view
+from headwise.models.passes import Listener
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pass:
+    """A forward pass that has begun: where the cache stood, and the ids that it brings."""
+
+    seen: int
+    compressed: bool
+    ids: Tensor | None
+    handled: BaseException | None  # what the caller was handling when it began
+
+
+class RaggedCache(Cache, Listener):
+    """A KV cache that is cut, head by head, as soon as the prompt has been read.
+
+    >>> cache = RaggedCache(model, "snapkv+adakv", keep=0.15)
+    >>> model.generate(**cache.inputs(**prompt))  # query-aware: the whole prompt is compressed
+
+    To compress a context before any question is known use `headwise.compress`. The first forward pass is the context,
+    unless `prompt_length` says how many tokens it has: needed when it comes in pieces (`prefill_chunk_size`); a
+    UserWarning says when it seems to be missing. Sliding-window layers are left whole. Several caches can be in use on
+    one model. Making one sets the model's attention implementation to "headwise", which is SDPA for every other cache.
+    `replays` promises that the caller has the model read the context again for scorers that ask for it (KVzip), as
+    compress() does and generate() does not.
+
+    Raises UnsupportedModel, UnsupportedGeneration, BadInput; while the context is read BudgetInfeasible, BadInput,
+    NonFiniteValues.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: str | Method,
+        *,
+        keep: float | str | Keep,
+        prompt_length: int | None = None,
+        kernel: str = "auto",
+        replays: bool = False,
+    ):
+        self.view: ModelView = view(model)
+        self.method = for_model(method, self.view.shape, self.view.config_hash, name=self.view.name, replays=replays)
+        self.keep = parse_keep(keep)
+        if prompt_length is not None and prompt_length < 1:
+            raise BadInput(f"prompt_length={prompt_length} must be at least 1 token, or None: the first forward pass.")
+        self.provenance: dict[str, Any] = {"method": self.method.provenance(), "keep": str(self.keep)}
+        self.tokens_fingerprint: str | None = None  # of the context, once it has been read by compress()
+        self._noted = Transcript()  # by the passes that told of themselves
+        self.context_tokens: tuple[int, ...] | None = None  # of every context, padding excluded, where it is known
+        self._pass: _Pass | None = None  # that has begun and not ended
+        self.meter = Meter()
+        if self.method.scorer.replay is not None:
+            self._require_replay(replays)
+        self.prefill = Prefill(view=self.view, method=self.method, keep=self.keep, prompt_length=prompt_length)
+        attention.enable(model)
+        chosen, compressible = get_kernel(kernel), iter(range(len(self.view.shape.layers)))
+        layers: list[Any] = [
+            RaggedLayer(index=next(compressible), model_index=i, kernel=chosen, observer=self.prefill, meter=self.meter)
+            if i in self.view.shape.layers
+            else SlidingLayer(
+                sliding_window=model.config.get_text_config().sliding_window, model_index=i, meter=self.meter
+            )
+            for i in range(self.view.shape.num_layers)
+        ]
+        super().__init__(layers=layers)
+        self.ragged_layers = _ragged(layers)  # those that can be compressed
+        self.prefill.watch(self.ragged_layers)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the context has been read and cut."""
+        return all(layer.frozen for layer in self.ragged_layers)
+
+    @property
+    def transcript(self) -> Transcript:
+        """The tokens seen; not known if a pass did not tell of itself (the decoder was called without its model)."""
+        return self._noted if self._noted.length == self._stood_at() else Transcript(pieces=None)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, kept or not; those of a forward pass that has not ended do not count."""
+        return self._stood_at()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take new tokens' keys and values [B, H, T, D] of a layer; return what its attention needs."""
+        if layer_idx == 0:
+            self._undo_unfinished()  # where masks are made elsewhere, nobody has asked for their sizes
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Keys that a mask covers, and the number of the first of them. Asked for before a forward pass."""
+        self._undo_unfinished()
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def begin(self, ids: Tensor | None, mask: Tensor | None, num_tokens: int) -> None:
+        """A forward pass begins. One before it that did not end well is undone: raises where it cannot be.
+
+        Raises BadInput for a mask that does not fit, UnsupportedGeneration.
+        """
+        self._settle()
+        seen = self._stood_at()
+        if mask is not None and mask.ndim == 2:
+            self._require_mask(mask, seen, num_tokens)
+        self._pass = _Pass(seen=seen, compressed=self.compressed, ids=ids, handled=sys.exception())
+
+    def end(self) -> None:
+        """The forward pass is over. If it has raised, go back to where it began, else what it brought has been seen."""
+        done = self._pass
+        if done is not None and sys.exception() is done.handled:
+            self._commit(done)
+        else:
+            with suppress(UnsupportedGeneration):  # the next call says why it cannot go on
+                self._settle()
+
+    def _commit(self, done: _Pass) -> None:
+        noted = self.transcript.followed_by(done.ids)
+        self._pass = None
+        if self._stood_at() > done.seen:  # a second reading brings nothing new
+            self._noted = noted
+            if self.compressed and not done.compressed:
+                self.context_tokens = self.prefill.tokens
+
+    def note(self, seen: Transcript, context_tokens: tuple[int, ...] | None) -> None:
+        """Of a cache that was loaded: what it has seen, as far as it is known."""
+        self._noted, self.context_tokens = seen, context_tokens
+
+    def require_continued(self, ids: Tensor, mask: Tensor | None) -> None:
+        """Raise BadInput unless the prompt `ids` [batch, tokens] begins with what this cache has seen, and goes on."""
+        self.transcript.require_prefix(self._stood_at(), ids, mask)
+
+    def _stood_at(self) -> int:
+        """Tokens seen by every layer before a pass that has not ended."""
+        return self._pass.seen if self._pass is not None else min(layer.seen for layer in self.ragged_layers)
+
+    def _undo_unfinished(self) -> None:
+        """Take back what some or all layers got from a forward pass that did not end well, or raise."""
+        stood = self._stood_at()
+        layers: list[Any] = self.layers
+        if all(layer.get_seq_length() == stood for layer in layers):
+            return
+        if not self.compressed or (self._pass is not None and not self._pass.compressed):
+            self.prefill.refuse_failed()
+        for layer in layers:
+            layer.require_undoable(stood)
+        for layer in layers:
+            layer.undo(stood)
+
+    def _settle(self) -> None:
+        """Outside of any forward pass: undo one that did not end, and forget it."""
+        self._undo_unfinished()
+        self._pass = None
+
+    def _require_mask(self, mask: Tensor, seen: int, num_tokens: int) -> None:
+        """Raise BadInput unless a mask [batch, tokens] is of everything seen and what is new, and hides no context."""
+        first = self.ragged_layers[0]
+        if first.rows is not None and len(mask) != len(first.rows):
+            return  # the layers refuse it
+        if mask.shape[1] < seen + num_tokens:
+            raise BadInput(
+                f"attention_mask is for {mask.shape[1]} tokens, but this cache has seen {seen} and {num_tokens} are "
+                f"new: {ADVICE}."
+            )
+        # Once per turn on a GPU, for which a decoding step must not wait.
+        looked_at = num_tokens > 1 or first.tail_length == 0 or mask.device.type == "cpu"
+        if looked_at and first.rows is not None and self.context_tokens is not None and self.compressed:
+            counts = torch.tensor(self.context_tokens, dtype=torch.int64, device=first.rows.device)
+            require_whole_context(mask[:, : seen - first.tail_length], counts[first.rows])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values in storage now: frozen, tail (its spare capacity included) and sliding layers."""
+        return sum(layer.nbytes for layer in self.ragged_layers) + self.sliding_nbytes
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most bytes of keys and values held at once so far."""
+        return self.meter.peak
+
+    @property
+    def sliding_nbytes(self) -> int:
+        """Bytes of keys and values of the sliding-window layers, which are left whole."""
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, SlidingLayer))
+
+    @property
+    def index_nbytes(self) -> int:
+        """Bytes of what is not keys and values: kept positions, page tables, rows, ids of the tokens seen."""
+        return sum(layer.index_nbytes for layer in self.ragged_layers) + self._noted.nbytes
+
+    @property
+    def lengths(self) -> Int[Tensor, "layers batch kv_heads"]:
+        """Kept entries of every head, for the contexts that were compressed."""
+        self._require_compressed()
+        kept = [layer.segments.lengths for layer in self.ragged_layers if layer.segments is not None]
+        return torch.tensor(kept, dtype=torch.int64, device="cpu").view(len(kept), -1, self.view.shape.kv_heads)
+
+    def positions(self, layer: int, row: int, head: int) -> Int[Tensor, " kept"]:
+        """Rotary positions, ascending, of the entries a head has kept, in a context that was compressed.
+
+        `layer` counts compressible layers. Raises UnsupportedGeneration before the cut, BadInput.
+        """
+        self._require_compressed()
+        _require_index("layer", layer, len(self.ragged_layers))
+        segments = self.ragged_layers[layer].segments
+        assert segments is not None
+        _require_index("row", row, segments.batch)
+        _require_index("head", head, segments.kv_heads)
+        return segments.positions[segments.slice(row * segments.kv_heads + head)].long()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the compressed cache, its tail included, for headwise.load. Raises UnsupportedGeneration, BadInput."""
+        from headwise.cache import store
+
+        self._settle()
+        store.save(self, path)
+
+    def inputs(
+        self,
+        input_ids: Int[Tensor, "batch new"] | Int[Tensor, " new"],
+        attention_mask: Int[Tensor, "batch new"] | None = None,
+    ) -> dict[str, Any]:
+        """What generate() is given to go on from here: all ids, their mask, and this cache.
+
+        >>> answer = model.generate(**cache.fork().inputs(question_ids), max_new_tokens=64)
+
+        `input_ids` are the new tokens only, with their own `attention_mask` if rows are padded on the left. What the
+        cache has seen comes before them, a loaded cache's context too. The cache has the name that this version of
+        transformers calls it by. Raises BadInput where the rows do not fit, UnsupportedGeneration where the tokens seen
+        are not known.
+        """
+        self._settle()
+        new = torch.atleast_2d(input_ids)
+        mask = torch.ones_like(new) if attention_mask is None else attention_mask
+        if self._stood_at():
+            known = self.transcript.ids
+            if known is None:
+                raise UnsupportedGeneration(
+                    "this cache does not know the tokens it has seen, because the decoder was called without its "
+                    "model: give generate() all of them, followed by the new ones."
+                )
+            if len(known) != len(new):
+                raise BadInput(
+                    f"this cache has {len(known)} rows, the new ids {len(new)}: give one row of ids for each."
+                )
+            mask = torch.cat([self._seen_mask(known).to(mask), mask.to(new.device)], dim=-1)
+            new = torch.cat([known.to(new), new], dim=-1)
+        return {"input_ids": new, "attention_mask": mask, **given(self.view.model, self)}
+
+    def _seen_mask(self, known: Int[Tensor, "batch seen"]) -> Int[Tensor, "batch seen"]:
+        """0 at the padding of contexts, which lies before them."""
+        rows, mask = self.ragged_layers[0].rows, torch.ones_like(known)
+        if self.context_tokens is None or rows is None:
+            return mask
+        counts = torch.tensor(self.context_tokens, dtype=torch.int64, device=rows.device)[rows].to(known.device)
+        context = known.shape[1] - self.ragged_layers[0].tail_length
+        places = torch.arange(known.shape[1], dtype=torch.int64, device=known.device)
+        return mask * (places >= context - counts[:, None])
+
+    def fork(self, copies: int = 1) -> "RaggedCache":
+        """A cache that continues from here on its own. The frozen part is shared, never copied.
+
+        With `copies` > 1 every row of the batch is repeated that often: for many questions on one context, beam search
+        or `num_return_sequences`.
+        """
+        self._require_compressed()
+        if copies < 1:
+            raise BadInput(f"copies={copies} must be at least 1.")
+        twin = RaggedCache.__new__(RaggedCache)
+        vars(twin).update(vars(self))
+        twin.meter = self.meter.fork()
+        layers: list[Any] = self.layers
+        twin.layers = [layer.fork(twin.meter) for layer in layers]
+        twin.ragged_layers = _ragged(twin.layers)
+        if copies > 1:
+            twin.batch_repeat_interleave(copies)
+        return twin
+
+    @staticmethod
+    def join(caches: Sequence["RaggedCache"]) -> "RaggedCache":
+        """One cache whose batch is the rows of all of them: to continue the same context, cut in many ways, at once.
+
+        Copies what they keep. All must have seen equally many tokens and nothing after their context: raises BadInput.
+        """
+        if not caches:
+            raise BadInput("there is no cache to join.")
+        for cache in caches:
+            cache._require_compressed()
+        seen = {cache.get_seq_length() for cache in caches}
+        if len(seen) > 1 or any(layer.tail_length for cache in caches for layer in cache.ragged_layers):
+            raise BadInput(f"caches of {sorted(seen)} tokens, or with tokens after their context, cannot be joined.")
+        whole, *others = (cache.fork() for cache in caches)
+        stacks: Any = zip(whole.layers, *(other.layers for other in others), strict=True)
+        whole.meter, whole.tokens_fingerprint = Meter(), None
+        whole._noted = Transcript.stacked([cache.transcript for cache in caches])
+        counts = [cache.context_tokens for cache in caches]
+        known = [count for count in counts if count is not None]
+        whole.context_tokens = sum(known, ()) if len(known) == len(counts) else None
+        whole.layers = [first.joined(rest, whole.meter) for first, *rest in stacks]
+        whole.ragged_layers = _ragged(whole.layers)
+        return whole
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; give minus their number. All layers or none: raises UnsupportedGeneration."""
+        self._settle()
+        layers: list[Any] = self.layers
+        for layer in layers:
+            layer.require_croppable(tokens_to_remove)
+        known = self.transcript
+        super().crop(tokens_to_remove)
+        if tokens_to_remove:
+            self._noted = known.cut(self._stood_at())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i continues what row `beam_idx[i]` was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch. Frozen contexts are shared, not copied."""
+        self._pick(lambda t: t.index_select(0, indices.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch. Frozen contexts are shared, not copied."""
+        self._pick(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def _pick(self, pick: Callable[[Tensor], Tensor]) -> None:
+        """Rows of all layers, or of none where one fails."""
+        layers: list[Any] = self.layers
+        if not any(layer.is_initialized for layer in layers):
+            return
+        picked, noted = [layer.picked(pick) for layer in layers], self._noted.picked(pick)
+        for layer, states in zip(layers, picked, strict=True):
+            layer.put(states)
+        self._noted = noted
+
+    def __copy__(self) -> "RaggedCache":
+        """As fork(): two caches that shared their tails would spoil each other."""
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RaggedCache":
+        """What transformers' users do to ask twice of one prefix; neither model nor frozen storage is copied."""
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be pickled (torch.save and queues of processes do it too): the whole model would go along."""
+        raise UnsupportedGeneration(
+            "a RaggedCache cannot be pickled, because the whole model would be written with it: use "
+            "cache.save('document.safetensors'), and headwise.load('document.safetensors', model) where it is needed."
+        )
+
+    def activate_past_recording(self) -> None:
+        """Called for assisted generation, which gives the whole prompt to a cache again, read or not."""
+        raise UnsupportedGeneration(
+            "assisted generation (a draft model or prompt_lookup_num_tokens) cannot use a RaggedCache: it takes back "
+            "tokens that may have been evicted. Generate without it."
+        )
+
+    def _require_replay(self, replays: bool) -> None:
+        name = type(self.method.scorer).__name__
+        if len(self.view.shape.layers) < self.view.shape.num_layers:
+            raise UnsupportedModel(
+                f"{name} has the model repeat the context, which sliding-window layers cannot take back: choose "
+                "another scorer for this model."
+            )
+        if not replays:
+            raise UnsupportedGeneration(
+                f"{name} has the model read the context twice, which generate() does not: use headwise.compress() on "
+                "the context, and give its cache to generate()."
+            )
+
+    def _require_compressed(self) -> None:
+        self._settle()
+        if not self.compressed:
+            seen = self.get_seq_length()
+            raise UnsupportedGeneration(
+                f"this cache has read {seen} tokens but its context is not complete, so nothing has been cut yet. "
+                "Run the model on the context first, or use headwise.compress()."
+            )
+
+    def __repr__(self) -> str:
+        state = f"kept {int(self.lengths.sum())} entries" if self.compressed else "context not read yet"
+        return f"RaggedCache({state}, seen {self.get_seq_length()} tokens, {self.nbytes} bytes)"
+
+
+def _ragged(layers: Sequence[Any]) -> list[RaggedLayer]:
+    return [layer for layer in layers if isinstance(layer, RaggedLayer)]
+
+
+def _require_index(name: str, index: int, count: int) -> None:
+    if not 0 <= index < count:
+        raise BadInput(f"{name}={index} does not exist: there are {count}, counted from 0.")

@@ -1,0 +1,159 @@
+"""What a saved cache must hold, before anything is computed with it: kernels trust the numbers of rows that it says.
+
+store.py writes and loads the files; a map of kept tokens reads one without the model (report/kept.py).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from headwise.artifacts.contents import ADVICE
+from headwise.artifacts.tensors import Opened
+from headwise.errors import BadInput
+from headwise.files import strict_json
+from headwise.files.schema import INTEGERS, Numbers, Schema
+
+COMPRESS = "Compress the context again."
+FIELDS: Mapping[str, strict_json.Check] = {
+    "model": strict_json.or_none(strict_json.text),
+    "model_fingerprint": strict_json.text,
+    "tokens_fingerprint": strict_json.or_none(strict_json.text),
+    "method": strict_json.mapping,
+    "keep": strict_json.text,
+    "seen": strict_json.size,
+    "context_tokens": strict_json.or_none(strict_json.list_of(strict_json.positive)),
+    "peak_nbytes": strict_json.count,
+}
+IDS = "ids"  # of all tokens seen, where they are known
+_NAME = re.compile(r"(0|[1-9]\d{0,3})\.[a-z_]+")
+_FROZEN = ("keys", "values", "positions", "lengths", "rows")
+_TAIL = ("tail_keys", "tail_values")
+_STATES = ("batch", "kv_heads")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expected:
+    """What is known of the model that the cache is for."""
+
+    num_layers: int
+    layers: tuple[int, ...]  # those that are compressed
+    kv_heads: int
+    head_dim: int
+    window: int  # of the other layers, in tokens
+    max_positions: int
+    largest: float  # number of its dtype
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """What a file holds, on the CPU. `context_tokens` and `ids` are None where they were not known."""
+
+    layers: dict[int, dict[str, Tensor]]
+    ids: Int[Tensor, "batch seen"] | None
+    context_tokens: tuple[int, ...] | None
+    metadata: dict[str, Any]
+
+
+def read(file: Opened, expected: Expected | None = None) -> Saved:
+    """Tensors and metadata, all checked. Raises BadInput.
+
+    Without a model layers and sizes are those that the file says.
+    """
+    written = {"context_tokens": None, **file.metadata}  # files of earlier versions have none
+    metadata = {**written, **strict_json.checked(written, FIELDS, f"{file.path}: the metadata", ADVICE)}
+    found = _layers(file)
+    frozen = found if expected is None else set(expected.layers)
+    if expected is None:
+        frozen = {layer for layer in found if f"{layer}.positions" in file.headers}
+    every = found if expected is None else set(range(expected.num_layers))
+    schema = _schema(file, every, frozen, metadata["seen"], expected)
+    tensors = file.read(schema)
+    layers = {
+        layer: {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{layer}.")}
+        for layer in sorted(every)
+    }
+    tail = max((states["tail_keys"].shape[2] for states in layers.values() if "tail_keys" in states), default=0)
+    context = metadata["seen"] - tail
+    limit = context if expected is None else expected.max_positions
+    for layer in sorted(frozen):
+        _require_segments(layers[layer], context, limit, f"{file.path} is damaged: layer {layer}")
+    counts = metadata["context_tokens"]
+    contexts = len(layers[min(frozen)]["lengths"])
+    if counts is not None and (len(counts) != contexts or max(counts) > context):
+        raise BadInput(f"{file.path} is damaged: {counts!r:.60} are no tokens of its {contexts} contexts. {COMPRESS}")
+    known = None if counts is None else tuple(counts)
+    return Saved(layers=layers, ids=tensors.get(IDS), context_tokens=known, metadata=metadata)
+
+
+def _layers(file: Opened) -> set[int]:
+    """Those that the file has tensors of."""
+    names = {name: _NAME.fullmatch(name) for name in file.headers if name != IDS}
+    strange = sorted(name for name, match in names.items() if match is None)
+    if strange:
+        raise BadInput(f"{file.path} is damaged: it holds an unknown tensor {strange[0][:40]!r}. {COMPRESS}")
+    return {int(match[1]) for match in names.values() if match is not None}
+
+
+def _schema(file: Opened, every: set[int], frozen: set[int], seen: int, expected: Expected | None) -> Schema:
+    high = torch.finfo(torch.float64).max if expected is None else expected.largest
+    has_tail = any(f"{layer}.{name}" in file.headers for layer in frozen for name in _TAIL)
+    table: dict[str, Numbers] = {}
+    sizes: dict[str, int] = {}
+    if expected is not None:
+        sizes = {"kv_heads": expected.kv_heads, "head_dim": expected.head_dim, "window": min(seen, expected.window - 1)}
+    for layer in sorted(every):
+        for name in ("keys", "values") if layer not in frozen else _FROZEN + _TAIL * has_tail:
+            if f"{layer}.{name}" not in file.headers:
+                raise BadInput(f"{file.path} is damaged: layer {layer} has no {name!r}. {COMPRESS}")
+            table[f"{layer}.{name}"] = _numbers(name, layer, layer in frozen, high, seen)
+    if IDS in file.headers:
+        table[IDS] = Numbers(shape=("batch", "seen"), dtypes=("I32",), low=0.0, high=float(strict_json.MOST))
+        sizes["seen"] = seen
+    return Schema(table=table, sizes=sizes, advice=COMPRESS)
+
+
+def _numbers(name: str, layer: int, frozen: bool, high: float, seen: int) -> Numbers:
+    rows = f"rows of layer {layer}"
+    match name:
+        case "rows":
+            return Numbers(shape=("batch",), dtypes=("I64",), low=0.0, high=float(strict_json.MOST))
+        case "lengths":
+            return Numbers(shape=("contexts", "kv_heads"), dtypes=INTEGERS, low=0.0, high=float(seen))
+        case "positions":
+            return Numbers(shape=(rows,), dtypes=("I32",), low=0.0, high=float(strict_json.MOST))
+        case "tail_keys" | "tail_values":
+            return Numbers(shape=(*_STATES, "tail", "head_dim"), low=-high, high=high)
+    shape = (rows, "head_dim") if frozen else (*_STATES, "window", "head_dim")
+    return Numbers(shape=shape, low=-high, high=high)
+
+
+def _require_segments(layer: Mapping[str, Tensor], context: int, limit: int, place: str) -> None:
+    """Raise BadInput unless lengths, rows and positions fit the keys and each other."""
+    lengths, rows, positions = layer["lengths"].long().flatten(), layer["rows"], layer["positions"].long()
+    contexts, entries = len(layer["lengths"]), len(layer["keys"])
+    if not contexts or not len(rows) or int(rows.max()) >= contexts:
+        raise BadInput(f"{place} has {len(rows)} rows, which must each name one of its {contexts} contexts. {COMPRESS}")
+    if int(lengths.max()) > context:
+        raise BadInput(
+            f"{place} keeps {int(lengths.max())} entries in a head, of a context of {context} tokens. {COMPRESS}"
+        )
+    if int(lengths.sum()) != entries:
+        raise BadInput(f"{place} has lengths that sum to {int(lengths.sum())}, but {entries} keys. {COMPRESS}")
+    if entries and int(positions.max()) >= limit:
+        raise BadInput(f"{place} keeps position {int(positions.max())} of {limit}. {COMPRESS}")
+    if not _ascending(positions, lengths):
+        raise BadInput(f"{place} has a head whose positions do not ascend. {COMPRESS}")
+
+
+def _ascending(positions: Int[Tensor, " rows"], lengths: Int[Tensor, " segments"]) -> bool:
+    """Within every segment."""
+    step = positions.diff()
+    borders = lengths.cumsum(0)[:-1]
+    borders = borders[(borders > 0) & (borders < len(positions))]
+    step[borders - 1] = 1
+    return bool((step > 0).all())

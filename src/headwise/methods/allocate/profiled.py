@@ -1,0 +1,151 @@
+"""Budgets solved from a profile of the model: LU-KV."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.hulls import Hulls, concave_hulls, share
+from headwise.artifacts.shipped import shipped
+from headwise.artifacts.tensors import fingerprint
+from headwise.errors import ArtifactMismatch, BadInput
+from headwise.interfaces import AbstractAllocator, AbstractScorer, Demand, Provenance
+from headwise.methods.allocate.apportion import even_shares, require_feasible
+from headwise.shapes import ModelShape
+
+LEAST_SHARE = Fraction(1, 100)  # of the context: what every head keeps; a budget below that is shared evenly
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LUKV(AbstractAllocator):
+    """Counts by marginal utility on the hulls of a Budget that was solved for this model and scorer.
+
+    LU-KV (arXiv 2602.08585). Every head keeps at least 1% of the context; what is left goes to the steepest steps of
+    all heads' hulls. Exact at any total and nested: more never takes an entry from a head. Ours differs from the
+    authors' online step, which takes the nearest of 99 tables and rounds within a layer, and in that protected tokens
+    come first in every head, but how many of them a head keeps is solved like everything else.
+    """
+
+    keeps_protected: ClassVar[bool] = False
+
+    budget: Budget
+
+    @property
+    def sink(self) -> int:
+        """First tokens that come first in the profile."""
+        return self.budget.origin.sink
+
+    @property
+    def window(self) -> int:
+        """Last tokens that come next in the profile."""
+        return self.budget.origin.window
+
+    @property
+    def made_for(self) -> str:
+        """Of the budget."""
+        return self.budget.origin.model
+
+    def provenance(self) -> Provenance:
+        """Name, and which budget: its origin and a fingerprint of its hulls."""
+        hull = fingerprint(*(self.budget.hull[name] for name in ("protected", "width", "slope")))
+        return {"name": type(self).__name__, "budget": self.budget.provenance(hull)}
+
+    def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> "LUKV":
+        """Itself. Raises ArtifactMismatch for another scorer (its parameters included), model or shape."""
+        if not self.budget.hull:
+            raise ArtifactMismatch("this budget has no hulls: use it as fixed@FILE, or make one with 'headwise solve'.")
+        self.budget.require(shape, config_hash)
+        made_for, found = dict(self.budget.origin.scorer_parameters), json.loads(json.dumps(scorer.provenance()))
+        if made_for != found:
+            raise ArtifactMismatch(
+                f"the budget was solved for {made_for}, but the scorer is {found}. Profile and solve for this scorer."
+            )
+        return self
+
+    def allocate(
+        self,
+        scores: Float[Tensor, "layers batch kv_heads tokens"],
+        candidates: Bool[Tensor, "batch tokens"],
+        layers: Sequence[int],
+        demand: Demand,
+    ) -> Int[Tensor, "layers batch kv_heads"]:
+        """Counts from the hulls, whatever the scores. Raises ArtifactMismatch if it is for another ModelShape."""
+        self.budget.require(demand.shape)
+        require_feasible(demand)
+        protected = (torch.tensor(demand.tokens, dtype=torch.int64, device="cpu") - candidates.sum(-1).cpu()).tolist()
+        limits = zip(demand.tokens, protected, demand.totals, demand.floors, strict=True)
+        rows = [_counts(self.budget, *row) for row in limits]
+        table = torch.stack(rows, dim=1).unflatten(0, (len(demand.shape.layers), demand.shape.kv_heads))
+        return table.transpose(1, 2)[list(layers)].to(scores.device)  # [L, H, B] -> [l, B, H]
+
+
+@lru_cache(maxsize=64)  # it is asked once per layer
+def _counts(budget: Budget, tokens: int, protected: int, total: int, floor: int) -> Int[Tensor, " heads"]:
+    rest = Hulls(width=budget.hull["width"], slope=budget.hull["slope"])
+    return lukv_counts(budget.hull["protected"], rest, tokens, protected, total, floor)
+
+
+def published_counts(
+    marginal: Float[Tensor, "layers kv_heads steps"], protected: int, tokens: int
+) -> Int[Tensor, "ratios layers kv_heads"]:
+    """What LU-KV's authors solve for one question: counts at 1% to 99% kept, protected tokens kept by every head."""
+    layers, heads, _ = marginal.shape
+    first, rest = marginal.flatten(0, 1).tensor_split([protected], dim=-1)
+    hulls, floor = concave_hulls(rest), max(1, protected)
+    totals = [round(Fraction(percent, 100) * layers * heads * tokens) for percent in range(1, 100)]
+    rows = [lukv_counts(first, hulls, tokens, protected, total, floor) for total in totals]
+    return torch.stack(rows).unflatten(1, (layers, heads))
+
+
+def lukv_counts(
+    first: Float[Tensor, "heads known"], rest: Hulls, tokens: int, protected: int, total: int, floor: int
+) -> Int[Tensor, " heads"]:
+    """Counts in a context of `tokens`: `first` is the utility of the protected ones, `rest` the hulls of the others."""
+    heads, least = len(rest.width), max(floor, int(LEAST_SHARE * tokens))
+    if total < heads * least:  # a floor that grew with the total would take from the steepest heads again
+        return even_shares(torch.tensor(total, dtype=torch.int64, device="cpu"), heads)
+    if floor >= protected:  # they are paid for, whatever they are worth
+        spent, others = heads * protected, tokens - protected
+        return protected + share(rest, entries=others, total=total - spent, floor=max(least - protected, 0))
+    return share(_joined(first[:, :protected], rest, tokens), entries=tokens, total=total, floor=least)
+
+
+def _joined(first: Float[Tensor, "heads protected"], rest: Hulls, tokens: int) -> Hulls:
+    """Hulls over a whole context: its protected tokens one by one, then the others in the profile's shares."""
+    others = 1 - first.shape[1] / tokens
+    return concave_hulls(
+        torch.cat([first.double(), rest.width * rest.slope * (others > 0)], dim=-1),
+        torch.cat([torch.full_like(first, 1 / tokens).double(), rest.width * others], dim=-1),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShippedLUKV(AbstractAllocator):
+    """LUKV with the budget that comes with headwise for the model and scorer at hand (the bundled model has some)."""
+
+    def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> LUKV:
+        """The budget for this model and scorer. Raises BadInput if none is shipped."""
+        wanted = json.loads(json.dumps(scorer.provenance()))
+        for file in shipped("budget", config_hash, wanted):
+            return LUKV(budget=Budget.load(file.path)).resolve(scorer, shape, config_hash)
+        raise BadInput(
+            f"no budget of {type(scorer).__name__} is shipped for this model: make one with 'headwise profile' and "
+            "'headwise solve', then write scorer+lukv@FILE."
+        )
+
+    def allocate(
+        self,
+        scores: Float[Tensor, "layers batch kv_heads tokens"],
+        candidates: Bool[Tensor, "batch tokens"],
+        layers: Sequence[int],
+        demand: Demand,
+    ) -> Int[Tensor, "layers batch kv_heads"]:
+        """Never asked: `resolve` puts a LUKV in its place."""
+        raise BadInput("a shipped budget must be resolved for a model before it can allocate.")

@@ -1,0 +1,112 @@
+"""What can be used on a model, from its configuration alone: methods that run as they are, files that are there for it.
+
+And of the others what must be made first, and by which command.
+"""
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import PretrainedConfig
+
+from headwise.artifacts.origin import config_hash
+from headwise.artifacts.shipped import Shipped, fitting, read_headers, shipped
+from headwise.errors import HeadwiseError
+from headwise.methods.method import ALIASES, ALLOCATORS, SCORERS, Choice, Method, choose, entries_of
+from headwise.models.families import shape_of
+from headwise.shapes import ModelShape
+
+State = Literal["ready", "make", "refused"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Available:
+    """A method on a model. "ready": use `method` as it is written; "make": run `command` first; "refused": see `why`.
+
+    `file` is what it uses, `made_for` the model that the file says it was made for.
+    """
+
+    method: str
+    state: State
+    file: str = ""
+    made_for: str = ""
+    command: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overview:
+    """The methods of a model, and the default among them."""
+
+    model: str
+    config_hash: str
+    default: Choice
+    methods: tuple[Available, ...]
+
+
+def overview(model: str, config: PretrainedConfig, folder: Path | None = None) -> Overview:
+    """Every short name, and LU-KV's budgets for every scorer, for the model of this name and configuration.
+
+    `folder` is looked through for files besides those that come with headwise. Raises UnsupportedModel, BadInput.
+    """
+    text = config.get_text_config()
+    target = _Target(model=model, shape=shape_of(text), config_hash=config_hash(text.to_dict()))
+    found = () if folder is None else read_headers(folder)
+    rows = [row for method in _names() for row in _rows(method, target, found)]
+    default = choose(target.shape, target.config_hash)
+    return Overview(model=model, config_hash=target.config_hash, default=default, methods=tuple(rows))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Target:
+    model: str
+    shape: ModelShape
+    config_hash: str
+
+
+def _names() -> list[str]:
+    """Short names, and the scorers that can be profiled (one pass, no file, scores without a budget) with `lukv`."""
+    scorers = {name: entry.make() for name, entry in SCORERS.items() if entry.file == "none"}
+    solved = [name for name, scorer in scorers.items() if scorer.replay is None and not scorer.needs_budget]
+    return [*ALIASES, *(f"{name}+lukv" for name in solved)]
+
+
+def _rows(method: str, target: _Target, found: Sequence[Shipped]) -> Iterator[Available]:
+    """One row; where files are needed, one for each that is there."""
+    scorer, allocator = entries_of(method)
+    if SCORERS[scorer].make().replay is not None and len(target.shape.layers) < target.shape.num_layers:
+        why = "it has the model repeat the context, which sliding-window layers cannot take back"
+        yield Available(method=method, state="refused", why=why)
+        return
+    if SCORERS[scorer].file == ALLOCATORS[allocator].file == "none":
+        yield Available(method=method, state="ready")
+        return
+    kind = "budget" if allocator == "lukv" else "gates"
+    parameters = json.loads(json.dumps(SCORERS[scorer].make().provenance())) if kind == "budget" else None
+    own = [(method, file) for file in shipped(kind, target.config_hash, parameters)[:1]]
+    others = [(f"{method}@{file.path}", file) for file in fitting(found, kind, target.config_hash, parameters)]
+    for name, file in [*own, *others]:
+        yield _of_file(name, file, target)
+    if not own and not others:
+        yield Available(method=method, state="make", command=_command(scorer, kind, target.model))
+
+
+def _of_file(name: str, file: Shipped, target: _Target) -> Available:
+    """Whether the file holds what the method needs of it."""
+    try:
+        Method.parse(name).for_model(target.shape, target.config_hash)
+    except HeadwiseError as error:
+        return Available(method=name, state="refused", file=str(file.path), why=str(error))
+    return Available(method=name, state="ready", file=str(file.path), made_for=file.origin.model)
+
+
+def _command(scorer: str, kind: str, model: str) -> str:
+    """What makes the file. Its name is the one it would be shipped or shared by."""
+    quoted = shlex.quote(model)
+    if kind == "gates":
+        return f"headwise train --model {quoted} --out lkv.safetensors"
+    profile = f"headwise profile --model {quoted} --scorer {scorer} --out profile.safetensors"
+    return f"{profile} && headwise solve profile.safetensors --scorer {scorer} --out {scorer}.safetensors"

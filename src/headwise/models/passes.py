@@ -1,0 +1,161 @@
+"""What a model tells our caches about a forward pass: that it begins, which tokens it is given, that it has ended well.
+
+A cache is handed to the model as an argument; from inside its layers it sees neither ids nor whether a pass came to its
+end. So the model gets two hooks of PyTorch's, and `generate` shows a cache the whole prompt before it cuts off what the
+cache has seen. All three do nothing for any cache but ours.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from inspect import signature
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from headwise.errors import BadInput, UnsupportedGeneration
+
+
+class Listener(ABC):
+    """A cache that wants to be told."""
+
+    @abstractmethod
+    def begin(self, ids: Tensor | None, mask: Tensor | None, num_tokens: int) -> None:
+        """A forward pass begins, with so many new tokens a row; `ids` and `mask` are what it was given."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """The forward pass that began last is over: well, unless it has raised what is being handled now."""
+
+    @abstractmethod
+    def require_continued(self, ids: Tensor, mask: Tensor | None) -> None:
+        """generate() is about to continue with the prompt `ids`: raise unless it begins with what the cache saw."""
+
+
+def tell_caches(model: nn.Module) -> None:
+    """Have this model tell our caches of its forward passes. A second call does nothing."""
+    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))  # peft wraps it
+    if _begin not in inner._forward_pre_hooks.values():
+        inner.register_forward_pre_hook(_begin, with_kwargs=True)
+        inner.register_forward_hook(_end, with_kwargs=True, always_call=True)
+    for kind in (_Shown, _Refused) if isinstance(inner, GenerationMixin) else ():
+        kind.put_on(inner)
+
+
+class _Instead:
+    """Stands in for a method of one model, which it holds weakly: a cycle would keep a dropped model in memory."""
+
+    name = ""  # of the method
+
+    def __init__(self, model: nn.Module, own: Callable[..., Any] | None = None):
+        self._model = ref(model)
+        self._own = own  # the method that somebody else has put on this very model
+
+    @property
+    def model(self) -> Any:
+        """The model. Raises BadInput where only a shallow copy of it is left."""
+        found = self._model()
+        if found is None:
+            raise BadInput("this model is a copy.copy() of one that is gone: call headwise.enable(model) on it first.")
+        return found
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The model's own method."""
+        return self._own or getattr(type(self.model), self.name).__get__(self.model)
+
+    @classmethod
+    def put_on(cls, model: nn.Module) -> None:
+        """Take the place of the method of this model, if it does not have it yet."""
+        found = vars(model).get(cls.name)
+        if not isinstance(found, cls):
+            vars(model)[cls.name] = cls(model, found)
+        elif found._model() is not model:  # of the model that this one is a shallow copy of
+            vars(model)[cls.name] = cls(model, found._own)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Instead":
+        return type(self)(memo.get(id(self.model), self.model), self._own)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model, self._own)
+
+
+class _Shown(_Instead):
+    """What generate() reads a prompt with: it cuts off what the cache has seen."""
+
+    name = "_prefill"
+
+    def __call__(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **options: Any) -> Any:
+        cache, mask = _cache_in(model_kwargs), model_kwargs.get("attention_mask")
+        if cache is not None:
+            if not model_kwargs.get("use_cache", True):
+                raise BadInput("generate() was given a cache and use_cache=False: leave out one of them.")
+            told = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+            if told == input_ids.shape[1] and model_kwargs.get("inputs_embeds") is None:  # else they are new ids only
+                cache.require_continued(input_ids, mask)
+        return self.original(input_ids, generation_config, model_kwargs, **options)
+
+
+class _Refused(_Instead):
+    """Continuous batching knows no attention but transformers' own, and names no way out."""
+
+    name = "init_continuous_batching"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from headwise.models.attention import is_enabled  # which imports this module
+
+        if is_enabled(self.model):
+            raise BadInput(  # a ValueError, as without us
+                "continuous batching (generate_batch) does not work while attention goes through headwise: call "
+                "model.set_attn_implementation('sdpa') before it, and headwise.enable(model) before a cache of "
+                "headwise is used again."
+            )
+        return self.original(*args, **kwargs)
+
+
+def _begin(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    given = _arguments(module, args, kwargs)
+    cache = _cache_in(given)
+    if cache is None or torch.compiler.is_compiling():
+        return
+    if given.get("output_attentions"):
+        raise UnsupportedGeneration(
+            "attention weights (output_attentions) are never made with a RaggedCache: leave output_attentions out, or "
+            "use another cache and model.set_attn_implementation('eager')."
+        )
+    _be_last(module)
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    new = ids if ids is not None else given.get("inputs_embeds")
+    if new is not None:
+        cache.begin(ids, mask if isinstance(mask, Tensor) else None, new.shape[1])
+
+
+def _end(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+    cache = _cache_in(_arguments(module, args, kwargs))
+    if cache is not None and not torch.compiler.is_compiling():
+        cache.end()
+
+
+def _be_last(module: nn.Module) -> None:
+    """A hook that a user has added later may still fail the pass, so ours comes after it."""
+    hooks = module._forward_hooks
+    if next(reversed(hooks.values())) is not _end:
+        key = next(key for key, hook in hooks.items() if hook is _end)
+        hooks[key] = hooks.pop(key)
+
+
+def _arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    return dict(zip(_parameters(type(module)), args, strict=False)) | dict(kwargs) if args else kwargs
+
+
+def _cache_in(given: Mapping[str, Any]) -> Listener | None:
+    cache = given.get("cache", given.get("past_key_values"))  # from transformers 5.24 on, and before
+    return cache if isinstance(cache, Listener) else None
+
+
+@lru_cache(maxsize=64)
+def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(signature(kind.forward).parameters)[1:]

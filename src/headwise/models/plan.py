@@ -1,0 +1,173 @@
+"""What compression buys on given hardware, from the model's configuration alone: no weights are loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from headwise.errors import BadInput
+from headwise.methods.keep import Keep, parse_keep
+from headwise.models.families import max_positions, shape_of
+
+ACTIVATIONS_NOTE = "activations, logits and the framework's own memory are not counted: leave 10-20% free"
+NO_DTYPE_NOTE = "the configuration names no dtype, so float32 is assumed: name another one if the weights have it"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """KV memory of a batch before and after, in bytes; what fits is None without a memory size."""
+
+    context: int
+    keep: float | str
+    batch: int
+    dtype: str
+    weight_bytes: int
+    full_kv_bytes: int
+    kv_bytes: int
+    peak_kv_bytes: int  # while the context is read, scope "layer": the compressed cache and one full layer
+    peak_kv_bytes_model_scope: int  # at most, scope "model": everything, and what is kept of the first layer to be cut
+    sliding_kv_bytes: int  # part of both: sliding-window layers, left whole
+    memory_bytes: int | None
+    full_fits: bool | None
+    fits: bool | None
+    max_batch_full: int | None
+    max_batch: int | None
+    max_context_full: int | None
+    max_context: int | None
+    max_positions: int  # the longest context the model was made for
+    beyond_positions: bool  # whether `context` is longer than that
+    note: str = ACTIVATIONS_NOTE
+
+
+def plan(
+    config: PretrainedConfig,
+    *,
+    context: int,
+    keep: float | str | Keep,
+    batch: int = 1,
+    memory: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """KV bytes of `batch` contexts of `context` tokens, with everything kept and with `keep`; what fits in `memory`.
+
+    `dtype` is that of keys, values and weights; None is the checkpoint's own, as its configuration names it. Weights of
+    a quantised checkpoint are counted as it stores them; its keys and values are not quantised.
+    `max_batch` and `max_context` are what the memory has room for, for an allocator of scope "layer"; `max_context` may
+    exceed `max_positions`. Raises BadInput, UnsupportedModel.
+    """
+    if batch < 1 or context < 1:
+        raise BadInput(f"context={context} and batch={batch} must be at least 1.")
+    dtype, of_dtype = (dtype, []) if dtype else _own_dtype(config)
+    keep, sizes = parse_keep(keep), _Sizes(config, dtype)
+    full, small = sizes.held(context, batch, None), sizes.held(context, batch, keep)
+    peak, layer = sizes.peak(context, batch, keep), sizes.layer(context, batch)
+    weights, of_weights = _weight_bytes(config, dtype)
+    room = None if memory is None else max(0, memory - weights)
+    return Plan(
+        context=context,
+        keep=keep.value,
+        batch=batch,
+        dtype=_name(dtype),
+        weight_bytes=weights,
+        full_kv_bytes=full,
+        kv_bytes=small,
+        peak_kv_bytes=peak,
+        peak_kv_bytes_model_scope=full + min(layer, small - sizes.sliding(context, batch)),
+        sliding_kv_bytes=sizes.sliding(context, batch),
+        memory_bytes=memory,
+        full_fits=None if room is None else full <= room,
+        fits=None if room is None else peak <= room,
+        max_batch_full=None if room is None else _largest(lambda b: sizes.held(context, b, None) <= room),
+        max_batch=None if room is None else _largest(lambda b: sizes.peak(context, b, keep) <= room),
+        max_context_full=None if room is None else _largest(lambda n: sizes.held(n, batch, None) <= room),
+        max_context=None if room is None else _largest(lambda n: sizes.peak(n, batch, keep) <= room),
+        max_positions=max_positions(config),
+        beyond_positions=context > max_positions(config),
+        note="; ".join([ACTIVATIONS_NOTE, *of_dtype, *of_weights]),
+    )
+
+
+def _own_dtype(config: PretrainedConfig) -> tuple[torch.dtype, list[str]]:
+    """The checkpoint's, and what a reader must know of it."""
+    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return (named, []) if named else (torch.float32, [NO_DTYPE_NOTE])
+
+
+class _Sizes:
+    """KV bytes of one model in one precision."""
+
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype):
+        self.shape = shape_of(config)
+        self.entry = self.shape.entry_bytes(dtype.itemsize)
+        self.window = getattr(config.get_text_config(), "sliding_window", None) or 0
+
+    def sliding(self, context: int, batch: int) -> int:
+        layers = self.shape.num_layers - len(self.shape.layers)
+        return batch * layers * self.shape.kv_heads * min(context, max(self.window - 1, 0)) * self.entry
+
+    def layer(self, context: int, batch: int) -> int:
+        return batch * self.shape.kv_heads * context * self.entry
+
+    def held(self, context: int, batch: int, keep: Keep | None) -> int:
+        everything = self.layer(context, batch) * len(self.shape.layers)
+        if keep is None:
+            return everything + self.sliding(context, batch)
+        if keep.kind == "bytes":  # of all rows, which are alike
+            keep = replace(keep, amount=keep.amount / batch)
+        (entries,) = keep.entries(shape=self.shape, tokens=[context], entry_bytes=self.entry)
+        return batch * entries * self.entry + self.sliding(context, batch)
+
+    def peak(self, context: int, batch: int, keep: Keep) -> int:
+        return self.held(context, batch, keep) + self.layer(context, batch)
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """Largest n >= 0 for which `fits(n)`; it must be monotone."""
+    if not fits(1):
+        return 0
+    high = 1
+    while fits(2 * high) and high < 2**40:
+        high *= 2
+    low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _weight_bytes(config: PretrainedConfig, dtype: torch.dtype) -> tuple[int, list[str]]:
+    """Bytes of all weights, and what a reader must know of a quantised checkpoint."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    nbytes = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return nbytes, []
+    settings = found if isinstance(found, dict) else found.to_dict()
+    bits, method = _bits(settings), settings.get("quant_method", "unknown")
+    if not bits:
+        return nbytes, [f"how {method} quantises is not known here, so weights are counted as {_name(dtype)}"]
+    head = model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    said = f"weights of linear layers are counted with {bits} bits ({method}), without their scales"
+    return nbytes - linear * dtype.itemsize + linear * bits // 8, [said]
+
+
+def _bits(settings: dict[str, Any]) -> int:
+    """Bits of a quantised weight, by what transformers' quantisers write into a configuration; 0 if it is not said."""
+    if settings.get("bits"):  # gptq, awq, hqq and others
+        return int(settings["bits"])
+    for bits in (4, 8):  # bitsandbytes
+        if settings.get(f"load_in_{bits}bit"):
+            return bits
+    groups = settings.get("config_groups") or {}  # compressed-tensors: the first group, which is mostly the only one
+    for group in groups.values():
+        return int((group.get("weights") or {}).get("num_bits") or 0)
+    return {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4}.get(str(settings.get("quant_method")), 0)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

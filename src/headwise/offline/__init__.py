@@ -1,0 +1,1 @@
+"""What is done once per model: calibration texts, profiles, budgets, training."""

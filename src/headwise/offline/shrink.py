@@ -1,0 +1,127 @@
+"""Make a file small enough to ship or to share: gates in half precision, budgets without the curves for pictures.
+
+What that changes is measured before anything is written: which entries would be kept, and how many.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headwise.artifacts.budget import Budget
+from headwise.artifacts.gates import KNOTS, LEAST_SPREAD, EntryScores, Gates, HeadBudgets
+from headwise.artifacts.hulls import Hulls
+from headwise.artifacts.tensors import describe
+from headwise.errors import ArtifactMismatch, BadInput
+from headwise.methods.allocate.profiled import lukv_counts
+
+MOST_CHANGED = 0.01  # of a context: how much more or less any head may keep
+LEAST_SHARED = 0.97  # of what a head keeps: entries that stay the same
+TOKENS, KEEP = 2048, 0.15  # of the context and the choice that are compared
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shrunk:
+    """What was written. `changed`: most by which a head's share changes; `shared`: least share of equal entries."""
+
+    kind: str
+    bytes_before: int
+    bytes_after: int
+    changed: float
+    shared: float
+
+
+def shrink(path: Path, out: Path, *, model: str | None = None) -> Shrunk:
+    """Write a small copy of gates or of a budget; `model` is the name it shall say it was made for.
+
+    Gates become float16. A budget becomes float32, because its slopes range over many orders of magnitude, and loses
+    its curves. Raises BadInput where half precision cannot hold a number or changes what is kept, ArtifactMismatch for
+    another kind of file.
+    """
+    kind = describe(path)["kind"]
+    if kind not in ("gates", "budget"):
+        raise ArtifactMismatch(f"{path} is a {kind:.40}: only gates and budgets are made smaller.")
+    before = path.stat().st_size
+    changed, shared = _gates(path, out, model) if kind == "gates" else (_budget(path, out, model), 1.0)
+    return Shrunk(kind=kind, bytes_before=before, bytes_after=out.stat().st_size, changed=changed, shared=shared)
+
+
+def _gates(path: Path, out: Path, model: str | None) -> tuple[float, float]:
+    gates, changed, shared = Gates.load(path), 0.0, 1.0
+    if gates.budgets is not None:
+        changed = _changed_fractions(gates.budgets, _halved(gates.budgets, "budgets"))
+    if gates.scores is not None:
+        shared = _shared_entries(gates.scores, _halved(gates.scores, "scores"))
+    if changed > MOST_CHANGED or shared < LEAST_SHARED:
+        raise BadInput(
+            f"{path}: in half precision a head would keep up to {changed:.4f} of the context more or less, and of its "
+            f"entries only {shared:.4f} would stay. Share the file as it is."
+        )
+    named = gates.origin if model is None else replace(gates.origin, model=model)
+    replace(gates, origin=named).save(out, dtype=torch.float16)
+    return changed, shared
+
+
+def _budget(path: Path, out: Path, model: str | None) -> float:
+    budget = Budget.load(path)
+    named = budget.origin if model is None else replace(budget.origin, model=model)
+    hull = {name: tensor.float() for name, tensor in budget.hull.items()}
+    small = replace(budget, origin=named, fractions=budget.fractions.float(), hull=hull, evidence={})
+    small.save(out)
+    return _changed_counts(budget, small) if hull else 0.0
+
+
+def _halved(module: Any, part: str) -> Any:
+    """As it will be loaded. Raises BadInput where float16 holds no such number."""
+    half = deepcopy(module).half().float()
+    for name, tensor in half.state_dict().items():
+        if not tensor.isfinite().all():
+            raise BadInput(
+                f"'{part}.{name}' holds numbers beyond 65504, the largest in half precision: share it whole."
+            )
+    if isinstance(half, HeadBudgets) and not (half.usual[1] >= LEAST_SPREAD).all():
+        raise BadInput("'budgets.usual' holds spreads too small for half precision: share the file as it is.")
+    return half
+
+
+@torch.no_grad()
+def _changed_fractions(before: HeadBudgets, after: HeadBudgets) -> float:
+    """Over keeps, for a context without traits and for random ones: most by which a head's share changes."""
+    mean, spread = before.usual
+    noise = torch.randn(8, len(mean), generator=_generator(), dtype=torch.float32, device="cpu")
+    summaries = [None, *(mean + spread * noise)]
+    return max(float((before(keep, s) - after(keep, s)).abs().max()) for keep in KNOTS for s in summaries)
+
+
+@torch.no_grad()
+def _shared_entries(before: EntryScores, after: EntryScores) -> float:
+    """Of random entries, those in the best KEEP by both networks: the head with the fewest."""
+    layers, kv_heads, width, _ = before.weight_in.shape
+    generator, least, kept = _generator(), 1.0, round(KEEP * TOKENS)
+    for layer in range(layers):
+        size = (1, kv_heads, TOKENS, width)
+        features = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
+        chosen = [
+            torch.zeros(size[:3], dtype=torch.bool, device="cpu").scatter(
+                2, m(features, layer).topk(kept).indices, True
+            )
+            for m in (before, after)
+        ]
+        least = min(least, float((chosen[0] & chosen[1]).sum(-1).min()) / kept)
+    return least
+
+
+def _changed_counts(before: Budget, after: Budget) -> float:
+    """Over the ratios of the table: most by which a head's share of TOKENS changes."""
+    heads, protected, counts = before.origin.shape.num_heads, before.hull["protected"].shape[1], []
+    for budget in (before, after):
+        rest = Hulls(width=budget.hull["width"], slope=budget.hull["slope"])
+        totals = [round(ratio * heads * TOKENS) for ratio in before.ratios.tolist()]
+        counts.append([lukv_counts(budget.hull["protected"], rest, TOKENS, protected, total, 1) for total in totals])
+    return max(float((a - b).abs().max()) / TOKENS for a, b in zip(*counts, strict=True))
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(0)

@@ -1,0 +1,71 @@
+"""Samples of all contexts for LKV-T's first stage, each in a file of its own: a killed run goes on, processes share."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from headwise.artifacts.gates import PLACE_FEATURES, summary_width
+from headwise.artifacts.parts import Parts
+from headwise.artifacts.tensors import fingerprint, opened, write_tensors
+from headwise.cache.store import model_fingerprint
+from headwise.errors import BadInput
+from headwise.files.schema import Numbers, Schema
+from headwise.models.families import view
+from headwise.models.processes import Processes
+from headwise.offline.calibration import Example
+from headwise.offline.train.fit import FitSettings, Sampled, sample
+from headwise.shapes import ModelShape
+
+_AGAIN = "Remove it, and it is made again."
+
+
+def collect(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    parts: Parts,
+    settings: FitSettings,
+    processes: Processes,
+    progress: Callable[[int, int, str], None],
+) -> list[Sampled]:
+    """Read every example and its futures, those of this process; then all samples, in the order of the examples.
+
+    A file is taken up by any run that would make the same: steps, and other examples, do not matter.
+    """
+    if processes.rank == 0:
+        parts.make()
+    processes.wait()
+    drawn = replace(settings, steps=0, lr=0.0, weight_decay=0.0)
+    run = fingerprint(model_fingerprint(model), repr(asdict(drawn)))
+    files = [parts.file(run, str(number), repr(asdict(example))) for number, example in enumerate(examples)]
+    mine = processes.share(len(examples))
+    for done, number in enumerate(mine):
+        if not files[number].is_file():
+            draw = torch.Generator().manual_seed((settings.seed * 1_000_003 + number) % 2**63)
+            _write(files[number], sample(model, tokenizer, examples[number], settings, draw), run)
+        progress(done + 1, len(mine), f"contexts and what follows them: {examples[number].domain}")
+    processes.catch_up()
+    processes.wait()
+    return [_read(file, run, view(model).shape) for file in files]
+
+
+def _write(file: Path, found: Sampled, run: str) -> None:
+    tensors = {"features": found.features, "targets": found.targets, "summary": found.summary}
+    write_tensors(file, "part", tensors, {"run": run})
+
+
+def _read(file: Path, run: str, shape: ModelShape) -> Sampled:
+    width = 2 * shape.head_dim + 2 + PLACE_FEATURES
+    table = {
+        "features": Numbers(shape=(shape.num_heads, "entries", width)),
+        "targets": Numbers(shape=(shape.num_heads, "entries")),
+        "summary": Numbers(shape=(summary_width(shape),)),
+    }
+    with opened(file, "part") as part:
+        if part.metadata.get("run") != run:
+            raise BadInput(f"{file} is damaged: it is not of this run. {_AGAIN}")
+        return Sampled(**part.read(Schema(table=table, advice=_AGAIN)))

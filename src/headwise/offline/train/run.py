@@ -1,0 +1,407 @@
+"""LKV's training as a verb: from a model and texts to a Gates file; resumes what a killed run left."""
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from headwise.artifacts.gates import EntryScores, Gates, HeadBudgets, summary_width
+from headwise.artifacts.origin import Origin
+from headwise.artifacts.parts import Parts
+from headwise.artifacts.tensors import fingerprint, opened, write_tensors
+from headwise.cache.reading import can_watch
+from headwise.cache.store import model_fingerprint
+from headwise.errors import BadInput
+from headwise.files import strict_json
+from headwise.files.locks import lock_of, locked
+from headwise.files.schema import Numbers, Schema
+from headwise.files.writing import reason, remove, remove_leftovers, require_file, write_bytes
+from headwise.interfaces import AbstractScorer
+from headwise.methods.method import Method
+from headwise.models.attention import enable
+from headwise.models.families import view
+from headwise.models.processes import Processes
+from headwise.models.room import require_room
+from headwise.offline.calibration import Example, encode
+from headwise.offline.train.collect import collect
+from headwise.offline.train.fit import fit, fit_budgets
+from headwise.offline.train.loop import Lesson, Settings, Trainer, prepare
+from headwise.offline.train.warm import warm_budgets, warm_scores
+
+Part = Literal["lkv", "lkv-h", "lkv-t"]
+SAVE_EVERY = 100  # steps
+_SHOWN = 0.15  # the keep whose budgets progress tells of
+POOL = 4 * 2**30  # bytes of lessons that are kept in memory; others are made anew each time
+
+_RESTART = "remove it to train from the beginning."
+_STATE: Mapping[str, strict_json.Check] = {
+    "done": strict_json.size,
+    "best_loss": strict_json.number,
+    "log": strict_json.list_of(strict_json.mapping_of(strict_json.number)),
+}
+
+
+class Lessons(Sequence[Lesson]):
+    """Lessons made when they are needed, and kept while there is room."""
+
+    def __init__(self, make: Callable[[int], Lesson], number: int, room: int = POOL):
+        self.make, self.number, self.room = make, number, room
+        self.kept: dict[int, Lesson] = {}
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[Lesson]:
+        return (self[index] for index in range(self.number))
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(self.number))]
+        if index not in self.kept:
+            lesson = self.make(index)
+            if lesson.nbytes > self.room:
+                return lesson
+            self.room -= lesson.nbytes
+            self.kept[index] = lesson
+        return self.kept[index]
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    out: str | os.PathLike[str],
+    *,
+    part: Part = "lkv",
+    scorer: str | None = None,
+    settings: Settings | None = None,
+    processes: Processes | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> None:
+    """Train gates and write them to `out`, with a log in OUT.log.jsonl.
+
+    `part`: "lkv" trains budgets and scores, "lkv-h" budgets for a fixed `scorer`, "lkv-t" scores with equal budgets.
+    Every tenth example is kept for validation; the gates with the best validation loss are written. Several `processes`
+    share the contexts of a step, and `out`; other runs are kept out. Raises BadInput before anything is trained, also
+    where `out` cannot be written, and WriteFailed.
+    """
+    processes = processes or Processes()
+    for path in written(out):
+        require_file(path)
+    Parts(out, "gates").require()
+    with nullcontext() if processes.rank > 0 else locked(lock_of(out), out):
+        _train(model, tokenizer, examples, out, part, scorer, settings or Settings(), processes, progress)
+
+
+def written(out: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
+    """What training writes: gates, log, and the state that a killed run goes on from."""
+    name = os.fspath(out)
+    return Path(name), Path(f"{name}.log.jsonl"), Path(f"{name}.state")
+
+
+def _train(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    out: str | os.PathLike[str],
+    part: Part,
+    scorer: str | None,
+    settings: Settings,
+    processes: Processes,
+    progress: Callable[[int, int, str], None],
+) -> None:
+    seen, (_, log, kept) = view(model), written(out)
+    fixed = _fixed_scorer(part, scorer)
+    if fixed is not None:
+        fixed = fixed.resolve(seen.shape, seen.config_hash)
+        settings = replace(
+            settings, sink=max(settings.sink, fixed.sink), window=max(settings.window, fixed.window)
+        )  # what inference will protect
+    held_out = examples[9::10]
+    taught = [e for n, e in enumerate(examples) if n % 10 != 9]
+    _require(model, tokenizer, examples, settings, taught)
+    _require_log(log)
+    processes.require_equal_shares(settings.contexts_per_step)
+    enable(model)
+    torch.manual_seed(settings.seed)
+    budgets = HeadBudgets(seen.shape.num_heads, summary_width(seen.shape)) if part != "lkv-t" else None
+    scores = EntryScores(len(seen.shape.layers), seen.shape.kv_heads, seen.shape.head_dim) if part != "lkv-h" else None
+    for module in (budgets, scores):
+        if module is not None:
+            module.to(model.device)
+    trainer = Trainer(
+        model=model,
+        lessons=Lessons(lambda at: prepare(model, tokenizer, taught[at], settings, fixed), len(taught)),
+        settings=settings,
+        budgets=budgets,
+        scores=scores,
+        processes=processes,
+    )
+    data = fingerprint(repr([asdict(e) for e in examples]))
+    run = fingerprint(model_fingerprint(model), data, repr((asdict(settings), part, scorer)))
+    main, fitted = processes.rank == 0, scores is not None and settings.fit.steps > 0
+    history: list[dict[str, Any]] = []
+    if fitted:
+        assert scores is not None
+        history = _fit(model, tokenizer, examples, Parts(out, "gates"), scores, budgets, settings, processes, progress)
+    if not fitted or settings.warm_steps or settings.steps:
+        state = _State(kept, trainer, run)
+
+        def make(at: int) -> Lesson:
+            return prepare(model, tokenizer, held_out[at], settings, fixed)
+
+        history += _distil(trainer, make, len(held_out), state, fitted, progress)
+    if not main:
+        return
+    name = model.config.name_or_path or ""
+    origin = Origin(
+        shape=seen.shape,
+        model=Path(name).name if Path(name).is_dir() else name,  # gates are shared; where a model lay is not
+        config_hash=seen.config_hash,
+        scorer=scorer or "",
+        scorer_parameters={} if fixed is None else fixed.provenance(),
+        sink=settings.sink,
+        window=settings.window,
+        calibration=run,
+    )
+    comparable = fitted and not settings.warm_steps and not settings.steps
+    write_bytes(log, "".join(json.dumps(row) + "\n" for row in history).encode())
+    told = {**asdict(settings), "part": part}
+    Gates(origin=origin, budgets=budgets, scores=scores, comparable=comparable, settings=told).save(out)
+    remove(kept)
+    Parts(out, "gates").remove()
+    for path in written(out):
+        remove_leftovers(path)
+
+
+def _fit(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    parts: Parts,
+    scores: EntryScores,
+    budgets: HeadBudgets | None,
+    settings: Settings,
+    processes: Processes,
+    progress: Callable[[int, int, str], None],
+) -> list[dict[str, Any]]:
+    """The first stage: scores that predict attention, and budgets for them; every process ends with the same."""
+    samples = collect(model, tokenizer, examples, parts, settings.fit, processes, progress)
+    taught, held_out = [s for n, s in enumerate(samples) if n % 10 != 9], samples[9::10]
+    history = fit(scores, taught, held_out, settings.fit, progress) if processes.rank == 0 else []
+    with torch.no_grad():
+        for parameter in scores.parameters():  # on GPUs sums differ between processes
+            found = parameter if processes.rank == 0 else torch.zeros_like(parameter)
+            parameter.copy_(processes.sum(found.clone()))
+    if budgets is not None:
+        fit_budgets(budgets, scores, taught)
+    return history
+
+
+def _distil(
+    trainer: Trainer,
+    make: Callable[[int], Lesson],
+    number_held_out: int,
+    state: "_State",
+    fitted: bool,
+    progress: Callable[[int, int, str], None],
+) -> list[dict[str, Any]]:
+    """The other stages: every head alone, LU-KV's budgets, then both jointly; resumes what a killed run left."""
+    settings, main, tests = trainer.settings, trainer.processes.rank == 0, Lessons(make, number_held_out)
+    start = state.restore()
+    if start is None:
+        start = 0
+        _begin(trainer, fitted, progress)
+        trainer.mean = [parameter.detach().clone() for parameter in trainer.parameters()]
+        state.best_loss, agree = trainer.validate(tests)
+        state.best = [mean.clone() for mean in trainer.mean]
+        state.log.append({"step": -1, "validation": state.best_loss, "validation_agreement": agree})
+        if main:
+            state.save(0)
+    for number in range(start, settings.steps):
+        loss, agree = trainer.step(number)
+        state.log.append({"step": number, "loss": loss, "agreement": agree})
+        if (number + 1) % SAVE_EVERY == 0 or number + 1 == settings.steps:
+            found, agree_held_out = trainer.validate(tests)
+            state.log[-1] |= {"validation": found, "validation_agreement": agree_held_out}
+            if found < state.best_loss:
+                state.best_loss, state.best = found, [mean.clone() for mean in trainer.mean]
+            if main:
+                state.save(number + 1)
+        progress(number + 1, settings.steps, _told(loss, agree, trainer, state))
+    trainer.put(state.best)
+    return state.log
+
+
+def _begin(trainer: Trainer, fitted: bool, progress: Callable[[int, int, str], None]) -> None:
+    """Where joint training starts."""
+    settings, scores, budgets = trainer.settings, trainer.scores, trainer.budgets
+
+    def report(number: int, change: float) -> None:
+        progress(number, settings.warm_steps, f"every head alone: {change:.3f} of its output changed")
+
+    if scores is not None and settings.warm_steps:
+        warm_scores(trainer.lessons, scores, settings, trainer.processes, report)
+    if budgets is not None and (not fitted or settings.warm_steps):
+        warm_budgets(trainer.model, trainer.lessons, scores, budgets, settings, trainer.processes)
+
+
+class _State:
+    """What a resumed run needs: gates, their average, the best so far, the optimizer, the log."""
+
+    def __init__(self, path: Path, trainer: Trainer, run: str):
+        self.path, self.trainer, self.run = path, trainer, run
+        self.log: list[dict[str, float]] = []
+        self.best_loss, self.best = float("inf"), [mean.clone() for mean in trainer.mean]
+
+    def save(self, done: int) -> None:
+        """Write everything after `done` steps, at once or not at all."""
+        groups = {"now": self.trainer.parameters(), "mean": self.trainer.mean, "best": self.best}
+        tensors = {f"{name}.{n}": t.detach().clone() for name, ts in groups.items() for n, t in enumerate(ts)}
+        for number, state in self.trainer.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": tensor.clone() for name, tensor in state.items()}
+        if self.trainer.budgets is not None:
+            tensors |= {f"buffer.{name}": buffer.clone() for name, buffer in self.trainer.budgets.named_buffers()}
+        metadata = {"run": self.run, "done": done, "best_loss": self.best_loss, "log": self.log}
+        write_tensors(self.path, "training", tensors, metadata)
+
+    def restore(self) -> int | None:
+        """Steps already done; None if there is no state, or it is of another run."""
+        if not self.path.is_file():
+            return None
+        place = f"{self.path}: the state"
+        with opened(self.path, "training") as file:
+            if strict_json.checked(file.metadata, {"run": strict_json.text}, place, _RESTART)["run"] != self.run:
+                return None
+            metadata = strict_json.checked(file.metadata, _STATE, place, _RESTART)
+            self._require_log(metadata["log"], metadata["done"])
+            tensors = file.read(self._schema(file.headers))
+        device, count = self.trainer.model.device, len(self.trainer.mean)
+
+        def group(name: str) -> list[Tensor]:
+            return [tensors[f"{name}.{n}"].to(device) for n in range(count)]
+
+        self.trainer.put(group("now"))
+        self.trainer.mean, self.best = group("mean"), group("best")
+        if self.trainer.budgets is not None:
+            for name, buffer in self.trainer.budgets.named_buffers():
+                buffer.copy_(tensors[f"buffer.{name}"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, number, key = name.split(".")
+                state.setdefault(int(number), {})[key] = tensor
+        groups = self.trainer.optimizer.state_dict()["param_groups"]
+        self.trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.log, self.best_loss = list(metadata["log"]), metadata["best_loss"]
+        return metadata["done"]
+
+    def _require_log(self, log: Sequence[Mapping[str, float]], done: int) -> None:
+        """Raise BadInput unless the log says what validation found, and no more steps are done than there are."""
+        validated = [row for row in log if "validation" in row]
+        if done > self.trainer.settings.steps or not validated or "validation_agreement" not in validated[-1]:
+            raise BadInput(f"{self.path}: the state is damaged: {done} steps, {len(log)} rows of its log; {_RESTART}")
+
+    def _schema(self, found: Collection[str]) -> Schema:
+        """What the file must hold: the optimizer is there as soon as it has made a step."""
+        table: dict[str, Numbers] = {}
+        started = any(name.startswith("optimizer.") for name in found)
+        for n, parameter in enumerate(self.trainer.parameters()):
+            numbers = Numbers(shape=tuple(parameter.shape))
+            table |= {f"{group}.{n}": numbers for group in ("now", "mean", "best")}
+            if started:
+                table[f"optimizer.{n}.step"] = Numbers(shape=(), low=0.0)
+                table[f"optimizer.{n}.exp_avg"] = numbers
+                table[f"optimizer.{n}.exp_avg_sq"] = Numbers(shape=tuple(parameter.shape), low=0.0)
+        if self.trainer.budgets is not None:
+            buffers = self.trainer.budgets.named_buffers()
+            table |= {f"buffer.{name}": Numbers(shape=tuple(buffer.shape)) for name, buffer in buffers}
+        return Schema(table=table, advice=_RESTART.capitalize())
+
+
+@torch.no_grad()
+def _told(loss: float, agree: float, trainer: Trainer, state: _State) -> str:
+    """Of a step: how it went, what validation found last, and how unlike heads are."""
+    found = trainer.fractions(_SHOWN)
+    validation = next(row["validation_agreement"] for row in reversed(state.log) if "validation" in row)
+    return (
+        f"loss {loss:.3f}, agreement {agree:.3f} (held out {validation:.3f}), heads keep {float(found.min()):.3f} to "
+        f"{float(found.max()):.3f} at {_SHOWN}"
+    )
+
+
+def _fixed_scorer(part: Part, scorer: str | None) -> AbstractScorer | None:
+    if part != "lkv-h":
+        if scorer is not None:
+            raise BadInput(f"scorer={scorer!r}: only budgets alone (lkv-h) are trained for a fixed scorer.")
+        return None
+    if scorer is None:
+        raise BadInput("budgets alone (lkv-h) are trained for a fixed scorer: name one, such as keydiff.")
+    found = Method.parse(f"{scorer}+uniform").scorer
+    if not can_watch(found):
+        raise BadInput(
+            f"{scorer} cannot be trained with: it reads the context twice, or its scores depend on the keep."
+        )
+    return found
+
+
+def _require(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    settings: Settings,
+    taught: Sequence[Example],
+) -> None:
+    if not 0 <= settings.seed < 2**63:
+        raise BadInput("the seed is out of range: choose one from 0 to 2**63 - 1.")
+    low, high = settings.keeps
+    numbers = {name: getattr(settings, name) for name in ("contexts_per_step", "questions", "answer_tokens")}
+    stages = {"fit steps": settings.fit.steps, "warm_steps": settings.warm_steps, "steps": settings.steps}
+    if min(stages.values()) < 0 or max(stages.values()) == 0:
+        said = ", ".join(f"{name}={value}" for name, value in stages.items())
+        raise BadInput(f"{said}: 0 leaves a stage out, and at least one must have steps.")
+    if not (0 < low <= high < 1 and min(numbers.values()) > 0):
+        said = ", ".join(f"{name}={value}" for name, value in numbers.items())
+        raise BadInput(f"{said} and keeps={low, high}: at least 1 of each, and keeps in (0, 1).")
+    if len(examples) < 10 or len(taught) < settings.contexts_per_step:
+        raise BadInput(
+            f"{len(examples)} examples are too few: every tenth is kept for validation, and a step takes "
+            f"{settings.contexts_per_step} contexts; give 10 or more."
+        )
+    limit = view(model).max_positions
+    for example in examples:
+        require_room(tokenizer, example.context, limit)
+        context, questions = encode(tokenizer, example, device="cpu")
+        tokens = context.shape[1] + max(len(q) for q in questions) + settings.answer_tokens
+        if tokens > limit:
+            raise BadInput(
+                f"a context of {context.shape[1]} tokens, its longest question and {settings.answer_tokens} tokens of "
+                f"answer need {tokens} positions, but this model was made for {limit}: {example.context[:40]!r}."
+            )
+        if context.shape[1] <= settings.sink + settings.window:
+            raise BadInput(
+                f"a context of {context.shape[1]} tokens is no longer than the {settings.sink + settings.window} that "
+                f"are protected: {example.context[:40]!r}."
+            )
+
+
+def _require_log(log: Path) -> None:
+    """Raise BadInput for a file that no training has written: it would be lost."""
+    if not log.exists():
+        return
+    try:
+        with log.open("rb") as file:
+            first = file.readline()
+        if first:
+            float(json.loads(first)["step"])
+    except OSError as error:
+        raise BadInput(f"cannot read {log}: {reason(error)}. Move it away, or name another --out.") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadInput(f"{log} is no log of a training. Move it away, or name another --out.") from error

@@ -1,0 +1,227 @@
+"""The student: the model itself on a wholly kept context of which every head sees the entries it keeps, and no others.
+
+Everything kept is the teacher. The context's keys and values are constants; of all that a gradient could reach only
+what is kept is asked for, and for that the derivative would say little: an entry that holds all of a head's attention
+has a derivative of nearly zero, and so has every entry where the answer is right. So `Kept` learns the whole effect of
+the other choice instead: with Z the sum of exponentials that a query sees, l the entry's logit, and o the output,
+
+    keeping an evicted entry   o <- o + exp(l) / (Z + exp(l)) (v - o)
+    evicting a kept entry      o <- o - exp(l) / (Z - exp(l)) (v - o)
+
+and a loss follows as the gradient of the output times this change, plus a term of second order (see values.py).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from headwise.cache.cache import RaggedCache
+from headwise.cache.whole import states_of
+from headwise.models.attention import tag
+from headwise.models.families import given
+
+_LARGEST = 30.0  # of a logarithm before it is raised
+_LEAST_REST = 1e-3  # of the attention: what is left when an entry is evicted that has all of it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heard:
+    """What the attention of one layer was given after the context, and what it made of it; float32."""
+
+    query: Float[Tensor, "questions kv_heads group new head_dim"]  # scaled
+    keys: Float[Tensor, "questions kv_heads new head_dim"]
+    values: Float[Tensor, "questions kv_heads new head_dim"]
+    out: Float[Tensor, "questions kv_heads group new head_dim"]
+
+
+@dataclass(kw_only=True)
+class Kept:
+    """What every head keeps of a context, [layers, kv_heads, context]; the gradient of `mask` is an effect of choices.
+
+    Of a loss: by how much it rises if the entry is kept rather than evicted, in first order. With `squared()`: the
+    square of that, taken question by question.
+    """
+
+    mask: Float[Tensor, "layers kv_heads context"]
+    square: bool = False
+
+    @classmethod
+    def of(cls, choice: Bool[Tensor, "layers kv_heads context"]) -> "Kept":
+        """A choice whose effects can be asked for."""
+        return cls(mask=choice.float().requires_grad_())
+
+    @contextmanager
+    def squared(self) -> Iterator[None]:
+        """While it lasts, gradients are squared effects."""
+        self.square = True
+        try:
+            yield
+        finally:
+            self.square = False
+
+
+class StudentLayer(CacheLayerMixin):
+    """One layer: a constant context of which some is kept, then the new tokens, whose graph is kept."""
+
+    is_sliding = False
+    is_compileable = False
+    frozen = True
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, kept: Kept | None, heard: list[Heard] | None, layer: int, seen: int
+    ):
+        super().__init__()
+        self.heard = heard
+        self.context_keys, self.context_values, self.kept, self.layer, self.seen = keys, values, kept, layer, seen
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        return
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take the new tokens, all at once."""
+        self.keys, self.values = key_states, value_states
+        return tag(key_states, self), value_states
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def observe(self, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None) -> None:
+        raise AssertionError("a student's context has been read")
+
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Attention [B, Hq, T, D] over what is kept and the new tokens; recomputed in the backward pass."""
+        assert self.keys is not None and self.values is not None
+        (batch, _, new, dim), dtype = query.shape, query.dtype
+        heads = len(self.context_keys)
+        mask = (
+            self.context_keys.new_ones(self.context_keys.shape[:2]) if self.kept is None else self.kept.mask[self.layer]
+        )
+        query = query.float().reshape(batch, heads, -1, new, dim) * scaling
+        own = self.keys.float(), self.values.float()
+        out = kept_attention(query, (self.context_keys, self.context_values), own, mask, self.kept)
+        if self.heard is not None:
+            self.heard.append(Heard(query=query, keys=own[0], values=own[1], out=out))
+        return out.reshape(batch, -1, new, dim).to(dtype)
+
+
+def kept_attention(
+    query: Float[Tensor, "questions kv_heads group new head_dim"],
+    context: tuple[Float[Tensor, "kv_heads context head_dim"], Float[Tensor, "kv_heads context head_dim"]],
+    own: tuple[Float[Tensor, "questions kv_heads new head_dim"], Float[Tensor, "questions kv_heads new head_dim"]],
+    mask: Float[Tensor, "kv_heads context"],
+    kept: Kept | None,
+) -> Float[Tensor, "questions kv_heads group new head_dim"]:
+    """Softmax attention over kept context and new tokens; the "gradient" of the mask is an effect, see `Kept`."""
+    states = (*(state.float() for state in context), *own)
+    out: Tensor = _KeptAttention.apply(query, *states, mask.float(), kept)  # pyright: ignore[reportAssignmentType]
+    return out
+
+
+class _KeptAttention(torch.autograd.Function):
+    """Softmax attention over kept context and own tokens; the "gradient" of the mask is an effect, see `Kept`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Float[Tensor, "batch kv_heads group new head_dim"],
+        context_keys: Float[Tensor, "kv_heads context head_dim"],
+        context_values: Float[Tensor, "kv_heads context head_dim"],
+        keys: Float[Tensor, "batch kv_heads new head_dim"],
+        values: Float[Tensor, "batch kv_heads new head_dim"],
+        mask: Float[Tensor, "kv_heads context"],
+        kept: Kept | None,
+    ) -> Tensor:
+        context, own = _relative_logits(query, context_keys, keys, mask)
+        out = torch.einsum("bhgtn,hnd->bhgtd", context.exp().where(_seen(mask), 0), context_values)
+        out = out + torch.einsum("bhgts,bhsd->bhgtd", own.exp(), values)
+        ctx.save_for_backward(query, context_keys, context_values, keys, values, mask, out)
+        ctx.kept = kept
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, context_keys, context_values, keys, values, mask, out = ctx.saved_tensors
+        (gradient,) = gradients
+        context, own = _relative_logits(query, context_keys, keys, mask)
+        share, own = context.clamp(max=_LARGEST).exp(), own.exp()  # exp(l) / Z, also of what is not seen
+        mean = (gradient * out).sum(-1, keepdim=True)
+        pull = torch.einsum("bhgtd,hnd->bhgtn", gradient, context_values) - mean  # gradient . (v - o)
+        rest = torch.where(_seen(mask), (1 - share).clamp(min=_LEAST_REST), 1 + share)
+        effect = (share / rest * pull).sum((2, 3))
+        effect = (effect.square() if ctx.kept is not None and ctx.kept.square else effect).sum(0)
+        if not any(ctx.needs_input_grad[:5]):
+            return None, None, None, None, None, effect, None
+        by_context = torch.where(_seen(mask), share * pull, 0)
+        by_own = own * (torch.einsum("bhgtd,bhsd->bhgts", gradient, values) - mean)
+        towards_query = torch.einsum("bhgtn,hnd->bhgtd", by_context, context_keys)
+        towards_query = towards_query + torch.einsum("bhgts,bhsd->bhgtd", by_own, keys)
+        towards_keys = torch.einsum("bhgts,bhgtd->bhsd", by_own, query)
+        towards_values = torch.einsum("bhgts,bhgtd->bhsd", own, gradient)
+        return towards_query, None, None, towards_keys, towards_values, effect, None
+
+
+def _seen(mask: Tensor) -> Bool[Tensor, "kv_heads 1 1 context"]:
+    return mask[:, None, None] > 0
+
+
+def _relative_logits(query: Tensor, context_keys: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits at all of the context and at the new tokens, less the log-sum-exp over what is seen."""
+    context = torch.einsum("bhgtd,hnd->bhgtn", query, context_keys)
+    later = torch.ones(keys.shape[2], keys.shape[2], dtype=torch.bool, device=keys.device).triu(1)
+    own = torch.einsum("bhgtd,bhsd->bhgts", query, keys).masked_fill(later, -torch.inf)
+    whole = torch.cat([context.where(_seen(mask), -torch.inf), own], dim=-1).logsumexp(-1, keepdim=True)
+    return context - whole, own - whole
+
+
+def student_logits(
+    model: PreTrainedModel,
+    whole: RaggedCache,
+    ids: Int[Tensor, "rows new"],
+    kept: Kept | None,
+    heard: list[Heard] | None = None,
+) -> Float[Tensor, "rows new vocabulary"]:
+    """Logits at every one of `ids` [rows, new] that follow the context, padded on the right; None: the teacher's.
+
+    What the attention of every layer was given is appended to `heard`.
+    """
+
+    def layer(at: int, keys: Tensor, values: Tensor, seen: int) -> StudentLayer:
+        return StudentLayer(keys, values, kept, heard, at, seen)
+
+    cache = student_cache(whole, len(ids), layer)
+    seen = whole.get_seq_length()
+    positions = torch.arange(seen, seen + ids.shape[1], device=ids.device, dtype=torch.int64).expand(len(ids), -1)
+    return model(input_ids=ids, position_ids=positions, **given(model, cache)).logits
+
+
+def student_cache(whole: RaggedCache, rows: int, make: Callable[[int, Tensor, Tensor, int], StudentLayer]) -> Cache:
+    """As `whole.fork(rows)`, but with layers that `make` makes of number, keys [kv_heads, context, head_dim], values
+    and context length; sliding-window layers are transformers' own."""
+    cache = whole.fork(copies=rows)
+    ragged = iter(range(len(whole.ragged_layers)))
+    seen, compressible = whole.get_seq_length(), set(map(id, cache.ragged_layers))
+    layers: list[Any] = []
+    for layer in cache.layers:
+        if id(layer) not in compressible:
+            layers.append(layer)
+            continue
+        at = next(ragged)
+        layers.append(make(at, *states_of(whole, at), seen))
+    return Cache(layers=layers)

@@ -1,0 +1,1 @@
+"""What `headwise inspect` says and draws of a file."""

@@ -1,0 +1,1 @@
+"""`headwise report` of evaluations: results in, a page, CSV, Markdown and a picture out."""

@@ -1,0 +1,1 @@
+"""`headwise report` of files of `headwise bench`."""

@@ -1,0 +1,1 @@
+"""LongBench and LongBench-E (arXiv 2308.14508)."""

@@ -1,0 +1,1 @@
+"""mini-RULER: tasks with a small vocabulary, for the bundled model."""
