@@ -24,7 +24,7 @@ test-oldest:  ## The core invariants on the oldest transformers the package decl
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' 'transformers==5.4.0'
-	.venv-oldest/bin/python -m pytest tests/invariants tests/kernels tests/ragged
+	.venv-oldest/bin/python -m pytest tests/invariants tests/kernels tests/cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

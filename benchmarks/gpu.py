@@ -737,9 +737,8 @@ def stacked(model: PreTrainedModel, cache: RaggedCache, copies: int) -> RaggedCa
     """A cache of `copies` contexts, each with storage of its own."""
     headwise.enable(model)
     twin = cache.fork()
-    for layer in twin.ragged_layers:
+    for layer in twin.frozen_layers:
         one = layer.segments
-        assert one is not None
         layer.segments = Segments(
             keys=one.keys.repeat(copies, 1),
             values=one.values.repeat(copies, 1),
@@ -747,7 +746,7 @@ def stacked(model: PreTrainedModel, cache: RaggedCache, copies: int) -> RaggedCa
             lengths=one.lengths * copies,
             kv_heads=one.kv_heads,
         )
-        layer.rows = torch.arange(copies, device=one.keys.device)
+        layer.put((torch.arange(copies, device=one.keys.device), *(t.repeat(copies, 1, 1, 1) for t in layer.tail)))
     return twin
 
 

@@ -9,8 +9,8 @@ import sys
 import torch
 from families import tiny_model
 
-from headwise.cache.store import model_fingerprint
 from headwise.models.families import view
+from headwise.models.fingerprint import model_fingerprint
 from headwise.models.processes import launched
 
 passes = [int(argument) for argument in sys.argv[1:]]

@@ -106,7 +106,7 @@ def refusal(name):
 def test_gates_of_a_repository_are_used_and_recorded_with_their_commit(served, model, tmp_path):
     served.files["ada/gates", FIRST, "lkv.safetensors"] = gates_bytes(model, tmp_path)
     cache = headwise.compress(model, random_ids(1, 60), "lkv@hub:ada/gates", keep=0.5)
-    found = json.loads(json.dumps(cache.method.provenance()))
+    found = json.loads(json.dumps(cache.provenance["method"]))
     assert found["scorer"]["gates"]["source"] == f"hub:ada/gates/lkv.safetensors@{FIRST}"
     assert found["allocator"]["gates"]["source"] == found["scorer"]["gates"]["source"]
     here = headwise.compress(model, random_ids(1, 60), f"lkv@{tmp_path / 'gates.safetensors'}", keep=0.5)
@@ -152,7 +152,7 @@ def test_a_budget_is_called_like_its_scorer(served, model, tmp_path, allocator):
     budget.save(tmp_path / "b.safetensors")
     served.files["ada/budgets", FIRST, "keydiff.safetensors"] = (tmp_path / "b.safetensors").read_bytes()
     cache = headwise.compress(model, random_ids(1, 60), f"keydiff+{allocator}@hub:ada/budgets@main", keep=0.5)
-    source = cache.method.provenance()["allocator"]["budget"]["source"]
+    source = cache.provenance["method"]["allocator"]["budget"]["source"]
     assert source == f"hub:ada/budgets/keydiff.safetensors@{FIRST}"
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import headwise
 from headwise.artifacts.tensors import read_tensors, write_tensors
-from headwise.cache.store import tokens_fingerprint
+from headwise.cache.kept import tokens_fingerprint
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.models import loading as models
 from headwise.report.inspect.kept import KeptTokens, page, pieces, plot, tokenizer_for

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from headwise.artifacts.budget import Budget as Budget
     from headwise.cache.cache import RaggedCache as RaggedCache
+    from headwise.cache.cache import load as load
     from headwise.cache.compress import compress as compress
-    from headwise.cache.store import load as load
     from headwise.errors import HeadwiseError as HeadwiseError
     from headwise.methods.method import Method as Method
     from headwise.models.attention import enable as enable
@@ -22,7 +22,7 @@ _HOME = {
     "RaggedCache": "headwise.cache.cache",
     "compress": "headwise.cache.compress",
     "enable": "headwise.models.attention",
-    "load": "headwise.cache.store",
+    "load": "headwise.cache.cache",
     "prompt": "headwise.tasks.document",
 }
 __all__ = [

@@ -25,8 +25,8 @@ def test_the_shipped_budget_is_found_and_exact(reference, scorer):
     model, _ = reference
     ids = torch.randint(10, 500, (1, 400), generator=torch.Generator().manual_seed(0))
     cache = headwise.compress(model, ids, f"{scorer}+lukv", keep=0.2)
-    assert isinstance(cache.method.allocator, LUKV)
-    assert cache.method.allocator.budget.origin.scorer == scorer
+    assert isinstance(cache.prefill.method.allocator, LUKV)
+    assert cache.prefill.method.allocator.budget.origin.scorer == scorer
     assert int(cache.lengths.sum()) == round(0.2 * 24 * 400)
 
 

@@ -6,7 +6,7 @@ from headwise.bench import prefill
 from headwise.bench.measuring import WrongResult
 from headwise.bench.models import shape_for
 from headwise.bench.prefill import Settings, run
-from headwise.cache.layer import RaggedLayer
+from headwise.cache.layer import FillingLayer, RaggedLayer
 from headwise.errors import BadInput
 
 SMALL = {
@@ -45,9 +45,9 @@ def test_another_prefill_is_not_timed(monkeypatch):
 
 
 def test_the_observer_is_put_back():
-    before = RaggedLayer.observe
+    before = FillingLayer.observe
     run(Settings(**SMALL | {"methods": ("knorm",), "rounds": 1}))
-    assert RaggedLayer.observe is before
+    assert FillingLayer.observe is before
 
 
 @pytest.mark.parametrize("name", ["random-lama-1b", "random-llama-3b"])

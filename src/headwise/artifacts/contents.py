@@ -1,6 +1,6 @@
 """What budgets and profiles hold: tables of their tensors and fields, and what must hold between these.
 
-`artifacts.py` reads the files; schema.py and strict_json.py hold them against the tables.
+budget.py and profile.py read the files; files/schema.py and files/strict_json.py hold them against the tables.
 """
 
 import os

@@ -195,11 +195,24 @@ class Gates:
         """Raise ArtifactMismatch, naming both sides, unless the gates were trained for this model."""
         self.origin.require("gates were trained", shape, config_hash, "Train some for it.")
 
+    @property
+    def head_budgets(self) -> HeadBudgets:
+        """What decides how much each head keeps. Raises BadInput where only scores were trained."""
+        if self.budgets is None:
+            raise BadInput("these gates hold scores only.")
+        return self.budgets
+
+    @property
+    def entry_scores(self) -> EntryScores:
+        """What decides which entries stay. Raises BadInput where only budgets were trained."""
+        if self.scores is None:
+            raise BadInput("these gates hold budgets only.")
+        return self.scores
+
     def fractions(self, keep: float, summary: Float[Tensor, " width"] | None = None) -> Float[Tensor, " heads"]:
         """What every head keeps at a keep, of a context with this summary or of one without traits; on the CPU."""
-        assert self.budgets is not None
         with torch.no_grad():
-            budgets = self.budgets.cpu()
+            budgets = self.head_budgets.cpu()
             return budgets(keep, None if summary is None else summary.cpu())
 
     def provenance(self) -> dict[str, Any]:

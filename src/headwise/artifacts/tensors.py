@@ -4,7 +4,7 @@
     profile   Profile  profile                       solve
     budget    Budget   solve, train, importers       allocate
     gates     Gates    train                         scores, allocate
-    cache              cache.store                   cache.store
+    cache     Kept     RaggedCache.save              headwise.load
 
 `write_tensors`, `opened` and `describe` serve every kind; `fingerprint` names what a file was made from.
 """

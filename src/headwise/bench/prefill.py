@@ -21,7 +21,7 @@ from headwise.bench.measuring import LOGITS, WrongResult, relative_error, thread
 from headwise.bench.models import method_for, require_budgets, shape_for
 from headwise.bench.worker import make_model
 from headwise.cache.cache import RaggedCache
-from headwise.cache.layer import RaggedLayer
+from headwise.cache.layer import FillingLayer
 from headwise.errors import BadInput
 from headwise.evals.answers import known_methods
 from headwise.methods.keep import Keep, parse_keep
@@ -186,7 +186,7 @@ def _kv_bytes(cache: Any) -> int:
 def _timed_observation(device: torch.device) -> Iterator[Sequence[float]]:
     """Seconds of every call that a layer's observer gets; a GPU is waited for."""
     spent: list[float] = []
-    observe: Callable[..., None] = RaggedLayer.observe
+    observe: Callable[..., None] = FillingLayer.observe
 
     def timed(*args: Any) -> None:
         _wait(device)
@@ -195,11 +195,11 @@ def _timed_observation(device: torch.device) -> Iterator[Sequence[float]]:
         _wait(device)
         spent.append(time.perf_counter() - start)
 
-    RaggedLayer.observe = timed  # pyright: ignore[reportAttributeAccessIssue]
+    FillingLayer.observe = timed  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield spent
     finally:
-        RaggedLayer.observe = observe
+        FillingLayer.observe = observe
 
 
 def _wait(device: torch.device) -> None:

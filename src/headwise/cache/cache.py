@@ -2,23 +2,27 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from headwise.cache.layer import Meter, RaggedLayer, SlidingLayer
+from headwise.cache.kept import Kept, KeptLayer
+from headwise.cache.layer import FillingLayer, FrozenLayer, RaggedLayer
 from headwise.cache.masks import require_whole_context
+from headwise.cache.meter import Meter
 from headwise.cache.prefill import Prefill
+from headwise.cache.sliding import SlidingLayer
 from headwise.cache.transcript import ADVICE, Transcript
 from headwise.errors import BadInput, UnsupportedGeneration, UnsupportedModel
-from headwise.kernels import get_kernel
+from headwise.kernels import Kernel, get_kernel
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method, for_model
 from headwise.models import attention
@@ -55,7 +59,7 @@ class RaggedCache(Cache, Listener):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | ModelView,
         method: str | Method,
         *,
         keep: float | str | Keep,
@@ -63,33 +67,94 @@ class RaggedCache(Cache, Listener):
         kernel: str = "auto",
         replays: bool = False,
     ):
-        self.view: ModelView = view(model)
-        self.method = for_model(method, self.view.shape, self.view.config_hash, name=self.view.name, replays=replays)
-        self.keep = parse_keep(keep)
+        seen, keep = view(model), parse_keep(keep)
+        method = for_model(method, seen.shape, seen.config_hash, name=seen.name, replays=replays)
         if prompt_length is not None and prompt_length < 1:
             raise BadInput(f"prompt_length={prompt_length} must be at least 1 token, or None: the first forward pass.")
-        self.provenance: dict[str, Any] = {"method": self.method.provenance(), "keep": str(self.keep)}
+        if method.scorer.replay is not None:
+            _require_replay(seen, type(method.scorer).__name__, replays)
+        prefill = Prefill(view=seen, method=method, keep=keep, prompt_length=prompt_length)
+        chosen, meter, places = get_kernel(kernel), Meter(), {layer: at for at, layer in enumerate(seen.shape.layers)}
+        layers = [
+            FillingLayer(index=places[i], model_index=i, kernel=chosen, meter=meter, observer=prefill)
+            if i in places
+            else _sliding(seen, i, meter)
+            for i in range(seen.shape.num_layers)
+        ]
+        self._set_up(seen, layers, meter, {"method": method.provenance(), "keep": str(keep)})
+        self.prefill = prefill
+        prefill.watch(self)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel | ModelView, kept: Kept, *, kernel: str | Kernel = "auto") -> "RaggedCache":
+        """A cache that continues from what was kept. Raises UnsupportedModel, BadInput for an unknown kernel."""
+        cache = cls.__new__(cls)
+        cache._continue(view(model), kept, get_kernel(kernel) if isinstance(kernel, str) else kernel)
+        return cache
+
+    def _continue(self, seen: ModelView, kept: Kept, kernel: Kernel) -> None:
+        meter, places = Meter(), {layer: at for at, layer in enumerate(seen.shape.layers)}
+        layers: list[Any] = []
+        for i, part in enumerate(kept.layers):
+            if isinstance(part, KeptLayer):
+                layer = FrozenLayer(
+                    index=places[i],
+                    model_index=i,
+                    kernel=kernel,
+                    meter=meter,
+                    segments=part.segments,
+                    rows=part.rows,
+                    seen=kept.seen,
+                    tail=(part.tail_keys.clone(), part.tail_values.clone()),
+                )
+            else:
+                layer = _sliding(seen, i, meter)
+                layer.fill(part, kept.seen)
+            meter.report(i, layer.nbytes)
+            layers.append(layer)
+        meter.peak = kept.peak_nbytes
+        self._set_up(seen, layers, meter, dict(kept.provenance))
+        self.tokens_fingerprint, self.context_tokens = kept.tokens_fingerprint, kept.context_tokens
+        self._noted = kept.transcript
+
+    def _set_up(self, seen: ModelView, layers: list[Any], meter: Meter, provenance: Mapping[str, Any]) -> None:
+        self.view: ModelView = seen
+        self.provenance = dict(provenance)
         self.tokens_fingerprint: str | None = None  # of the context, once it has been read by compress()
         self._noted = Transcript()  # by the passes that told of themselves
         self.context_tokens: tuple[int, ...] | None = None  # of every context, padding excluded, where it is known
         self._pass: _Pass | None = None  # that has begun and not ended
-        self.meter = Meter()
-        if self.method.scorer.replay is not None:
-            self._require_replay(replays)
-        self.prefill = Prefill(view=self.view, method=self.method, keep=self.keep, prompt_length=prompt_length)
-        attention.enable(model)
-        chosen, compressible = get_kernel(kernel), iter(range(len(self.view.shape.layers)))
-        layers: list[Any] = [
-            RaggedLayer(index=next(compressible), model_index=i, kernel=chosen, observer=self.prefill, meter=self.meter)
-            if i in self.view.shape.layers
-            else SlidingLayer(
-                sliding_window=model.config.get_text_config().sliding_window, model_index=i, meter=self.meter
-            )
-            for i in range(self.view.shape.num_layers)
-        ]
+        self._just_cut = False  # whether the context was cut here and nothing has come after it yet
+        self.meter = meter
+        self.prefill: Prefill | None = None  # of a context that is, or was, read here
+        attention.enable(seen)
         super().__init__(layers=layers)
-        self.ragged_layers = _ragged(layers)  # those that can be compressed
-        self.prefill.watch(self.ragged_layers)
+        self.ragged_layers: list[RaggedLayer] = _ragged(layers)  # those that can be compressed
+
+    @property
+    def frozen_layers(self) -> list[FrozenLayer]:
+        """The layers that have been cut."""
+        return [layer for layer in self.ragged_layers if isinstance(layer, FrozenLayer)]
+
+    def put(self, frozen: FrozenLayer) -> None:
+        """Go on with a layer that has been cut."""
+        self.layers[frozen.model_index] = self.ragged_layers[frozen.index] = frozen
+        self._just_cut = True
+
+    @property
+    def kept(self) -> Kept:
+        """What is kept, as a value. Raises UnsupportedGeneration before the cut."""
+        self._require_compressed()
+        layers: list[Any] = self.layers
+        return Kept(
+            layers=tuple(layer.value() for layer in layers),
+            seen=self.get_seq_length(),
+            transcript=self.transcript,
+            context_tokens=self.context_tokens,
+            provenance=self.provenance,
+            tokens_fingerprint=self.tokens_fingerprint,
+            peak_nbytes=self.peak_nbytes,
+        )
 
     @property
     def compressed(self) -> bool:
@@ -111,7 +176,32 @@ class RaggedCache(Cache, Listener):
         """Take new tokens' keys and values [B, H, T, D] of a layer; return what its attention needs."""
         if layer_idx == 0:
             self._undo_unfinished()  # where masks are made elsewhere, nobody has asked for their sizes
+            self._expect(key_states.shape[-2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _expect(self, num_tokens: int) -> None:
+        """New tokens are about to enter the first layer: raise if they cannot be served, warn of a likely mistake."""
+        if self.prefill is not None:
+            self.prefill.expect(self._stood_at(), num_tokens)
+        if not attention.is_enabled(self.view.model):  # it would ignore the frozen part
+            raise UnsupportedModel(
+                "the model's attention implementation was changed while a RaggedCache is in use; call "
+                "headwise.enable(model) again before using the cache."
+            )
+        if self._just_cut and num_tokens > 1 and self.prefill is not None and self.prefill.prompt_length is None:
+            self._warn_of_pieces(num_tokens)
+        self._just_cut = False
+
+    def _warn_of_pieces(self, num_tokens: int) -> None:
+        seen = self._stood_at()
+        warnings.warn(
+            f"this cache took the first {seen} tokens for its whole context and compressed them; now {num_tokens} more "
+            f"came at once. If they are the next piece of the prompt (prefill_chunk_size), give RaggedCache the "
+            f"prompt's length as prompt_length; if they are a later question, give prompt_length={seen}, or use "
+            "headwise.compress().",
+            UserWarning,
+            stacklevel=3,
+        )
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Keys that a mask covers, and the number of the first of them. Asked for before a forward pass."""
@@ -143,12 +233,8 @@ class RaggedCache(Cache, Listener):
         self._pass = None
         if self._stood_at() > done.seen:  # a second reading brings nothing new
             self._noted = noted
-            if self.compressed and not done.compressed:
+            if self.prefill is not None and self.compressed and not done.compressed:
                 self.context_tokens = self.prefill.tokens
-
-    def note(self, seen: Transcript, context_tokens: tuple[int, ...] | None) -> None:
-        """Of a cache that was loaded: what it has seen, as far as it is known."""
-        self._noted, self.context_tokens = seen, context_tokens
 
     def require_continued(self, ids: Tensor, mask: Tensor | None) -> None:
         """Raise BadInput unless the prompt `ids` [batch, tokens] begins with what this cache has seen, and goes on."""
@@ -164,7 +250,8 @@ class RaggedCache(Cache, Listener):
         layers: list[Any] = self.layers
         if all(layer.get_seq_length() == stood for layer in layers):
             return
-        if not self.compressed or (self._pass is not None and not self._pass.compressed):
+        unfinished = not self.compressed or (self._pass is not None and not self._pass.compressed)
+        if self.prefill is not None and unfinished:
             self.prefill.refuse_failed()
         for layer in layers:
             layer.require_undoable(stood)
@@ -179,7 +266,7 @@ class RaggedCache(Cache, Listener):
     def _require_mask(self, mask: Tensor, seen: int, num_tokens: int) -> None:
         """Raise BadInput unless a mask [batch, tokens] is of everything seen and what is new, and hides no context."""
         first = self.ragged_layers[0]
-        if first.rows is not None and len(mask) != len(first.rows):
+        if isinstance(first, FrozenLayer) and len(mask) != len(first.rows):
             return  # the layers refuse it
         if mask.shape[1] < seen + num_tokens:
             raise BadInput(
@@ -188,7 +275,7 @@ class RaggedCache(Cache, Listener):
             )
         # Once per turn on a GPU, for which a decoding step must not wait.
         looked_at = num_tokens > 1 or first.tail_length == 0 or mask.device.type == "cpu"
-        if looked_at and first.rows is not None and self.context_tokens is not None and self.compressed:
+        if looked_at and isinstance(first, FrozenLayer) and self.context_tokens is not None:
             counts = torch.tensor(self.context_tokens, dtype=torch.int64, device=first.rows.device)
             require_whole_context(mask[:, : seen - first.tail_length], counts[first.rows])
 
@@ -216,7 +303,7 @@ class RaggedCache(Cache, Listener):
     def lengths(self) -> Int[Tensor, "layers batch kv_heads"]:
         """Kept entries of every head, for the contexts that were compressed."""
         self._require_compressed()
-        kept = [layer.segments.lengths for layer in self.ragged_layers if layer.segments is not None]
+        kept = [layer.segments.lengths for layer in self.frozen_layers]
         return torch.tensor(kept, dtype=torch.int64, device="cpu").view(len(kept), -1, self.view.shape.kv_heads)
 
     def positions(self, layer: int, row: int, head: int) -> Int[Tensor, " kept"]:
@@ -226,18 +313,17 @@ class RaggedCache(Cache, Listener):
         """
         self._require_compressed()
         _require_index("layer", layer, len(self.ragged_layers))
-        segments = self.ragged_layers[layer].segments
-        assert segments is not None
+        segments = self.frozen_layers[layer].segments
         _require_index("row", row, segments.batch)
         _require_index("head", head, segments.kv_heads)
         return segments.positions[segments.slice(row * segments.kv_heads + head)].long()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the compressed cache, its tail included, for headwise.load. Raises UnsupportedGeneration, BadInput."""
-        from headwise.cache import store
-
         self._settle()
-        store.save(self, path)
+        if not self.compressed:
+            raise UnsupportedGeneration("this cache has not read its context yet: there is nothing to save.")
+        self.kept.save(path, self.view)
 
     def inputs(
         self,
@@ -273,11 +359,12 @@ class RaggedCache(Cache, Listener):
 
     def _seen_mask(self, known: Int[Tensor, "batch seen"]) -> Int[Tensor, "batch seen"]:
         """0 at the padding of contexts, which lies before them."""
-        rows, mask = self.ragged_layers[0].rows, torch.ones_like(known)
-        if self.context_tokens is None or rows is None:
+        first, mask = self.ragged_layers[0], torch.ones_like(known)
+        if self.context_tokens is None or not isinstance(first, FrozenLayer):
             return mask
-        counts = torch.tensor(self.context_tokens, dtype=torch.int64, device=rows.device)[rows].to(known.device)
-        context = known.shape[1] - self.ragged_layers[0].tail_length
+        counts = torch.tensor(self.context_tokens, dtype=torch.int64, device=first.rows.device)
+        counts = counts[first.rows].to(known.device)
+        context = known.shape[1] - first.tail_length
         places = torch.arange(known.shape[1], dtype=torch.int64, device=known.device)
         return mask * (places >= context - counts[:, None])
 
@@ -292,7 +379,7 @@ class RaggedCache(Cache, Listener):
             raise BadInput(f"copies={copies} must be at least 1.")
         twin = RaggedCache.__new__(RaggedCache)
         vars(twin).update(vars(self))
-        twin.meter = self.meter.fork()
+        twin.meter, twin._just_cut = self.meter.fork(), False
         layers: list[Any] = self.layers
         twin.layers = [layer.fork(twin.meter) for layer in layers]
         twin.ragged_layers = _ragged(twin.layers)
@@ -379,19 +466,6 @@ class RaggedCache(Cache, Listener):
             "tokens that may have been evicted. Generate without it."
         )
 
-    def _require_replay(self, replays: bool) -> None:
-        name = type(self.method.scorer).__name__
-        if len(self.view.shape.layers) < self.view.shape.num_layers:
-            raise UnsupportedModel(
-                f"{name} has the model repeat the context, which sliding-window layers cannot take back: choose "
-                "another scorer for this model."
-            )
-        if not replays:
-            raise UnsupportedGeneration(
-                f"{name} has the model read the context twice, which generate() does not: use headwise.compress() on "
-                "the context, and give its cache to generate()."
-            )
-
     def _require_compressed(self) -> None:
         self._settle()
         if not self.compressed:
@@ -404,6 +478,42 @@ class RaggedCache(Cache, Listener):
     def __repr__(self) -> str:
         state = f"kept {int(self.lengths.sum())} entries" if self.compressed else "context not read yet"
         return f"RaggedCache({state}, seen {self.get_seq_length()} tokens, {self.nbytes} bytes)"
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: PreTrainedModel,
+    *,
+    input_ids: Int[Tensor, "batch tokens"] | None = None,
+    attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"] | None = None,
+    kernel: str = "auto",
+) -> RaggedCache:
+    """Read a cache that `RaggedCache.save` wrote, onto the model's device and in the model's dtype.
+
+    With `input_ids` (and `attention_mask`, if there was one) it is checked that the cache is of that context.
+    Raises ArtifactMismatch for a cache of another model or context, BadInput for a missing or damaged file.
+    """
+    seen = view(model)
+    kept = Kept.load(path, seen, input_ids=input_ids, attention_mask=attention_mask)
+    return RaggedCache.of(seen, kept, kernel=kernel)
+
+
+def _require_replay(seen: ModelView, name: str, replays: bool) -> None:
+    if len(seen.shape.layers) < seen.shape.num_layers:
+        raise UnsupportedModel(
+            f"{name} has the model repeat the context, which sliding-window layers cannot take back: choose "
+            "another scorer for this model."
+        )
+    if not replays:
+        raise UnsupportedGeneration(
+            f"{name} has the model read the context twice, which generate() does not: use headwise.compress() on "
+            "the context, and give its cache to generate()."
+        )
+
+
+def _sliding(seen: ModelView, model_index: int, meter: Meter) -> SlidingLayer:
+    window = seen.model.config.get_text_config().sliding_window
+    return SlidingLayer(sliding_window=window, model_index=model_index, meter=meter)
 
 
 def _ragged(layers: Sequence[Any]) -> list[RaggedLayer]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.cache.cache import RaggedCache
-from headwise.cache.store import tokens_fingerprint
+from headwise.cache.kept import tokens_fingerprint
+from headwise.cache.prefill import Prefill
 from headwise.errors import BadInput, ShapeMismatch, UnsupportedModel
 from headwise.interfaces import Replay
 from headwise.methods.keep import Keep
@@ -22,7 +23,7 @@ Progress = Callable[[int, int], None]
 
 @torch.no_grad()
 def compress(
-    model: PreTrainedModel,
+    model: PreTrainedModel | ModelView,
     input_ids: Int[Tensor, "batch tokens"],
     method: str | Method = AUTO,
     *,
@@ -51,8 +52,10 @@ def compress(
     if prefill_chunk_size is not None and prefill_chunk_size < 1:
         raise BadInput(f"prefill_chunk_size={prefill_chunk_size} must be at least 1 token, or None for all at once.")
     length = input_ids.shape[1]
-    cache = RaggedCache(seen.model, method, keep=keep, prompt_length=length, kernel=kernel, replays=True)
-    replay = _fitting(cache.method.scorer.replay, seen.max_positions, int(mask.sum(-1).max()))
+    cache = RaggedCache(seen, method, keep=keep, prompt_length=length, kernel=kernel, replays=True)
+    prefill = cache.prefill
+    assert prefill is not None
+    replay = _fitting(prefill.method.scorer.replay, seen.max_positions, int(mask.sum(-1).max()))
     steps, size = length * (2 if replay else 1), prefill_chunk_size or length
     for start in range(0, length, size):
         stop = min(length, start + size)
@@ -62,7 +65,7 @@ def compress(
             progress(stop, steps)
     if replay is not None:
         with seen.unchanged():
-            _replay(seen.model, input_ids, mask, cache, replay, progress)
+            _replay(seen.model, input_ids, mask, cache, prefill, replay, progress)
     cache.tokens_fingerprint = tokens_fingerprint(input_ids, mask)
     return cache
 
@@ -89,19 +92,25 @@ def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: RaggedCac
 
 
 def _replay(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: RaggedCache, replay: Replay, progress: Progress | None
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    cache: RaggedCache,
+    prefill: Prefill,
+    replay: Replay,
+    progress: Progress | None,
 ) -> None:
     """Let the model repeat the context in chunks, so that the scorer sees what it looks at (KVzip)."""
     length = ids.shape[1]
     for start in range(0, length, replay.chunk_size):
         stop = min(length, start + replay.chunk_size)
         prefix, prefix_mask = _instruction(replay, ids, mask, start)
-        cache.prefill.start_replay(start, stop, prefix.shape[1])
+        prefill.start_replay(start, stop, prefix.shape[1])
         repeated = torch.cat([prefix, ids[:, start:stop]], dim=-1)
         _forward(model, repeated, torch.cat([mask, prefix_mask, mask[:, start:stop]], dim=-1), cache)
         if progress is not None:
             progress(length + stop, 2 * length)
-    cache.prefill.finish_replay()
+    prefill.finish_replay()
 
 
 def _fitting(replay: Replay | None, limit: int, tokens: int) -> Replay | None:

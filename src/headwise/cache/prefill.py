@@ -5,25 +5,24 @@ one full layer. A scope "model" allocator, and a scorer that replays the context
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NoReturn
+from typing import NoReturn, Protocol, runtime_checkable
 from weakref import ref
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headwise.cache.layer import RaggedLayer
+from headwise.cache.layer import FillingLayer, FrozenLayer, RaggedLayer
 from headwise.cache.masks import require_causal, require_left_padding, tokens_of
-from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch, UnsupportedGeneration, UnsupportedModel
+from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch, UnsupportedGeneration
 from headwise.interfaces import Chunk, Demand, Observation, Statistics
 from headwise.methods.allocate.apportion import require_feasible
 from headwise.methods.keep import Keep
 from headwise.methods.method import Method
 from headwise.methods.select import protected_mask, protection_order, select
-from headwise.models.attention import is_enabled
 from headwise.models.families import ModelView
 from headwise.shapes import ModelShape
 
@@ -49,67 +48,78 @@ class _Trace:
     """What is remembered of one layer until it is cut."""
 
     statistics: Statistics = field(default_factory=dict)
-    queries: Tensor | None = None
+    queries: tuple[Tensor, ...] = ()  # the last ones, in one tensor
     scaling: float = 1.0
-    scores: Tensor | None = None
+
+
+@runtime_checkable
+class Filled(Protocol):
+    """The cache that is being filled."""
+
+    ragged_layers: list[RaggedLayer]
+
+    def put(self, frozen: FrozenLayer) -> None:
+        """In the place of the layer that was cut."""
 
 
 class Prefill:
     """Watches the layers of one cache fill, and cuts them. Does nothing once they are cut."""
+
+    plan: Plan  # from the last piece on, until all layers are cut
+    _valid: Bool[Tensor, "batch tokens"]  # from the first piece on, until then
+    _positions: Int[Tensor, "batch tokens"]
 
     def __init__(self, *, view: ModelView, method: Method, keep: Keep, prompt_length: int | None):
         self.view = view
         self.method = method
         self.keep = keep
         self.prompt_length = prompt_length
-        self.tokens: tuple[int, ...] | None = None  # of every context, once it has been cut
-        self._layers: Sequence[ref[RaggedLayer]] = ()
+        self.tokens: tuple[int, ...] = ()  # of every context, once it has been cut
+        self._filled: Callable[[], Filled | None] = lambda: None
         self.traces = [_Trace() for _ in view.shape.layers]
+        self.scores: dict[int, Tensor] = {}  # of layers that have not been cut
         self.deferred = defers(method)
-        self.plan: Plan | None = None
-        self._valid: Tensor | None = None
-        self._positions: Tensor | None = None
         self._piece = 0  # tokens of the latest piece of prefill
-        self._failure: str | None = None
+        self._failure = ""
 
-    def watch(self, layers: Sequence[RaggedLayer]) -> None:
-        """These are the layers. They hold this object, so it holds them weakly: a cycle would outlive its cache."""
-        self._layers = [ref(layer) for layer in layers]
+    def watch(self, filled: "Filled") -> None:
+        """This is the cache. Its layers hold this object, so it holds the cache weakly: a cycle would outlive it."""
+        self._filled = ref(filled)
 
     @property
-    def layers(self) -> list[RaggedLayer]:
-        """The layers that are watched."""
-        found = [layer() for layer in self._layers]
-        return [layer for layer in found if layer is not None]
+    def filling(self) -> list[FillingLayer]:
+        """The layers that have not been cut."""
+        filled = self._filled()
+        layers = [] if filled is None else filled.ragged_layers
+        return [layer for layer in layers if isinstance(layer, FillingLayer)]
 
     def refuse_failed(self) -> NoReturn:
         """Raise UnsupportedGeneration: what was read is not whole, and cannot be read again."""
         reason = self._failure or "a forward pass did not finish"
         raise UnsupportedGeneration(f"this cache failed while reading its context ({reason}): make a new one.")
 
-    def expect(self, layer: RaggedLayer, num_tokens: int) -> None:
-        """New tokens are about to enter the first layer: raise if they cannot be served, warn of a likely mistake."""
-        if self._failure is not None:
+    def expect(self, seen: int, num_tokens: int) -> None:
+        """So many new tokens are about to enter the first layer: raise if they cannot be served."""
+        if self._failure:
             self.refuse_failed()
-        if not is_enabled(self.view.model):  # it would ignore the frozen part
-            raise UnsupportedModel(
-                "the model's attention implementation was changed while a RaggedCache is in use; call "
-                "headwise.enable(model) again before using the cache."
-            )
-        if layer.untouched and self.prompt_length is None and num_tokens > 1:
-            self._warn_of_pieces(layer.seen, num_tokens)
-        if not layer.frozen and num_tokens == 1 and self._piece > 1 and layer.seen + 1 < (self.prompt_length or 0):
+        if num_tokens == 1 and self._piece > 1 and seen + 1 < (self.prompt_length or 0):
             raise UnsupportedGeneration(
-                f"prompt_length={self.prompt_length}, but {layer.seen} tokens came before single ones, so the context "
+                f"prompt_length={self.prompt_length}, but {seen} tokens came before single ones, so the context "
                 "is not complete and nothing has been cut. Give the prompt's length, or None if it comes in one piece."
             )
 
     def observe(
-        self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None
+        self,
+        layer: FillingLayer,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        position_ids: Tensor | None,
     ) -> None:
         """Take in one piece of prefill of one layer; cut the layer if it was the last piece."""
         try:
-            self._observe(layer, query, mask, scaling, position_ids)
+            self._observe(layer, query, key, mask, scaling, position_ids)
         except BaseException as error:  # an interrupt too leaves layers half-filled
             self._failure = f"{type(error).__name__}: {error}"
             raise
@@ -117,7 +127,7 @@ class Prefill:
     def start_replay(self, start: int, stop: int, num_prefix: int) -> None:
         """The next forward pass repeats tokens start:stop after `num_prefix` tokens of instruction."""
         marks = {"replay_start": start, "replay_end": stop, "num_prefix": num_prefix}
-        for layer, trace in zip(self.layers, self.traces, strict=True):
+        for layer, trace in zip(self.filling, self.traces, strict=True):
             layer.replaying = True
             trace.statistics = {
                 **trace.statistics,
@@ -126,51 +136,48 @@ class Prefill:
 
     def finish_replay(self) -> None:
         """The context has been repeated: score and cut."""
-        for layer in self.layers:
+        filling = self.filling
+        for layer in filling:
             layer.replaying = False
-            self.traces[layer.index].scores = self._score(layer)
-        self._cut(self.layers)
+            self.scores[layer.index] = self._score(layer)
+        self._cut(filling)
 
     def _observe(
-        self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None
+        self,
+        layer: FillingLayer,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        position_ids: Tensor | None,
     ) -> None:
         if layer.index == 0 and not layer.replaying:
             self._extend(layer, query, mask, position_ids)
-        chunk = self._chunk(layer, query, mask, scaling, position_ids)
+        chunk = self._chunk(layer, query, key, mask, scaling, position_ids)
         trace = self.traces[layer.index]
         trace.scaling = scaling
         trace.statistics = self.method.scorer.accumulate(trace.statistics, chunk)
         if layer.replaying:
             return
         window = self.method.scorer.query_window
-        trace.queries = _last(trace.queries, query, window)
+        trace.queries = (_last((*trace.queries, query), window),)
         if layer.seen >= (self.prompt_length or 0):
             self._finish(layer)
 
-    def _warn_of_pieces(self, seen: int, num_tokens: int) -> None:
-        warnings.warn(
-            f"this cache took the first {seen} tokens for its whole context and compressed them; now {num_tokens} more "
-            f"came at once. If they are the next piece of the prompt (prefill_chunk_size), give RaggedCache the "
-            f"prompt's length as prompt_length; if they are a later question, give prompt_length={seen}, or use "
-            "headwise.compress().",
-            UserWarning,
-            stacklevel=2,
-        )
-
-    def _extend(self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> None:
+    def _extend(self, layer: FillingLayer, query: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Note which tokens are padding, and every token's position; refuse what cannot work, before any cut."""
-        batch, length, self._piece = query.shape[0], layer.seen, query.shape[2]
+        batch, length, first = query.shape[0], layer.seen, not self._piece
+        self._piece = query.shape[2]
         valid = tokens_of(mask, batch, length, query.device)
         require_causal(mask, valid)
         fresh = _positions(position_ids, valid, query.shape[2])
         self._valid = valid
-        self._positions = fresh if self._positions is None else torch.cat([self._positions, fresh], dim=-1)
+        self._positions = fresh if first else torch.cat([self._positions, fresh], dim=-1)
         needed = int(fresh.max()) + 1
         self.view.require_positions(needed, f"reaches position {needed}")
         self.view.warn_of_positions(needed)
         if layer.seen >= (self.prompt_length or 0):
-            assert layer.keys is not None
-            entry_bytes = self.view.shape.entry_bytes(layer.keys.itemsize)
+            entry_bytes = self.view.shape.entry_bytes(layer.dtype.itemsize)
             self.plan = make_plan(
                 self.method,
                 self.keep,
@@ -193,46 +200,48 @@ class Prefill:
         )
 
     def _chunk(
-        self, layer: RaggedLayer, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None
+        self,
+        layer: FillingLayer,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        position_ids: Tensor | None,
     ) -> Chunk:
-        assert layer.keys is not None and self._valid is not None and self._positions is not None
-        keys, valid, positions = layer.keys, self._valid, self._positions
+        valid, positions = self._valid, self._positions
         if layer.replaying:
-            assert layer.replayed_keys is not None
-            keys = layer.replayed_keys
-            valid = tokens_of(mask, query.shape[0], keys.shape[2], query.device)
+            valid = tokens_of(mask, query.shape[0], key.shape[2], query.device)
             positions = torch.cat([positions, _positions(position_ids, valid, query.shape[2])], dim=-1)
         return Chunk(
             queries=query,
-            keys=keys,
+            keys=key,
             valid=valid,
             positions=positions,
-            offset=keys.shape[2] - query.shape[2],
+            offset=key.shape[2] - query.shape[2],
             scaling=scaling,
             rotary=self.view.rotary(layer.index),
         )
 
-    def _finish(self, layer: RaggedLayer) -> None:
+    def _finish(self, layer: FillingLayer) -> None:
         """The whole context has passed through a layer."""
         self._require_finite(layer)
         if self.method.scorer.replay is not None:
             return  # scored when the context has been repeated
-        self.traces[layer.index].scores = self._score(layer)
+        self.scores[layer.index] = self._score(layer)
         if not self.deferred:
             self._cut([layer])
-        elif layer.index == len(self.layers) - 1:
-            self._cut(self.layers)
+        elif layer.index == len(self.traces) - 1:
+            self._cut(self.filling)
 
-    def _score(self, layer: RaggedLayer) -> Float[Tensor, "batch kv_heads tokens"]:
-        assert self.plan is not None and layer.keys is not None and layer.values is not None
-        trace = self.traces[layer.index]
-        assert trace.queries is not None
+    def _score(self, layer: FillingLayer) -> Float[Tensor, "batch kv_heads tokens"]:
+        trace, (keys, values) = self.traces[layer.index], layer.states
+        (queries,) = trace.queries
         observation = Observation(
             shape=self.view.shape,
             layer=layer.index,
-            keys=layer.keys,
-            values=layer.values,
-            queries=trace.queries,
+            keys=keys,
+            values=values,
+            queries=queries,
             valid=self.plan.valid,
             positions=self.plan.positions,
             project=partial(self.view.output_weight, layer.index),
@@ -241,28 +250,28 @@ class Prefill:
             statistics=trace.statistics,
             totals=self.plan.demand.totals,
         )
-        self.traces[layer.index] = replace(trace, statistics={}, queries=None)
+        self.traces[layer.index] = _Trace(scaling=trace.scaling)
         if layer.index == 0:
             self.plan = self.plan.summarised(self.method, observation)
         return self.method.scorer.score(observation)
 
-    def _cut(self, layers: Sequence[RaggedLayer]) -> None:
+    def _cut(self, layers: Sequence[FillingLayer]) -> None:
         """Allocate counts to these layers and freeze them."""
-        assert self.plan is not None
-        indices = [layer.index for layer in layers]
-        scores = [self.traces[i].scores for i in indices]
-        kept = keep_entries(self.method, torch.stack([s for s in scores if s is not None]), indices, self.plan)
+        indices, positions = [layer.index for layer in layers], self.plan.positions
+        kept = keep_entries(self.method, torch.stack([self.scores.pop(i) for i in indices]), indices, self.plan)
+        filled = self._filled()
         for layer, layer_kept in zip(layers, kept, strict=True):
-            layer.freeze(layer_kept, self.plan.positions)
+            frozen = layer.cut(layer_kept, positions)
             self.traces[layer.index] = _Trace()
-        if all(layer.frozen for layer in self.layers):
+            if filled is not None:
+                filled.put(frozen)
+        if not self.filling:
             self.tokens = self.plan.demand.tokens
-            self.plan = self._valid = self._positions = None
+            del self.plan, self._valid, self._positions
 
-    def _require_finite(self, layer: RaggedLayer) -> None:
+    def _require_finite(self, layer: FillingLayer) -> None:
         """Padding may hold anything; a real token's key or value may not be NaN or infinite."""
-        assert self.plan is not None and layer.keys is not None and layer.values is not None
-        sums = torch.stack([states.sum(-1, dtype=torch.float32) for states in (layer.keys, layer.values)])
+        sums = torch.stack([states.sum(-1, dtype=torch.float32) for states in layer.states])
         bad = ~torch.isfinite(sums) & self.plan.valid[:, None]  # float32: finite float16 numbers may add up to more
         for name, count in zip(("keys", "values"), bad.flatten(1).sum(-1).tolist(), strict=True):  # one wait for a GPU
             if count:
@@ -322,9 +331,9 @@ def keep_entries(
     return [select(s, c, plan.valid, plan.protected, plan.order) for s, c in zip(scores, counts, strict=True)]
 
 
-def _last(past: Tensor | None, query: Tensor, window: int) -> Tensor:
+def _last(pieces: Sequence[Tensor], window: int) -> Tensor:
     """The last `window` queries seen so far (a copy, so that the rest can be freed)."""
-    joined = query if past is None else torch.cat([past, query], dim=2)
+    joined = torch.cat([*pieces], dim=2) if len(pieces) > 1 else pieces[0]
     return joined[:, :, max(0, joined.shape[2] - window) :].clone()
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from headwise.cache.cache import RaggedCache
 from headwise.cache.compress import Progress, compress
-from headwise.cache.layer import Meter
+from headwise.cache.meter import Meter
 from headwise.cache.prefill import defers, keep_entries, make_plan
 from headwise.errors import BadInput
 from headwise.interfaces import AbstractScorer, Chunk, Observation, Replay, Statistics
@@ -23,7 +23,7 @@ from headwise.kernels.segments import Segments
 from headwise.methods.allocate import Uniform
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
-from headwise.models.families import view
+from headwise.models.families import ModelView, view
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +101,7 @@ class Reading:
         if method.scorer not in self.scores and method.scorer not in self.seen:
             watched = ", ".join(type(scorer).__name__ for scorer in (*self.scores, *self.seen))
             raise BadInput(f"{type(method.scorer).__name__} did not watch this reading; {watched} did.")
-        shape, layers = seen.shape, self.whole.ragged_layers
+        shape, layers = seen.shape, self.whole.frozen_layers
         plan = make_plan(
             method,
             keep,
@@ -112,12 +112,13 @@ class Reading:
         ).summarised(method, self.first)
         scores = self._scores(method.scorer, plan.demand.totals)
         kept = keep_entries(method, scores, range(len(layers)), plan)
-        cache = self.whole.fork()
-        cache.method, cache.keep = method, keep
-        cache.provenance = {"method": method.provenance(), "keep": str(keep)}
-        for layer, layer_kept in zip(cache.ragged_layers, kept, strict=True):
-            assert layer.segments is not None
-            layer.segments = _subset(layer.segments, layer_kept, self.first.valid)
+        segments = [
+            _subset(layer.segments, layer_kept, self.first.valid)
+            for layer, layer_kept in zip(layers, kept, strict=True)
+        ]
+        provenance = {"method": method.provenance(), "keep": str(keep)}
+        value = self.whole.kept.with_segments(segments, provenance=provenance)
+        cache = RaggedCache.of(seen, value, kernel=layers[0].kernel)
         cache.meter = self._as_if_compressed(cache.layers, whole_first=defers(method))
         return cache
 
@@ -155,7 +156,7 @@ def can_watch(scorer: AbstractScorer) -> bool:
 
 
 def read(
-    model: PreTrainedModel,
+    model: PreTrainedModel | ModelView,
     input_ids: Int[Tensor, "batch tokens"],
     scorers: Sequence[AbstractScorer],
     *,
@@ -176,7 +177,7 @@ def read(
     scorers = [scorer.resolve(seen.shape, seen.config_hash) for scorer in scorers]
     watchers = _Watchers(scorers=tuple(dict.fromkeys(scorers)))
     whole = compress(
-        model,
+        seen,
         input_ids,
         Method(scorer=watchers, allocator=Uniform()),
         keep=1.0,

@@ -9,18 +9,17 @@ from headwise.errors import BadInput
 
 def require_whole(whole: RaggedCache) -> None:
     """Raise BadInput unless the cache holds one context, all of it."""
-    for layer in whole.ragged_layers:
-        segments = layer.segments
-        if segments is None or segments.batch != 1 or len(set(segments.lengths)) > 1:
-            raise BadInput("the importance of entries is measured on one context at a time, read and kept whole.")
+    layers = [layer.segments for layer in whole.frozen_layers]
+    one = len(layers) == len(whole.ragged_layers) and all(segments.batch == 1 for segments in layers)
+    if not one or any(len(set(segments.lengths)) > 1 for segments in layers):
+        raise BadInput("the importance of entries is measured on one context at a time, read and kept whole.")
 
 
 def states_of(
     whole: RaggedCache, layer: int
 ) -> tuple[Float[Tensor, "kv_heads tokens head_dim"], Float[Tensor, "kv_heads tokens head_dim"]]:
     """Keys and values of a layer of a wholly kept context, views."""
-    segments = whole.ragged_layers[layer].segments
-    assert segments is not None
+    segments = whole.frozen_layers[layer].segments
     return by_head(segments.keys, segments.kv_heads), by_head(segments.values, segments.kv_heads)
 
 

@@ -5,15 +5,15 @@ after which the layer is told what passed; once a layer is frozen, its own kerne
 """
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from headwise.models.families import view
+from headwise.models.families import ModelView, view
 from headwise.models.passes import tell_caches
 
 NAME = "headwise"
@@ -24,24 +24,23 @@ _TAG = "_headwise_layer"
 class AttentionLayer(Protocol):
     """What a cache layer must offer to be served here."""
 
-    @property
-    def frozen(self) -> bool:
-        """Whether the context has been cut."""
+    def attention(
+        self,
+        exact: Callable[[], Tensor],
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        position_ids: Tensor | None,
+    ) -> Tensor:
+        """Attention of new tokens, [B, query_heads, T, D] -> [B, T, query_heads, D]; `exact` makes SDPA's."""
         ...
 
-    def observe(self, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None) -> None:
-        """Called after exact attention over a piece of prefill."""
-        ...
 
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """Attention of new tokens over a frozen layer: [B, query_heads, T, D] -> the same shape."""
-        ...
-
-
-def enable(model: PreTrainedModel) -> None:
+def enable(model: PreTrainedModel | ModelView) -> None:
     """Route the model's attention through headwise: SDPA but for our caches. Raises BadInput, UnsupportedModel.
 
-    The model also tells our caches of its forward passes from then on (hf/passes.py); other caches notice nothing.
+    The model also tells our caches of its forward passes from then on (passes.py); other caches notice nothing.
     Warns if attention was neither SDPA nor headwise before: it then computes, and performs, otherwise from now on.
     """
     model = view(model).model
@@ -89,9 +88,8 @@ def headwise_attention(
     if layer is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if layer.frozen:
-        return layer.attend(query, attention_mask, scale).transpose(1, 2).contiguous(), None
-    with torch.no_grad():
-        out = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scale, **kwargs)
-        layer.observe(query, attention_mask, scale, kwargs.get("position_ids"))
-    return out
+
+    def exact() -> Tensor:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scale, **kwargs)[0]
+
+    return layer.attention(exact, query, key, attention_mask, scale, kwargs.get("position_ids")), None

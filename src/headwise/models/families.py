@@ -174,7 +174,12 @@ def _cache_argument(kind: type[PreTrainedModel]) -> str:
 
 
 def view(model: Any) -> ModelView:
-    """Describe a model. Raises BadInput for what is no model, UnsupportedModel, naming what is supported."""
+    """Describe a model; a description stays as it is, so that it is made once, where a model comes in.
+
+    Raises BadInput for what is no model, UnsupportedModel, naming what is supported.
+    """
+    if isinstance(model, ModelView):
+        return model
     model = _require_model(model)
     config = model.config.get_text_config()
     family, shape = _family(config), shape_of(config)

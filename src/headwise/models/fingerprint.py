@@ -22,7 +22,7 @@ _WRAPPED = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")  # 
 _PROBE = 2  # tokens of the pass in which weights are seen at work
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
+def model_fingerprint(model: PreTrainedModel | ModelView) -> str:
     """Hash of the configuration and of a sample of every weight at work, the same in float32 and in bfloat16.
 
     The model reads two tokens for it. A model with adapters of which none is active is the model without them.

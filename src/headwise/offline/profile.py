@@ -37,7 +37,6 @@ from headwise.artifacts.profile import Profile
 from headwise.artifacts.tensors import fingerprint, opened, write_tensors
 from headwise.cache.cache import RaggedCache
 from headwise.cache.reading import can_watch, read
-from headwise.cache.store import model_fingerprint
 from headwise.errors import BadInput
 from headwise.files.locks import lock_of, locked
 from headwise.files.schema import Schema
@@ -47,6 +46,7 @@ from headwise.methods.allocate.profiled import published_counts
 from headwise.methods.method import Method
 from headwise.methods.scores.reconstruct import INSTRUCTION
 from headwise.models.families import view
+from headwise.models.fingerprint import model_fingerprint
 from headwise.models.processes import Processes
 from headwise.models.room import require_room
 from headwise.offline.calibration import Example, encode

@@ -48,13 +48,11 @@ class LKVT(AbstractScorer):
 
     def of_heads(self, heads: slice) -> "LKVT":
         """With the networks of these KV heads alone."""
-        assert self.gates.scores is not None
-        return LKVT(gates=replace(self.gates, scores=self.gates.scores.of_heads(heads)))
+        return LKVT(gates=replace(self.gates, scores=self.gates.entry_scores.of_heads(heads)))
 
     def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
         """Score every token of one layer."""
-        assert self.gates.scores is not None
-        network = self.gates.scores.to(observation.keys.device)
+        network = self.gates.entry_scores.to(observation.keys.device)
         with torch.no_grad():
             features = entry_features(observation.keys, observation.values, observation.positions, observation.rotary)
             return network(features, observation.layer)

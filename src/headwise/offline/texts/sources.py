@@ -13,6 +13,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from headwise.errors import BadInput
+
 SPLITS = ("calibration", "train")
 SPAN = 8  # words
 SMALLEST, LARGEST = 4_000, 150_000  # bytes of a file
@@ -50,7 +52,8 @@ def package_files(split: str) -> tuple[Path, ...]:
     found: list[Path] = []
     for package, folders in _PACKAGES.items():
         spec = find_spec(package)
-        assert spec is not None and spec.submodule_search_locations, f"headwise needs {package}"
+        if spec is None or not spec.submodule_search_locations:
+            raise BadInput(f"the package {package}, which headwise needs, is not installed: install headwise again.")
         root = Path(spec.submodule_search_locations[0])
         found += [path for folder in folders for path in _files(root / folder, root.parent, split)]
     return tuple(found)

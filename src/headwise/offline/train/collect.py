@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from headwise.artifacts.gates import PLACE_FEATURES, summary_width
 from headwise.artifacts.parts import Parts
 from headwise.artifacts.tensors import fingerprint, opened, write_tensors
-from headwise.cache.store import model_fingerprint
 from headwise.errors import BadInput
 from headwise.files.schema import Numbers, Schema
 from headwise.models.families import view
+from headwise.models.fingerprint import model_fingerprint
 from headwise.models.processes import Processes
 from headwise.offline.calibration import Example
 from headwise.offline.train.fit import FitSettings, Sampled, sample

@@ -56,10 +56,9 @@ class _Watched(StudentLayer):
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention [1, Hq, T, D] over context and new tokens, some queries at a time."""
-        assert self.keys is not None and self.values is not None
         (_, _, new, dim), heads = query.shape, len(self.context_keys)
-        keys = torch.cat([self.context_keys, self.keys[0]], dim=1).float()
-        values = torch.cat([self.context_values, self.values[0]], dim=1).float()
+        keys = torch.cat([self.context_keys, self.own[0][0]], dim=1).float()
+        values = torch.cat([self.context_values, self.own[1][0]], dim=1).float()
         grouped = (query[0].float() * scaling).unflatten(0, (heads, -1))  # [H, G, T, D]
         parts = [
             self._some(grouped[:, :, start : start + QUERIES], keys, values, start) for start in range(0, new, QUERIES)

@@ -17,7 +17,6 @@ from headwise.artifacts.origin import Origin
 from headwise.artifacts.parts import Parts
 from headwise.artifacts.tensors import fingerprint, opened, write_tensors
 from headwise.cache.reading import can_watch
-from headwise.cache.store import model_fingerprint
 from headwise.errors import BadInput
 from headwise.files import strict_json
 from headwise.files.locks import lock_of, locked
@@ -27,6 +26,7 @@ from headwise.interfaces import AbstractScorer
 from headwise.methods.method import Method
 from headwise.models.attention import enable
 from headwise.models.families import view
+from headwise.models.fingerprint import model_fingerprint
 from headwise.models.processes import Processes
 from headwise.models.room import require_room
 from headwise.offline.calibration import Example, encode
@@ -148,8 +148,7 @@ def _train(
     run = fingerprint(model_fingerprint(model), data, repr((asdict(settings), part, scorer)))
     main, fitted = processes.rank == 0, scores is not None and settings.fit.steps > 0
     history: list[dict[str, Any]] = []
-    if fitted:
-        assert scores is not None
+    if scores is not None and fitted:
         history = _fit(model, tokenizer, examples, Parts(out, "gates"), scores, budgets, settings, processes, progress)
     if not fitted or settings.warm_steps or settings.steps:
         state = _State(kept, trainer, run)

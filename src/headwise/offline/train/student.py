@@ -80,6 +80,7 @@ class StudentLayer(CacheLayerMixin):
         super().__init__()
         self.heard = heard
         self.context_keys, self.context_values, self.kept, self.layer, self.seen = keys, values, kept, layer, seen
+        self.own = keys.new_empty(0), values.new_empty(0)  # of the new tokens, once they have come
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -87,7 +88,7 @@ class StudentLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take the new tokens, all at once."""
-        self.keys, self.values = key_states, value_states
+        self.own = key_states, value_states
         return tag(key_states, self), value_states
 
     def get_seq_length(self) -> int:
@@ -102,19 +103,27 @@ class StudentLayer(CacheLayerMixin):
     def get_max_cache_shape(self) -> int:
         return -1
 
-    def observe(self, query: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None) -> None:
-        raise AssertionError("a student's context has been read")
+    def attention(
+        self,
+        exact: Callable[[], Tensor],
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        position_ids: Tensor | None,
+    ) -> Tensor:
+        """What `attend` makes, as the model expects it."""
+        return self.attend(query, mask, scaling).transpose(1, 2).contiguous()
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention [B, Hq, T, D] over what is kept and the new tokens; recomputed in the backward pass."""
-        assert self.keys is not None and self.values is not None
         (batch, _, new, dim), dtype = query.shape, query.dtype
         heads = len(self.context_keys)
         mask = (
             self.context_keys.new_ones(self.context_keys.shape[:2]) if self.kept is None else self.kept.mask[self.layer]
         )
         query = query.float().reshape(batch, heads, -1, new, dim) * scaling
-        own = self.keys.float(), self.values.float()
+        own = self.own[0].float(), self.own[1].float()
         out = kept_attention(query, (self.context_keys, self.context_values), own, mask, self.kept)
         if self.heard is not None:
             self.heard.append(Heard(query=query, keys=own[0], values=own[1], out=out))

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Bool, Int
 
 from headwise.artifacts.tensors import opened
+from headwise.cache.kept import tokens_fingerprint
 from headwise.cache.saved import read
-from headwise.cache.store import tokens_fingerprint
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.files.writing import require_file, write_bytes
 from headwise.models.loading import REFERENCE, load_tokenizer

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 import headwise
 from headwise import RaggedCache
 from headwise.artifacts.tensors import describe, read_tensors, write_tensors
-from headwise.cache import store
 from headwise.errors import ArtifactMismatch, BadInput, UnsupportedGeneration
+from headwise.models.fingerprint import model_fingerprint
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
@@ -311,7 +311,7 @@ def test_numbers_that_the_dtype_of_the_model_cannot_hold(path):
     rewritten(path, changed("0.keys", set_first(1e5)))
     assert headwise.load(path, tiny_model()).compressed
     half = tiny_model(dtype=torch.float16)
-    rewritten(path, lambda tensors: None, model_fingerprint=store.model_fingerprint(half))
+    rewritten(path, lambda tensors: None, model_fingerprint=model_fingerprint(half))
     with pytest.raises(BadInput, match=r"'0.keys' holds numbers .* to 100000; expected .* to 65504"):
         headwise.load(path, half)
 

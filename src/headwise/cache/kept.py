@@ -1,0 +1,231 @@
+"""A kept context as a value: what a method has kept of it, and where it came from.
+
+`RaggedCache.kept` gives it, `RaggedCache.of` continues from it, and one safetensors file holds it, which names the
+model and the context that it belongs to. Nothing changes it: caches that continue from it grow on their own.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from headwise.artifacts.tensors import fingerprint, opened, write_tensors
+from headwise.cache.saved import IDS, Expected, read
+from headwise.cache.transcript import Transcript
+from headwise.errors import ArtifactMismatch
+from headwise.kernels.segments import Segments
+from headwise.models.families import ModelView, view
+from headwise.models.fingerprint import model_fingerprint
+
+LARGEST_STATE = 1e9  # of a key or value: what attention makes of them is finite
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class KeptLayer:
+    """Of a layer that is compressed: the kept entries, and what came after the context."""
+
+    segments: Segments
+    rows: Int[Tensor, " batch"]  # which context every row of the batch continues
+    tail_keys: Float[Tensor, "batch kv_heads tail head_dim"]
+    tail_values: Float[Tensor, "batch kv_heads tail head_dim"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that a file has; a tail only where there is one."""
+        segments = self.segments
+        found = {
+            "keys": segments.keys,
+            "values": segments.values,
+            "positions": segments.positions,
+            "lengths": torch.tensor(segments.lengths, dtype=torch.int64, device="cpu").view(-1, segments.kv_heads),
+            "rows": self.rows,
+        }
+        tail = {"tail_keys": self.tail_keys, "tail_values": self.tail_values} if self.tail_keys.shape[2] else {}
+        return found | tail
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "KeptLayer":
+        """From such tensors."""
+        keys, rows, lengths = tensors["keys"], tensors["rows"], tensors["lengths"]
+        empty = keys.new_empty(len(rows), lengths.shape[1], 0, keys.shape[-1])
+        return cls(
+            segments=Segments(
+                keys=keys,
+                values=tensors["values"],
+                positions=tensors["positions"],
+                lengths=tuple(lengths.flatten().tolist()),
+                kv_heads=lengths.shape[1],
+            ),
+            rows=rows,
+            tail_keys=tensors.get("tail_keys", empty),
+            tail_values=tensors.get("tail_values", empty),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class KeptWindow:
+    """Of a sliding-window layer: all that it holds. A file has no `dropped`: what was saved cannot be undone."""
+
+    keys: Float[Tensor, "batch kv_heads window head_dim"]
+    values: Float[Tensor, "batch kv_heads window head_dim"]
+    newest: int = 0  # tokens of the latest pass
+    dropped: tuple[Tensor, ...] = ()  # keys and values that left the window in it
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that a file has."""
+        return {"keys": self.keys, "values": self.values}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "KeptWindow":
+        """From such tensors."""
+        return cls(keys=tensors["keys"], values=tensors["values"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Kept:
+    """What is kept of one or more contexts. Two are equal where every number of them is."""
+
+    layers: tuple[KeptLayer | KeptWindow, ...]  # every layer of the model
+    seen: int  # tokens of a row: context, padding included, and what came after
+    transcript: Transcript  # ids of these, as far as they are known
+    context_tokens: tuple[int, ...] | None  # of every context, padding excluded, where it is known
+    provenance: Mapping[str, Any]  # the method and the keep
+    tokens_fingerprint: str | None  # of the context, if it was read by compress()
+    peak_nbytes: int  # the most bytes of keys and values that were held meanwhile
+
+    @property
+    def segments(self) -> tuple[Segments, ...]:
+        """Of the layers that are compressed."""
+        return tuple(layer.segments for layer in self.layers if isinstance(layer, KeptLayer))
+
+    def with_segments(self, segments: Sequence[Segments], **others: Any) -> "Kept":
+        """With other entries kept, and other fields."""
+        left = iter(segments)
+        layers = tuple(
+            replace(layer, segments=next(left)) if isinstance(layer, KeptLayer) else layer for layer in self.layers
+        )
+        return replace(self, layers=layers, **others)
+
+    def save(self, path: str | os.PathLike[str], model: PreTrainedModel | ModelView) -> None:
+        """Write it, naming the model that it was made with. Raises BadInput and WriteFailed as `write_tensors`."""
+        seen = view(model)
+        tensors = {f"{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()}
+        if self.transcript.ids is not None:
+            tensors[IDS] = self.transcript.ids.to(torch.int32)
+        metadata = {
+            "model": seen.model.config.name_or_path,
+            "model_fingerprint": model_fingerprint(seen),
+            "tokens_fingerprint": self.tokens_fingerprint,
+            **self.provenance,
+            "seen": self.seen,
+            "context_tokens": self.context_tokens,
+            "peak_nbytes": self.peak_nbytes,
+        }
+        write_tensors(path, "cache", tensors, metadata)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel | ModelView,
+        *,
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
+        attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"] | None = None,
+    ) -> "Kept":
+        """What `save` wrote, onto the model's device and in the model's dtype.
+
+        With `input_ids` (and `attention_mask`, if there was one) it is checked that it is of that context.
+        Raises ArtifactMismatch for one of another model or context, BadInput for a missing or damaged file.
+        """
+        seen = view(model)
+        with opened(path, "cache") as file:
+            _require_model(file.metadata, seen, path)
+            found = read(file, _expected(seen))
+        metadata, ids = found.metadata, found.ids
+        if input_ids is not None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            _require_context(tokens_fingerprint(input_ids, mask), metadata["tokens_fingerprint"], path)
+            if ids is None and input_ids.shape[1] == metadata["seen"]:  # of a file without ids, the context
+                ids = input_ids
+        layers: list[KeptLayer | KeptWindow] = []
+        for i in range(seen.shape.num_layers):
+            states = found.layers[i]
+            own = {name: _for_model(states.pop(name), seen.model) for name in list(states)}  # one copy at a time
+            layers.append(KeptLayer.of(own) if i in seen.shape.layers else KeptWindow.of(own))
+        return cls(
+            layers=tuple(layers),
+            seen=metadata["seen"],
+            transcript=Transcript().followed_by(None if ids is None else ids.to(seen.model.device)),
+            context_tokens=found.context_tokens,
+            provenance={name: metadata[name] for name in ("method", "keep")},
+            tokens_fingerprint=metadata["tokens_fingerprint"],
+            peak_nbytes=metadata["peak_nbytes"],
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Kept):
+            return NotImplemented
+        facts = ("seen", "context_tokens", "provenance", "tokens_fingerprint", "peak_nbytes")
+        if any(getattr(self, name) != getattr(other, name) for name in facts) or len(self.layers) != len(other.layers):
+            return False
+        return all(_equal(*pair) for pair in zip(self._tensors(), other._tensors(), strict=True))
+
+    def __hash__(self) -> int:
+        return hash((self.seen, self.context_tokens, self.tokens_fingerprint, self.peak_nbytes))
+
+    def _tensors(self) -> Iterator[dict[str, Tensor]]:
+        yield {} if self.transcript.ids is None else {IDS: self.transcript.ids}
+        for layer in self.layers:
+            yield layer.tensors()
+
+
+def tokens_fingerprint(
+    input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"]
+) -> str:
+    """Names a context, whatever integers its ids and its mask are made of."""
+    return fingerprint(input_ids.long(), attention_mask.long())
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _require_model(metadata: Mapping[str, Any], seen: ModelView, path: str | os.PathLike[str]) -> None:
+    """Raise ArtifactMismatch for another model; what is no fingerprint at all is refused where the file is read."""
+    found, expected = metadata.get("model_fingerprint"), model_fingerprint(seen)
+    if isinstance(found, str) and found != expected:
+        made_with = metadata.get("model") or "a model"
+        raise ArtifactMismatch(
+            f"{path} was made with {made_with!s:.80} (fingerprint {found[:12]}), not with "
+            f"{seen.model.config.name_or_path or 'this model'} ({expected[:12]}): the weights differ, or another "
+            "adapter is active. Compress the context again."
+        )
+
+
+def _expected(seen: ModelView) -> Expected:
+    config = seen.model.config.get_text_config()
+    return Expected(
+        num_layers=seen.shape.num_layers,
+        layers=seen.shape.layers,
+        kv_heads=seen.shape.kv_heads,
+        head_dim=seen.shape.head_dim,
+        window=getattr(config, "sliding_window", None) or 0,
+        max_positions=seen.max_positions,
+        largest=min(torch.finfo(seen.model.dtype).max, LARGEST_STATE),
+    )
+
+
+def _require_context(found: str, expected: str | None, path: str | os.PathLike[str]) -> None:
+    if found != expected:
+        raise ArtifactMismatch(
+            f"{path} is the cache of another context (tokens {(expected or 'unknown')[:12]}, asked for {found[:12]}). "
+            "Compress this context."
+        )
+
+
+def _for_model(tensor: Tensor, model: PreTrainedModel) -> Tensor:
+    return tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
