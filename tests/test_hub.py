@@ -111,7 +111,7 @@ def test_gates_of_a_repository_are_used_and_recorded_with_their_commit(served, m
     assert found["allocator"]["gates"]["source"] == found["scorer"]["gates"]["source"]
     here = headwise.compress(model, random_ids(1, 60), f"lkv@{tmp_path / 'gates.safetensors'}", keep=0.5)
     assert cache.lengths.equal(here.lengths)
-    assert "source" not in here.method.provenance()["scorer"]["gates"]
+    assert "source" not in here.provenance["method"]["scorer"]["gates"]
 
 
 @pytest.mark.parametrize(
