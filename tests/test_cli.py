@@ -19,7 +19,7 @@ from headwise import cli, kernels
 from headwise.artifacts.budget import Budget
 from headwise.artifacts.origin import Origin
 from headwise.commands.streaming import AnswerStreamer
-from headwise.errors import BudgetInfeasible
+from headwise.errors import BadInput, BudgetInfeasible
 from headwise.methods.method import ALIASES, ALLOCATORS, SCORERS
 from headwise.models import loading as models
 from headwise.shapes import ModelShape
@@ -340,7 +340,7 @@ def test_the_whole_of_ruler_leaves_out_what_has_no_data(run, tmp_path, monkeypat
 
     def stop(given, tokenizer, sizes):
         named.extend(name for _, name in given)
-        raise cli.BadInput("enough")
+        raise BadInput("enough")
 
     monkeypatch.setattr("headwise.tasks.suites.make_tasks", stop)
     _, _, err = run("eval -m {base} --tasks ruler --length 1024")
@@ -724,7 +724,7 @@ def test_the_version(run):
 
 def test_infeasible_budgets_are_not_usage_errors():
     assert issubclass(BudgetInfeasible, ValueError)
-    assert not issubclass(BudgetInfeasible, cli.BadInput)
+    assert not issubclass(BudgetInfeasible, BadInput)
 
 
 # --- help and documentation ---

@@ -1,0 +1,81 @@
+"""What `headwise bench generate` and `headwise bench memory` share: whole models, candidate by candidate."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headwise.commands.bench.options import counted, device_named
+from headwise.commands.bench.rows import Columns, print_rows
+from headwise.commands.console import progress_bar
+from headwise.files.terminal import numbers, size, split
+
+if TYPE_CHECKING:
+    from headwise.bench.candidates import Settings
+
+COLUMNS: Columns = {
+    "tokens": "tokens",
+    "candidate": "candidate",
+    "prefill s": lambda row: f"{row['prefill_s']:.2f}",
+    "ms/token": lambda row: f"{row['ms_per_token']:.1f}",
+    "faster": lambda row: f"{row['speedup_vs_full']:.2f}x",
+    "attention": lambda row: f"{row['attention_share']:.0%}",
+    "KV held": lambda row: size(row["kv_bytes"]),
+    "peak": lambda row: size(row["peak_bytes"]),
+    "peak falls by": lambda row: "-" if row["saved_bytes"] is None else size(row["saved_bytes"]),
+    "claimed": lambda row: "-" if row["saved_bytes"] is None else size(row["claimed_saved_bytes"]),
+}
+
+
+def settings_for(
+    *,
+    model: str,
+    layers: int | None,
+    methods: str,
+    keep: float,
+    tokens: str,
+    new_tokens: int,
+    batch: int,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    kvpress: Path | None,
+) -> "list[Settings]":
+    """What is measured at every number of tokens. Raises BadInput."""
+    from headwise.bench.candidates import Settings, default_methods
+
+    return [
+        Settings(
+            model=model,
+            layers=layers,
+            methods=default_methods(split(methods), kvpress),
+            keep=keep,
+            tokens=n,
+            new_tokens=new_tokens,
+            batch=batch,
+            dtype=dtype,
+            device=device_named(device),
+            threads=threads,
+            kvpress=kvpress,
+        )
+        for n in numbers(tokens, counted)
+    ]
+
+
+def measure(benchmark: str, settings: "list[Settings]", *, as_json: bool) -> None:
+    """Measure and print one context after the other, when all budgets are known to work."""
+    from headwise.bench.candidates import run
+
+    for of_context in settings:
+        of_context.require_budgets()
+    rows = []
+    with progress_bar("candidates") as progress:
+        for of_context in settings:
+            rows += run(benchmark, of_context, progress=progress)
+    print_rows([asdict(row) for row in rows], _title(settings[0]), COLUMNS, as_json=as_json)
+
+
+def _title(settings: "Settings") -> str:
+    """What all contexts have in common."""
+    shared = f"Keep {settings.keep:g}, {settings.dtype}, batch {settings.batch}"
+    yardstick = "full = transformers' DynamicCache; peaks above the loaded model's"
+    return f"{shared}; {yardstick}. Model: {settings.model}"

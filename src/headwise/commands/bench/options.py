@@ -1,0 +1,38 @@
+"""Types of the options that several benchmarks have, and what is read from them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headwise.files.strict_json import MOST
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="Hub id, folder, or random-llama-1b, random-llama-8b, random-narrow."),
+]
+Layers = Annotated[int | None, typer.Option(min=1, max=MOST, help="Of a random model; left out: as many as it has.")]
+Keep = Annotated[float, typer.Option("--keep", "-k", help="Share kept.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Tokens = Annotated[str, typer.Option(help="Of context; comma-separated.")]
+Batch = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=MOST, help="Of PyTorch on the CPU; left out: its default.")]
+Rounds = Annotated[int, typer.Option(min=1, max=MOST, help="Runs of each candidate; the median counts.")]
+KVPress = Annotated[
+    Path | None, typer.Option(help="The Python of an environment with kvpress: its head-wise path is measured too.")
+]
+
+
+def counted(text: str) -> int:
+    """One of several numbers of an option. Raises ValueError, which `numbers` tells."""
+    number = int(text)
+    if number > MOST:
+        raise ValueError(f"{text[:40]} is more than {MOST}")
+    return number
+
+
+def device_named(name: str) -> str:
+    """The device that --device means on this machine. Raises BadInput."""
+    from headwise.models.loading import find_device
+
+    return str(find_device(name))

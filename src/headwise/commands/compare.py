@@ -1,0 +1,141 @@
+"""`headwise compare`: one document, its questions, several methods."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headwise.commands.console import print_json, print_table, progress_bar
+from headwise.commands.inputs import parse_keeps, parse_methods, read_document
+from headwise.commands.loading import choose_methods, load_model
+from headwise.commands.options import (
+    AsJson,
+    Chunk,
+    Device,
+    Document,
+    Dtype,
+    Keeps,
+    Methods,
+    Model,
+    NewTokens,
+    Protocol,
+    SplitSpecial,
+)
+from headwise.commands.tables import number, say_sliding
+from headwise.files.terminal import count, say, size
+from headwise.methods.registry import FULL
+from headwise.models.places import find
+from headwise.tasks.task import PROTOCOLS, require_protocol
+from headwise.tasks.texts import Asked
+
+if TYPE_CHECKING:
+    from headwise.evals.compare import Comparison
+
+Question = Annotated[list[str] | None, typer.Option("--question", "-q", help="May be repeated.")]
+QuestionFile = Annotated[Path | None, typer.Option(help='Lines such as {"question": "?", "answers": ["!"]}.')]
+ShowAnswers = Annotated[
+    bool | None,
+    typer.Option("--answers/--no-answers", help="Show every answer; left out: where no right ones are known."),
+]
+
+
+def compare(
+    model: Model = "reference",
+    methods: Methods = "full,streaming,snapkv,keydiff,adakv,expected+global",
+    keep: Keeps = "0.15",
+    context: Document = None,
+    question: Question = None,
+    questions: QuestionFile = None,
+    protocol: Protocol = "query-agnostic",
+    max_new_tokens: NewTokens = 32,
+    prefill_chunk_size: Chunk = None,
+    split_special_tokens: SplitSpecial = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    answers: ShowAnswers = None,
+    as_json: AsJson = False,
+) -> None:
+    """One document, its questions, several methods: memory held, nearness to the full cache, speed, answers."""
+    names, keeps = parse_methods(methods), parse_keeps(keep)
+    require_protocol(protocol)
+    text, asked = read_document(context, question, questions)
+    source = find(model)
+    from headwise.evals.compare import compare as run
+
+    loaded, tokenizer = load_model(source, dtype, device)
+    names = choose_methods(names, loaded)
+    with progress_bar("methods") as progress:
+        rows = run(
+            loaded,
+            tokenizer,
+            text,
+            asked,
+            methods=[*names, FULL],
+            keep=keeps,
+            protocol=protocol,
+            max_new_tokens=max_new_tokens,
+            prefill_chunk_size=prefill_chunk_size,
+            split_special_tokens=split_special_tokens,
+            progress=progress,
+        )
+    _print(rows, names, asked, protocol=protocol, model=model, answers=answers, as_json=as_json)
+
+
+def _print(
+    measured: "Sequence[Comparison]",
+    names: Sequence[str],
+    asked: Sequence[Asked],
+    *,
+    protocol: str,
+    model: str,
+    answers: bool | None,
+    as_json: bool,
+) -> None:
+    """The rows of the methods that were named; the full cache is measured even where it was not."""
+    rows = [row for row in measured if row.method in names]
+    if as_json:
+        hidden = {"sliding_kv_bytes"} | (set() if answers else {"answers"})
+        print_json([{k: v for k, v in asdict(row).items() if k not in hidden} for row in rows])
+        return
+    known = any(a.answers for a in asked)
+    asking = "asked of the compressed document" if protocol == PROTOCOLS[0] else "compressed with the document each"
+    _print_comparisons(f"{count(asked, 'question')} {asking} ({protocol}). Model: {model}", rows, known=known)
+    if answers if answers is not None else not known:
+        full = next(row for row in measured if row.method == FULL)
+        _print_answers([a.question for a in asked], rows, full)
+
+
+def _print_comparisons(title: str, rows: "Sequence[Comparison]", *, known: bool) -> None:
+    """The table; the share of right answers where some are known."""
+    header = ["method", "keep", "KV held", "of full", "peak KV", "right", "agreement", "KL", "reading", "ms/token"]
+    table = [
+        [
+            row.method,
+            str(row.keep),
+            size(row.kv_bytes),
+            f"{row.kv_bytes / row.full_kv_bytes:.1%}",
+            size(row.peak_kv_bytes),
+            f"{row.accuracy:.2f}",
+            "-" if row.agreement is None else f"{row.agreement:.2f}",
+            number(row.kl),
+            f"{row.prefill_seconds:.2f} s{'*' * (row.prefill_shared_by > 1)}",
+            f"{row.decode_ms_per_token:.1f}",
+        ]
+        for row in rows
+    ]
+    shown = [i for i, name in enumerate(header) if known or name != "right"]
+    print_table(title, [header[i] for i in shown], [[cells[i] for i in shown] for cells in table])
+    if any(row.prefill_shared_by > 1 for row in rows):
+        say("* One reading of the document served several rows, so its time is not that of one method.")
+    say_sliding(rows[0].sliding_kv_bytes)
+
+
+def _print_answers(questions: Sequence[str], rows: "Sequence[Comparison]", full: "Comparison") -> None:
+    """Every question with the full cache's answer, then what each row says where it says something else."""
+    for i, question in enumerate(questions):
+        expected = full.answers[i].strip()
+        others = [[row.method, str(row.keep), row.answers[i].strip()] for row in rows if row.method != FULL]
+        cells = [[name, keep, "as full" if text == expected else text] for name, keep, text in others]
+        print_table(question, ["method", "keep", "answer"], [[FULL, str(full.keep), expected], *cells])

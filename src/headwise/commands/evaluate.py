@@ -1,0 +1,201 @@
+"""`headwise eval`: methods on tasks, against the full cache."""
+
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headwise.commands.console import print_json, print_table, progress_bar
+from headwise.commands.inputs import parse_keeps, parse_methods
+from headwise.commands.loading import choose_methods, load_launched
+from headwise.commands.options import SEEDS, AsJson, Device, Dtype, Keeps, Methods, Model, Protocol
+from headwise.commands.tables import number
+from headwise.errors import BadInput
+from headwise.files.strict_json import MOST
+from headwise.files.terminal import complain, count
+from headwise.methods.keep import Keep
+from headwise.models.places import find
+from headwise.tasks.task import require_protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from headwise.evals.records import Record, RunFolder
+    from headwise.evals.run import Evaluation, Summary
+    from headwise.models.processes import Processes
+    from headwise.tasks.suites import Sizes
+    from headwise.tasks.task import Task
+
+Tasks = Annotated[
+    str,
+    typer.Option(help="Suites or suite:task,task of mini-ruler, ruler, longbench; file:X.jsonl; perplexity:X.txt."),
+]
+Samples = Annotated[int, typer.Option(min=1, max=MOST, help="Documents per task.")]
+Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the evaluation split; no training data has it.")]
+Length = Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of document, question and answer.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for records; a killed run goes on there.")]
+DataDir = Annotated[Path | None, typer.Option(help="Where RULER's and LongBench's data lie.")]
+Fidelity = Annotated[bool, typer.Option(help="Also KL and agreement with the full cache.")]
+Timed = Annotated[int, typer.Option(min=0, max=MOST, help="Samples per task of which single steps are timed.")]
+Rows = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences decoded together, at most.")]
+Brief = Annotated[bool, typer.Option("--brief", help="Short records, without answers and maps: for a repository.")]
+
+AGREED = ("method", "keep", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction")  # fields of --json
+
+
+def evaluate(
+    model: Model = "reference",
+    tasks: Tasks = "mini-ruler",
+    methods: Methods = "full,snapkv,keydiff,adakv,expected+global",
+    keep: Keeps = "0.15",
+    samples: Samples = 20,
+    seed: Seed = 0,
+    length: Length = 512,
+    out: Out = None,
+    protocol: Protocol = "query-agnostic",
+    data_dir: DataDir = None,
+    fidelity: Fidelity = True,
+    timed: Timed = 1,
+    rows: Rows = 256,
+    brief: Brief = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Quality and measured memory of methods on tasks, against the full cache. Also under 'accelerate launch'."""
+    names, keeps = _checked(methods, keep, protocol, out)
+    source = find(model)
+    from headwise.evals.run import summarise
+    from headwise.tasks.suites import Sizes, parse_tasks, with_data
+
+    named = parse_tasks(tasks, whole=partial(with_data, data_dir=data_dir, tell=complain))
+    processes, loaded, tokenizer = load_launched(source, dtype, device, shared_out=False)
+    names = choose_methods(names, loaded, quiet=processes.rank > 0)
+    made = _tasks(named, loaded, tokenizer, Sizes(samples=samples, length=length, seed=seed, data_dir=data_dir))
+    evaluation = _evaluation(
+        made, names, keeps, seed=seed, protocol=protocol, fidelity=fidelity, timed=timed, rows=rows, brief=brief
+    )
+    folder = None if out is None else _folder(out, loaded, model, evaluation, length, processes)
+    records = _measure(loaded, tokenizer, evaluation, folder, processes)
+    if processes.rank > 0:
+        return
+    title = (
+        f"Up to {count(range(samples), 'sample')} per task, {length} tokens, seed {seed}, {protocol}. Model: {model}"
+    )
+    _print(title, [summary for summary in summarise(records) if summary.method in names], as_json)
+
+
+def _checked(methods: str, keep: str, protocol: str, out: Path | None) -> tuple[list[str], list[Keep]]:
+    """Methods and keeps; raises BadInput for whatever can be known to be wrong without the model."""
+    from headwise.evals.records import require_place
+
+    names, keeps = parse_methods(methods, oracle=True), parse_keeps(keep)
+    require_protocol(protocol)
+    if out is not None:
+        require_place(out)
+    return names, keeps
+
+
+def _tasks(named: Sequence[tuple[str, str]], model: "PreTrainedModel", tokenizer: Any, sizes: "Sizes") -> "list[Task]":
+    """The tasks, which the model has room for; a file's own documents are looked at one by one, later."""
+    from headwise.models.families import view
+    from headwise.tasks.suites import make_tasks
+
+    made = make_tasks(named, tokenizer, sizes)
+    limit = view(model).max_positions
+    if sizes.length > limit and any(suite != "file" for suite, _ in named):
+        raise BadInput(f"--length {sizes.length}: this model was made for {limit} tokens; give as many or fewer.")
+    return made
+
+
+def _evaluation(
+    tasks: "Sequence[Task]",
+    methods: Sequence[str],
+    keeps: Sequence[Keep],
+    *,
+    seed: int,
+    protocol: str,
+    fidelity: bool,
+    timed: int,
+    rows: int,
+    brief: bool,
+) -> "Evaluation":
+    """What is to be measured, as the library takes it."""
+    from headwise.evals.run import Evaluation
+
+    return Evaluation(
+        tasks=tuple(tasks),
+        methods=tuple(methods),
+        keeps=tuple(keeps),
+        seed=seed,
+        protocol=protocol,
+        fidelity=fidelity,
+        timed=timed,
+        rows=rows,
+        brief=brief,
+    )
+
+
+def _folder(
+    out: Path, model: "PreTrainedModel", name: str, evaluation: "Evaluation", length: int, processes: "Processes"
+) -> "RunFolder":
+    """Where records go, with the command line that made them; every one of several processes writes its own part."""
+    from headwise.evals.records import RunFolder
+    from headwise.evals.run import manifest
+
+    about = manifest(model, name, evaluation, length, shlex.join(["headwise", *sys.argv[1:]]))
+    return RunFolder(out, about, rank=processes.rank if processes.number > 1 else None)
+
+
+def _measure(
+    model: "PreTrainedModel",
+    tokenizer: Any,
+    evaluation: "Evaluation",
+    folder: "RunFolder | None",
+    processes: "Processes",
+) -> "list[Record]":
+    """All records of the evaluation, with progress."""
+    from headwise.evals.run import evaluate as run
+
+    with progress_bar("samples") as progress:
+        return run(model, tokenizer, evaluation, folder=folder, processes=processes, progress=progress)
+
+
+def _print(title: str, summaries: "Sequence[Summary]", as_json: bool) -> None:
+    if as_json:
+        print_json([_fields(summary) for summary in summaries])
+        return
+    header = ["task", "method", "keep", "KV of full", "accuracy", "95%", "full cache", "KL", "agreement"]
+    print_table(title, header, [_cells(summary) for summary in summaries])
+
+
+def _fields(summary: "Summary") -> dict[str, Any]:
+    """What --json says of a method on a task; that it is no method, only where it is none."""
+    fields = {**asdict(summary), "task": summary.task.removeprefix("mini-ruler:")}
+    return {name: fields[name] for name in AGREED + ("sees_answers",) * summary.sees_answers}
+
+
+def _cells(summary: "Summary") -> list[str]:
+    from headwise.report.quality.statistics import interval
+
+    accuracy = number(summary.accuracy)
+    if summary.nll is not None and summary.accuracy is None:
+        accuracy = f"ppl {math.exp(summary.nll):.3f}"
+    ends = interval(summary.scores)
+    return [
+        summary.task,
+        f"{summary.method} (sees the answers)" if summary.sees_answers else summary.method,
+        str(summary.keep),
+        f"{summary.kv_fraction:.1%}",
+        accuracy,
+        "-" if ends is None else f"{ends.low:.2f}-{ends.high:.2f}",
+        number(summary.full_accuracy),
+        number(summary.kl),
+        number(summary.agreement),
+    ]

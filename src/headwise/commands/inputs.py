@@ -1,0 +1,46 @@
+"""What options name: a document and its questions, lists of methods and keeps, and the files that are read."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from headwise.errors import BadInput
+from headwise.files.terminal import split
+from headwise.methods.keep import Keep, parse_keep
+from headwise.methods.registry import HUB, require_names
+from headwise.tasks.texts import Asked, bundled, read_questions, read_text
+
+
+def read_document(
+    context: Path | None, question: Sequence[str] | None, questions: Path | None
+) -> tuple[str, list[Asked]]:
+    """The document, or the bundled one, and what is asked about it. Raises BadInput."""
+    asked = [Asked(question=text) for text in question or ()] + (read_questions(questions) if questions else [])
+    if context is None:
+        text, known = bundled()
+        return text, asked or known
+    if not asked:
+        raise BadInput("a document needs questions: add --question 'Who ...?' or --questions FILE.jsonl.")
+    return read_text(context), asked
+
+
+def files_read(model: str, methods: Sequence[str], text: Path | None) -> list[Path]:
+    """Files that a command reads: the model's, those that methods name, and a text, or the texts of a folder."""
+    of_model = [*Path(model).iterdir()] if os.path.isdir(model) else []
+    texts = [] if text is None else [text]
+    if text is not None and os.path.isdir(text):
+        texts = [file for file in text.iterdir() if file.suffix in (".jsonl", ".txt", ".md")]
+    named = [part.partition("@")[2] for method in methods for part in method.split("+") if "@" in part]
+    return [*of_model, *texts, *(Path(name) for name in named if not name.startswith(HUB))]
+
+
+def parse_methods(text: str, *, oracle: bool = False) -> list[str]:
+    """Methods of a list; with `oracle` also that yardstick. Raises BadInput."""
+    names = split(text)
+    require_names(names, oracle=oracle)
+    return names
+
+
+def parse_keeps(text: str) -> list[Keep]:
+    """Keeps of a list. Raises BadInput."""
+    return [parse_keep(part) for part in split(text)]

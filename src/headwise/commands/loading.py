@@ -1,0 +1,59 @@
+"""The model that --model names, its tokenizer, and the method that is its default. All is imported when it is needed.
+
+A command calls `find` first: it tells of a wrong name before torch and transformers are imported.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from headwise.errors import BadInput
+from headwise.files.terminal import complain
+from headwise.methods.registry import AUTO
+from headwise.models.places import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from headwise.models.processes import Processes
+
+
+def load_model(source: Source, dtype: str, device: str) -> "tuple[PreTrainedModel, Any]":
+    """Model and tokenizer, without transformers' own messages."""
+    from transformers.utils import logging
+
+    from headwise.models.loading import load
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return load(source, dtype=dtype, device=device)
+
+
+def load_launched(
+    source: Source, dtype: str, device: str, *, shared_out: bool = True
+) -> "tuple[Processes, PreTrainedModel, Any]":
+    """This process among those of 'accelerate launch' or torchrun; model and tokenizer, where they belong."""
+    from headwise.models.processes import Launched, Sharded, launched
+
+    processes = launched(device)
+    if isinstance(processes, Sharded) and not shared_out:  # generate() then counts its steps across processes by itself
+        raise BadInput("eval needs the whole model in every process: launch it with --multi_gpu, not with --use_fsdp.")
+    if isinstance(processes, Launched):
+        device = "cpu" if isinstance(processes, Sharded) else str(processes.device)
+    model, tokenizer = load_model(source, dtype, device)
+    if isinstance(processes, Sharded):
+        processes.adopt(model)
+    return processes, model, tokenizer
+
+
+def choose_methods(names: Sequence[str], model: "PreTrainedModel", *, quiet: bool = False) -> list[str]:
+    """The methods, with the model's default for "auto"; which one that is, and why, is said on stderr."""
+    if AUTO not in names:
+        return list(names)
+    from headwise.methods.method import choose
+    from headwise.models.families import view
+
+    viewed = view(model)
+    choice = choose(viewed.shape, viewed.config_hash)
+    if not quiet:
+        complain(f"the method is {choice.name}: {choice.reason}.")
+    return [choice.name if name == AUTO else name for name in names]

@@ -1,0 +1,124 @@
+"""`headwise profile`: LU-KV, offline; what every head gains, by how much it keeps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headwise.commands.console import print_json, progress_bar
+from headwise.commands.inputs import files_read
+from headwise.commands.loading import load_launched
+from headwise.commands.options import (
+    SEEDS,
+    AsJson,
+    Contexts,
+    Data,
+    Device,
+    Dtype,
+    Length,
+    Model,
+    Questions,
+    Sink,
+    Window,
+)
+from headwise.commands.texts import Texts, parse_questions
+from headwise.files.strict_json import MOST
+from headwise.files.terminal import say, split
+from headwise.files.writing import require_file, require_folder
+from headwise.models.places import find
+
+if TYPE_CHECKING:
+    from headwise.offline.calibration import Example
+    from headwise.offline.profile import Settings
+    from headwise.offline.watch import Sampling
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Profile to write; a killed run goes on from OUT.parts.")]
+Scorer = Annotated[str, typer.Option("--scorer", help="Comma-separated; one pass serves all.")]
+Future = Annotated[
+    str | None,
+    typer.Option(help="What tells which entries matter, of answers,repeat,following; left out: by the model."),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST, help="Tokens decoded per question; 64 if answers are the only future, else 8."),
+]
+Queries = Annotated[
+    int, typer.Option(min=1, max=MOST, help="Of 1,024 tokens that are read as a future, how many count.")
+]
+Temperature = Annotated[float, typer.Option(min=0, max=MOST, help="0 decodes greedily.")]
+Seed = Annotated[int, typer.Option(min=-SEEDS, max=SEEDS, help="Of sampling.")]
+Published = Annotated[bool, typer.Option("--published", help="Also solve every question by itself, as the paper does.")]
+
+
+def profile(
+    out: Out,
+    model: Model = "reference",
+    scorer: Scorer = "snapkv",
+    data: Data = "builtin",
+    length: Length = None,
+    contexts: Contexts = None,
+    questions: Questions = None,
+    future: Future = None,
+    steps: Steps = None,
+    queries: Queries = 128,
+    sink: Sink = 4,
+    window: Window = 32,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    published: Published = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """LU-KV, offline: what every head gains, by how much it keeps. Also under 'accelerate launch'."""
+    source = find(model)
+    from headwise.models.families import view
+    from headwise.offline.profile import profile as run
+    from headwise.offline.watch import Sampling
+
+    scorers = split(scorer)
+    texts = Texts(data=data, length=length, contexts=contexts, questions=parse_questions(questions))
+    require_file(out, inputs=files_read(model, scorers, Path(data)))
+    require_folder(f"{out}.parts")
+    processes, loaded, tokenizer = load_launched(source, dtype, device)
+    examples = texts.examples(tokenizer, max_positions=view(loaded).max_positions)
+    sampling = Sampling(temperature=temperature, seed=seed)
+    settings = _settings(tokenizer, examples, future, steps, queries, sampling, sink, window, published)
+    with progress_bar("contexts") as progress:
+        run(loaded, tokenizer, examples, scorers, out, settings=settings, processes=processes, progress=progress)
+    if processes.rank == 0:
+        _print(out, scorer, examples, as_json)
+
+
+def _settings(
+    tokenizer: Any,
+    examples: "Sequence[Example]",
+    future: str | None,
+    steps: int | None,
+    queries: int,
+    sampling: "Sampling",
+    sink: int,
+    window: int,
+    published: bool,
+) -> "Settings":
+    """How losses are measured; what is left out follows from the model's language and the examples."""
+    from headwise.offline.profile import Settings, default_futures, default_steps
+
+    futures = default_futures(tokenizer, examples) if future is None else tuple(split(future))
+    return Settings(
+        steps=steps or default_steps(futures),
+        futures=futures,
+        queries=queries,
+        sampling=sampling,
+        sink=sink,
+        window=window,
+        published=published,
+    )
+
+
+def _print(out: Path, scorer: str, examples: "Sequence[Example]", as_json: bool) -> None:
+    if as_json:
+        print_json({"profile": str(out), "contexts": len(examples), "scorers": split(scorer)})
+    else:
+        say(f"{out}: {len(examples)} contexts, {scorer}. Next: headwise solve {out} --scorer ... --out ...")

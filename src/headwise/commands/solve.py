@@ -1,0 +1,110 @@
+"""`headwise solve`: LU-KV, offline; from a profile to a budget."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headwise.commands.console import print_json, print_table
+from headwise.commands.options import AsJson
+from headwise.errors import BadInput
+from headwise.files.terminal import say, split
+from headwise.files.writing import require_file
+
+if TYPE_CHECKING:
+    from headwise.artifacts.budget import Budget
+    from headwise.artifacts.profile import Profile
+
+ProfileFile = Annotated[Path, typer.Argument(help="A file written by 'headwise profile'.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Budget to write.")]
+Scorer = Annotated[str | None, typer.Option(help="Which scorer; may be left out if the profile has one.")]
+Ratios = Annotated[str | None, typer.Option(help="Kept fractions to tabulate, such as 0.0625,0.15,0.25.")]
+DomainWeights = Annotated[str | None, typer.Option(help="Such as code=2,text=1; others 0.")]
+Loss = Annotated[
+    str, typer.Option(help="output, normalised (LU-KV's code), raw (its formula), or published (averaged).")
+]
+Check = Annotated[bool, typer.Option("--check", help="Compare with exact dynamic programming.")]
+
+AVERAGED = "published"  # the loss whose budgets are averages of solutions
+
+
+def solve(
+    path: ProfileFile,
+    out: Out,
+    scorer: Scorer = None,
+    ratios: Ratios = None,
+    domain_weights: DomainWeights = None,
+    loss: Loss = "output",
+    check: Check = False,
+    as_json: AsJson = False,
+) -> None:
+    """LU-KV, offline: share any budget among all heads by marginal utility, exactly, and write it for lukv@FILE."""
+    from headwise.artifacts.profile import Profile
+
+    require_file(out, inputs=[path])
+    profile = Profile.load(path)
+    if scorer is None and len(profile.curves) > 1:
+        raise BadInput(f"{path} holds {', '.join(profile.curves)}: choose one with --scorer.")
+    name = scorer or next(iter(profile.curves))
+    weights = None if domain_weights is None else dict(_weight(part) for part in split(domain_weights))
+    grid = _grid(ratios, loss, check)
+    start = time.perf_counter()
+    budget = _solved(profile, name, grid, weights, loss)
+    seconds = time.perf_counter() - start
+    budget.save(out)
+    points = budget.ratios.tolist()
+    rows = _checked(profile, name, points, weights, loss) if check else []
+    if as_json:
+        facts = {"budget": str(out), "scorer": name, "loss": loss, "ratios": points, "seconds": seconds, "check": rows}
+        print_json(facts)
+        return
+    use = f"{name}+{'fixed' if loss == AVERAGED else 'lukv'}@{out}"
+    say(f"{out}: {name}, {len(points)} ratios, solved in {seconds:.2f} s. Use it as {use}")
+    if rows:
+        header = ["ratio", "lukv", "optimum", "uniform", "adakv", "gap"]
+        print_table("share of the utility retained", header, [[f"{row[k]:.4f}" for k in header] for row in rows])
+
+
+def _weight(text: str) -> tuple[str, float]:
+    """A domain and how much it counts. Raises BadInput."""
+    name, _, number = text.partition("=")
+    try:
+        return name.strip(), float(number)
+    except ValueError:
+        raise BadInput(f"domain weight {text!r}: write name=number, such as code=2.") from None
+
+
+def _grid(ratios: str | None, loss: str, check: bool) -> Sequence[float | Fraction]:
+    """The kept fractions that are tabulated. Raises BadInput, also where the loss has a table of its own."""
+    from headwise.methods.keep import parse_fraction
+    from headwise.offline.solve import RATIOS
+
+    grid = RATIOS if ratios is None else [parse_fraction(part, "ratios") for part in split(ratios)]
+    if loss == AVERAGED and (check or ratios is not None):
+        raise BadInput("loss='published' is a table of 99 ratios without curves: leave out --ratios and --check.")
+    return grid
+
+
+def _solved(
+    profile: "Profile", scorer: str, grid: Sequence[float | Fraction], weights: dict[str, float] | None, loss: str
+) -> "Budget":
+    from headwise.offline.solve import published
+    from headwise.offline.solve import solve as run
+
+    if loss == AVERAGED:
+        return published(profile, scorer, domain_weights=weights)
+    return run(profile, scorer, ratios=grid, domain_weights=weights, loss=loss)
+
+
+def _checked(
+    profile: "Profile", scorer: str, ratios: list[float], weights: dict[str, float] | None, loss: str
+) -> list[dict[str, Any]]:
+    """What the budget retains at every ratio, next to the exact optimum and to other allocators."""
+    from headwise.offline.solve import check
+
+    quality = check(profile, scorer, ratios, domain_weights=weights, loss=loss)
+    return [{**asdict(at_ratio), "gap": at_ratio.gap} for at_ratio in quality]
