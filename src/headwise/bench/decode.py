@@ -228,27 +228,20 @@ def _candidates(settings: Settings, layer: _Layer) -> tuple[list[_Candidate], Se
     def by_kernel(kernel: Callable[..., Tensor], storage: Segments) -> Tensor:
         return kernel(grouped, storage, rows, *tail, None, scaling).view_as(query)
 
-    kept_bytes = segments.nbytes + tail[0].nbytes + tail[1].nbytes
     kernels = {"pages": pages.attend} | ({"native": native.attend} if why_not_native() is None else {})
-    found = [
-        _Candidate(name=name, runs=runs, exact=exact[0], plain_error=plain[0], nbytes=_nbytes(layer))
-        for name, runs in (
-            (FULL, [lambda k=k, v=v: by_transformers(k, v) for k, v in dense]),
-            (GROUPED, [lambda k=k, v=v: folded(k, v) for k, v in dense]),
-        )
-    ]
-    found += [
-        _Candidate(
-            name=name,
-            runs=[lambda s=s, kernel=kernel: by_kernel(kernel, s) for s in ragged],
-            exact=exact[1],
-            plain_error=plain[1],
-            nbytes=kept_bytes,
-        )
-        for name, kernel in kernels.items()
+    runs = {
+        FULL: [lambda k=k, v=v: by_transformers(k, v) for k, v in dense],
+        GROUPED: [lambda k=k, v=v: folded(k, v) for k, v in dense],
+        **{name: [lambda s=s, kernel=kernel: by_kernel(kernel, s) for s in ragged] for name, kernel in kernels.items()},
+    }
+    nbytes = _nbytes(layer), segments.nbytes + tail[0].nbytes + tail[1].nbytes
+    candidates = [
+        _Candidate(name=name, runs=own, exact=exact[which], plain_error=plain[which], nbytes=nbytes[which])
+        for name, own in runs.items()
+        for which in [int(name in kernels)]  # dense, or what is kept
     ]
     read = _read if why_not_native() is None else _read_by_torch
-    return found, [lambda s=s: read(s.keys, s.values, *tail) for s in ragged]
+    return candidates, [lambda s=s: read(s.keys, s.values, *tail) for s in ragged]
 
 
 def _kept(settings: Settings) -> Bool[Tensor, "batch kv_heads tokens"]:

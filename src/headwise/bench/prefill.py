@@ -6,7 +6,7 @@ of many seconds is noise where a method costs next to nothing.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from headwise.bench.candidates import FULL, Progress
 from headwise.bench.measuring import LOGITS, WrongResult, relative_error, threads
 from headwise.bench.models import method_for, require_budgets, shape_for
-from headwise.bench.worker import make_model
+from headwise.bench.worker import make_model, random_context
 from headwise.cache.cache import RaggedCache
 from headwise.cache.layer import FillingLayer
 from headwise.errors import BadInput
@@ -103,47 +103,20 @@ def run(settings: Settings, *, progress: Progress = lambda done, total, text: No
 def _rows(settings: Settings, model: Any, progress: Progress) -> list[Row]:
     from headwise.evals.run import hardware, versions
 
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(
-        vocabulary,
-        (settings.batch, settings.tokens),
-        generator=torch.Generator().manual_seed(1),
-        dtype=torch.int64,
-        device="cpu",
-    )
-    ids, keep = ids.to(model.device), parse_keep(settings.keep)
-    seen = view(model)
+    ids, model_view = random_context(model, settings.batch, settings.tokens), view(model)
     methods = {
-        name: None if name == FULL else method_for(name, seen.shape, seen.config_hash)
+        name: None if name == FULL else method_for(name, model_view.shape, model_view.config_hash)
         for name in dict.fromkeys((FULL, *settings.methods))
     }
-    caches = {name: _cache(model, method, keep) for name, method in methods.items()}
-    logits = {}
-    for name, cache in caches.items():  # this also warms up
-        progress(0, settings.rounds, f"checking {name}")
-        logits[name] = _read(model, ids, cache)
-    errors = {name: relative_error(found, logits[FULL]) for name, found in logits.items()}
-    if wrong := [name for name, error in errors.items() if not error <= LOGITS[settings.dtype]]:
-        raise WrongResult(f"{wrong[0]}: logits are {errors[wrong[0]]:.1e} from the full cache's: nothing is shown.")
-    held = {name: _kv_bytes(cache) for name, cache in caches.items()}
+    errors, held = _checked(settings, model, ids, methods, progress)
     ours = {}
     for name, method in methods.items():
         if method is not None:
             progress(0, settings.rounds, f"what {name} adds")
             with _timed_observation(model.device) as spent:
-                _read(model, ids, _cache(model, method, keep))
+                _read(model, ids, _cache(model, method, parse_keep(settings.keep)))
             ours[name] = sum(spent)
-    del caches
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    for done in range(settings.rounds):
-        for name, method in methods.items():
-            progress(done, settings.rounds, name)
-            cache = _cache(model, method, keep)
-            _wait(model.device)
-            start = time.perf_counter()
-            _read(model, ids, cache)
-            _wait(model.device)
-            times[name].append(time.perf_counter() - start)
+    times = _times(settings, model, ids, methods, progress)
     full = median(times[FULL])
     return [
         Row(
@@ -155,8 +128,8 @@ def _rows(settings: Settings, model: Any, progress: Progress) -> list[Row]:
             tokens=settings.tokens,
             keep=1.0 if name == FULL else settings.keep,
             threads=torch.get_num_threads(),
-            seconds=median(found),
-            overhead=median(one / whole for one, whole in zip(found, times[FULL], strict=True)) - 1,
+            seconds=median(seconds),
+            overhead=median(own / whole for own, whole in zip(seconds, times[FULL], strict=True)) - 1,
             ours_seconds=ours.get(name),
             ours_share=ours[name] / full if name in ours else None,
             kv_bytes=held[name],
@@ -164,8 +137,44 @@ def _rows(settings: Settings, model: Any, progress: Progress) -> list[Row]:
             hardware=hardware(model.device),
             versions=versions(),
         )
-        for name, found in times.items()
+        for name, seconds in times.items()
     ]
+
+
+_Methods = Mapping[str, Method | None]
+
+
+def _checked(
+    settings: Settings, model: Any, ids: Tensor, methods: _Methods, progress: Progress
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Each candidate's error against the full cache's logits, and the bytes it holds; this also warms up."""
+    logits, held = {}, {}
+    for name, method in methods.items():
+        progress(0, settings.rounds, f"checking {name}")
+        cache = _cache(model, method, parse_keep(settings.keep))
+        logits[name] = _read(model, ids, cache)
+        held[name] = _kv_bytes(cache)
+    errors = {name: relative_error(own, logits[FULL]) for name, own in logits.items()}
+    if wrong := [name for name, error in errors.items() if not error <= LOGITS[settings.dtype]]:
+        raise WrongResult(f"{wrong[0]}: logits are {errors[wrong[0]]:.1e} from the full cache's: nothing is shown.")
+    return errors, held
+
+
+def _times(
+    settings: Settings, model: Any, ids: Tensor, methods: _Methods, progress: Progress
+) -> dict[str, list[float]]:
+    """Seconds of every round; candidates take turns."""
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    for done in range(settings.rounds):
+        for name, method in methods.items():
+            progress(done, settings.rounds, name)
+            cache = _cache(model, method, parse_keep(settings.keep))
+            _wait(model.device)
+            start = time.perf_counter()
+            _read(model, ids, cache)
+            _wait(model.device)
+            times[name].append(time.perf_counter() - start)
+    return times
 
 
 def _cache(model: Any, method: Method | None, keep: Keep) -> Any:

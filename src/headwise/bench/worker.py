@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -170,11 +171,8 @@ def measure_model(job: Job) -> dict[str, Any]:
         torch.set_num_threads(job["threads"])
     model = make_model(job)
     device, candidate = model.device, Candidate(job, model)
-    generator = torch.Generator().manual_seed(1)
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(
-        vocabulary, (job["batch"], job["tokens"]), generator=generator, dtype=torch.int64, device="cpu"
-    ).to(device)
+    ids = random_context(model, job["batch"], job["tokens"])
     _warm_up(model, candidate, ids)
     memory = Memory(job["device"])
     memory.reset_peak()
@@ -206,6 +204,13 @@ def measure_model(job: Job) -> dict[str, Any]:
         "hardware": _hardware(device),
         "versions": _versions(candidate),
     }
+
+
+def random_context(model: Any, batch: int, tokens: int) -> Int[Tensor, "batch tokens"]:
+    """Token ids that are the same in every run."""
+    generator, vocabulary = torch.Generator().manual_seed(1), model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (batch, tokens), generator=generator, dtype=torch.int64, device="cpu")
+    return ids.to(model.device)
 
 
 def _warm_up(model: Any, candidate: Candidate, ids: Tensor) -> None:

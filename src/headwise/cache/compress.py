@@ -47,27 +47,42 @@ def compress(
 
     Raises BadInput, ShapeMismatch, UnsupportedModel, BudgetInfeasible, NonFiniteValues.
     """
-    seen = view(model)
-    mask = _checked_mask(seen, input_ids, attention_mask)
+    model_view = view(model)
+    mask = _checked_mask(model_view, input_ids, attention_mask)
     if prefill_chunk_size is not None and prefill_chunk_size < 1:
         raise BadInput(f"prefill_chunk_size={prefill_chunk_size} must be at least 1 token, or None for all at once.")
     length = input_ids.shape[1]
-    cache = RaggedCache(seen, method, keep=keep, prompt_length=length, kernel=kernel, replays=True)
-    prefill = cache.prefill
-    assert prefill is not None
-    replay = _fitting(prefill.method.scorer.replay, seen.max_positions, int(mask.sum(-1).max()))
-    steps, size = length * (2 if replay else 1), prefill_chunk_size or length
-    for start in range(0, length, size):
-        stop = min(length, start + size)
-        _forward(seen.model, input_ids[:, start:stop], mask[:, :stop], cache)
-        _require_filled(cache, stop)
-        if progress is not None:
-            progress(stop, steps)
-    if replay is not None:
-        with seen.unchanged():
-            _replay(seen.model, input_ids, mask, cache, prefill, replay, progress)
+    cache = RaggedCache(model_view, method, keep=keep, prompt_length=length, kernel=kernel, replays=True)
+    _fill(cache, model_view, input_ids, mask, prefill_chunk_size or length, progress or _silent)
     cache.tokens_fingerprint = tokens_fingerprint(input_ids, mask)
     return cache
+
+
+def _silent(done: int, total: int) -> None:
+    """Progress that nobody asked for."""
+
+
+def _fill(
+    cache: RaggedCache,
+    model_view: ModelView,
+    input_ids: Int[Tensor, "batch tokens"],
+    mask: Bool[Tensor, "batch tokens"],
+    size: int,
+    progress: Progress,
+) -> None:
+    """Read the context in pieces of `size` tokens, then once more where the scorer replays it."""
+    prefill, length = cache.prefill, input_ids.shape[1]
+    assert prefill is not None
+    replay = _fitting(prefill.method.scorer.replay, model_view.max_positions, int(mask.sum(-1).max()))
+    steps = length * (2 if replay else 1)
+    for start in range(0, length, size):
+        stop = min(length, start + size)
+        _forward(model_view.model, input_ids[:, start:stop], mask[:, :stop], cache)
+        _require_filled(cache, stop)
+        progress(stop, steps)
+    if replay is not None:
+        with model_view.unchanged():
+            _replay(model_view.model, input_ids, mask, cache, prefill, replay, progress)
 
 
 def _require_filled(cache: RaggedCache, tokens: int) -> None:

@@ -176,8 +176,7 @@ def answer_tokens(
     for one.
     """
     max_new_tokens = min(max_new_tokens, room_for_answers(model, tokens))
-    if isinstance(memory, FullMemory):
-        batch_size = max(1, min(batch_size, COPIED_BYTES // memory.nbytes))
+    batch_size = min(batch_size, COPIED_BYTES // memory.nbytes) if isinstance(memory, FullMemory) else batch_size
     pad, ends = padding_token(tokenizer), end_tokens(model)
     answers: list[dict[int, Tensor]] = [{} for _ in range(contexts)]
     for batch in question_batches(model, tokens, max(1, batch_size // contexts)):

@@ -69,9 +69,7 @@ def compare(
     BudgetInfeasible, ArtifactMismatch or UnsupportedModel if one of the methods could not run.
     """
     require_protocol(protocol)
-    keeps = [parse_keep(keep)] if isinstance(keep, str | int | float | Keep) else [parse_keep(one) for one in keep]
-    if not keeps:
-        raise BadInput("no keep is given; give one, such as 0.15.")
+    keeps = _parsed(keep)
     known_methods(methods)
     session = Session(
         model=model,
@@ -88,6 +86,13 @@ def compare(
     outcomes = session.measure(sample, pairs, timed=True, progress=progress)
     full = outcomes[WHOLE]
     return [_row(pair, outcomes[pair], full, asked, protocol) for pair in pairs]
+
+
+def _parsed(keep: float | str | Keep | Sequence[float | str | Keep]) -> list[Keep]:
+    keeps = [keep] if isinstance(keep, str | int | float | Keep) else list(keep)
+    if not keeps:
+        raise BadInput("no keep is given; give one, such as 0.15.")
+    return [parse_keep(each) for each in keeps]
 
 
 def _row(pair: Pair, found: Outcome, full: Outcome, asked: Sequence[Asked], protocol: str) -> Comparison:

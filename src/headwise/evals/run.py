@@ -209,9 +209,9 @@ def _record(
     full_bytes: int,
     evaluation: Evaluation,
 ) -> Record:
-    judge, scores = task.judge, ()
-    if judge is not None:
-        scores = tuple(judge(p, q) for p, q in zip(outcome.predictions, sample.questions, strict=True))
+    judge = task.judge
+    judged = zip(outcome.predictions, sample.questions, strict=True) if judge is not None else ()
+    scores = tuple(judge(p, q) for p, q in judged) if judge is not None else ()
     return Record(
         task=task.name,
         index=index,

@@ -65,7 +65,7 @@ def plan(
     full, small = sizes.held(context, batch, None), sizes.held(context, batch, keep)
     peak, layer = sizes.peak(context, batch, keep), sizes.layer(context, batch)
     weights, of_weights = _weight_bytes(config, dtype)
-    room = None if memory is None else max(0, memory - weights)
+    fit = _fit(sizes, context, batch, keep, None if memory is None else max(0, memory - weights))
     return Plan(
         context=context,
         keep=keep.value,
@@ -78,15 +78,40 @@ def plan(
         peak_kv_bytes_model_scope=full + min(layer, small - sizes.sliding(context, batch)),
         sliding_kv_bytes=sizes.sliding(context, batch),
         memory_bytes=memory,
-        full_fits=None if room is None else full <= room,
-        fits=None if room is None else peak <= room,
-        max_batch_full=None if room is None else _largest(lambda b: sizes.held(context, b, None) <= room),
-        max_batch=None if room is None else _largest(lambda b: sizes.peak(context, b, keep) <= room),
-        max_context_full=None if room is None else _largest(lambda n: sizes.held(n, batch, None) <= room),
-        max_context=None if room is None else _largest(lambda n: sizes.peak(n, batch, keep) <= room),
+        full_fits=fit.full,
+        fits=fit.kept,
+        max_batch_full=fit.max_batch_full,
+        max_batch=fit.max_batch,
+        max_context_full=fit.max_context_full,
+        max_context=fit.max_context,
         max_positions=max_positions(config),
         beyond_positions=context > max_positions(config),
         note="; ".join([ACTIVATIONS_NOTE, *of_dtype, *of_weights]),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Fit:
+    """What a memory has room for; None where no memory is given."""
+
+    full: bool | None = None
+    kept: bool | None = None
+    max_batch_full: int | None = None
+    max_batch: int | None = None
+    max_context_full: int | None = None
+    max_context: int | None = None
+
+
+def _fit(sizes: "_Sizes", context: int, batch: int, keep: Keep, room: int | None) -> _Fit:
+    if room is None:
+        return _Fit()
+    return _Fit(
+        full=sizes.held(context, batch, None) <= room,
+        kept=sizes.peak(context, batch, keep) <= room,
+        max_batch_full=_largest(lambda b: sizes.held(context, b, None) <= room),
+        max_batch=_largest(lambda b: sizes.peak(context, b, keep) <= room),
+        max_context_full=_largest(lambda n: sizes.held(n, batch, None) <= room),
+        max_context=_largest(lambda n: sizes.peak(n, batch, keep) <= room),
     )
 
 

@@ -84,11 +84,7 @@ def load_examples(
         number = _number(source, count, contexts, default)
         examples = builtin(tokenizer, number, max_positions=max_positions, split=split, length=length)
         return [_limited(example, questions) for example in examples]
-    path = Path(source)
-    files = sorted(p for p in path.iterdir() if p.suffix in {".jsonl", *PLAIN}) if path.is_dir() else [path]
-    read = [(example, file.suffix != ".jsonl") for file in files for example in _read(file)]
-    if not read:
-        raise BadInput(f"{source} holds no examples: give a .jsonl, .txt or .md file, a folder of them, or {BUILTIN}.")
+    read = _read_all(source)
     examples = [example for example, _ in read]
     cutting = (length, contexts) != (None, None) or questions == "auto"
     if cutting and any(plain for _, plain in read):
@@ -99,6 +95,16 @@ def load_examples(
     if questions == "auto":
         examples = [with_questions(example, Random(f"{split} {number}")) for number, example in enumerate(examples)]
     return [_limited(example, questions) for example in examples]
+
+
+def _read_all(source: str) -> list[tuple[Example, bool]]:
+    """Examples of a file or folder, and whether each is a plain text. Raises BadInput."""
+    path = Path(source)
+    files = sorted(p for p in path.iterdir() if p.suffix in {".jsonl", *PLAIN}) if path.is_dir() else [path]
+    read = [(example, file.suffix != ".jsonl") for file in files for example in _read(file)]
+    if not read:
+        raise BadInput(f"{source} holds no examples: give a .jsonl, .txt or .md file, a folder of them, or {BUILTIN}.")
+    return read
 
 
 def builtin(

@@ -168,9 +168,8 @@ def profile(
             if not files[index].is_file():
                 progress(done, len(mine))
                 tell = partial(_tell, progress, done, len(mine))
-                measured = measure(model, lessons[index], list(chosen.values()), settings, tell)
-                tensors = {f"{n}.{k}": t.float() for n, s in chosen.items() for k, t in measured[s].items()}
-                write_tensors(files[index], "part", tensors, {"run": run, "domain": examples[index].domain})
+                about = {"run": run, "domain": examples[index].domain}
+                _measure_part(model, lessons[index], chosen, settings, tell, files[index], about)
         progress(len(mine), len(mine))
         processes.catch_up()
         processes.wait()
@@ -184,6 +183,21 @@ def profile(
 
 def _tell(progress: Callable[[float, int], None], done: int, total: int, part: float) -> None:
     progress(done + part, total)
+
+
+def _measure_part(
+    model: PreTrainedModel,
+    lesson: Lesson,
+    scorers: Mapping[str, AbstractScorer],
+    settings: Settings,
+    tell: Callable[[float], None],
+    file: Path,
+    about: Mapping[str, str],
+) -> None:
+    """Measure one context and write it to a file of its own."""
+    measured = measure(model, lesson, list(scorers.values()), settings, tell)
+    tensors = {f"{n}.{k}": t.float() for n, s in scorers.items() for k, t in measured[s].items()}
+    write_tensors(file, "part", tensors, about)
 
 
 def measure(

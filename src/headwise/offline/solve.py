@@ -106,12 +106,8 @@ def check(
     greedily among its heads.
     """
     _require_loss(loss)
-    curve = profile.curve(scorer, domain_weights, loss=loss)[..., sum(profile.protection[scorer]) :]
-    layers, heads, ranks = curve.shape
-    if ranks % CHECK_STEPS:
-        raise BadInput(f"curves of {ranks} ranks cannot be cut to {CHECK_STEPS} steps; profile the model again.")
-    coarse = curve.reshape(layers, heads, CHECK_STEPS, ranks // CHECK_STEPS).sum(-1)
-    flat = coarse.flatten(0, 1)
+    coarse = _coarse(profile.curve(scorer, domain_weights, loss=loss)[..., sum(profile.protection[scorer]) :])
+    layers, flat = len(coarse), coarse.flatten(0, 1)
     gained = torch.nn.functional.pad(flat.cumsum(-1), (1, 0))
     whole = float(gained[:, -1].sum())
 
@@ -119,8 +115,8 @@ def check(
         return float(gained.gather(1, counts[:, None]).sum()) / whole if whole else 0.0
 
     best = _best_totals(gained)
-    found = []
-    for ratio in ratios:
+
+    def quality(ratio: float) -> Quality:
         total = round(ratio * len(flat) * CHECK_STEPS)
         by_layer = [
             share(concave_hulls(layer), entries=CHECK_STEPS, total=total * (i + 1) // layers - total * i // layers)
@@ -128,16 +124,22 @@ def check(
         ]
         even = torch.full((len(flat),), total // len(flat), dtype=torch.int64, device="cpu")
         even[: total % len(flat)] += 1
-        found.append(
-            Quality(
-                ratio=ratio,
-                lukv=worth(share(concave_hulls(flat), entries=CHECK_STEPS, total=total)),
-                optimum=float(best[total]) / whole if whole else 0.0,
-                uniform=worth(even),
-                adakv=worth(torch.cat(by_layer)),
-            )
+        return Quality(
+            ratio=ratio,
+            lukv=worth(share(concave_hulls(flat), entries=CHECK_STEPS, total=total)),
+            optimum=float(best[total]) / whole if whole else 0.0,
+            uniform=worth(even),
+            adakv=worth(torch.cat(by_layer)),
         )
-    return found
+
+    return [quality(ratio) for ratio in ratios]
+
+
+def _coarse(curve: Float[Tensor, "layers kv_heads ranks"]) -> Float[Tensor, "layers kv_heads steps"]:
+    layers, heads, ranks = curve.shape
+    if ranks % CHECK_STEPS:
+        raise BadInput(f"curves of {ranks} ranks cannot be cut to {CHECK_STEPS} steps; profile the model again.")
+    return curve.reshape(layers, heads, CHECK_STEPS, ranks // CHECK_STEPS).sum(-1)
 
 
 def _best_totals(gained: Float[Tensor, "heads counts"]) -> np.ndarray:

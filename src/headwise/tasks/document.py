@@ -96,11 +96,7 @@ def tokenize(
 
     Raises BadInput, also where the tokenizer does not know the words, or the template does not show the message.
     """
-    if not questions or any(not question.strip() for question in questions):
-        raise BadInput("a question is empty." if questions else "there is no question to ask.")
-    require_whole(context, "the document")
-    for text in (*questions, *(prefixes or ())):
-        require_whole(text, f"the question {text[:40]!r}")
+    _require_texts(context, questions, prefixes or ())
     templated = chat and getattr(tokenizer, "chat_template", None) is not None
     write = template.chat(tokenizer) if templated else str
     start = template.opening(write, context)
@@ -115,6 +111,14 @@ def tokenize(
         context=torch.tensor([head], dtype=torch.long, device=device),
         questions=tuple(torch.tensor(tail, dtype=torch.long, device=device) for tail in tails),
     )
+
+
+def _require_texts(context: str, questions: Sequence[str], prefixes: Sequence[str]) -> None:
+    if not questions or any(not question.strip() for question in questions):
+        raise BadInput("a question is empty." if questions else "there is no question to ask.")
+    require_whole(context, "the document")
+    for text in (*questions, *prefixes):
+        require_whole(text, f"the question {text[:40]!r}")
 
 
 def text_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:

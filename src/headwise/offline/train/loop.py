@@ -225,19 +225,8 @@ class Trainer:
     def step(self, number: int) -> tuple[float, float]:
         """One step; mean loss, and mean agreement on answers."""
         s = self.settings
-        draw = torch.Generator().manual_seed((s.seed * 1_000_003 + number) % 2**63)
-        rate = min(1.0, (number + 1) / s.warmup) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * number / s.steps)))
-        for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = base * rate
-        chosen = torch.randperm(len(self.lessons), generator=draw, dtype=torch.int64, device="cpu")[
-            : s.contexts_per_step
-        ].tolist()
-        low, high = (math.log(keep) for keep in s.keeps)
-        keeps = (
-            (low + (high - low) * torch.rand(len(chosen), generator=draw, dtype=torch.float32, device="cpu"))
-            .exp()
-            .tolist()
-        )
+        self._set_rates(number)
+        chosen, keeps = self._drawn(number)
         self.optimizer.zero_grad()
         seen = torch.zeros(2, dtype=torch.float32, device="cpu")
         for place in self.processes.share(len(chosen)):
@@ -264,6 +253,23 @@ class Trainer:
                 mean.lerp_(parameter, 1 - min(s.averaging, (number + 1) / (number + 10)))
         loss, agree = self.processes.sum(seen.to(self.model.device)).tolist()
         return loss, agree
+
+    def _set_rates(self, number: int) -> None:
+        """Learning rates of a step: they rise at first, then fall along a cosine."""
+        s = self.settings
+        rate = min(1.0, (number + 1) / s.warmup) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * number / s.steps)))
+        for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = base * rate
+
+    def _drawn(self, number: int) -> tuple[list[int], list[float]]:
+        """The contexts of a step, and a keep for each."""
+        s = self.settings
+        draw = torch.Generator().manual_seed((s.seed * 1_000_003 + number) % 2**63)
+        order = torch.randperm(len(self.lessons), generator=draw, dtype=torch.int64, device="cpu")
+        chosen = order[: s.contexts_per_step].tolist()
+        low, high = (math.log(keep) for keep in s.keeps)
+        places = torch.rand(len(chosen), generator=draw, dtype=torch.float32, device="cpu")
+        return chosen, (low + (high - low) * places).exp().tolist()
 
     @torch.no_grad()
     def validate(self, lessons: Sequence[Lesson]) -> tuple[float, float]:

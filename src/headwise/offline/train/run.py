@@ -121,9 +121,7 @@ def _train(
     fixed = _fixed_scorer(part, scorer)
     if fixed is not None:
         fixed = fixed.resolve(seen.shape, seen.config_hash)
-        settings = replace(
-            settings, sink=max(settings.sink, fixed.sink), window=max(settings.window, fixed.window)
-        )  # what inference will protect
+        settings = _protecting(settings, fixed)
     held_out = examples[9::10]
     taught = [e for n, e in enumerate(examples) if n % 10 != 9]
     _require(model, tokenizer, examples, settings, taught)
@@ -131,11 +129,7 @@ def _train(
     processes.require_equal_shares(settings.contexts_per_step)
     enable(model)
     torch.manual_seed(settings.seed)
-    budgets = HeadBudgets(seen.shape.num_heads, summary_width(seen.shape)) if part != "lkv-t" else None
-    scores = EntryScores(len(seen.shape.layers), seen.shape.kv_heads, seen.shape.head_dim) if part != "lkv-h" else None
-    for module in (budgets, scores):
-        if module is not None:
-            module.to(model.device)
+    budgets, scores = _modules(model, part)
     trainer = Trainer(
         model=model,
         lessons=Lessons(lambda at: prepare(model, tokenizer, taught[at], settings, fixed), len(taught)),
@@ -159,25 +153,48 @@ def _train(
         history += _distil(trainer, make, len(held_out), state, fitted, progress)
     if not main:
         return
-    name = model.config.name_or_path or ""
-    origin = Origin(
-        shape=seen.shape,
+    write_bytes(log, "".join(json.dumps(row) + "\n" for row in history).encode())
+    Gates(
+        origin=_origin(model, scorer, fixed, settings, run),
+        budgets=budgets,
+        scores=scores,
+        comparable=fitted and not settings.warm_steps and not settings.steps,
+        settings={**asdict(settings), "part": part},
+    ).save(out)
+    remove(kept)
+    Parts(out, "gates").remove()
+    for path in written(out):
+        remove_leftovers(path)
+
+
+def _protecting(settings: Settings, fixed: AbstractScorer) -> Settings:
+    """With the protected tokens that inference will have."""
+    return replace(settings, sink=max(settings.sink, fixed.sink), window=max(settings.window, fixed.window))
+
+
+def _modules(model: PreTrainedModel, part: Part) -> tuple[HeadBudgets | None, EntryScores | None]:
+    """Budgets and scores of a part, untrained, on the model's device."""
+    shape = view(model).shape
+    budgets = HeadBudgets(shape.num_heads, summary_width(shape)).to(model.device) if part != "lkv-t" else None
+    if part == "lkv-h":
+        return budgets, None
+    return budgets, EntryScores(len(shape.layers), shape.kv_heads, shape.head_dim).to(model.device)
+
+
+def _origin(
+    model: PreTrainedModel, scorer: str | None, fixed: AbstractScorer | None, settings: Settings, run: str
+) -> Origin:
+    name, model_view = model.config.name_or_path or "", view(model)
+    return Origin(
+        shape=model_view.shape,
         model=Path(name).name if Path(name).is_dir() else name,  # gates are shared; where a model lay is not
-        config_hash=seen.config_hash,
+        config_hash=model_view.config_hash,
         scorer=scorer or "",
         scorer_parameters={} if fixed is None else fixed.provenance(),
         sink=settings.sink,
         window=settings.window,
         calibration=run,
     )
-    comparable = fitted and not settings.warm_steps and not settings.steps
-    write_bytes(log, "".join(json.dumps(row) + "\n" for row in history).encode())
-    told = {**asdict(settings), "part": part}
-    Gates(origin=origin, budgets=budgets, scores=scores, comparable=comparable, settings=told).save(out)
-    remove(kept)
-    Parts(out, "gates").remove()
-    for path in written(out):
-        remove_leftovers(path)
 
 
 def _fit(
