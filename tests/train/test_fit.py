@@ -39,7 +39,15 @@ def samples(number, seed=0):
     for _ in range(number):
         features = torch.randn(LAYERS * KV_HEADS, ENTRIES, WIDTH, generator=draw)
         targets = torch.einsum("hnf,hf->hn", features, weights).tanh() * 2 - level
-        found.append(Sampled(features=features.half(), targets=targets, summary=torch.randn(24, generator=draw)))
+        found.append(
+            Sampled(
+                features=features.half(),
+                again=(2 * targets).exp() / 4,
+                following=(2 * targets).exp() / 16,
+                answers=(2 * targets).exp() / 8,
+                summary=torch.randn(24, generator=draw),
+            )
+        )
     return found
 
 
@@ -53,7 +61,7 @@ def fitted():
 
 def test_scores_predict_targets_they_have_not_seen(fitted):
     scores, history = fitted
-    explained, shared = quality(scores, samples(3, seed=2))
+    explained, shared = quality(scores, samples(3, seed=2), FitSettings())
     assert explained > 0.85 and shared > 0.75
     assert [row["step"] for row in history][-1] == 600
     assert history[-1]["explained"] > history[0]["explained"]
@@ -163,7 +171,7 @@ def test_what_follows_and_answers_are_futures_too(loaded, tmp_path):  # noqa: F8
     asked = FitSettings(entries=64, questions=1, answer_tokens=3)
 
     def targets(example, settings):
-        return collect.sample(model, tokenizer, example, settings, torch.Generator().manual_seed(0)).targets
+        return collect.sample(model, tokenizer, example, settings, torch.Generator().manual_seed(0)).targets(settings)
 
     bare = targets(without[0], replace(asked, questions=0))
     for other, settings in [

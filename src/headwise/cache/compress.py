@@ -66,7 +66,7 @@ def _fill(
     cache: RaggedCache,
     model_view: ModelView,
     input_ids: Int[Tensor, "batch tokens"],
-    mask: Bool[Tensor, "batch tokens"],
+    mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"],
     size: int,
     progress: Progress,
 ) -> None:

@@ -1,7 +1,7 @@
 """Samples of all contexts for LKV-T's first stage, each in a file of its own: a killed run goes on, processes share."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,12 @@ def collect(
 ) -> list[Sampled]:
     """Read every example and its futures, those of this process; then all samples, in the order of the examples.
 
-    A file is taken up by any run that would make the same: steps, and other examples, do not matter.
+    A file is taken up by any run that would make the same: steps, weights of futures, and other examples do not matter.
     """
     if processes.rank == 0:
         parts.make()
     processes.wait()
-    drawn = replace(settings, steps=0, lr=0.0, weight_decay=0.0)
+    drawn = replace(settings, steps=0, following_weight=0.0, answer_weight=0.0, lr=0.0, weight_decay=0.0)
     run = fingerprint(model_fingerprint(model), repr(asdict(drawn)))
     files = [parts.file(run, str(number), repr(asdict(example))) for number, example in enumerate(examples)]
     mine = processes.share(len(examples))
@@ -54,15 +54,17 @@ def collect(
 
 
 def _write(file: Path, found: Sampled, run: str) -> None:
-    tensors = {"features": found.features, "targets": found.targets, "summary": found.summary}
-    write_tensors(file, "part", tensors, {"run": run})
+    write_tensors(file, "part", {field.name: getattr(found, field.name) for field in fields(found)}, {"run": run})
 
 
 def _read(file: Path, run: str, shape: ModelShape) -> Sampled:
     width = 2 * shape.head_dim + 2 + PLACE_FEATURES
+    paid = Numbers(shape=(shape.num_heads, "entries"), low=0.0)
     table = {
         "features": Numbers(shape=(shape.num_heads, "entries", width)),
-        "targets": Numbers(shape=(shape.num_heads, "entries")),
+        "again": paid,
+        "following": paid,
+        "answers": paid,
         "summary": Numbers(shape=(summary_width(shape),)),
     }
     with opened(file, "part") as part:

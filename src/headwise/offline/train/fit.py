@@ -34,9 +34,10 @@ JUDGED = 0.15  # keep at which held-out contexts are judged
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitSettings:
-    """How scores learn to predict attention. A query of what follows, or of an answer, counts `weight` times.
+    """How scores learn to predict attention.
 
-    A context is repeated in pieces of `piece` tokens.
+    A query of the text that follows counts `following_weight` times, one of a question or its answer `answer_weight`
+    times, one of the repetition once. A context is repeated in pieces of `piece` tokens.
     """
 
     steps: int = 1000
@@ -45,7 +46,8 @@ class FitSettings:
     following: int = 128  # tokens of what follows, at most
     questions: int = 4  # of a context, at most
     answer_tokens: int = 32
-    weight: float = 4.0
+    following_weight: float = 4.0
+    answer_weight: float = 4.0
     lr: float = 3e-3
     weight_decay: float = 1e-3
     seed: int = 0
@@ -53,11 +55,21 @@ class FitSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampled:
-    """Some entries of one context, the same in every head, and what the futures paid them."""
+    """Some entries of one context, the same in every head, and the squared attention each kind of future pays them.
+
+    Squares are summed over queries. Kinds are kept apart, so that their weights can be changed without the model.
+    """
 
     features: Float[Tensor, "heads entries width"]  # float16
-    targets: Float[Tensor, "heads entries"]  # log of the root of the squared attention, summed over queries
+    again: Float[Tensor, "heads entries"]
+    following: Float[Tensor, "heads entries"]
+    answers: Float[Tensor, "heads entries"]
     summary: Float[Tensor, " of_context"]
+
+    def targets(self, settings: FitSettings) -> Float[Tensor, "heads entries"]:
+        """What scores learn: the logarithm of the root of the weighted sum."""
+        paid = self.again + settings.following_weight * self.following + settings.answer_weight * self.answers
+        return (paid + LEAST**2).log() / 2
 
 
 @torch.no_grad()
@@ -67,11 +79,7 @@ def sample(
     """Read a context and its futures."""
     context, questions = encode(tokenizer, example, device=model.device)
     reading, shape = read(model, context, []), view(model).shape
-    again, later = futures_of(model, tokenizer, example, context, questions, reading.whole, settings)
-    paid = attention_paid(model, reading.whole, again)
-    if later:
-        paid = paid + settings.weight * attention_paid(model, reading.whole, later)
-    paid = paid.flatten(0, 1)
+    futures = futures_of(model, tokenizer, example, context, questions, reading.whole, settings)
     tokens = context.shape[1]
     chosen = torch.randperm(tokens, generator=generator, dtype=torch.int64, device="cpu")[: settings.entries].sort()
     at = chosen.values.to(model.device)
@@ -82,9 +90,14 @@ def sample(
         found = entry_features(keys[None], values[None], positions, view(model).rotary(layer))
         features.append(found[0][:, at].half())
     first, everything = reading.first, torch.ones_like(positions, dtype=torch.bool)
+    again, following, answered = (
+        attention_paid(model, reading.whole, kind).flatten(0, 1)[:, at].cpu() for kind in futures
+    )
     return Sampled(
         features=torch.cat(features).cpu(),
-        targets=(paid[:, at] + LEAST**2).log().cpu() / 2,
+        again=again,
+        following=following,
+        answers=answered,
         summary=context_summary(first.keys, first.values, positions, everything, first.rotary)[0].cpu(),
     )
 
@@ -97,22 +110,22 @@ def futures_of(
     questions: Sequence[Int[Tensor, " _"]],
     whole: RaggedCache,
     settings: FitSettings,
-) -> tuple[list[Int[Tensor, " _"]], list[Int[Tensor, " _"]]]:
-    """The context once more, in pieces; and what may come instead: its text's next tokens, questions with answers."""
+) -> tuple[list[Int[Tensor, " _"]], list[Int[Tensor, " _"]], list[Int[Tensor, " _"]]]:
+    """The context once more, in pieces; its text's next tokens; questions with the model's answers."""
 
     def ids(found: Sequence[int]) -> Int[Tensor, " _"]:
         return torch.tensor(found, dtype=torch.int64, device=context.device)
 
     instruction = ids(instruction_ids(tokenizer))
     again = [torch.cat([instruction, piece]) for piece in context[0].split(settings.piece)]
-    later = []
+    following, answered = [], []
     if example.following:
-        later.append(ids(following_ids(tokenizer, example.following)[: settings.following]))
+        following.append(ids(following_ids(tokenizer, example.following)[: settings.following]))
     if settings.questions and example.questions:
         asked = questions[: settings.questions]
         said = answers(model, whole, asked, steps=settings.answer_tokens)
-        later += [torch.cat([question, answer]) for question, answer in zip(asked, said, strict=True)]
-    return again, later
+        answered += [torch.cat([question, answer]) for question, answer in zip(asked, said, strict=True)]
+    return again, following, answered
 
 
 def instruction_ids(tokenizer: Any) -> list[int]:
@@ -132,7 +145,7 @@ def fit(
     history: list[dict[str, Any]] = []
     device = scores.weight_in.device
     features = torch.cat([one.features for one in samples], dim=1)
-    targets = torch.cat([one.targets for one in samples], dim=1)
+    targets = torch.cat([one.targets(settings) for one in samples], dim=1)
     draw = torch.Generator().manual_seed(settings.seed)
     with torch.no_grad():
         scores.bias_out.copy_(targets.mean(-1).view_as(scores.bias_out))
@@ -146,7 +159,7 @@ def fit(
         error.square().mean().backward()
         optimizer.step()
         if (step + 1) % 50 == 0 or step + 1 == settings.steps:
-            explained, shared = quality(scores, held_out)
+            explained, shared = quality(scores, held_out, settings)
             history.append({"step": step + 1, "explained": explained, "shared": shared})
             progress(step + 1, settings.steps, f"explains {explained:.1%} held out, finds {shared:.1%} of the best 15%")
     return history
@@ -160,13 +173,14 @@ def predicted(scores: EntryScores, features: Float[Tensor, "heads entries width"
 
 
 @torch.no_grad()
-def quality(scores: EntryScores, held_out: Sequence[Sampled]) -> tuple[float, float]:
+def quality(scores: EntryScores, held_out: Sequence[Sampled], settings: FitSettings) -> tuple[float, float]:
     """Share of the targets' variance that is explained, and of the best entries of all heads that are found."""
     explained, shared = [], []
     for one in held_out:
         found = predicted(scores, one.features.to(scores.bias_out.device)).cpu()
-        explained.append(1 - float((found - one.targets).square().mean() / one.targets.var(correction=0)))
-        best, chosen = (_best(values, JUDGED) for values in (one.targets, found))
+        targets = one.targets(settings)
+        explained.append(1 - float((found - targets).square().mean() / targets.var(correction=0)))
+        best, chosen = (_best(values, JUDGED) for values in (targets, found))
         shared.append(float((best & chosen).sum() / best.sum()))
     return fmean(explained), fmean(shared)
 

@@ -31,11 +31,11 @@ def attention_paid(
 ) -> Float[Tensor, "layers kv_heads context"]:
     """Squared attention that the queries of all futures pay to every entry of a wholly kept context, summed; float32.
 
-    Query heads of a group are averaged. Each future follows the context by itself.
+    Zeros where there is no future. Query heads of a group are averaged. Each future follows the context by itself.
     """
     shape, seen = whole.view.shape, whole.get_seq_length()
     size = len(shape.layers), shape.kv_heads, seen
-    paid = torch.zeros(size, dtype=torch.float32, device=futures[0].device)
+    paid = torch.zeros(size, dtype=torch.float32, device=model.device)
 
     def layer(at: int, keys: Tensor, values: Tensor, seen: int) -> StudentLayer:
         return _Watched(keys, values, None, None, at, seen, paid[at])
