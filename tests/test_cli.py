@@ -237,7 +237,7 @@ def test_generate_saves_the_document_it_has_cut(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.safetensors"]
 
 
-@pytest.mark.parametrize(("model", "method"), [("{qwen3}", "kvzip"), ("reference", "lkv")])
+@pytest.mark.parametrize(("model", "method"), [("{qwen3}", "kvzip-l2"), ("reference", "lkv")])
 def test_the_default_method_is_said_with_its_reason(run, model, method):
     line = f"generate -m {model} -c {{dir}}/text.txt -q '? locker apple' --keep 0.5 --max-new-tokens 2 --json"
     code, out, err = run(line)
@@ -252,7 +252,7 @@ def test_the_default_method_is_said_with_its_reason(run, model, method):
 def test_a_saved_document_says_which_method_the_default_was(run, tmp_path):
     save = tmp_path / "report.safetensors"
     assert run(f"generate -m {{base}} -c {{dir}}/text.txt -q '? locker apple' --keep 0.5 --save {save}")[0] == 0
-    assert json.loads(succeed(run, f"inspect {save} --json"))["method"]["scorer"]["name"] == "KVzip"
+    assert json.loads(succeed(run, f"inspect {save} --json"))["method"]["scorer"]["name"] == "KVzipL2"
 
 
 LIGHT = {  # answered before torch is imported, which takes seconds

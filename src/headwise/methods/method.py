@@ -26,7 +26,7 @@ from headwise.shapes import ModelShape
 # The default where no gates are ready for a model: what needs no preparation and is best on real models, query-agnostic
 # (docs/results; set by measurement). The second one is for where a context cannot be read twice: models with
 # sliding-window layers, and prompts that generate() reads.
-PLAIN_DEFAULT = "kvzip"
+PLAIN_DEFAULT = "kvzip-l2"
 ONE_PASS_DEFAULT = "keydiff"
 READY_DEFAULT = "lkv"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
