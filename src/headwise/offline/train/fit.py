@@ -46,8 +46,8 @@ class FitSettings:
     following: int = 128  # tokens of what follows, at most
     questions: int = 4  # of a context, at most
     answer_tokens: int = 32
-    following_weight: float = 4.0
-    answer_weight: float = 4.0
+    following_weight: float = 16.0
+    answer_weight: float = 16.0
     lr: float = 3e-3
     weight_decay: float = 1e-3
     seed: int = 0
