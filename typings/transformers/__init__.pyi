@@ -20,5 +20,6 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer as AutoToke
 from transformers.models.llama.configuration_llama import LlamaConfig as LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM as LlamaForCausalLM
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast as PreTrainedTokenizerFast
+from transformers.utils import logging as logging
 
 __version__: str
