@@ -14,6 +14,7 @@ import pytest
 import torch
 from families import random_ids, tiny_model
 
+import headwise
 from headwise import compress
 from headwise.methods.registry import ALLOCATORS, SCORERS, Entry, allocator
 from headwise.methods.scores import SnapKV
@@ -48,6 +49,16 @@ def test_the_allocator_keeps_what_the_page_says(names):
     lengths = names["cache"].lengths[:, 0]
     assert int(lengths.sum()) == 120
     assert lengths[:, 0].diff().gt(0).all()
+
+
+def test_the_pages_import_what_is_public_only():
+    """A name of `headwise`, or of a module that `headwise.PUBLIC` lists; and every module there is one of those."""
+    pages = [README, *(page.read_text() for page in sorted(DOCS.glob("*.md")))]
+    imports = {line for page in pages for line in re.findall(r"^from (headwise\S*) import (.+)$", page, re.MULTILINE)}
+    assert {name for module, names in imports if module == "headwise" for name in names.split(", ")} <= set(
+        headwise.__all__
+    )
+    assert {module for module, _ in imports} - {"headwise"} == set(headwise.PUBLIC)
 
 
 def test_a_wrong_parameter_is_refused(names):

@@ -22,7 +22,10 @@ from headwise import RaggedCache
 from headwise.errors import UnsupportedGeneration
 from headwise.methods.method import SCORERS
 
-EXPORTED = ["Budget", "HeadwiseError", "Method", "RaggedCache", "__version__", "compress", "enable", "load", "prompt"]
+EXPORTED = [
+    *("Budget", "Gates", "HeadwiseError", "Method", "Profile", "RaggedCache"),
+    *("__version__", "compress", "enable", "load", "prompt"),
+]
 
 
 def in_another_process(program, **environment):
