@@ -1,8 +1,9 @@
 """Files that an earlier tree wrote, before the package was divided into rooms, are read and say what they said then.
 
-They were made with the bundled model by `headwise generate --context text.txt --method keydiff --keep 0.3 --save`,
-`profile --scorer keydiff --contexts 2 --questions 1 --steps 2`, `solve --ratios 0.1,0.3`, `train --contexts 10 --fit-steps 20 --questions 1`
-(shrunk), and `eval --tasks mini-ruler:niah_multikey_dense --methods full,keydiff --samples 2 --keep 0.15 --brief`.
+They were made with the bundled model by `generate --context text.txt --method keydiff --keep 0.3 --save`,
+`profile --scorer keydiff --contexts 2 --questions 1 --steps 2`, `solve --ratios 0.1,0.3`,
+`train --contexts 10 --fit-steps 20 --questions 1` (then shrunk), and
+`eval --tasks mini-ruler:niah_multikey_dense --methods full,keydiff --samples 2 --keep 0.15 --brief`.
 """
 
 import tarfile
