@@ -207,12 +207,7 @@ def _candidates(settings: Settings, layer: _Layer) -> tuple[list[_Candidate], Se
     masks = torch.ones_like(kept), kept
     exact = [_exactly(query, keys, values, mask, scaling) for mask in masks]
     plain = [_plain_error(layer, mask, one) for mask, one in zip(masks, exact, strict=True)]
-    segments = layout.gather(
-        keys[:, :, :tokens],
-        values[:, :, :tokens],
-        kept[:, :, :tokens],
-        torch.arange(tokens, dtype=torch.int64, device="cpu").expand(batch, tokens),
-    )
+    segments = _gathered(keys[:, :, :tokens], values[:, :, :tokens], kept[:, :, :tokens])
     tail = keys[:, :, tokens:].clone(), values[:, :, tokens:].clone()
     rows, attention = torch.arange(batch, dtype=torch.int64, device="cpu"), _Attention(group)
     dense = _copies((keys, values), settings.gigabytes)
@@ -242,6 +237,17 @@ def _candidates(settings: Settings, layer: _Layer) -> tuple[list[_Candidate], Se
     ]
     read = _read if why_not_native() is None else _read_by_torch
     return candidates, [lambda s=s: read(s.keys, s.values, *tail) for s in ragged]
+
+
+def _gathered(
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+    values: Float[Tensor, "batch kv_heads tokens head_dim"],
+    kept: Bool[Tensor, "batch kv_heads tokens"],
+) -> Segments:
+    batch, _, tokens = kept.shape
+    return layout.gather(
+        keys, values, kept, torch.arange(tokens, dtype=torch.int64, device="cpu").expand(batch, tokens)
+    )
 
 
 def _kept(settings: Settings) -> Bool[Tensor, "batch kv_heads tokens"]:

@@ -78,14 +78,17 @@ def compare(
         prefill_chunk_size=prefill_chunk_size,
         split_special_tokens=split_special_tokens,
     )
-    questions = tuple(Question(prompt=one.question, answers=one.answers) for one in asked)
-    sample = Sample(context=context, questions=questions, max_new_tokens=max_new_tokens)
+    sample = _sample(context, asked, max_new_tokens)
     for tokens in session.tokens(sample):
         require_possible(model, methods, keeps, tokens)
     pairs = list(dict.fromkeys((m, k) for m in methods for k in ([WHOLE[1]] if m == FULL else keeps)))
     outcomes = session.measure(sample, pairs, timed=True, progress=progress)
-    full = outcomes[WHOLE]
-    return [_row(pair, outcomes[pair], full, asked, protocol) for pair in pairs]
+    return [_row(pair, outcomes[pair], outcomes[WHOLE], asked, protocol) for pair in pairs]
+
+
+def _sample(context: str, asked: Sequence[Asked], max_new_tokens: int) -> Sample:
+    questions = tuple(Question(prompt=each.question, answers=each.answers) for each in asked)
+    return Sample(context=context, questions=questions, max_new_tokens=max_new_tokens)
 
 
 def _parsed(keep: float | str | Keep | Sequence[float | str | Keep]) -> list[Keep]:

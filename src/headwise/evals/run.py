@@ -201,17 +201,11 @@ def _measure(
 
 
 def _record(
-    task: Task,
-    index: int,
-    sample: Sample,
-    pair: Pair,
-    outcome: Outcome,
-    full_bytes: int,
-    evaluation: Evaluation,
+    task: Task, index: int, sample: Sample, pair: Pair, outcome: Outcome, full_bytes: int, evaluation: Evaluation
 ) -> Record:
-    judge = task.judge
-    judged = zip(outcome.predictions, sample.questions, strict=True) if judge is not None else ()
-    scores = tuple(judge(p, q) for p, q in judged) if judge is not None else ()
+    judge, scores = task.judge, ()
+    if judge is not None:
+        scores = tuple(judge(p, q) for p, q in zip(outcome.predictions, sample.questions, strict=True))
     return Record(
         task=task.name,
         index=index,

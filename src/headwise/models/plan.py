@@ -1,7 +1,7 @@
 """What compression buys on given hardware, from the model's configuration alone: no weights are loaded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -63,7 +63,6 @@ def plan(
     dtype, of_dtype = (dtype, []) if dtype else _own_dtype(config)
     keep, sizes = parse_keep(keep), _Sizes(config, dtype)
     full, small = sizes.held(context, batch, None), sizes.held(context, batch, keep)
-    peak, layer = sizes.peak(context, batch, keep), sizes.layer(context, batch)
     weights, of_weights = _weight_bytes(config, dtype)
     fit = _fit(sizes, context, batch, keep, None if memory is None else max(0, memory - weights))
     return Plan(
@@ -74,16 +73,11 @@ def plan(
         weight_bytes=weights,
         full_kv_bytes=full,
         kv_bytes=small,
-        peak_kv_bytes=peak,
-        peak_kv_bytes_model_scope=full + min(layer, small - sizes.sliding(context, batch)),
+        peak_kv_bytes=sizes.peak(context, batch, keep),
+        peak_kv_bytes_model_scope=full + min(sizes.layer(context, batch), small - sizes.sliding(context, batch)),
         sliding_kv_bytes=sizes.sliding(context, batch),
         memory_bytes=memory,
-        full_fits=fit.full,
-        fits=fit.kept,
-        max_batch_full=fit.max_batch_full,
-        max_batch=fit.max_batch,
-        max_context_full=fit.max_context_full,
-        max_context=fit.max_context,
+        **asdict(fit),
         max_positions=max_positions(config),
         beyond_positions=context > max_positions(config),
         note="; ".join([ACTIVATIONS_NOTE, *of_dtype, *of_weights]),
@@ -94,8 +88,8 @@ def plan(
 class _Fit:
     """What a memory has room for; None where no memory is given."""
 
-    full: bool | None = None
-    kept: bool | None = None
+    full_fits: bool | None = None
+    fits: bool | None = None
     max_batch_full: int | None = None
     max_batch: int | None = None
     max_context_full: int | None = None
@@ -106,8 +100,8 @@ def _fit(sizes: "_Sizes", context: int, batch: int, keep: Keep, room: int | None
     if room is None:
         return _Fit()
     return _Fit(
-        full=sizes.held(context, batch, None) <= room,
-        kept=sizes.peak(context, batch, keep) <= room,
+        full_fits=sizes.held(context, batch, None) <= room,
+        fits=sizes.peak(context, batch, keep) <= room,
         max_batch_full=_largest(lambda b: sizes.held(context, b, None) <= room),
         max_batch=_largest(lambda b: sizes.peak(context, b, keep) <= room),
         max_context_full=_largest(lambda n: sizes.held(n, batch, None) <= room),

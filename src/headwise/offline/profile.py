@@ -156,29 +156,54 @@ def profile(
     with nullcontext() if processes.rank > 0 else locked(lock_of(out), out):
         if processes.rank == 0:
             parts.require()
-        lessons = _lessons(model, tokenizer, examples, list(chosen.values()), settings)
-        parameters = sorted((name, repr(scorer.provenance())) for name, scorer in chosen.items())
-        run = fingerprint(model_fingerprint(model), repr((asdict(settings), parameters, RANKS, PER_OCTAVE)))
-        files = [parts.file(run, *lesson.tensors()) for lesson in lessons]
-        parts.make()
-        mine = sorted(
-            processes.share(len(examples)), key=lambda index: not files[index].is_file()
-        )  # what is there first
-        for done, index in enumerate(mine):
-            if not files[index].is_file():
-                progress(done, len(mine))
-                tell = partial(_tell, progress, done, len(mine))
-                about = {"run": run, "domain": examples[index].domain}
-                _measure_part(model, lessons[index], chosen, settings, tell, files[index], about)
-        progress(len(mine), len(mine))
-        processes.catch_up()
-        processes.wait()
-        if processes.rank == 0:
-            origin = _origin(model, run, files)
-            _merge(files, [e.domain for e in examples], chosen, origin, settings, run).save(out)
-            parts.remove()
-            remove_leftovers(out)
-        processes.wait()
+        _profile(model, tokenizer, examples, chosen, out, parts, settings, processes, progress)
+
+
+def _profile(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    chosen: dict[str, AbstractScorer],
+    out: str | os.PathLike[str],
+    parts: Parts,
+    settings: Settings,
+    processes: Processes,
+    progress: Callable[[float, int], None],
+) -> None:
+    lessons = _lessons(model, tokenizer, examples, list(chosen.values()), settings)
+    parameters = sorted((name, repr(scorer.provenance())) for name, scorer in chosen.items())
+    run = fingerprint(model_fingerprint(model), repr((asdict(settings), parameters, RANKS, PER_OCTAVE)))
+    files = [parts.file(run, *lesson.tensors()) for lesson in lessons]
+    parts.make()
+
+    def measure_part(index: int, tell: Callable[[float], None]) -> None:
+        about = {"run": run, "domain": examples[index].domain}
+        _measure_part(model, lessons[index], chosen, settings, tell, files[index], about)
+
+    _measure_missing(files, processes.share(len(examples)), measure_part, progress)
+    processes.catch_up()
+    processes.wait()
+    if processes.rank == 0:
+        origin = _origin(model, run, files)
+        _merge(files, [e.domain for e in examples], chosen, origin, settings, run).save(out)
+        parts.remove()
+        remove_leftovers(out)
+    processes.wait()
+
+
+def _measure_missing(
+    files: Sequence[Path],
+    mine: Sequence[int],
+    measure_part: Callable[[int, Callable[[float], None]], None],
+    progress: Callable[[float, int], None],
+) -> None:
+    """Measure what has no file yet; what is there counts as done at once."""
+    mine = sorted(mine, key=lambda index: not files[index].is_file())
+    for done, index in enumerate(mine):
+        if not files[index].is_file():
+            progress(done, len(mine))
+            measure_part(index, partial(_tell, progress, done, len(mine)))
+    progress(len(mine), len(mine))
 
 
 def _tell(progress: Callable[[float, int], None], done: int, total: int, part: float) -> None:

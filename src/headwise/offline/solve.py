@@ -109,12 +109,10 @@ def check(
     coarse = _coarse(profile.curve(scorer, domain_weights, loss=loss)[..., sum(profile.protection[scorer]) :])
     layers, flat = len(coarse), coarse.flatten(0, 1)
     gained = torch.nn.functional.pad(flat.cumsum(-1), (1, 0))
-    whole = float(gained[:, -1].sum())
+    whole, best = float(gained[:, -1].sum()), _best_totals(gained)
 
     def worth(counts: Tensor) -> float:
         return float(gained.gather(1, counts[:, None]).sum()) / whole if whole else 0.0
-
-    best = _best_totals(gained)
 
     def quality(ratio: float) -> Quality:
         total = round(ratio * len(flat) * CHECK_STEPS)

@@ -25,7 +25,7 @@ from headwise.files.writing import reason, remove, remove_leftovers, require_fil
 from headwise.interfaces import AbstractScorer
 from headwise.methods.method import Method
 from headwise.models.attention import enable
-from headwise.models.families import view
+from headwise.models.families import ModelView, view
 from headwise.models.fingerprint import model_fingerprint
 from headwise.models.processes import Processes
 from headwise.models.room import require_room
@@ -120,60 +120,72 @@ def _train(
     seen, (_, log, kept) = view(model), written(out)
     fixed = _fixed_scorer(part, scorer)
     if fixed is not None:
-        fixed = fixed.resolve(seen.shape, seen.config_hash)
-        settings = _protecting(settings, fixed)
-    held_out = examples[9::10]
-    taught = [e for n, e in enumerate(examples) if n % 10 != 9]
+        fixed, settings = _resolved(fixed, seen, settings)
+    taught, held_out = [e for n, e in enumerate(examples) if n % 10 != 9], examples[9::10]
     _require(model, tokenizer, examples, settings, taught)
     _require_log(log)
     processes.require_equal_shares(settings.contexts_per_step)
     enable(model)
-    torch.manual_seed(settings.seed)
-    budgets, scores = _modules(model, part)
-    trainer = Trainer(
-        model=model,
-        lessons=Lessons(lambda at: prepare(model, tokenizer, taught[at], settings, fixed), len(taught)),
-        settings=settings,
-        budgets=budgets,
-        scores=scores,
-        processes=processes,
-    )
-    data = fingerprint(repr([asdict(e) for e in examples]))
-    run = fingerprint(model_fingerprint(model), data, repr((asdict(settings), part, scorer)))
-    main, fitted = processes.rank == 0, scores is not None and settings.fit.steps > 0
+    budgets, scores = _modules(model, part, settings.seed)
+    run = _fingerprint(model, examples, settings, part, scorer)
+    fitted = scores is not None and settings.fit.steps > 0
     history: list[dict[str, Any]] = []
     if scores is not None and fitted:
         history = _fit(model, tokenizer, examples, Parts(out, "gates"), scores, budgets, settings, processes, progress)
     if not fitted or settings.warm_steps or settings.steps:
-        state = _State(kept, trainer, run)
+        lessons, tests = (_lessons(model, tokenizer, part_of, settings, fixed) for part_of in (taught, held_out))
+        modules = {"budgets": budgets, "scores": scores}
+        trainer = Trainer(model=model, lessons=lessons, settings=settings, processes=processes, **modules)
+        history += _distil(trainer, tests, _State(kept, trainer, run), fitted, progress)
+    if processes.rank == 0:
+        gates = Gates(
+            origin=_origin(model, scorer, fixed, settings, run),
+            budgets=budgets,
+            scores=scores,
+            comparable=fitted and not settings.warm_steps and not settings.steps,
+            settings={**asdict(settings), "part": part},
+        )
+        _save(gates, history, out)
 
-        def make(at: int) -> Lesson:
-            return prepare(model, tokenizer, held_out[at], settings, fixed)
 
-        history += _distil(trainer, make, len(held_out), state, fitted, progress)
-    if not main:
-        return
+def _save(gates: Gates, history: Sequence[Mapping[str, Any]], out: str | os.PathLike[str]) -> None:
+    """Write the log and the gates; what a killed run would go on from is no longer needed."""
+    _, log, kept = written(out)
     write_bytes(log, "".join(json.dumps(row) + "\n" for row in history).encode())
-    Gates(
-        origin=_origin(model, scorer, fixed, settings, run),
-        budgets=budgets,
-        scores=scores,
-        comparable=fitted and not settings.warm_steps and not settings.steps,
-        settings={**asdict(settings), "part": part},
-    ).save(out)
+    gates.save(out)
     remove(kept)
     Parts(out, "gates").remove()
     for path in written(out):
         remove_leftovers(path)
 
 
-def _protecting(settings: Settings, fixed: AbstractScorer) -> Settings:
-    """With the protected tokens that inference will have."""
-    return replace(settings, sink=max(settings.sink, fixed.sink), window=max(settings.window, fixed.window))
+def _lessons(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    settings: Settings,
+    fixed: AbstractScorer | None,
+) -> Lessons:
+    return Lessons(lambda at: prepare(model, tokenizer, examples[at], settings, fixed), len(examples))
 
 
-def _modules(model: PreTrainedModel, part: Part) -> tuple[HeadBudgets | None, EntryScores | None]:
+def _fingerprint(
+    model: PreTrainedModel, examples: Sequence[Example], settings: Settings, part: Part, scorer: str | None
+) -> str:
+    """Of all that decides what a run makes."""
+    data = fingerprint(repr([asdict(e) for e in examples]))
+    return fingerprint(model_fingerprint(model), data, repr((asdict(settings), part, scorer)))
+
+
+def _resolved(fixed: AbstractScorer, seen: ModelView, settings: Settings) -> tuple[AbstractScorer, Settings]:
+    """The scorer for this model, and settings with the protected tokens that inference will have."""
+    fixed = fixed.resolve(seen.shape, seen.config_hash)
+    return fixed, replace(settings, sink=max(settings.sink, fixed.sink), window=max(settings.window, fixed.window))
+
+
+def _modules(model: PreTrainedModel, part: Part, seed: int) -> tuple[HeadBudgets | None, EntryScores | None]:
     """Budgets and scores of a part, untrained, on the model's device."""
+    torch.manual_seed(seed)
     shape = view(model).shape
     budgets = HeadBudgets(shape.num_heads, summary_width(shape)).to(model.device) if part != "lkv-t" else None
     if part == "lkv-h":
@@ -223,14 +235,13 @@ def _fit(
 
 def _distil(
     trainer: Trainer,
-    make: Callable[[int], Lesson],
-    number_held_out: int,
+    tests: Lessons,
     state: "_State",
     fitted: bool,
     progress: Callable[[int, int, str], None],
 ) -> list[dict[str, Any]]:
     """The other stages: every head alone, LU-KV's budgets, then both jointly; resumes what a killed run left."""
-    settings, main, tests = trainer.settings, trainer.processes.rank == 0, Lessons(make, number_held_out)
+    settings, main = trainer.settings, trainer.processes.rank == 0
     start = state.restore()
     if start is None:
         start = 0
