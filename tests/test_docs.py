@@ -74,6 +74,7 @@ def test_the_allocator_s_line(names, monkeypatch):
     assert entry.summary
 
 
+@pytest.mark.process
 def test_the_scorer_s_steps_are_all_it_takes(tmp_path):
     """In a copy of the package: the file and the lines of the page, and the name is known."""
     source = tmp_path / "src" / "headwise"
@@ -110,6 +111,7 @@ def test_the_scorer_s_steps_are_all_it_takes(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # the file is left open for brevity
+@pytest.mark.slow
 def test_the_ten_lines_of_the_readme(model_folders, tmp_path, monkeypatch, capsys):
     """As they are, but for the model, which is a tiny one in a folder, and questions in its words."""
     (code,) = re.findall(r"^## Ten lines\n+```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -178,6 +180,7 @@ def test_what_how_to_choose_says_about_snapkv():
     assert SnapKV().query_window == SnapKV().window == 32
 
 
+@pytest.mark.slow
 def test_the_python_page_runs_without_warnings(capsys):
     """From top to bottom, in one namespace; transformers logs what it does not warn of."""
     page = (DOCS / "python.md").read_text()

@@ -75,7 +75,7 @@ def served(tmp_path, monkeypatch):
     """The hub's handler; a cache of its own, and nothing remembered."""
     handler = type("Handler", (Hub,), {"files": {}, "branches": {"main": FIRST}, "asked": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # looks so often whether it shall end
         place = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", place)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -115,6 +115,7 @@ def test_bytes_are_shared_by_length_and_never_exceeded():
 
 @CASES
 @given(st.fractions(0, 1, max_denominator=1000).filter(bool), st.lists(st.integers(1, 10_000), min_size=1, max_size=4))
+@pytest.mark.slow
 def test_entries_lie_within_half_of_the_share(amount, tokens):
     entries = Keep(kind="fraction", amount=amount).entries(shape=SHAPE, tokens=tokens, entry_bytes=32)
     for kept, length in zip(entries, tokens, strict=True):

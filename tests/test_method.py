@@ -116,6 +116,7 @@ def test_a_budget_of_another_model_is_refused_when_it_is_used(budget_file):
 
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("allocator", ALLOCATORS)
+@pytest.mark.slow
 def test_provenance_is_json(scorer, allocator, budget_file):
     method = Method.parse(f"{scorer}+{allocator}" + f"@{budget_file}" * (ALLOCATORS[allocator].file == "needed"))
     assert isinstance(method.scorer, AbstractScorer)

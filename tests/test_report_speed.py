@@ -302,6 +302,7 @@ def test_without_curves_the_picture_says_so(file, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium")
+@pytest.mark.process
 def test_a_phone_shows_the_page_without_scrolling_sideways(files, tmp_path):
     """What does not fit scrolls in its own box; a click in one legend singles out a line in all charts and rows."""
     (tmp_path / "page.html").write_text(speed.page(load(files)))
@@ -321,6 +322,7 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(files, tmp_path):
     assert (lines, rows) == (2, 4)
 
 
+@pytest.mark.process
 def test_it_needs_no_torch(files, tmp_path):
     done = python(
         "import sys; from pathlib import Path; from headwise.report.quality.results import write_report;"

@@ -81,6 +81,7 @@ def test_contexts_are_as_long_as_asked_and_something_follows(made):
         assert len(set(example.questions)) == len(example.questions)
 
 
+@pytest.mark.slow
 def test_splits_share_no_eight_words_of_prose_or_code():
     calibration, train = (
         spans(e.context + e.following for e in mix(len(ORDER) * 4, split) if e.domain in ("prose", "code"))

@@ -137,6 +137,7 @@ def as_nobody(work):
     return folder, lambda: ended(forked(without_rights))
 
 
+@pytest.mark.process
 def test_a_folder_and_a_file_that_are_read_only_are_found_before_any_work():
     def look(folder):
         for check, path, words in (
@@ -247,6 +248,7 @@ def test_the_table_of_a_budget_is_written_through_the_same_door(tmp_path):
 
 
 @every_writer
+@pytest.mark.process
 def test_a_full_disk_leaves_what_was_there(tmp_path, write):
     """A limit on the size of files fails as a full disk does, and needs no rights."""
     path = tmp_path / "goal"
@@ -263,6 +265,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, write):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.process
 def test_a_disk_that_is_full_or_read_only_is_told(tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
@@ -286,6 +289,7 @@ def test_a_disk_that_is_full_or_read_only_is_told(tmp_path):
 
 
 @every_writer
+@pytest.mark.process
 def test_a_kill_at_any_step_leaves_the_old_or_the_new(tmp_path, write):
     path = tmp_path / "goal"
     write(path)
@@ -303,6 +307,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new(tmp_path, write):
 # --- one at a time ---
 
 
+@pytest.mark.process
 def test_a_lock_is_let_go_when_its_process_is_killed(tmp_path):
     lock = lock_of(tmp_path / "out")
     begun, ready = os.pipe()
@@ -329,6 +334,7 @@ def test_a_lock_is_one_for_a_file_and_a_link_to_it(tmp_path):
     assert lock_of(tmp_path / "link") == lock_of(tmp_path / "real") != lock_of(tmp_path / "other")
 
 
+@pytest.mark.process
 def test_of_many_at_once_one_is_let_in(tmp_path):
     """Each counts up a file a hundred times; without the lock some would read what another is about to change."""
     counter = tmp_path / "counter"

@@ -19,6 +19,7 @@ def continued(model, cache, ids, rows, tokens=4):
 
 @pytest.mark.parametrize("kernel", ["pages", "reference"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.slow
 def test_joined_caches_go_on_as_each_would(family, kernel):
     model, ids, questions = tiny_model(family), random_ids(1, 70), random_ids(3, 5, seed=1)
     cuts = [

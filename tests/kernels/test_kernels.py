@@ -103,6 +103,7 @@ def test_a_query_that_sees_nothing_of_the_tail_is_finite():
 
 
 @given(lengths=st.lists(st.integers(0, 600), min_size=1, max_size=12).filter(lambda x: sum(x) > 0))
+@pytest.mark.slow
 def test_page_table_covers_every_row_once_for_its_owner(lengths):
     table = page_table(tuple(lengths), torch.device("cpu"), torch.float32)
     owner_of_row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))

@@ -20,6 +20,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 @needs_triton
+@pytest.mark.process
 def test_in_the_interpreter():
     """In a process of its own: the interpreter must be asked for before anything imports Triton."""
     command = [sys.executable, "-m", "pytest", "-x", str(HERE / "triton_cases.py")]
@@ -29,6 +30,7 @@ def test_in_the_interpreter():
 
 
 @needs_triton
+@pytest.mark.process
 def test_compiles_for_a_gpu(tmp_path):
     from triton import knobs
 

@@ -30,11 +30,13 @@ def run(command, **variables):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.process
 def test_in_the_interpreter():
     """It must be asked for before anything imports Triton."""
     run(["-m", "pytest", "-x", "-o", "python_functions=interpreted_*", __file__], TRITON_INTERPRET="1")
 
 
+@pytest.mark.process
 def test_compiles_for_a_gpu(tmp_path):
     from triton import knobs
 

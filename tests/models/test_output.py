@@ -101,6 +101,7 @@ def kept(cache):
 
 
 @pytest.mark.parametrize("kind", [Adapted, Coded, Packed])
+@pytest.mark.slow
 def test_a_method_keeps_what_it_keeps_of_the_plain_twin(kind):
     model = with_projections(kind)
     twin = copy.deepcopy(model)

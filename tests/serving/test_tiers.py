@@ -12,6 +12,7 @@ FRACTIONS = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40)
 
 
 @given(FRACTIONS, st.integers(1, 10))
+@pytest.mark.slow
 def test_what_all_heads_keep_together_stays_the_same(fractions, tiers):
     found = quantise(torch.tensor([fractions]), tiers)
     assert found.keep == pytest.approx(sum(fractions) / len(fractions), abs=1e-6)
@@ -19,6 +20,7 @@ def test_what_all_heads_keep_together_stays_the_same(fractions, tiers):
 
 
 @given(FRACTIONS, st.integers(1, 10))
+@pytest.mark.slow
 def test_groups_are_few_and_equal(fractions, tiers):
     sizes = quantise(torch.tensor([fractions]), tiers).sizes
     smallest = min(sizes.values())
@@ -28,6 +30,7 @@ def test_groups_are_few_and_equal(fractions, tiers):
 
 
 @given(FRACTIONS, st.integers(1, 10))
+@pytest.mark.slow
 def test_a_head_with_more_never_gets_less(fractions, tiers):
     keeps = quantise(torch.tensor([fractions]), tiers).keeps[0]
     ranked = [keep for _, keep in sorted(zip(fractions, keeps, strict=True))]

@@ -4,7 +4,8 @@ The package's own `__init__.py` names every class of every family. Reading it ta
 here when you import a new one.
 """
 
-from transformers import utils as utils
+from types import ModuleType
+
 from transformers.cache_utils import Cache as Cache
 from transformers.cache_utils import DynamicCache as DynamicCache
 from transformers.configuration_utils import PretrainedConfig as PretrainedConfig
@@ -23,3 +24,4 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast a
 from transformers.utils import logging as logging
 
 __version__: str
+utils: ModuleType
