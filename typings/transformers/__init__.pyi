@@ -1,7 +1,7 @@
 """For pyright: the names of transformers that we use, from where they are defined.
 
-The package's own `__init__.py` names every class of every family. Reading it takes half of pyright's time. Add a name
-here when you import a new one.
+The package's own `__init__.py` names every class of every family, and reading it takes a third of pyright's time. Add a
+name here when you import a new one.
 """
 
 from types import ModuleType
