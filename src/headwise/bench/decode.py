@@ -224,16 +224,15 @@ def _candidates(settings: Settings, layer: _Layer) -> tuple[list[_Candidate], Se
         return kernel(grouped, storage, rows, *tail, None, scaling).view_as(query)
 
     kernels = {"pages": pages.attend} | ({"native": native.attend} if why_not_native() is None else {})
-    runs = {
-        FULL: [lambda k=k, v=v: by_transformers(k, v) for k, v in dense],
-        GROUPED: [lambda k=k, v=v: folded(k, v) for k, v in dense],
-        **{name: [lambda s=s, kernel=kernel: by_kernel(kernel, s) for s in ragged] for name, kernel in kernels.items()},
-    }
+    runs = [  # the second: whether it reads everything, 0, or what is kept, 1
+        (FULL, 0, [lambda k=k, v=v: by_transformers(k, v) for k, v in dense]),
+        (GROUPED, 0, [lambda k=k, v=v: folded(k, v) for k, v in dense]),
+        *((name, 1, [lambda s=s, use=use: by_kernel(use, s) for s in ragged]) for name, use in kernels.items()),
+    ]
     nbytes = _nbytes(layer), segments.nbytes + tail[0].nbytes + tail[1].nbytes
     candidates = [
-        _Candidate(name=name, runs=own, exact=exact[which], plain_error=plain[which], nbytes=nbytes[which])
-        for name, own in runs.items()
-        for which in [int(name in kernels)]  # dense, or what is kept
+        _Candidate(name=name, runs=own, exact=exact[at], plain_error=plain[at], nbytes=nbytes[at])
+        for name, at, own in runs
     ]
     read = _read if why_not_native() is None else _read_by_torch
     return candidates, [lambda s=s: read(s.keys, s.values, *tail) for s in ragged]

@@ -129,14 +129,14 @@ def _train(
     budgets, scores = _modules(model, part, settings.seed)
     run = _fingerprint(model, examples, settings, part, scorer)
     fitted = scores is not None and settings.fit.steps > 0
-    history: list[dict[str, Any]] = []
-    if scores is not None and fitted:
-        history = _fit(model, tokenizer, examples, Parts(out, "gates"), scores, budgets, settings, processes, progress)
+    history = _fit(model, tokenizer, examples, Parts(out, "gates"), scores, budgets, settings, processes, progress)
     if not fitted or settings.warm_steps or settings.steps:
-        lessons, tests = (_lessons(model, tokenizer, part_of, settings, fixed) for part_of in (taught, held_out))
-        modules = {"budgets": budgets, "scores": scores}
-        trainer = Trainer(model=model, lessons=lessons, settings=settings, processes=processes, **modules)
-        history += _distil(trainer, tests, _State(kept, trainer, run), fitted, progress)
+        lessons = Lessons(_maker(model, tokenizer, taught, settings, fixed), len(taught))
+        trainer = Trainer(
+            model=model, lessons=lessons, settings=settings, budgets=budgets, scores=scores, processes=processes
+        )
+        make = _maker(model, tokenizer, held_out, settings, fixed)
+        history += _distil(trainer, make, len(held_out), _State(kept, trainer, run), fitted, progress)
     if processes.rank == 0:
         gates = Gates(
             origin=_origin(model, scorer, fixed, settings, run),
@@ -159,14 +159,15 @@ def _save(gates: Gates, history: Sequence[Mapping[str, Any]], out: str | os.Path
         remove_leftovers(path)
 
 
-def _lessons(
+def _maker(
     model: PreTrainedModel,
     tokenizer: Any,
     examples: Sequence[Example],
     settings: Settings,
     fixed: AbstractScorer | None,
-) -> Lessons:
-    return Lessons(lambda at: prepare(model, tokenizer, examples[at], settings, fixed), len(examples))
+) -> Callable[[int], Lesson]:
+    """Makes the lesson of the example at a place."""
+    return lambda at: prepare(model, tokenizer, examples[at], settings, fixed)
 
 
 def _fingerprint(
@@ -214,13 +215,18 @@ def _fit(
     tokenizer: Any,
     examples: Sequence[Example],
     parts: Parts,
-    scores: EntryScores,
+    scores: EntryScores | None,
     budgets: HeadBudgets | None,
     settings: Settings,
     processes: Processes,
     progress: Callable[[int, int, str], None],
 ) -> list[dict[str, Any]]:
-    """The first stage: scores that predict attention, and budgets for them; every process ends with the same."""
+    """The first stage, if there is one: scores that predict attention, and budgets for them.
+
+    Every process ends with the same.
+    """
+    if scores is None or not settings.fit.steps:
+        return []
     samples = collect(model, tokenizer, examples, parts, settings.fit, processes, progress)
     taught, held_out = [s for n, s in enumerate(samples) if n % 10 != 9], samples[9::10]
     history = fit(scores, taught, held_out, settings.fit, progress) if processes.rank == 0 else []
@@ -235,13 +241,14 @@ def _fit(
 
 def _distil(
     trainer: Trainer,
-    tests: Lessons,
+    make: Callable[[int], Lesson],
+    number_held_out: int,
     state: "_State",
     fitted: bool,
     progress: Callable[[int, int, str], None],
 ) -> list[dict[str, Any]]:
     """The other stages: every head alone, LU-KV's budgets, then both jointly; resumes what a killed run left."""
-    settings, main = trainer.settings, trainer.processes.rank == 0
+    settings, main, tests = trainer.settings, trainer.processes.rank == 0, Lessons(make, number_held_out)
     start = state.restore()
     if start is None:
         start = 0
