@@ -66,6 +66,8 @@ def pytest_configure(config):
     """A quick run decodes with PyTorch: it looks for no compiler. Modules ask for one when they are imported."""
     if config.getoption("quick"):
         os.environ["CXX"] = "none"
+        if missing := sorted(name for name in SLOW if not (TESTS / name).exists()):
+            raise pytest.UsageError(f"SLOW in tests/conftest.py names what is not there: {', '.join(missing)}")
 
 
 def pytest_ignore_collect(collection_path, config):
