@@ -6,13 +6,14 @@ import pytest
 import torch
 from dense_decoding import decode, dense_twin, greedy_answer
 from families import random_ids, tiny_model
+from importance import entry_importance
 from transformers import DynamicCache
 
 import headwise
 from headwise.cache.reading import read
 from headwise.errors import BadInput
 from headwise.methods.method import Method
-from headwise.offline.watch import Importance, Sampling, entry_importance, follow
+from headwise.offline.watch import Importance, Sampling, follow
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "phi3"]
 STEPS = 5

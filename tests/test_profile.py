@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from families import random_ids, tiny_model
+from importance import entry_importance
 from killing import ended, forked, killed_at
 from launching import launch
 from random_gates import gates_file
@@ -30,7 +31,7 @@ from headwise.offline.calibration import Example, encode
 from headwise.offline.losses import RANKS, OutputLoss, keeping_order, marginal_utility
 from headwise.offline.profile import CURVES, Lesson, Settings, measure, profile
 from headwise.offline.solve import solve
-from headwise.offline.watch import Sampling, decode, entry_importance
+from headwise.offline.watch import Sampling, decode
 
 QUICK = Settings(steps=2, sink=1, window=3)
 WORDS = "locker apple red stone. the key was under the old tower, near a river. "

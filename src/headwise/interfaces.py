@@ -47,6 +47,9 @@ class Chunk:
     offset: int
     scaling: float
     rotary: Rotary
+    # Tokens start:stop of the context that these queries repeat in a second reading (`replay`); None in the first one.
+    # The keys are then those of the context, followed by those of the replay, and `offset` is the context's length.
+    repeats: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,11 +32,12 @@ def test_a_loaded_cache_brings_its_document_along(tmp_path):
     assert torch.equal(*answers)
 
 
-def test_padded_contexts_stay_masked():
+@pytest.mark.parametrize("method", ["keydiff", "kvzip"])  # kvzip is cut after its second reading, outside a pass
+def test_padded_contexts_stay_masked(method):
     model, context, question = tiny_model(), random_ids(2, 50), random_ids(2, 4, seed=1)
     mask = torch.ones(2, 50, dtype=torch.long)
     context[1, :9], mask[1, :9] = 0, 0
-    cache = headwise.compress(model, context, "keydiff", keep=0.5, attention_mask=mask)
+    cache = headwise.compress(model, context, method, keep=0.5, attention_mask=mask)
     inputs = cache.fork().inputs(question)
     assert torch.equal(inputs["attention_mask"], torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], dim=-1))
     turned = cache.fork()

@@ -8,7 +8,7 @@ process of its own, and everything is checked against its fresh output too.
 import os
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -207,7 +207,7 @@ def test_kvzip(recording: Recording, layer: int) -> None:
     context = int(ranges.max())
     statistics: Statistics = {}
     for number, (start, end) in enumerate(ranges.tolist()):
-        marks = {"replay_start": torch.tensor(start), "replay_end": torch.tensor(end)}
-        statistics = scorer.accumulate(statistics | marks, chunk_of(recording, f"kvzip/{layer}/{number}", context))
+        chunk = chunk_of(recording, f"kvzip/{layer}/{number}", context)
+        statistics = scorer.accumulate(statistics, replace(chunk, repeats=(start, end)))
     expected = torch.from_numpy(recording["kvzip/scores"])[layer]
     torch.testing.assert_close(statistics["received"], expected, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,7 @@
 """CriticalKV's two stages and KVzip's replays."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,8 +60,7 @@ def replay_chunk(context: Any, replay: Any) -> Chunk:
 def replayed(scorer: KVzip, context: Any, replays: list[tuple[Any, int, int]]) -> Statistics:
     statistics: Statistics = {}
     for replay, start, end in replays:
-        marks = {"replay_start": torch.tensor(start), "replay_end": torch.tensor(end), "num_prefix": torch.tensor(2)}
-        statistics = scorer.accumulate({**statistics, **marks}, replay_chunk(context, replay))
+        statistics = scorer.accumulate(statistics, replace(replay_chunk(context, replay), repeats=(start, end)))
     return statistics
 
 

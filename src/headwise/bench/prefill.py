@@ -6,8 +6,7 @@ of many seconds is noise where a method costs next to nothing.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -113,9 +112,10 @@ def _rows(settings: Settings, model: Any, progress: Progress) -> list[Row]:
     for name, method in methods.items():
         if method is not None:
             progress(0, settings.rounds, f"what {name} adds")
-            with _timed_observation(model.device) as spent:
-                _read(model, ids, _cache(model, method, parse_keep(settings.keep)))
-            ours[name] = sum(spent)
+            cache = RaggedCache(model, method, keep=settings.keep)
+            timed = [_Timed(layer) for layer in cache.ragged_layers if isinstance(layer, FillingLayer)]
+            _read(model, ids, cache)
+            ours[name] = sum(layer.seconds for layer in timed)
     times = _times(settings, model, ids, methods, progress)
     full = median(times[FULL])
     return [
@@ -191,24 +191,29 @@ def _kv_bytes(cache: Any) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-@contextmanager
-def _timed_observation(device: torch.device) -> Iterator[Sequence[float]]:
-    """Seconds of every call that a layer's observer gets; a GPU is waited for."""
-    spent: list[float] = []
-    observe: Callable[..., None] = FillingLayer.observe
+class _Timed:
+    """In the place of a layer's observer: `seconds` of all its calls. A GPU is waited for."""
 
-    def timed(*args: Any) -> None:
-        _wait(device)
+    def __init__(self, layer: FillingLayer):
+        self.seconds = 0.0
+        self._observer = layer.observer
+        layer.observer = self
+
+    def observe(
+        self,
+        layer: FillingLayer,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        position_ids: Tensor | None,
+    ) -> None:
+        """What the observer does, timed."""
+        _wait(query.device)
         start = time.perf_counter()
-        observe(*args)
-        _wait(device)
-        spent.append(time.perf_counter() - start)
-
-    FillingLayer.observe = timed  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield spent
-    finally:
-        FillingLayer.observe = observe
+        self._observer.observe(layer, query, key, mask, scaling, position_ids)
+        _wait(query.device)
+        self.seconds += time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:

@@ -16,18 +16,20 @@ from transformers.cache_utils import Cache
 
 from headwise.cache.kept import Kept, KeptLayer
 from headwise.cache.layer import FillingLayer, FrozenLayer, RaggedLayer
+from headwise.cache.listener import Listener
 from headwise.cache.masks import require_whole_context
 from headwise.cache.meter import Meter
 from headwise.cache.prefill import Prefill
 from headwise.cache.sliding import SlidingLayer
 from headwise.cache.transcript import ADVICE, Transcript
 from headwise.errors import BadInput, UnsupportedGeneration, UnsupportedModel
+from headwise.interfaces import AbstractScorer
 from headwise.kernels import Kernel, get_kernel
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method, for_model
 from headwise.models import attention
 from headwise.models.families import ModelView, given, view
-from headwise.models.passes import Listener
+from headwise.models.passes import PassAware
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +42,7 @@ class _Pass:
     handled: BaseException | None  # what the caller was handling when it began
 
 
-class RaggedCache(Cache, Listener):
+class RaggedCache(Cache, PassAware):
     """A KV cache that is cut, head by head, as soon as the prompt has been read.
 
     >>> cache = RaggedCache(model, "snapkv+adakv", keep=0.15)
@@ -71,8 +73,7 @@ class RaggedCache(Cache, Listener):
         method = for_model(method, seen.shape, seen.config_hash, name=seen.name, replays=replays)
         if prompt_length is not None and prompt_length < 1:
             raise BadInput(f"prompt_length={prompt_length} must be at least 1 token, or None: the first forward pass.")
-        if method.scorer.replay is not None:
-            _require_replay(seen, type(method.scorer).__name__, replays)
+        _require_replay(seen, method.scorer, replays)
         prefill = Prefill(view=seen, method=method, keep=keep, prompt_length=prompt_length)
         chosen, meter, places = get_kernel(kernel), Meter(), {layer: at for at, layer in enumerate(seen.shape.layers)}
         layers = [
@@ -83,6 +84,7 @@ class RaggedCache(Cache, Listener):
         ]
         self._set_up(seen, layers, meter, {"method": method.provenance(), "keep": str(keep)})
         self.prefill = prefill
+        self._replays = replays
         prefill.watch(self)
 
     @classmethod
@@ -140,6 +142,19 @@ class RaggedCache(Cache, Listener):
         """Go on with a layer that has been cut."""
         self.layers[frozen.model_index] = self.ragged_layers[frozen.index] = frozen
         self._just_cut = True
+
+    def listen(self, listener: Listener) -> None:
+        """Let `listener` hear what passes through the layers from now on. Forks do not take it along.
+
+        Raises UnsupportedModel, UnsupportedGeneration where a scorer of the listener needs a second reading of the
+        context that it cannot have.
+        """
+        if self.prefill is not None and not self.compressed:
+            for scorer in listener.scorers:
+                _require_replay(self.view, scorer, self._replays)
+            self.prefill.listeners.append(listener)
+        for layer in self.ragged_layers:
+            layer.listeners = (*layer.listeners, listener)
 
     @property
     def kept(self) -> Kept:
@@ -233,8 +248,6 @@ class RaggedCache(Cache, Listener):
         self._pass = None
         if self._stood_at() > done.seen:  # a second reading brings nothing new
             self._noted = noted
-            if self.prefill is not None and self.compressed and not done.compressed:
-                self.context_tokens = self.prefill.tokens
 
     def require_continued(self, ids: Tensor, mask: Tensor | None) -> None:
         """Raise BadInput unless the prompt `ids` [batch, tokens] begins with what this cache has seen, and goes on."""
@@ -498,7 +511,10 @@ def load(
     return RaggedCache.of(seen, kept, kernel=kernel)
 
 
-def _require_replay(seen: ModelView, name: str, replays: bool) -> None:
+def _require_replay(seen: ModelView, scorer: AbstractScorer, replays: bool) -> None:
+    name = type(scorer).__name__
+    if scorer.replay is None:
+        return
     if len(seen.shape.layers) < seen.shape.num_layers:
         raise UnsupportedModel(
             f"{name} has the model repeat the context, which sliding-window layers cannot take back: choose "

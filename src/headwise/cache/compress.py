@@ -1,6 +1,6 @@
 """The online flow: read a context once, keep what the method keeps, and hand back a cache to ask questions of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from headwise.cache.cache import RaggedCache
 from headwise.cache.kept import tokens_fingerprint
+from headwise.cache.listener import Listener
 from headwise.cache.prefill import Prefill
 from headwise.errors import BadInput, ShapeMismatch, UnsupportedModel
 from headwise.interfaces import Replay
@@ -32,6 +33,7 @@ def compress(
     prefill_chunk_size: int | None = None,
     kernel: str = "auto",
     progress: Progress | None = None,
+    listeners: Sequence[Listener] = (),
 ) -> RaggedCache:
     """Read a context and keep only what `method` keeps of it, before any question is seen (query-agnostic).
 
@@ -43,7 +45,7 @@ def compress(
     `prefill_chunk_size` reads the context in pieces of that many tokens: less activation memory, the same selection,
     but every layer stays whole until the last piece. A scorer that repeats the context (KVzip) does so in smaller
     chunks than it asks for where its own would go beyond the model's longest sequence. `progress` is called with
-    (tokens read, tokens in all).
+    (tokens read, tokens in all). `listeners` hear what passes through the layers, and go on listening.
 
     Raises BadInput, ShapeMismatch, UnsupportedModel, BudgetInfeasible, NonFiniteValues.
     """
@@ -53,6 +55,8 @@ def compress(
         raise BadInput(f"prefill_chunk_size={prefill_chunk_size} must be at least 1 token, or None for all at once.")
     length = input_ids.shape[1]
     cache = RaggedCache(model_view, method, keep=keep, prompt_length=length, kernel=kernel, replays=True)
+    for listener in listeners:
+        cache.listen(listener)
     _fill(cache, model_view, input_ids, mask, prefill_chunk_size or length, progress or _silent)
     cache.tokens_fingerprint = tokens_fingerprint(input_ids, mask)
     return cache
@@ -73,7 +77,7 @@ def _fill(
     """Read the context in pieces of `size` tokens, then once more where the scorer replays it."""
     prefill, length = cache.prefill, input_ids.shape[1]
     assert prefill is not None
-    replay = _fitting(prefill.method.scorer.replay, model_view.max_positions, int(mask.sum(-1).max()))
+    replay = _fitting(prefill.replay, model_view.max_positions, int(mask.sum(-1).max()))
     steps = length * (2 if replay else 1)
     for start in range(0, length, size):
         stop = min(length, start + size)
@@ -120,7 +124,7 @@ def _replay(
     for start in range(0, length, replay.chunk_size):
         stop = min(length, start + replay.chunk_size)
         prefix, prefix_mask = _instruction(replay, ids, mask, start)
-        prefill.start_replay(start, stop, prefix.shape[1])
+        prefill.start_replay(start, stop)
         repeated = torch.cat([prefix, ids[:, start:stop]], dim=-1)
         _forward(model, repeated, torch.cat([mask, prefix_mask, mask[:, start:stop]], dim=-1), cache)
         if progress is not None:

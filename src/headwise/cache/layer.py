@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from headwise.cache.kept import KeptLayer
+from headwise.cache.listener import Listener
 from headwise.cache.masks import tail_mask
 from headwise.cache.meter import Meter
 from headwise.cache.states import States, no_autocast, own, require_negative
@@ -45,6 +46,7 @@ class RaggedLayer(CacheLayerMixin, ABC):
         self.model_index = model_index
         self.kernel = kernel
         self.meter = meter
+        self.listeners: tuple[Listener, ...] = ()
         self.seen = 0  # tokens, kept or not
         self.unattended = False  # whether tokens were taken whose attention has not been asked for
 
@@ -247,6 +249,7 @@ class FillingLayer(RaggedLayer):
             rows=torch.arange(kept.shape[0], device=kept.device, dtype=torch.int64),
             seen=self.seen,
         )
+        frozen.listeners = self.listeners
         self._report(frozen.segments.keys, frozen.segments.values)
         self.held = []
         frozen._report()
@@ -334,14 +337,11 @@ class FrozenLayer(RaggedLayer):
         batch, query_heads, num_queries, dim = query.shape
         heads = self.segments.kv_heads
         with no_autocast(query):
-            out = self.kernel(
-                query.to(self.dtype).reshape(batch, heads, query_heads // heads, num_queries, dim),
-                self.segments,
-                self.rows,
-                *self.tail,
-                self._tail_mask(mask, num_queries),
-                scaling,
-            )
+            grouped = query.to(self.dtype).reshape(batch, heads, query_heads // heads, num_queries, dim)
+            visible = self._tail_mask(mask, num_queries)
+            for listener in self.listeners:
+                listener.attends(self.index, grouped, *self.tail, visible, scaling)
+            out = self.kernel(grouped, self.segments, self.rows, *self.tail, visible, scaling)
         return out.reshape(batch, query_heads, num_queries, dim).to(query.dtype)
 
     def picked(self, pick: Callable[[Tensor], Tensor]) -> States:

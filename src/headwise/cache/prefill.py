@@ -16,9 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.cache.layer import FillingLayer, FrozenLayer, RaggedLayer
+from headwise.cache.listener import Listener
 from headwise.cache.masks import require_causal, require_left_padding, tokens_of
 from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch, UnsupportedGeneration
-from headwise.interfaces import Chunk, Demand, Observation, Statistics
+from headwise.interfaces import AbstractScorer, Chunk, Demand, Observation, Replay, Statistics
 from headwise.methods.allocate.apportion import require_feasible
 from headwise.methods.keep import Keep
 from headwise.methods.method import Method
@@ -45,11 +46,19 @@ class Plan:
 
 @dataclass(kw_only=True)
 class _Trace:
-    """What is remembered of one layer until it is cut."""
+    """What a scorer gathers of one layer while the context is read."""
 
+    scorer: AbstractScorer
     statistics: Statistics = field(default_factory=dict)
     queries: tuple[Tensor, ...] = ()  # the last ones, in one tensor
     scaling: float = 1.0
+
+    def add(self, chunk: Chunk) -> None:
+        """Take in a chunk. Queries of a second reading are not those of the context."""
+        self.statistics = self.scorer.accumulate(self.statistics, chunk)
+        if chunk.repeats is None:
+            self.queries = (_last((*self.queries, chunk.queries), self.scorer.query_window),)
+            self.scaling = chunk.scaling
 
 
 @runtime_checkable
@@ -57,6 +66,7 @@ class Filled(Protocol):
     """The cache that is being filled."""
 
     ragged_layers: list[RaggedLayer]
+    context_tokens: tuple[int, ...] | None
 
     def put(self, frozen: FrozenLayer) -> None:
         """In the place of the layer that was cut."""
@@ -74,11 +84,11 @@ class Prefill:
         self.method = method
         self.keep = keep
         self.prompt_length = prompt_length
-        self.tokens: tuple[int, ...] = ()  # of every context, once it has been cut
         self._filled: Callable[[], Filled | None] = lambda: None
-        self.traces = [_Trace() for _ in view.shape.layers]
+        self.listeners: list[Listener] = []
         self.scores: dict[int, Tensor] = {}  # of layers that have not been cut
-        self.deferred = defers(method)
+        self.repeats: tuple[int, int] | None = None  # tokens of the context that a second reading is at
+        self._traces: dict[int, list[_Trace]] = {}  # of each layer, by scorer
         self._piece = 0  # tokens of the latest piece of prefill
         self._failure = ""
 
@@ -92,6 +102,17 @@ class Prefill:
         filled = self._filled()
         layers = [] if filled is None else filled.ragged_layers
         return [layer for layer in layers if isinstance(layer, FillingLayer)]
+
+    @property
+    def scorers(self) -> list[AbstractScorer]:
+        """The method's, which decides, then those that only watch, for listeners."""
+        watching = (scorer for listener in self.listeners for scorer in listener.scorers)
+        return list(dict.fromkeys((self.method.scorer, *watching)))
+
+    @property
+    def replay(self) -> Replay | None:
+        """How the context must be read again, if any scorer asks for it. One at most does."""
+        return next((scorer.replay for scorer in self.scorers if scorer.replay is not None), None)
 
     def refuse_failed(self) -> NoReturn:
         """Raise UnsupportedGeneration: what was read is not whole, and cannot be read again."""
@@ -124,15 +145,11 @@ class Prefill:
             self._failure = f"{type(error).__name__}: {error}"
             raise
 
-    def start_replay(self, start: int, stop: int, num_prefix: int) -> None:
-        """The next forward pass repeats tokens start:stop after `num_prefix` tokens of instruction."""
-        marks = {"replay_start": start, "replay_end": stop, "num_prefix": num_prefix}
-        for layer, trace in zip(self.filling, self.traces, strict=True):
+    def start_replay(self, start: int, stop: int) -> None:
+        """The next forward pass repeats tokens start:stop of the context."""
+        self.repeats = start, stop
+        for layer in self.filling:
             layer.replaying = True
-            trace.statistics = {
-                **trace.statistics,
-                **{k: torch.tensor(v, dtype=torch.int64, device="cpu") for k, v in marks.items()},
-            }
 
     def finish_replay(self) -> None:
         """The context has been repeated: score and cut."""
@@ -154,14 +171,11 @@ class Prefill:
         if layer.index == 0 and not layer.replaying:
             self._extend(layer, query, mask, position_ids)
         chunk = self._chunk(layer, query, key, mask, scaling, position_ids)
-        trace = self.traces[layer.index]
-        trace.scaling = scaling
-        trace.statistics = self.method.scorer.accumulate(trace.statistics, chunk)
-        if layer.replaying:
-            return
-        window = self.method.scorer.query_window
-        trace.queries = (_last((*trace.queries, query), window),)
-        if layer.seen >= (self.prompt_length or 0):
+        if layer.index not in self._traces:
+            self._traces[layer.index] = [_Trace(scorer=scorer) for scorer in self.scorers]
+        for trace in self._traces[layer.index]:
+            trace.add(chunk)
+        if not layer.replaying and layer.seen >= (self.prompt_length or 0):
             self._finish(layer)
 
     def _extend(self, layer: FillingLayer, query: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> None:
@@ -220,23 +234,34 @@ class Prefill:
             offset=key.shape[2] - query.shape[2],
             scaling=scaling,
             rotary=self.view.rotary(layer.index),
+            repeats=self.repeats,
         )
 
     def _finish(self, layer: FillingLayer) -> None:
         """The whole context has passed through a layer."""
         self._require_finite(layer)
-        if self.method.scorer.replay is not None:
+        if self.replay is not None:
             return  # scored when the context has been repeated
         self.scores[layer.index] = self._score(layer)
-        if not self.deferred:
+        if self.method.allocator.scope == "layer":
             self._cut([layer])
-        elif layer.index == len(self.traces) - 1:
+        elif layer.index == len(self.view.shape.layers) - 1:
             self._cut(self.filling)
 
     def _score(self, layer: FillingLayer) -> Float[Tensor, "batch kv_heads tokens"]:
-        trace, (keys, values) = self.traces[layer.index], layer.states
-        (queries,) = trace.queries
-        observation = Observation(
+        """Scores of the method's scorer; listeners are given what every scorer is given."""
+        traces = self._traces.pop(layer.index)
+        observations = [self._observation(layer, trace) for trace in traces]
+        if layer.index == 0:
+            self.plan = self.plan.summarised(self.method, observations[0])
+        for trace, observation in zip(traces, observations, strict=True):
+            for listener in self.listeners:
+                listener.observed(trace.scorer, observation)
+        return self.method.scorer.score(observations[0])
+
+    def _observation(self, layer: FillingLayer, trace: _Trace) -> Observation:
+        (keys, values), (queries,) = layer.states, trace.queries
+        return Observation(
             shape=self.view.shape,
             layer=layer.index,
             keys=keys,
@@ -250,10 +275,6 @@ class Prefill:
             statistics=trace.statistics,
             totals=self.plan.demand.totals,
         )
-        self.traces[layer.index] = _Trace(scaling=trace.scaling)
-        if layer.index == 0:
-            self.plan = self.plan.summarised(self.method, observation)
-        return self.method.scorer.score(observation)
 
     def _cut(self, layers: Sequence[FillingLayer]) -> None:
         """Allocate counts to these layers and freeze them."""
@@ -262,11 +283,11 @@ class Prefill:
         filled = self._filled()
         for layer, layer_kept in zip(layers, kept, strict=True):
             frozen = layer.cut(layer_kept, positions)
-            self.traces[layer.index] = _Trace()
             if filled is not None:
                 filled.put(frozen)
         if not self.filling:
-            self.tokens = self.plan.demand.tokens
+            if filled is not None:
+                filled.context_tokens = self.plan.demand.tokens
             del self.plan, self._valid, self._positions
 
     def _require_finite(self, layer: FillingLayer) -> None:

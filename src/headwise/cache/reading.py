@@ -5,7 +5,7 @@ cache stays in memory meanwhile, so this is for comparing methods, not for savin
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,93 +15,66 @@ from transformers import PreTrainedModel
 
 from headwise.cache.cache import RaggedCache
 from headwise.cache.compress import Progress, compress
+from headwise.cache.listener import Listener
 from headwise.cache.meter import Meter
 from headwise.cache.prefill import defers, keep_entries, make_plan
 from headwise.errors import BadInput
-from headwise.interfaces import AbstractScorer, Chunk, Observation, Replay, Statistics
+from headwise.interfaces import AbstractScorer, Observation
 from headwise.kernels.segments import Segments
 from headwise.methods.allocate import Uniform
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
+from headwise.methods.scores import Streaming
 from headwise.models.families import ModelView, view
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Watchers(AbstractScorer):
-    """Scorers that watch one prefill side by side; what they see of each layer is gathered, and everything is kept."""
+class _Watching(Listener):
+    """Scorers that watch one prefill side by side; what they see of each layer is gathered."""
 
-    scorers: tuple[AbstractScorer, ...]
-    seen: dict[AbstractScorer, list[Observation]] = field(default_factory=dict, compare=False)  # of all layers
-    scores: dict[AbstractScorer, list[Tensor]] = field(default_factory=dict, compare=False)
-    first: list[Observation] = field(default_factory=list, compare=False)  # of the first layer
-
-    @property
-    def replay(self) -> Replay | None:
-        """Of a scorer that reads the context twice, which watches alone."""
-        return self.scorers[0].replay if self.scorers else None
+    def __init__(self, scorers: Sequence[AbstractScorer]):
+        self._scorers = tuple(dict.fromkeys(scorers))
+        self.scores: dict[AbstractScorer, list[Tensor]] = {scorer: [] for scorer in self._scorers}
+        self.observations: dict[AbstractScorer, list[Observation]] = {}  # of all layers, for scores that need a budget
+        self.first: list[Observation] = []  # of the first layer
 
     @property
-    def query_window(self) -> int:
-        """The longest of the windows."""
-        return max((scorer.query_window for scorer in self.scorers), default=0)
+    def scorers(self) -> Sequence[AbstractScorer]:
+        """All of them."""
+        return self._scorers
 
-    def accumulate(self, statistics: Statistics, chunk: Chunk) -> Statistics:
-        """Each gathers under its own prefix; one that watches alone also needs the marks of its second reading."""
-        if self.replay is not None:
-            return self.scorers[0].accumulate(statistics, chunk)
-        gathered: Statistics = {}
-        for number, scorer in enumerate(self.scorers):
-            found = scorer.accumulate(_own(statistics, number), chunk)
-            gathered |= {f"{number}.{name}": tensor for name, tensor in found.items()}
-        return gathered
-
-    def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
-        """Note every scorer's scores; of one whose scores depend on the budget, what it will make them from."""
-        for number, scorer in enumerate(self.scorers):
-            seen = self._seen_by(number, scorer, observation)
-            if scorer.needs_budget:
-                self.seen.setdefault(scorer, []).append(seen)
-            else:
-                self.scores.setdefault(scorer, []).append(scorer.score(seen))
-        if observation.layer == 0:
+    def observed(self, scorer: AbstractScorer, observation: Observation) -> None:
+        """Note the scorer's scores; of one whose scores depend on the budget, what it will make them from."""
+        if observation.layer == 0 and not self.first:
             self.first.append(observation)
-        return torch.zeros(observation.keys.shape[:3], device=observation.keys.device, dtype=torch.float32)
-
-    def _seen_by(self, number: int, scorer: AbstractScorer, observation: Observation) -> Observation:
-        last = observation.queries.shape[2] - scorer.query_window
-        return replace(
-            observation,
-            queries=observation.queries[:, :, max(0, last) :],
-            statistics=observation.statistics if self.replay is not None else _own(observation.statistics, number),
-        )
-
-
-def _own(statistics: Statistics, number: int) -> Statistics:
-    prefix = f"{number}."
-    return {name.removeprefix(prefix): t for name, t in statistics.items() if name.startswith(prefix)}
+        if scorer not in self.scores:
+            return
+        if scorer.needs_budget:
+            self.observations.setdefault(scorer, []).append(observation)
+        else:
+            self.scores[scorer].append(scorer.score(observation))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
     """A context in memory, whole, with the scores of every scorer that watched. Made by `read`.
 
-    Scores that depend on the budget are made by `cut`, from what their scorer has `seen`, layer by layer.
+    Scores that depend on the budget are made by `cut`, from their scorer's `observations`, layer by layer.
     """
 
     whole: RaggedCache
     first: Observation  # of the first layer
     scores: dict[AbstractScorer, Float[Tensor, "layers batch kv_heads tokens"]]
-    seen: dict[AbstractScorer, list[Observation]]
+    observations: dict[AbstractScorer, list[Observation]]
     before: int = 0  # tokens that were read before the last piece
 
     def cut(self, method: str | Method, keep: float | str | Keep) -> RaggedCache:
         """The cache that `compress` makes of this context. Raises BadInput if the scorer did not watch."""
-        seen, keep = self.whole.view, parse_keep(keep)
-        method = Method.parse(method).for_model(seen.shape, seen.config_hash)
-        if method.scorer not in self.scores and method.scorer not in self.seen:
-            watched = ", ".join(type(scorer).__name__ for scorer in (*self.scores, *self.seen))
+        model_view, keep = self.whole.view, parse_keep(keep)
+        method = Method.parse(method).for_model(model_view.shape, model_view.config_hash)
+        if method.scorer not in self.scores and method.scorer not in self.observations:
+            watched = ", ".join(type(scorer).__name__ for scorer in (*self.scores, *self.observations))
             raise BadInput(f"{type(method.scorer).__name__} did not watch this reading; {watched} did.")
-        shape, layers = seen.shape, self.whole.frozen_layers
+        shape, layers = model_view.shape, self.whole.frozen_layers
         plan = make_plan(
             method,
             keep,
@@ -118,14 +91,14 @@ class Reading:
         ]
         provenance = {"method": method.provenance(), "keep": str(keep)}
         value = self.whole.kept.with_segments(segments, provenance=provenance)
-        cache = RaggedCache.of(seen, value, kernel=layers[0].kernel)
+        cache = RaggedCache.of(model_view, value, kernel=layers[0].kernel)
         cache.meter = self._as_if_compressed(cache.layers, whole_first=defers(method))
         return cache
 
     def _scores(self, scorer: AbstractScorer, totals: tuple[int, ...]) -> Float[Tensor, "layers batch kv_heads tokens"]:
         if scorer in self.scores:
             return self.scores[scorer]
-        return torch.stack([scorer.score(replace(seen, totals=totals)) for seen in self.seen[scorer]])
+        return torch.stack([scorer.score(replace(layer, totals=totals)) for layer in self.observations[scorer]])
 
     def _as_if_compressed(self, cut: Sequence[Any], whole_first: bool) -> Meter:
         """What `compress` would have held: each layer whole, then with what is copied out of it, then that alone."""
@@ -173,22 +146,24 @@ def read(
             raise BadInput(
                 f"{type(scorer).__name__} reads the context twice and cannot watch with others: read it alone."
             )
-    seen = view(model)
-    scorers = [scorer.resolve(seen.shape, seen.config_hash) for scorer in scorers]
-    watchers = _Watchers(scorers=tuple(dict.fromkeys(scorers)))
+    model_view = view(model)
+    watching = _Watching([scorer.resolve(model_view.shape, model_view.config_hash) for scorer in scorers])
     whole = compress(
-        seen,
+        model_view,
         input_ids,
-        Method(scorer=watchers, allocator=Uniform()),
+        Method(scorer=Streaming(), allocator=Uniform()),  # any will do: everything is kept
         keep=1.0,
         attention_mask=attention_mask,
         prefill_chunk_size=prefill_chunk_size,
         progress=progress,
+        listeners=[watching],
     )
-    scores = {scorer: torch.stack(layers) for scorer, layers in watchers.scores.items()}
+    scores = {scorer: torch.stack(layers) for scorer, layers in watching.scores.items() if layers}
     length = input_ids.shape[1]
     before = (length - 1) // (prefill_chunk_size or length) * (prefill_chunk_size or length)
-    return Reading(whole=whole, first=watchers.first[0], scores=scores, seen=watchers.seen, before=before)
+    return Reading(
+        whole=whole, first=watching.first[0], scores=scores, observations=watching.observations, before=before
+    )
 
 
 def _subset(whole: Segments, kept: Tensor, valid: Tensor) -> Segments:

@@ -14,7 +14,6 @@ docs/decisions.md.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.cache.cache import RaggedCache
+from headwise.cache.listener import Listener
 from headwise.cache.reading import Reading
 from headwise.cache.whole import require_whole, states_of
 from headwise.interfaces import AbstractScorer, Observation
-from headwise.kernels import Kernel
-from headwise.kernels.segments import Segments
 from headwise.methods.allocate import Global
 from headwise.methods.method import Method
 from headwise.methods.registry import ORACLE
@@ -82,36 +80,37 @@ def squared_attention(
     BadInput unless the cache holds one context, all of it.
     """
     require_whole(whole)
-    keys = [states_of(whole, layer)[0] for layer in range(len(whole.ragged_layers))]
-    found = [torch.zeros(layer.shape[:2], dtype=torch.float32, device=layer.device) for layer in keys]
+    paid = _SquaredAttention([states_of(whole, layer)[0] for layer in range(len(whole.ragged_layers))])
     for question, answer in zip(questions, answers, strict=True):
         ids, cache = torch.cat([question, answer[:-1]])[None], whole.fork()
         positions = whole.get_seq_length() + torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)[None]
-        for layer in cache.ragged_layers:
-            layer.kernel = partial(_noted, found[layer.index], keys[layer.index], layer.kernel)
+        cache.listen(paid)
         model(input_ids=ids, position_ids=positions, **given(model, cache), use_cache=True, logits_to_keep=1)
-    return torch.stack(found)
+    return torch.stack(paid.sums)
 
 
-def _noted(
-    paid: Float[Tensor, "kv_heads tokens"],
-    keys: Float[Tensor, "kv_heads tokens head_dim"],
-    kernel: Kernel,
-    query: Float[Tensor, "one kv_heads group queries head_dim"],
-    segments: Segments,
-    rows: Tensor,
-    tail_keys: Float[Tensor, "one kv_heads queries head_dim"],
-    tail_values: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    """Stands before a layer's kernel; adds to `paid` what the queries pay the entries of the context."""
-    num_context, num_queries = keys.shape[1], query.shape[3]
-    every = torch.cat([keys[None], tail_keys], dim=2)
-    columns = torch.arange(every.shape[2], dtype=torch.int64, device=query.device)
-    for start in range(0, num_queries, _QUERY_BLOCK):
-        block = query[:, :, :, start : start + _QUERY_BLOCK]
-        last = num_context + start + torch.arange(block.shape[3], dtype=torch.int64, device=query.device)
-        weights = attention(block.flatten(1, 2), every, (columns <= last[:, None])[None], scaling=scaling)
-        paid += weights[0, ..., :num_context].square().sum((1, 2))
-    return kernel(query, segments, rows, tail_keys, tail_values, mask, scaling)
+class _SquaredAttention(Listener):
+    """Adds up what the queries pay the entries of a wholly kept context, layer by layer."""
+
+    def __init__(self, keys: Sequence[Float[Tensor, "kv_heads tokens head_dim"]]):
+        self.keys = keys
+        self.sums = [torch.zeros(layer.shape[:2], dtype=torch.float32, device=layer.device) for layer in keys]
+
+    def attends(
+        self,
+        layer: int,
+        query: Tensor,
+        tail_keys: Tensor,
+        tail_values: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+    ) -> None:
+        """Of one sequence, whose tail is what the queries are of."""
+        num_context, num_queries = self.keys[layer].shape[1], query.shape[3]
+        every = torch.cat([self.keys[layer][None], tail_keys], dim=2)
+        columns = torch.arange(every.shape[2], dtype=torch.int64, device=query.device)
+        for start in range(0, num_queries, _QUERY_BLOCK):
+            block = query[:, :, :, start : start + _QUERY_BLOCK]
+            last = num_context + start + torch.arange(block.shape[3], dtype=torch.int64, device=query.device)
+            weights = attention(block.flatten(1, 2), every, (columns <= last[:, None])[None], scaling=scaling)
+            self.sums[layer] += weights[0, ..., :num_context].square().sum((1, 2))

@@ -19,8 +19,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from headwise.errors import BadInput, UnsupportedGeneration
 
 
-class Listener(ABC):
-    """A cache that wants to be told."""
+class PassAware(ABC):
+    """A cache that must know when a forward pass begins and ends."""
 
     @abstractmethod
     def begin(self, ids: Tensor | None, mask: Tensor | None, num_tokens: int) -> None:
@@ -151,9 +151,9 @@ def _arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     return dict(zip(_parameters(type(module)), args, strict=False)) | dict(kwargs) if args else kwargs
 
 
-def _cache_in(given: Mapping[str, Any]) -> Listener | None:
+def _cache_in(given: Mapping[str, Any]) -> PassAware | None:
     cache = given.get("cache", given.get("past_key_values"))  # from transformers 5.24 on, and before
-    return cache if isinstance(cache, Listener) else None
+    return cache if isinstance(cache, PassAware) else None
 
 
 @lru_cache(maxsize=64)

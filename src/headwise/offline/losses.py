@@ -48,7 +48,7 @@ def marginal_utility(
 
 
 class OutputLoss:
-    """Listener: how the output of every head changes with how much it keeps, summed over later queries.
+    """Reader: how the output of every head changes with how much it keeps, summed over later queries.
 
     `order` [layers, kv_heads, tokens] is of `keeping_order`; a curve tells its first `protected` entries one by one.
     Outputs are made at `kept` entries only, closer together where there are few, and the curve is drawn straight

@@ -51,7 +51,7 @@ from headwise.models.processes import Processes
 from headwise.models.room import require_room
 from headwise.offline.calibration import Example, encode
 from headwise.offline.losses import PER_OCTAVE, RANKS, OutputLoss, keeping_order, marginal_utility
-from headwise.offline.watch import Importance, Listener, Sampling, Written, decode, follow
+from headwise.offline.watch import Importance, Reader, Sampling, Written, decode, follow
 from headwise.tasks.seams import following_ids
 
 CURVES = (*LOSSES, "ideal")
@@ -271,23 +271,23 @@ def _futures(
     model: PreTrainedModel,
     lesson: Lesson,
     whole: RaggedCache,
-    listeners: Sequence[Listener],
+    readers: Sequence[Reader],
     settings: Settings,
     tell: Callable[[float], None],
 ) -> Iterator[bool]:
-    """Tell the listeners of all futures; yields after some questions (True) or a text (False)."""
+    """Give the readers all futures; yields after some questions (True) or a text (False)."""
     costs = [len(question) + settings.steps for question in lesson.questions]
     sizes = [len(each.opening) + len(each.text) for each in lesson.texts]
     done, work = lesson.context.shape[1], lesson.context.shape[1] + sum(costs) + sum(sizes)
     tell(done / work)
     if lesson.questions:
         options = {"steps": settings.steps, "sampling": settings.sampling}
-        for answered in decode(model, whole, lesson.questions, listeners, **options):
+        for answered in decode(model, whole, lesson.questions, readers, **options):
             yield True
             done += sum(costs[answered.start : answered.stop])
             tell(done / work)
     for each, size in zip(lesson.texts, sizes, strict=True):
-        follow(model, whole, each.opening, each.text, listeners, queries=settings.queries)
+        follow(model, whole, each.opening, each.text, readers, queries=settings.queries)
         yield False
         done += size
         tell(done / work)

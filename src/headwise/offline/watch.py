@@ -7,7 +7,7 @@ that LU-KV (arXiv 2602.08585) defines; the long-horizon utility of entry j of a 
     I[j] = max over later decoding steps k and the query heads of the group of  A[k, j] * ||v_j W_O||_2
 
 with A the softmax attention over everything in the cache at step k. Only decoding steps count: queries whose output is
-a generated token. The other tokens of a question are no future queries. Queries are gathered and told of some 64 at a
+a generated token. The other tokens of a question are no future queries. Queries are gathered and passed on 64 at a
 time, so attention is never made for the whole context: memory O(context). Ours differs from the authors' code in that
 the last token of the question counts: it decodes the first token of the answer, which in a short answer is where the
 looking up is done.
@@ -15,8 +15,7 @@ looking up is done.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Literal
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -24,14 +23,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.cache.cache import RaggedCache
+from headwise.cache.listener import Listener
 from headwise.cache.whole import require_whole, states_of
 from headwise.errors import BadInput
-from headwise.kernels import Kernel
-from headwise.kernels.segments import Segments
 from headwise.models.families import given
 
-Normalization = Literal["layer", "none"]
-TOLD_AT_ONCE = 64  # queries, at least, unless there are no more
+QUERIES_AT_ONCE = 64  # that readers are given, at least, unless there are no more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +60,7 @@ class Rows:
         return (self.context - whole[..., None]).exp_()
 
 
-Listener = Callable[[Rows], None]
+Reader = Callable[[Rows], None]  # of queries, as they come
 
 
 @torch.no_grad()
@@ -71,7 +68,7 @@ def decode(
     model: PreTrainedModel,
     whole: RaggedCache,
     questions: Sequence[Int[Tensor, " _"]],
-    listeners: Sequence[Listener],
+    readers: Sequence[Reader],
     *,
     steps: int = 64,
     sampling: Sampling | None = None,
@@ -80,7 +77,7 @@ def decode(
     """Answer the questions from a wholly kept context, some at a time; yields which ones were just answered.
 
     Each question is read, then up to `steps` tokens are decoded (fewer where the model ends its answer); only those
-    steps are told. Raises BadInput.
+    steps count. Raises BadInput.
     """
     if steps < 1 or not questions or any(len(q) == 0 for q in questions):
         raise BadInput("the oracle needs at least one step and one question, and no question may be empty.")
@@ -89,7 +86,7 @@ def decode(
     generator = torch.Generator().manual_seed(sampling.seed)
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        recorder = _Recorder(listeners, len(batch), whole)
+        recorder = _Recorder(readers, len(batch), whole)
         _decode(model, whole, recorder, batch, steps, sampling, generator)
         yield range(start, start + len(batch))
 
@@ -114,13 +111,13 @@ def follow(
     whole: RaggedCache,
     opening: Int[Tensor, " _"],
     text: Int[Tensor, " _"],
-    listeners: Sequence[Listener],
+    readers: Sequence[Reader],
     *,
     queries: int,
 ) -> None:
     """Let the model read `opening` and then `text` after a wholly kept context, in one pass.
 
-    Listeners are told of so many queries, evenly spread over those that a token of the text is predicted from. Raises
+    Readers are given so many queries, evenly spread over those that a token of the text is predicted from. Raises
     BadInput.
     """
     require_whole(whole)
@@ -128,36 +125,14 @@ def follow(
     first = max(len(opening) - 1, 0)
     if queries < 1 or ids.shape[1] <= first:
         raise BadInput("a text that follows needs at least two tokens, and at least one of them must be looked at.")
-    recorder, cache = _Recorder(listeners, 1, whole), whole.fork()
-    recorder.listen(cache)
+    recorder, cache = _Recorder(readers, 1, whole), whole.fork()
+    cache.listen(recorder)
     spread = torch.linspace(
         first, ids.shape[1] - 1, min(queries, ids.shape[1] - first), dtype=torch.float64, device="cpu"
     )
     recorder.recording = spread.round().long().tolist()
     _forward(model, cache, ids, ids.new_ones(1, whole.get_seq_length() + ids.shape[1]))
-    recorder.tell()
-
-
-def entry_importance(
-    model: PreTrainedModel,
-    whole: RaggedCache,
-    questions: Sequence[Int[Tensor, " _"]],
-    *,
-    steps: int = 64,
-    normalization: Normalization = "layer",
-    sampling: Sampling | None = None,
-    batch_size: int = 8,
-) -> Float[Tensor, "questions layers kv_heads tokens"]:
-    """Importance of every entry of a wholly kept context for every question, float32.
-
-    "layer" divides ||v W_O|| by its sum over the layer, as the authors' code does; "none" is the formula of the paper.
-    Raises BadInput.
-    """
-    require_whole(whole)
-    importance = Importance(whole)
-    answered = decode(model, whole, questions, [importance], steps=steps, sampling=sampling, batch_size=batch_size)
-    found = torch.cat([importance.take() for _ in answered])
-    return found / importance.scale[:, None, None] if normalization == "layer" else found
+    recorder.finish()
 
 
 class Written:
@@ -169,7 +144,7 @@ class Written:
     def __init__(self, whole: RaggedCache):
         self.whole = whole
         self._factors: dict[int, Tensor] = {}
-        self._last: tuple[int, Tensor] | None = None  # listeners ask for the same layer one after the other
+        self._last: tuple[int, Tensor] | None = None  # readers ask for the same layer one after the other
 
     def values(self, layer: int) -> Float[Tensor, "kv_heads group tokens head_dim"]:
         """Of every entry. float32."""
@@ -189,7 +164,7 @@ class Written:
 
 
 class Importance:
-    """Listener: the importance of every entry for each question of the batch at hand, not normalised.
+    """Reader: the importance of every entry for each question of the batch at hand, not normalised.
 
     `scale` [layers] is what "layer" normalisation divides by: the sum of ||v W_O|| over a layer's heads and entries.
     """
@@ -216,8 +191,8 @@ class Importance:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Heard:
-    """Queries of one pass that wait to be told."""
+class _Gathered:
+    """Queries of one pass that wait for others."""
 
     queries: Float[Tensor, "kv_heads group rows head_dim"]  # scaled
     tail: Float[Tensor, "kv_heads group rows"]
@@ -225,75 +200,68 @@ class _Heard:
     question: Int[Tensor, " rows"]
 
 
-class _Recorder:
-    """Stands before the kernel of every layer, gathers queries, and tells the listeners of many at a time."""
+class _Recorder(Listener):
+    """Hears the queries of every layer, gathers them, and gives the readers many at a time."""
 
-    def __init__(self, listeners: Sequence[Listener], num_questions: int, whole: RaggedCache):
-        self.listeners, self.whole = listeners, whole
+    def __init__(self, readers: Sequence[Reader], num_questions: int, whole: RaggedCache):
+        self.readers, self.whole = readers, whole
         self.answering = torch.ones(num_questions, dtype=torch.bool, device=states_of(whole, 0)[0].device)
         self.recording: Sequence[int] = ()  # which queries of a pass count
-        self._waiting: dict[int, list[_Heard]] = {}  # by layer
+        self._waiting: dict[int, list[_Gathered]] = {}  # by layer
 
-    def listen(self, cache: RaggedCache) -> None:
-        """Have every layer of `cache` tell us its queries before it computes its attention."""
-        for layer in cache.ragged_layers:
-            layer.kernel = partial(self._attend, layer.index, layer.kernel)
-
-    def tell(self) -> None:
-        """Tell the listeners of all that wait."""
-        for layer in list(self._waiting):
-            self._tell(layer)
-
-    def _attend(
+    def attends(
         self,
         layer: int,
-        kernel: Kernel,
         query: Tensor,
-        segments: Segments,
-        rows: Tensor,
         tail_keys: Tensor,
         tail_values: Tensor,
         mask: Tensor | None,
         scaling: float,
-    ) -> Tensor:
-        if len(self.recording) and self.listeners:
-            at = torch.tensor(self.recording, dtype=torch.int64, device=query.device)
-            now = query[:, :, :, at].float() * scaling
-            logits = torch.einsum("bhgtd,bhnd->bhgtn", now, tail_keys.float())
-            if mask is not None:
-                logits = logits.masked_fill(~mask[:, None, None, at], -torch.inf)
-            output = torch.einsum("bhgtn,bhnd->bhgtd", logits.softmax(-1), tail_values.float())
-            question = torch.arange(len(query), dtype=torch.int64, device=query.device)[:, None].expand(-1, len(at))
-            chosen = self.answering.nonzero()[:, 0]
-            heard = self._waiting.setdefault(layer, [])
-            heard.append(
-                _Heard(
-                    queries=_as_rows(now[chosen]),
-                    tail=_as_rows(logits[chosen].logsumexp(-1, keepdim=True))[..., 0],
-                    tail_output=_as_rows(output[chosen]),
-                    question=question[chosen].flatten(),
-                )
+    ) -> None:
+        """Gather those queries of the pass that count."""
+        if not len(self.recording) or not self.readers:
+            return
+        at = torch.tensor(self.recording, dtype=torch.int64, device=query.device)
+        now = query[:, :, :, at].float() * scaling
+        logits = torch.einsum("bhgtd,bhnd->bhgtn", now, tail_keys.float())
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None, None, at], -torch.inf)
+        output = torch.einsum("bhgtn,bhnd->bhgtd", logits.softmax(-1), tail_values.float())
+        question = torch.arange(len(query), dtype=torch.int64, device=query.device)[:, None].expand(-1, len(at))
+        chosen = self.answering.nonzero()[:, 0]
+        waiting = self._waiting.setdefault(layer, [])
+        waiting.append(
+            _Gathered(
+                queries=_as_rows(now[chosen]),
+                tail=_as_rows(logits[chosen].logsumexp(-1, keepdim=True))[..., 0],
+                tail_output=_as_rows(output[chosen]),
+                question=question[chosen].flatten(),
             )
-            if sum(len(h.question) for h in heard) >= TOLD_AT_ONCE:
-                self._tell(layer)
-        return kernel(query, segments, rows, tail_keys, tail_values, mask, scaling)
+        )
+        if sum(len(part.question) for part in waiting) >= QUERIES_AT_ONCE:
+            self._pass_on(layer)
 
-    def _tell(self, layer: int) -> None:
-        heard = self._waiting.pop(layer)
+    def finish(self) -> None:
+        """Give the readers what still waits."""
+        for layer in list(self._waiting):
+            self._pass_on(layer)
+
+    def _pass_on(self, layer: int) -> None:
+        waiting = self._waiting.pop(layer)
         keys = states_of(self.whole, layer)[0].float()
         rows = Rows(
             layer=layer,
-            context=torch.cat([h.queries for h in heard], dim=2) @ keys[:, None].mT,
-            tail=torch.cat([h.tail for h in heard], dim=2),
-            tail_output=torch.cat([h.tail_output for h in heard], dim=2),
-            question=torch.cat([h.question for h in heard]),
+            context=torch.cat([part.queries for part in waiting], dim=2) @ keys[:, None].mT,
+            tail=torch.cat([part.tail for part in waiting], dim=2),
+            tail_output=torch.cat([part.tail_output for part in waiting], dim=2),
+            question=torch.cat([part.question for part in waiting]),
         )
-        for listener in self.listeners:
-            listener(rows)
+        for reader in self.readers:
+            reader(rows)
 
 
-def _as_rows(found: Float[Tensor, "batch kv_heads group some size"]) -> Float[Tensor, "kv_heads group rows size"]:
-    return found.permute(1, 2, 0, 3, 4).flatten(2, 3)
+def _as_rows(batch: Float[Tensor, "batch kv_heads group some size"]) -> Float[Tensor, "kv_heads group rows size"]:
+    return batch.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 def _decode(
@@ -313,7 +281,7 @@ def _decode(
         ids[row, longest - len(question) :] = question
         mask[row, seen : seen + longest - len(question)] = 0
     cache, ends = whole.fork(copies=len(questions)), _end_tokens(model, ids.device)
-    recorder.listen(cache)
+    cache.listen(recorder)
     if longest > 1:
         _forward(model, cache, ids[:, :-1], mask[:, :-1])
     recorder.recording, ids, said = (0,), ids[:, -1:], []
@@ -326,7 +294,7 @@ def _decode(
         if not bool(recorder.answering.any()):
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-    recorder.tell()
+    recorder.finish()
     return [row[:length] for row, length in zip(torch.cat(said, dim=-1), lengths.tolist(), strict=True)]
 
 

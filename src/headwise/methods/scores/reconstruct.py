@@ -135,17 +135,13 @@ class KVzip(AbstractScorer):
         return self if self.instruction else replace(self, instruction=follow(INSTRUCTION))
 
     def accumulate(self, statistics: Statistics, chunk: Chunk) -> Statistics:
-        """During a replay, record the attention on context tokens `replay_start` to `replay_end`.
-
-        The chunk's keys are the context's followed by the replay's, and its offset is the context's length. Ordinary
-        prefill (no `replay_start`) leaves the statistics as they are.
-        """
-        if "replay_start" not in statistics:
+        """Record the attention that a replay pays the tokens it repeats; the first reading leaves no trace."""
+        if chunk.repeats is None:
             return statistics
-        start, end = int(statistics["replay_start"]), int(statistics["replay_end"])
+        start, end = chunk.repeats
         received = statistics.get("received", chunk.keys.new_zeros(*chunk.keys.shape[:2], chunk.offset).float()).clone()
         received[..., start:end] = self._join(received[..., start:end], self._replay_attention(chunk, start, end))
-        return {**statistics, "received": received}
+        return {"received": received}
 
     def _join(self, one: Tensor, other: Tensor) -> Tensor:
         """What two groups of queries pay together."""
