@@ -150,7 +150,7 @@ def read_budget(path: Path) -> None:
     budget = Budget.load(path)
     finite(budget.ratios, budget.fractions, *budget.hull.values(), *budget.evidence.values())
     seen = budget.origin.shape
-    demand = Demand(shape=seen, tokens=(60,), totals=(20 * seen.num_heads,), floors=(1,))
+    demand = Demand(shape=seen, tokens=(60,), totals=(20 * seen.num_heads,), floors=(1,), protected=(0,))
     assert int(Fixed(budget=budget).counts(demand).sum()) == demand.totals[0]
     if budget.hull:
         candidates, layers = torch.ones(1, 60, dtype=torch.bool), range(len(seen.layers))

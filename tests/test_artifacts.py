@@ -229,8 +229,8 @@ def whole_heads(table, ratio, *, tokens=1000, sink=10, recent=20):
     """Counts [L * H] for a demand that leaves room for `ratio` of the heads kept whole."""
     heads, floor = table.origin.shape.num_heads, sink + recent
     total = round(ratio * heads) * (tokens - floor) + heads * floor
-    demand = Demand(shape=table.origin.shape, tokens=(tokens,), totals=(total,), floors=(floor,))
-    return Fixed(budget=table).counts(demand)[0].flatten().tolist()
+    demand = Demand(shape=table.origin.shape, tokens=(tokens,), totals=(total,), floors=(floor,), protected=(0,))
+    return Fixed(budget=table).counts(demand)[:, 0].flatten().tolist()
 
 
 def test_duo_heads_are_whole_or_streaming_by_alpha(tmp_path):
@@ -246,8 +246,8 @@ def test_duo_heads_are_whole_or_streaming_by_alpha(tmp_path):
 def test_duo_fills_one_more_head_in_part_when_the_total_asks_for_it(tmp_path):
     shape = replace(SHAPE, num_layers=2, layers=(0, 1))
     table = Budget.from_duo_attention(duo_table(tmp_path, [[0.9, 0.1], [0.5, 0.6]]), shape=shape)
-    demand = Demand(shape=shape, tokens=(1000,), totals=(1500,), floors=(30,))
-    assert Fixed(budget=table).counts(demand)[0].flatten().tolist() == [1000, 30, 30, 440]
+    demand = Demand(shape=shape, tokens=(1000,), totals=(1500,), floors=(30,), protected=(0,))
+    assert Fixed(budget=table).counts(demand)[:, 0].flatten().tolist() == [1000, 30, 30, 440]
 
 
 def test_duo_ties_and_clipped_alphas_go_by_layer_and_head(tmp_path):

@@ -153,6 +153,7 @@ class Demand:
     tokens: tuple[int, ...]  # context length of each row, padding excluded
     totals: tuple[int, ...]  # entries to keep over all L * H heads
     floors: tuple[int, ...]  # entries every head must keep: at least one, and the protected ones where they are a floor
+    protected: tuple[int, ...]  # tokens of each row that are protected
     summary: Float[Tensor, "batch width"] | None = None  # what the allocator's `summarise` said of the context
 
 
@@ -207,3 +208,21 @@ class AbstractAllocator(ABC):
         `candidates` are the tokens that are neither padding nor protected. Over all layers and heads the counts of a
         row sum to its total exactly; none is below the floor or above the row's tokens.
         """
+
+
+class StaticAllocator(AbstractAllocator):
+    """Counts that depend on a context's length, and on its `summary`, but on no scores. A server can plan with them."""
+
+    @abstractmethod
+    def counts(self, demand: Demand) -> Int[Tensor, "layers batch kv_heads"]:
+        """The whole table, on the CPU, protected entries included. It must hold what `allocate` promises."""
+
+    def allocate(
+        self,
+        scores: Float[Tensor, "layers batch kv_heads tokens"],
+        candidates: Bool[Tensor, "batch tokens"],
+        layers: Sequence[int],
+        demand: Demand,
+    ) -> Int[Tensor, "layers batch kv_heads"]:
+        """Their rows of the table, whatever the scores."""
+        return self.counts(demand)[list(layers)].to(scores.device)

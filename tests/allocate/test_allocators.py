@@ -64,8 +64,10 @@ def build(request):
     shape = ModelShape(num_layers=num_layers + 1, layers=layers, kv_heads=heads, query_heads=heads, head_dim=8)
     valid = torch.arange(size) >= size - torch.tensor(tokens)[:, None]
     scores = torch.randn(num_layers, len(tokens), heads, size, generator=torch.Generator().manual_seed(seed))
-    demand = Demand(shape=shape, tokens=tokens, totals=totals, floors=floors)
-    return scores, valid & ~protected_mask(valid, *protection), demand
+    protected = protected_mask(valid, *protection)
+    num_protected = tuple(protected.sum(-1).tolist())
+    demand = Demand(shape=shape, tokens=tokens, totals=totals, floors=floors, protected=num_protected)
+    return scores, valid & ~protected, demand
 
 
 def allocate(allocator, scores, candidates, demand):
@@ -132,7 +134,7 @@ def test_padding_does_not_matter(make, request):
 @EVERY
 def test_a_budget_below_the_floors_is_refused(make):
     shape = ModelShape(num_layers=2, layers=(0, 1), kv_heads=2, query_heads=2, head_dim=8)
-    demand = Demand(shape=shape, tokens=(16,), totals=(15,), floors=(4,))
+    demand = Demand(shape=shape, tokens=(16,), totals=(15,), floors=(4,), protected=(0,))
     with pytest.raises(BudgetInfeasible, match=r"smallest keep that works is 0\.25"):
         allocate(make(shape), torch.rand(2, 1, 2, 16), torch.ones(1, 16, dtype=torch.bool), demand)
 

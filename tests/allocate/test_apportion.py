@@ -118,7 +118,7 @@ def test_even_shares_are_exact_level_and_nested(total, parts):
 
 def demand(totals, floors, tokens=(512,)):
     shape = ModelShape(num_layers=2, layers=(0, 1), kv_heads=4, query_heads=8, head_dim=16)
-    return Demand(shape=shape, tokens=tokens, totals=totals, floors=floors)
+    return Demand(shape=shape, tokens=tokens, totals=totals, floors=floors, protected=(0,) * len(tokens))
 
 
 def test_an_infeasible_demand_names_the_smallest_keep_that_works():

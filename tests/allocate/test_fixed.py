@@ -21,8 +21,8 @@ def budget(rows, ratios, shape=SHAPE):
 
 
 def counts(table, *, tokens, total, floor=1):
-    demand = Demand(shape=table.origin.shape, tokens=(tokens,), totals=(total,), floors=(floor,))
-    return Fixed(budget=table).counts(demand)[0].flatten().tolist()
+    demand = Demand(shape=table.origin.shape, tokens=(tokens,), totals=(total,), floors=(floor,), protected=(0,))
+    return Fixed(budget=table).counts(demand)[:, 0].flatten().tolist()
 
 
 TABLE = budget([[0.1, 0.1, 0.1, 0.5], [0.2, 0.4, 0.4, 1.0]], [0.2, 0.5])
@@ -56,16 +56,16 @@ def test_a_table_whose_rows_miss_their_ratios_still_meets_the_total():
 
 
 def test_layers_asked_one_by_one_are_rows_of_one_table():
-    demand = Demand(shape=SHAPE, tokens=(100, 37), totals=(81, 75), floors=(1, 5))
+    demand = Demand(shape=SHAPE, tokens=(100, 37), totals=(81, 75), floors=(1, 5), protected=(0, 0))
     allocator = Fixed(budget=TABLE)
     scores, candidates = torch.zeros(1, 2, 2, 100), torch.ones(2, 100, dtype=torch.bool)
     layers = [allocator.allocate(scores, candidates, [at], demand) for at in range(2)]
-    assert torch.cat(layers).equal(allocator.counts(demand).transpose(0, 1))
+    assert torch.cat(layers).equal(allocator.counts(demand))
 
 
 def test_a_budget_of_another_model_is_refused_naming_both():
     other = ModelShape(num_layers=3, layers=(0, 1, 2), kv_heads=2, query_heads=4, head_dim=8)
-    demand = Demand(shape=other, tokens=(10,), totals=(30,), floors=(1,))
+    demand = Demand(shape=other, tokens=(10,), totals=(30,), floors=(1,), protected=(0,))
     with pytest.raises(ArtifactMismatch, match=r"m with 2 layers of 2 KV heads; this model has 3 layers of 2 KV heads"):
         Fixed(budget=TABLE).counts(demand)
 

@@ -15,7 +15,7 @@ def model(num_layers, kv_heads):
 
 
 def one_row(shape, *, tokens, total, floor=1):
-    return Demand(shape=shape, tokens=(tokens,), totals=(total,), floors=(floor,))
+    return Demand(shape=shape, tokens=(tokens,), totals=(total,), floors=(floor,), protected=(0,))
 
 
 def counts_by_layer(allocator, demand):

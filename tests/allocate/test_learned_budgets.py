@@ -32,7 +32,14 @@ def counts(allocator, tokens, totals, floors=None, layers=(0, 1, 2), summary=Non
     """[layers, batch, heads], asked layer by layer as the flow does."""
     size, batch = max(tokens), len(tokens)
     floors = tuple(floors or (1,) * batch)
-    demand = Demand(shape=SHAPE, tokens=tuple(tokens), totals=tuple(totals), floors=floors, summary=summary)
+    demand = Demand(
+        shape=SHAPE,
+        tokens=tuple(tokens),
+        totals=tuple(totals),
+        floors=floors,
+        protected=(0,) * batch,
+        summary=summary,
+    )
     scores, candidates = torch.zeros(1, batch, 2, size), torch.ones(batch, size, dtype=torch.bool)
     return torch.cat([allocator.allocate(scores, candidates, [layer], demand) for layer in layers])
 
@@ -90,7 +97,7 @@ def test_infeasible_totals_and_other_shapes_are_refused():
         counts(BUDGETS, [100], [601])
     with pytest.raises(BudgetInfeasible, match="every head needs 1 of 100"):
         counts(BUDGETS, [100], [5])
-    demand = Demand(shape=replace(SHAPE, kv_heads=1), tokens=(9,), totals=(9,), floors=(1,))
+    demand = Demand(shape=replace(SHAPE, kv_heads=1), tokens=(9,), totals=(9,), floors=(1,), protected=(0,))
     with pytest.raises(ArtifactMismatch, match="layers of 1 KV heads"):
         BUDGETS.allocate(torch.zeros(1, 1, 1, 9), torch.ones(1, 9, dtype=torch.bool), [0], demand)
 

@@ -68,13 +68,15 @@ def counts(allocator, tokens, totals, *, size=None, hard=False):
     """Counts [L, B, H] of a left-padded batch, asked layer by layer; if hard, protection is a floor."""
     size = size or max(tokens)
     valid, origin = torch.arange(size) >= size - torch.tensor(tokens)[:, None], allocator.budget.origin
+    protected = protected_mask(valid, origin.sink, origin.window)
     demand = Demand(
         shape=origin.shape,
         tokens=tuple(tokens),
         totals=tuple(totals),
         floors=tuple(max(1, min(length, origin.sink + origin.window) * hard) for length in tokens),
+        protected=tuple(protected.sum(-1).tolist()),
     )
-    candidates = valid & ~protected_mask(valid, origin.sink, origin.window)
+    candidates = valid & ~protected
     scores = torch.zeros(1, len(tokens), 2, size)
     return torch.cat([allocator.allocate(scores, candidates, [at], demand) for at in range(len(demand.shape.layers))])
 
@@ -296,7 +298,7 @@ def test_a_budget_without_hulls_is_refused():
 
 
 def test_a_demand_of_another_shape_is_refused():
-    demand = Demand(shape=replace(SHAPE, kv_heads=1), tokens=(9,), totals=(9,), floors=(1,))
+    demand = Demand(shape=replace(SHAPE, kv_heads=1), tokens=(9,), totals=(9,), floors=(1,), protected=(0,))
     with pytest.raises(ArtifactMismatch, match="3 layers of 1 KV heads"):
         LUKV(budget=budget()).allocate(torch.zeros(1, 1, 1, 9), torch.ones(1, 9, dtype=torch.bool), [0], demand)
 
@@ -331,7 +333,7 @@ def test_a_shipped_budget_is_found_by_scorer_and_model(tmp_path, monkeypatch):
 
 
 def test_an_unresolved_shipped_budget_allocates_nothing():
-    demand = Demand(shape=SHAPE, tokens=(9,), totals=(9,), floors=(1,))
+    demand = Demand(shape=SHAPE, tokens=(9,), totals=(9,), floors=(1,), protected=(0,))
     with pytest.raises(BadInput, match="must be resolved"):
         ShippedLUKV().allocate(torch.zeros(1, 1, 2, 9), torch.ones(1, 9, dtype=torch.bool), [0], demand)
 

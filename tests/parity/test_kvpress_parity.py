@@ -134,8 +134,14 @@ def kept_by_kvpress(recording: Recording, name: str, tokens: int) -> Iterator[tu
 
 def demand_of(observation: Observation, scorer: AbstractScorer) -> Demand:
     batch, _, tokens, _ = observation.keys.shape
-    floor = max(1, scorer.sink + scorer.window)
-    return Demand(shape=SHAPE, tokens=(tokens,) * batch, totals=observation.totals, floors=(floor,) * batch)
+    protected = scorer.sink + scorer.window
+    return Demand(
+        shape=SHAPE,
+        tokens=(tokens,) * batch,
+        totals=observation.totals,
+        floors=(max(1, protected),) * batch,
+        protected=(protected,) * batch,
+    )
 
 
 def assert_scores_equal(found: Tensor, expected: Tensor, candidates: Tensor) -> None:
@@ -195,7 +201,7 @@ def test_pyramid(recording: Recording, case: str, tokens: int) -> None:
     allocator, floor = Pyramid(uniform_fallback=True), CASES[case][1].window
     for ratio, expected in zip(recording["ratios"], recording[f"{case}/pyramid/{tokens}"], strict=True):
         total = round(tokens * (1 - float(ratio)) * SHAPE.num_heads)
-        demand = Demand(shape=SHAPE, tokens=(tokens,), totals=(total,), floors=(floor,))
+        demand = Demand(shape=SHAPE, tokens=(tokens,), totals=(total,), floors=(floor,), protected=(floor,))
         scores, candidates = torch.zeros(5, 1, 2, tokens), torch.ones(1, tokens, dtype=torch.bool)
         counts = allocator.allocate(scores, candidates, SHAPE.layers, demand)
         assert (counts[:, 0] - torch.from_numpy(expected).unsqueeze(-1)).abs().max() <= 1

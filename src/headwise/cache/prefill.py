@@ -19,7 +19,7 @@ from headwise.cache.layer import FillingLayer, FrozenLayer, RaggedLayer
 from headwise.cache.listener import Listener
 from headwise.cache.masks import require_causal, require_left_padding, tokens_of
 from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch, UnsupportedGeneration
-from headwise.interfaces import AbstractScorer, Chunk, Demand, Observation, Replay, Statistics
+from headwise.interfaces import AbstractScorer, Chunk, Demand, Observation, Replay, StaticAllocator, Statistics
 from headwise.methods.allocate.apportion import require_feasible
 from headwise.methods.keep import Keep
 from headwise.methods.method import Method
@@ -38,10 +38,13 @@ class Plan:
     order: Int[Tensor, "batch tokens"] | None  # of the protected tokens, where a head may keep fewer of them
     demand: Demand
     spared: bool  # whether a row is kept whole, because it has no more tokens than every head must keep
+    table: Int[Tensor, "layers batch kv_heads"] | None = None  # all counts, where no scores are needed for them
 
     def summarised(self, method: Method, first: Observation) -> "Plan":
-        """With what the method's allocator wants to know of the first layer."""
-        return replace(self, demand=replace(self.demand, summary=method.allocator.summarise(first)))
+        """With what the method's allocator wants to know of the first layer, and its counts if it needs no more."""
+        demand = replace(self.demand, summary=method.allocator.summarise(first))
+        static = isinstance(method.allocator, StaticAllocator)
+        return replace(self, demand=demand, table=method.allocator.counts(demand) if static else None)
 
 
 @dataclass(kw_only=True)
@@ -325,11 +328,14 @@ def make_plan(
     if min(tokens) == 0:
         raise BadInput("a context is empty: every row needs at least one token that is not padding.")
     protected = protected_mask(valid, method.sink, method.window)
-    floors = [max(1, n * method.keeps_protected) for n in protected.sum(-1).tolist()]
+    num_protected = tuple(protected.sum(-1).tolist())
+    floors = [max(1, n * method.keeps_protected) for n in num_protected]
     asked = keep.entries(shape=shape, tokens=tokens, entry_bytes=entry_bytes)
     # No keep but everything would suit a context (a short turn of a chat) that has nothing to evict.
     totals = [shape.num_heads * n if n <= floor else a for n, floor, a in zip(tokens, floors, asked, strict=True)]
-    demand = Demand(shape=shape, tokens=tuple(tokens), totals=tuple(totals), floors=tuple(floors))
+    demand = Demand(
+        shape=shape, tokens=tuple(tokens), totals=tuple(totals), floors=tuple(floors), protected=num_protected
+    )
     require_feasible(demand, keep)
     order = None if method.keeps_protected else protection_order(valid, method.sink, method.window)
     spared = totals != asked
@@ -348,7 +354,10 @@ def keep_entries(
     if tuple(scores.shape) != expected:
         name = type(method.scorer).__name__
         raise ShapeMismatch(f"{name} gave scores {tuple(scores.shape)}; expected [L, B, H, N] = {expected}.")
-    counts = method.allocator.allocate(scores, plan.valid & ~plan.protected, layers, demand)
+    if plan.table is None:
+        counts = method.allocator.allocate(scores, plan.valid & ~plan.protected, layers, demand)
+    else:
+        counts = plan.table[list(layers)].to(scores.device)
     return [select(s, c, plan.valid, plan.protected, plan.order) for s, c in zip(scores, counts, strict=True)]
 
 

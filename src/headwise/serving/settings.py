@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from headwise.artifacts.origin import config_hash
 from headwise.cache.prefill import make_plan
 from headwise.errors import BadInput, UnsupportedModel
+from headwise.interfaces import StaticAllocator
 from headwise.methods.allocate import Global, learned_budgets
 from headwise.methods.keep import MOST_TOKENS, Keep, parse_keep
 from headwise.methods.method import ALLOCATORS, SCORERS, Entry, Method, entries_of
@@ -141,7 +142,10 @@ def require_servable(method: str) -> None:
 
 
 def static_fractions(method: Method, keep: Keep, shape: ModelShape, tokens: int) -> Float[Tensor, "layers kv_heads"]:
-    """What every head keeps of a context of so many tokens, by an allocator that does not look at scores."""
+    """What every head keeps of a context of so many tokens. Raises BadInput where that depends on the context."""
+    allocator = method.allocator
+    if not isinstance(allocator, StaticAllocator):
+        raise BadInput(f"{type(allocator).__name__} counts by the scores of a prompt, so it cannot be planned with.")
     valid = torch.ones(1, tokens, dtype=torch.bool, device="cpu")
     plan = make_plan(
         method,
@@ -151,12 +155,7 @@ def static_fractions(method: Method, keep: Keep, shape: ModelShape, tokens: int)
         valid=valid,
         positions=torch.arange(tokens, dtype=torch.int64, device="cpu")[None],
     )
-    layers = range(len(shape.layers))
-    scores = torch.zeros(1, dtype=torch.float32, device="cpu").expand(
-        len(layers), 1, shape.kv_heads, tokens
-    )  # one number: a context may be a million tokens
-    counts = method.allocator.allocate(scores, valid & ~plan.protected, layers, plan.demand)
-    return counts[:, 0].double() / tokens
+    return allocator.counts(plan.demand)[:, 0].double() / tokens
 
 
 def _require_steady_rotation(config: PretrainedConfig, longest: int) -> None:

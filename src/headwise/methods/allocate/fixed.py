@@ -1,21 +1,20 @@
 """The allocator that follows a Budget file: how much a head keeps was decided once per model, before any request."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from headwise.artifacts.budget import Budget
 from headwise.artifacts.tensors import fingerprint
-from headwise.interfaces import AbstractAllocator, AbstractScorer, Demand, Provenance
+from headwise.interfaces import AbstractScorer, Demand, Provenance, StaticAllocator
 from headwise.methods.allocate.apportion import apportion, require_feasible
 from headwise.shapes import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fixed(AbstractAllocator):
+class Fixed(StaticAllocator):
     """Kept fractions per head from a Budget: LU-KV (arXiv 2602.08585), LKV-H, DuoAttention (arXiv 2410.10819).
 
     The budget's rows become counts for the context at hand, held between floor and context length; then the two
@@ -53,18 +52,8 @@ class Fixed(AbstractAllocator):
         table = fingerprint(self.budget.ratios, self.budget.fractions)
         return {"name": type(self).__name__, "budget": self.budget.provenance(table)}
 
-    def allocate(
-        self,
-        scores: Float[Tensor, "layers batch kv_heads tokens"],
-        candidates: Bool[Tensor, "batch tokens"],
-        layers: Sequence[int],
-        demand: Demand,
-    ) -> Int[Tensor, "layers batch kv_heads"]:
-        """Counts from the budget, whatever the scores. Raises ArtifactMismatch if it is for another ModelShape."""
-        return self.counts(demand)[:, list(layers)].transpose(0, 1).to(scores.device)
-
-    def counts(self, demand: Demand) -> Int[Tensor, "batch all_layers kv_heads"]:
-        """The whole table of counts; rows sum to the totals exactly. Raises ArtifactMismatch, BudgetInfeasible."""
+    def counts(self, demand: Demand) -> Int[Tensor, "layers batch kv_heads"]:
+        """Counts from the budget. Raises ArtifactMismatch if it is for another ModelShape, BudgetInfeasible."""
         self.budget.require(demand.shape)
         require_feasible(demand)
         rows = self.budget.closed()[1].flatten(1).double()  # [R, L * H]
@@ -73,7 +62,7 @@ class Fixed(AbstractAllocator):
         lower = torch.tensor(demand.floors, dtype=torch.int64, device="cpu")[:, None].expand(wishes.shape)
         upper = torch.tensor(demand.tokens, dtype=torch.int64, device="cpu")[:, None].expand(wishes.shape)
         counts = apportion(wishes, torch.tensor(demand.totals, dtype=torch.int64, device="cpu"), lower, upper)
-        return counts.unflatten(1, (len(demand.shape.layers), demand.shape.kv_heads))
+        return counts.unflatten(1, (len(demand.shape.layers), demand.shape.kv_heads)).transpose(0, 1)
 
 
 def _wishes(rows: Float[Tensor, "rows heads"], tokens: int, total: int, floor: int) -> Float[Tensor, " heads"]:

@@ -10,28 +10,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.errors import BadInput
-from headwise.interfaces import AbstractAllocator, Demand, Scope
+from headwise.interfaces import AbstractAllocator, Demand, Scope, StaticAllocator
 from headwise.methods.allocate.apportion import apportion, even_shares, require_feasible
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Uniform(AbstractAllocator):
+class Uniform(StaticAllocator):
     """The same count for every head of every layer, to within one entry."""
 
-    def allocate(
-        self,
-        scores: Float[Tensor, "layers batch kv_heads tokens"],
-        candidates: Bool[Tensor, "batch tokens"],
-        layers: Sequence[int],
-        demand: Demand,
-    ) -> Int[Tensor, "layers batch kv_heads"]:
+    def counts(self, demand: Demand) -> Int[Tensor, "layers batch kv_heads"]:
         """Equal counts; nested: no head shrinks when the total grows. Raises BudgetInfeasible below the floors."""
         require_feasible(demand)
-        return _equal_heads(_equal_layers(demand), layers, demand).to(scores.device)
+        return _equal_heads(_equal_layers(demand), demand)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pyramid(AbstractAllocator):
+class Pyramid(StaticAllocator):
     """More for the lower layers, less for the upper ones, in a straight line; equal heads within a layer.
 
     Cai et al., "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", arXiv 2406.02069.
@@ -52,13 +46,7 @@ class Pyramid(AbstractAllocator):
         if not self.beta >= 1:
             raise BadInput(f"beta={self.beta!r} would turn the pyramid over; give 1 (flat) or more (paper: 20).")
 
-    def allocate(
-        self,
-        scores: Float[Tensor, "layers batch kv_heads tokens"],
-        candidates: Bool[Tensor, "batch tokens"],
-        layers: Sequence[int],
-        demand: Demand,
-    ) -> Int[Tensor, "layers batch kv_heads"]:
+    def counts(self, demand: Demand) -> Int[Tensor, "layers batch kv_heads"]:
         """Counts that fall with depth. Raises BudgetInfeasible below the floors."""
         require_feasible(demand)
         heads, depth = demand.shape.kv_heads, len(demand.shape.layers)
@@ -70,7 +58,7 @@ class Pyramid(AbstractAllocator):
         totals = apportion(
             wishes * heads, torch.tensor(demand.totals, dtype=torch.int64, device="cpu"), floors * heads, tokens * heads
         )
-        return _equal_heads(totals, layers, demand).to(scores.device)
+        return _equal_heads(totals, demand)
 
     def _line(self, demand: Demand, row: int) -> list[float]:
         """Entries per head wished for each layer."""
@@ -182,8 +170,6 @@ def _equal_layers(demand: Demand) -> Int[Tensor, "batch layers"]:
     return even_shares(torch.tensor(demand.totals, dtype=torch.int64, device="cpu"), len(demand.shape.layers))
 
 
-def _equal_heads(
-    totals: Int[Tensor, "batch all_layers"], layers: Sequence[int], demand: Demand
-) -> Int[Tensor, "layers batch kv_heads"]:
-    """The totals of `layers`, shared equally among their heads."""
-    return even_shares(totals[:, list(layers)].T, demand.shape.kv_heads)
+def _equal_heads(totals: Int[Tensor, "batch layers"], demand: Demand) -> Int[Tensor, "layers batch kv_heads"]:
+    """Each layer's total, shared equally among its heads."""
+    return even_shares(totals.T, demand.shape.kv_heads)

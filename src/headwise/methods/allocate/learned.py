@@ -1,24 +1,23 @@
 """The learned budget: LKV-H, from an embedding of every head."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from headwise.artifacts.gates import Gates, context_summary, shipped_gates
 from headwise.errors import BadInput
-from headwise.interfaces import AbstractAllocator, AbstractScorer, Demand, Observation, Provenance
+from headwise.interfaces import AbstractAllocator, AbstractScorer, Demand, Observation, Provenance, StaticAllocator
 from headwise.methods.allocate.apportion import apportion, even_shares, require_feasible
 from headwise.methods.allocate.heuristic import Global
+from headwise.methods.allocate.unresolved import Shipped
 from headwise.shapes import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LKVH(AbstractAllocator):
+class LKVH(StaticAllocator):
     """Counts from budgets that were trained for this model: LKV (arXiv 2605.06676).
 
     One checkpoint serves every keep; totals are exact. Known as soon as the first layer has been read.
@@ -56,26 +55,15 @@ class LKVH(AbstractAllocator):
         """What the context is like."""
         return context_summary(first.keys, first.values, first.positions, first.valid, first.rotary)
 
-    def allocate(
-        self,
-        scores: Float[Tensor, "layers batch kv_heads tokens"],
-        candidates: Bool[Tensor, "batch tokens"],
-        layers: Sequence[int],
-        demand: Demand,
-    ) -> Int[Tensor, "layers batch kv_heads"]:
-        """Counts from the budgets, whatever the scores. Raises ArtifactMismatch if they are for another ModelShape."""
-        return _counts(self.gates, demand)[list(layers)].to(scores.device)
-
-
-@lru_cache(maxsize=4)  # it is asked once per layer
-def _counts(gates: Gates, demand: Demand) -> Int[Tensor, "layers batch kv_heads"]:
-    gates.require(demand.shape)
-    require_feasible(demand)
-    heads, rows = demand.shape.num_heads, []
-    for row, (tokens, total, floor) in enumerate(zip(demand.tokens, demand.totals, demand.floors, strict=True)):
-        summary = None if demand.summary is None else demand.summary[row]
-        rows.append(budget_counts(gates.fractions(total / (tokens * heads), summary), tokens, total, floor))
-    return torch.stack(rows).unflatten(1, (len(demand.shape.layers), demand.shape.kv_heads)).transpose(0, 1)
+    def counts(self, demand: Demand) -> Int[Tensor, "layers batch kv_heads"]:
+        """Counts from the budgets. Raises ArtifactMismatch if they are for another ModelShape."""
+        self.gates.require(demand.shape)
+        require_feasible(demand)
+        heads, rows = demand.shape.num_heads, []
+        for row, (tokens, total, floor) in enumerate(zip(demand.tokens, demand.totals, demand.floors, strict=True)):
+            summary = None if demand.summary is None else demand.summary[row]
+            rows.append(budget_counts(self.gates.fractions(total / (tokens * heads), summary), tokens, total, floor))
+        return torch.stack(rows).unflatten(1, (len(demand.shape.layers), demand.shape.kv_heads)).transpose(0, 1)
 
 
 def budget_counts(fractions: Float[Tensor, " heads"], tokens: int, total: int, floor: int = 1) -> Int[Tensor, " heads"]:
@@ -93,7 +81,7 @@ def budget_counts(fractions: Float[Tensor, " heads"], tokens: int, total: int, f
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShippedLKVH(AbstractAllocator):
+class ShippedLKVH(Shipped):
     """LKVH with the gates that come with headwise for the model at hand, if there are any."""
 
     keeps_protected: ClassVar[bool] = False
@@ -101,16 +89,6 @@ class ShippedLKVH(AbstractAllocator):
     def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> AbstractAllocator:
         """With the gates for this model. Raises BadInput if none are shipped."""
         return learned_budgets(shipped_gates(config_hash)).resolve(scorer, shape, config_hash)
-
-    def allocate(
-        self,
-        scores: Float[Tensor, "layers batch kv_heads tokens"],
-        candidates: Bool[Tensor, "batch tokens"],
-        layers: Sequence[int],
-        demand: Demand,
-    ) -> Int[Tensor, "layers batch kv_heads"]:
-        """Never asked: `resolve` puts another in its place."""
-        raise BadInput("shipped gates must be resolved for a model before they can allocate.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,14 +1,12 @@
 """Budgets solved from a profile of the model: LU-KV."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from headwise.artifacts.budget import Budget
@@ -16,15 +14,16 @@ from headwise.artifacts.hulls import Hulls, concave_hulls, share
 from headwise.artifacts.shipped import shipped
 from headwise.artifacts.tensors import fingerprint
 from headwise.errors import ArtifactMismatch, BadInput
-from headwise.interfaces import AbstractAllocator, AbstractScorer, Demand, Provenance
+from headwise.interfaces import AbstractScorer, Demand, Provenance, StaticAllocator
 from headwise.methods.allocate.apportion import even_shares, require_feasible
+from headwise.methods.allocate.unresolved import Shipped
 from headwise.shapes import ModelShape
 
 LEAST_SHARE = Fraction(1, 100)  # of the context: what every head keeps; a budget below that is shared evenly
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LUKV(AbstractAllocator):
+class LUKV(StaticAllocator):
     """Counts by marginal utility on the hulls of a Budget that was solved for this model and scorer.
 
     LU-KV (arXiv 2602.08585). Every head keeps at least 1% of the context; what is left goes to the steepest steps of
@@ -69,27 +68,16 @@ class LUKV(AbstractAllocator):
             )
         return self
 
-    def allocate(
-        self,
-        scores: Float[Tensor, "layers batch kv_heads tokens"],
-        candidates: Bool[Tensor, "batch tokens"],
-        layers: Sequence[int],
-        demand: Demand,
-    ) -> Int[Tensor, "layers batch kv_heads"]:
-        """Counts from the hulls, whatever the scores. Raises ArtifactMismatch if it is for another ModelShape."""
+    def counts(self, demand: Demand) -> Int[Tensor, "layers batch kv_heads"]:
+        """Counts from the hulls. Raises ArtifactMismatch if they are for another ModelShape."""
         self.budget.require(demand.shape)
         require_feasible(demand)
-        protected = (torch.tensor(demand.tokens, dtype=torch.int64, device="cpu") - candidates.sum(-1).cpu()).tolist()
-        limits = zip(demand.tokens, protected, demand.totals, demand.floors, strict=True)
-        rows = [_counts(self.budget, *row) for row in limits]
+        first = self.budget.hull["protected"]
+        rest = Hulls(width=self.budget.hull["width"], slope=self.budget.hull["slope"])
+        limits = zip(demand.tokens, demand.protected, demand.totals, demand.floors, strict=True)
+        rows = [lukv_counts(first, rest, *row) for row in limits]
         table = torch.stack(rows, dim=1).unflatten(0, (len(demand.shape.layers), demand.shape.kv_heads))
-        return table.transpose(1, 2)[list(layers)].to(scores.device)  # [L, H, B] -> [l, B, H]
-
-
-@lru_cache(maxsize=64)  # it is asked once per layer
-def _counts(budget: Budget, tokens: int, protected: int, total: int, floor: int) -> Int[Tensor, " heads"]:
-    rest = Hulls(width=budget.hull["width"], slope=budget.hull["slope"])
-    return lukv_counts(budget.hull["protected"], rest, tokens, protected, total, floor)
+        return table.transpose(1, 2)  # [L, H, B] -> [L, B, H]
 
 
 def published_counts(
@@ -127,7 +115,7 @@ def _joined(first: Float[Tensor, "heads protected"], rest: Hulls, tokens: int) -
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShippedLUKV(AbstractAllocator):
+class ShippedLUKV(Shipped):
     """LUKV with the budget that comes with headwise for the model and scorer at hand (the bundled model has some)."""
 
     def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> LUKV:
@@ -139,13 +127,3 @@ class ShippedLUKV(AbstractAllocator):
             f"no budget of {type(scorer).__name__} is shipped for this model: make one with 'headwise profile' and "
             "'headwise solve', then write scorer+lukv@FILE."
         )
-
-    def allocate(
-        self,
-        scores: Float[Tensor, "layers batch kv_heads tokens"],
-        candidates: Bool[Tensor, "batch tokens"],
-        layers: Sequence[int],
-        demand: Demand,
-    ) -> Int[Tensor, "layers batch kv_heads"]:
-        """Never asked: `resolve` puts a LUKV in its place."""
-        raise BadInput("a shipped budget must be resolved for a model before it can allocate.")
