@@ -2,6 +2,7 @@
 
     python recipes/real_models.py MODEL --out runs --ruler RULER_DATA --longbench LONGBENCH_DATA --books BOOKS.txt.xz
     python recipes/real_models.py MODEL --out runs ... --sets ruler-1k --methods full,lkv --samples 10
+    python recipes/real_models.py MODEL --out runs ... --methods full,lkv --again lkv   # its file has been made anew
 
 Sets, in this order: ruler-1k (both protocols), longbench-2k, books, ruler-2k, ruler-4k, others. Every task of a set has
 a folder of its own, runs/MODEL/SET/PROTOCOL/TASK, with short records: no text of a data set but what the model said. A
@@ -15,6 +16,7 @@ that no gates were trained on.
 
 import argparse
 import contextlib
+import json
 import lzma
 import sys
 import tempfile
@@ -25,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import BadInput, HeadwiseError
-from headwise.evals.records import RunFolder
+from headwise.evals.records import RECORDS, RUN, RunFolder
 from headwise.evals.run import Evaluation, evaluate, manifest
 from headwise.files.locks import SUFFIX, locked
+from headwise.files.writing import write_bytes
 from headwise.methods.keep import parse_keep
 from headwise.models.loading import load
 from headwise.tasks.longbench.data import LONGBENCH_TASKS
@@ -78,6 +81,7 @@ def main() -> None:
             for task in tasks_of(chosen, asked, tokenizer):
                 path = asked.out / asked.model.name / name / protocol / task.name.partition(":")[2]
                 try:
+                    forget(path, asked.again)
                     run(model, tokenizer, task, chosen, protocol, path, asked.methods)
                 except HeadwiseError as error:
                     print(f"{path}: {error}", file=sys.stderr)
@@ -92,6 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sets", type=names, default=tuple(SETS), help=f"of {', '.join(SETS)}")
     parser.add_argument("--methods", type=names, help="instead of those of the set")
+    parser.add_argument("--again", type=names, default=(), help="forget what was measured of these methods")
     parser.add_argument("--samples", type=int, default=20, help="per task of ruler-1k; other sets take a share")
     parser.add_argument("--ruler", type=Path, help="folder with RULER's essays, words and questions")
     parser.add_argument("--longbench", type=Path, help="folder with LongBench's .jsonl files")
@@ -135,6 +140,19 @@ def books(path: Path, tokenizer: Any, length: int, samples: int) -> Task:
             piece.write_text(text[start : start + LETTERS_PER_TOKEN * length])
             made.append(perplexity_task(piece, tokenizer, length))
     return replace(made[0], num_samples=samples, sample=lambda index: made[index].sample(0))
+
+
+def forget(path: Path, methods: Sequence[str]) -> None:
+    """Drop the records of methods whose files have been made anew, and what they were made of."""
+    about, records = path / RUN, path / RECORDS
+    if not methods or not about.is_file():
+        return
+    known = json.loads(about.read_text())
+    for method in methods:
+        known["made_of"].pop(method, None)
+    write_bytes(about, json.dumps(known, indent=1).encode())
+    lines = records.read_text().splitlines(keepends=True)
+    write_bytes(records, "".join(line for line in lines if json.loads(line)["method"] not in methods).encode())
 
 
 def run(

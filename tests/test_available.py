@@ -19,8 +19,9 @@ from headwise.artifacts.budget import Budget
 from headwise.artifacts.origin import Origin, config_hash
 from headwise.errors import BadInput, HeadwiseError
 from headwise.methods.allocate import LUKV, Global
-from headwise.methods.method import ALIASES, SCORERS, Method
-from headwise.methods.registry import entries_of
+from headwise.methods.method import Method
+from headwise.methods.names import entries_of
+from headwise.methods.registry import ALIASES, SCORERS
 from headwise.methods.scores import LKVT
 from headwise.models.available import overview
 from headwise.models.families import shape_of

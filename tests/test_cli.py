@@ -20,7 +20,7 @@ from headwise.artifacts.budget import Budget
 from headwise.artifacts.origin import Origin
 from headwise.commands.streaming import AnswerStreamer
 from headwise.errors import BadInput, BudgetInfeasible
-from headwise.methods.method import ALIASES, ALLOCATORS, SCORERS
+from headwise.methods.registry import ALIASES, ALLOCATORS, SCORERS
 from headwise.models import loading as models
 from headwise.shapes import ModelShape
 from headwise.tasks.mini_ruler.lexicon import REFERENCE_LEXICON

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import headwise
 from headwise.artifacts.profile import Profile
-from headwise.methods.method import SCORERS
+from headwise.methods.registry import SCORERS
 from headwise.models import loading as models
 from headwise.offline.calibration import Example
 from headwise.offline.profile import Settings, profile

@@ -21,7 +21,8 @@ from headwise.artifacts.origin import Origin
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.files import hub
 from headwise.methods.method import Method
-from headwise.methods.registry import SCORERS, entries_of
+from headwise.methods.names import entries_of
+from headwise.methods.registry import SCORERS
 from headwise.models.families import view
 
 FIRST, SECOND = "1" * 40, "2" * 40

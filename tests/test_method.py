@@ -11,7 +11,9 @@ from headwise.artifacts.origin import Origin
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.interfaces import AbstractAllocator, AbstractScorer
 from headwise.methods.allocate import AdaKV, Fixed, Global, Uniform
-from headwise.methods.method import ALIASES, ALLOCATORS, SCORERS, Method, paper_of
+from headwise.methods.method import Method
+from headwise.methods.names import paper_of
+from headwise.methods.registry import ALIASES, ALLOCATORS, SCORERS
 from headwise.methods.scores import KeyDiff, KVzip, SnapKV
 from headwise.shapes import ModelShape
 

@@ -23,7 +23,7 @@ from headwise.artifacts.tensors import describe, read_tensors, write_tensors
 from headwise.cache.reading import read
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.methods.allocate.apportion import even_shares
-from headwise.methods.method import SCORERS
+from headwise.methods.registry import SCORERS
 from headwise.models import loading as models
 from headwise.models.families import view
 from headwise.offline import profile as module

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from headwise import cli
-from headwise.methods.registry import require_names
+from headwise.methods.names import require_names
 from headwise.tasks.document import read_text
 
 ROOT = Path(__file__).parents[1]

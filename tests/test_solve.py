@@ -16,7 +16,8 @@ from headwise.artifacts.hulls import Hulls, concave_hulls, share
 from headwise.artifacts.origin import Origin
 from headwise.artifacts.profile import Profile
 from headwise.errors import ArtifactMismatch, BadInput
-from headwise.methods.method import SCORERS, Method
+from headwise.methods.method import Method
+from headwise.methods.registry import SCORERS
 from headwise.offline.losses import RANKS
 from headwise.offline.solve import CHECK_STEPS, GRID, RATIOS, Quality, check, published, solve
 from headwise.shapes import ModelShape

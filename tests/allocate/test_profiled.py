@@ -23,7 +23,8 @@ from headwise.cache.reading import read
 from headwise.errors import ArtifactMismatch, BadInput, BudgetInfeasible
 from headwise.interfaces import Demand
 from headwise.methods.allocate.profiled import LUKV, ShippedLUKV, published_counts
-from headwise.methods.method import SCORERS, Method
+from headwise.methods.method import Method
+from headwise.methods.registry import SCORERS
 from headwise.methods.select import protected_mask
 from headwise.models.families import view
 from headwise.shapes import ModelShape

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import headwise
 from headwise import RaggedCache
-from headwise.methods.method import ALIASES
+from headwise.methods.registry import ALIASES
 
 METHODS = [*ALIASES, "expected+global", "keydiff+adakv", "criticalkv+adakv", "h2o+pyramid", "random+pyramid"]
 LENGTHS = (96, 75)

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 import headwise
 from headwise import RaggedCache
 from headwise.errors import UnsupportedGeneration
-from headwise.methods.method import SCORERS
+from headwise.methods.registry import SCORERS
 
 EXPORTED = [
     *("Budget", "Gates", "HeadwiseError", "Method", "Profile", "RaggedCache"),

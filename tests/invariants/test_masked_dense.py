@@ -23,7 +23,7 @@ import headwise
 from headwise import Method, RaggedCache
 from headwise.interfaces import AbstractAllocator
 from headwise.kernels import KERNELS
-from headwise.methods.method import ALIASES
+from headwise.methods.registry import ALIASES
 from headwise.methods.scores import Random
 
 TOLERANCE = 1e-5

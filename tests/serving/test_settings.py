@@ -8,7 +8,7 @@ from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig
 
 import headwise
 from headwise.errors import ArtifactMismatch, BadInput, UnsupportedModel
-from headwise.methods.method import ALLOCATORS, SCORERS
+from headwise.methods.registry import ALLOCATORS, SCORERS
 from headwise.serving import Served, Settings, vllm_arguments
 
 REFERENCE = str(Path(headwise.__file__).parent / "reference")

@@ -20,7 +20,8 @@ from headwise.artifacts.soft_topk import soft_topk
 from headwise.cache.reading import read
 from headwise.methods.allocate import learned_budgets
 from headwise.methods.allocate.learned import budget_counts
-from headwise.methods.method import SCORERS, Method
+from headwise.methods.method import Method
+from headwise.methods.registry import SCORERS
 from headwise.methods.scores import learned_scorer
 from headwise.methods.select import protected_mask, protection_order, select
 from headwise.models.families import view

@@ -20,7 +20,7 @@ from headwise import cli
 from headwise.artifacts.gates import Gates
 from headwise.artifacts.tensors import read_tensors, write_tensors
 from headwise.errors import BadInput
-from headwise.methods.method import SCORERS
+from headwise.methods.registry import SCORERS
 from headwise.models import loading as models
 from headwise.models.families import view
 from headwise.offline.calibration import Example, encode

@@ -14,7 +14,7 @@ from headwise.artifacts.gates import EntryScores, HeadBudgets
 from headwise.artifacts.hulls import concave_hulls
 from headwise.cache.whole import states_of
 from headwise.methods.allocate.profiled import lukv_counts
-from headwise.methods.method import SCORERS
+from headwise.methods.registry import SCORERS
 from headwise.models.processes import Processes
 from headwise.offline.calibration import Example
 from headwise.offline.losses import OutputLoss, keeping_order

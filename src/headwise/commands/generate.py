@@ -14,7 +14,8 @@ from headwise.errors import BadInput
 from headwise.files.writing import require_file
 from headwise.methods.keep import Keep as ParsedKeep
 from headwise.methods.keep import parse_keep
-from headwise.methods.registry import AUTO, FULL, require_names
+from headwise.methods.names import require_names
+from headwise.methods.registry import AUTO, FULL
 from headwise.models.places import find
 
 if TYPE_CHECKING:

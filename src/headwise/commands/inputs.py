@@ -7,7 +7,8 @@ from pathlib import Path
 from headwise.errors import BadInput
 from headwise.files.terminal import split
 from headwise.methods.keep import Keep, parse_keep
-from headwise.methods.registry import HUB, require_names
+from headwise.methods.names import require_names
+from headwise.methods.registry import HUB
 from headwise.tasks.texts import Asked, bundled, read_questions, read_text
 
 

@@ -37,7 +37,8 @@ def methods(model: OfModel = None, files: Files = None, as_json: AsJson = False)
 
 def _registered() -> list[dict[str, Any]]:
     """A row for every scorer, allocator and short name."""
-    from headwise.methods.method import ALIASES, ALLOCATORS, SCORERS, entries_of, paper_of
+    from headwise.methods.names import entries_of, paper_of
+    from headwise.methods.registry import ALIASES, ALLOCATORS, SCORERS
 
     parts = [("scorer", SCORERS), ("allocator", ALLOCATORS)]
     rows = [

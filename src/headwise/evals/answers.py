@@ -16,8 +16,9 @@ from headwise.errors import BadInput, BudgetInfeasible, UnsupportedModel
 from headwise.evals.oracle import as_method
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
+from headwise.methods.names import require_names
 from headwise.methods.registry import FULL as FULL
-from headwise.methods.registry import ORACLE, require_names
+from headwise.methods.registry import ORACLE
 from headwise.models.families import given, view
 from headwise.tasks.document import Tokens
 

@@ -13,14 +13,8 @@ from headwise.artifacts.gates import shipped_gates
 from headwise.artifacts.shipped import shipped
 from headwise.errors import BadInput
 from headwise.interfaces import AbstractAllocator, AbstractScorer, Follow
-from headwise.methods.registry import ALIASES as ALIASES
-from headwise.methods.registry import ALLOCATORS as ALLOCATORS
-from headwise.methods.registry import AUTO as AUTO
-from headwise.methods.registry import SCORERS as SCORERS
-from headwise.methods.registry import Entry as Entry
-from headwise.methods.registry import entries_of as entries_of
-from headwise.methods.registry import made
-from headwise.methods.registry import paper_of as paper_of
+from headwise.methods.names import made
+from headwise.methods.registry import AUTO
 from headwise.shapes import ModelShape
 
 # The default where no gates are ready for a model: what needs no preparation and is best on real models, query-agnostic

@@ -15,7 +15,9 @@ from transformers import PretrainedConfig
 from headwise.artifacts.origin import config_hash
 from headwise.artifacts.shipped import Shipped, fitting, read_headers, shipped
 from headwise.errors import HeadwiseError
-from headwise.methods.method import ALIASES, ALLOCATORS, SCORERS, Choice, Method, choose, entries_of
+from headwise.methods.method import Choice, Method, choose
+from headwise.methods.names import entries_of
+from headwise.methods.registry import ALIASES, ALLOCATORS, SCORERS
 from headwise.models.families import shape_of
 from headwise.shapes import ModelShape
 

@@ -20,7 +20,9 @@ from headwise.errors import BadInput, UnsupportedModel
 from headwise.interfaces import StaticAllocator
 from headwise.methods.allocate import Global, learned_budgets
 from headwise.methods.keep import MOST_TOKENS, Keep, parse_keep
-from headwise.methods.method import ALLOCATORS, SCORERS, Entry, Method, entries_of
+from headwise.methods.method import Method
+from headwise.methods.names import entries_of
+from headwise.methods.registry import ALLOCATORS, SCORERS, Entry
 from headwise.methods.scores import LKVT
 from headwise.models.families import FAMILIES, max_positions, shape_of
 from headwise.serving.tiers import WHOLE, Tiers, quantise

@@ -1,0 +1,70 @@
+"""A context: what it must be, and one pass of the model over a part of it."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from headwise.cache.cache import RaggedCache
+from headwise.errors import BadInput, ShapeMismatch
+from headwise.models.families import ModelView, given
+
+
+def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: RaggedCache) -> None:
+    """Let the model read the tokens `ids`, the last ones of those that `mask` covers, into `cache`."""
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        **given(model, cache),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+
+
+def checked_mask(
+    model_view: ModelView, ids: Any, mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"] | None
+) -> Int[Tensor, "batch tokens"]:
+    """The mask of a context, 1 at tokens and 0 at padding; all ones if there is none.
+
+    Raises BadInput or ShapeMismatch unless `ids` and `mask` fit each other and the model.
+    """
+    _require_ids(model_view, ids)
+    if mask is None:
+        mask = torch.ones_like(ids)
+    if mask.shape != ids.shape:
+        raise ShapeMismatch(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}.")
+    if bool(((mask != 0) & (mask != 1)).any()):
+        raise BadInput("attention_mask must be 1 at tokens and 0 at padding; it holds other values.")
+    tokens = int(mask.sum(-1).max())
+    model_view.require_positions(tokens, f"has {tokens} tokens")
+    return mask.long()
+
+
+def _require_ids(model_view: ModelView, ids: Any) -> None:
+    """Raise BadInput or ShapeMismatch unless these are ids of tokens that the model knows, where the model is."""
+    if not isinstance(ids, Tensor):
+        raise BadInput(
+            f"input_ids is a {type(ids).__name__}; expected a tensor [batch, tokens], such as "
+            "tokenizer(text, return_tensors='pt').input_ids."
+        )
+    if ids.ndim != 2 or ids.shape[0] == 0:
+        raise ShapeMismatch(f"input_ids must be [batch, tokens]; got shape {tuple(ids.shape)}.")
+    if ids.shape[1] == 0:
+        raise BadInput("the context is empty: input_ids has no tokens.")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise BadInput(f"input_ids are {ids.dtype}; token ids are int64 or int32.")
+    if ids.device != model_view.model.device:
+        raise BadInput(
+            f"input_ids are on {ids.device}, the model is on {model_view.model.device}: use input_ids.to(model.device)."
+        )
+    embedding: Any = model_view.model.get_input_embeddings()
+    known = embedding.weight.shape[0]
+    if int(ids.min()) < 0 or int(ids.max()) >= known:
+        raise BadInput(
+            f"input_ids go from {int(ids.min())} to {int(ids.max())}; this model knows 0 to {known - 1}. Is the "
+            "tokenizer that of the model?"
+        )

@@ -1,0 +1,60 @@
+"""The second reading: the model repeats the context, so that a scorer sees what it looks at (KVzip)."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from headwise.cache.cache import RaggedCache
+from headwise.cache.context import forward
+from headwise.cache.prefill import Prefill
+from headwise.errors import BadInput
+from headwise.interfaces import Replay
+from headwise.models.families import TOO_LONG, ModelView
+
+
+def repeat(
+    model_view: ModelView,
+    ids: Tensor,
+    mask: Tensor,
+    cache: RaggedCache,
+    prefill: Prefill,
+    replay: Replay,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Let the model repeat the context chunk by chunk, then have the cache cut."""
+    length = ids.shape[1]
+    with model_view.unchanged():
+        for start in range(0, length, replay.chunk_size):
+            stop = min(length, start + replay.chunk_size)
+            prefix, prefix_mask = _instruction(replay, ids, mask, start)
+            prefill.start_replay(start, stop)
+            repeated = torch.cat([prefix, ids[:, start:stop]], dim=-1)
+            visible = torch.cat([mask, prefix_mask, mask[:, start:stop]], dim=-1)
+            forward(model_view.model, repeated, visible, cache)
+            progress(length + stop, 2 * length)
+        prefill.finish_replay()
+
+
+def fitting(replay: Replay | None, limit: int, tokens: int) -> Replay | None:
+    """The replay with chunks so small that context, instruction and chunk stay within the model's positions."""
+    if replay is None:
+        return None
+    room = limit - tokens - replay.overlap - len(replay.instruction)
+    if room < 1:
+        raise BadInput(
+            f"the context has {tokens} tokens and this model was made for {limit}, which leaves no room to repeat it "
+            f"after {len(replay.instruction)} tokens of instruction and {replay.overlap} of overlap. {TOO_LONG}"
+        )
+    return replace(replay, chunk_size=min(replay.chunk_size, room))
+
+
+def _instruction(replay: Replay, ids: Tensor, mask: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """What precedes a repeated chunk: the instruction and the end of the chunk before."""
+    words = ids.new_tensor(replay.instruction).expand(ids.shape[0], -1)
+    before = slice(max(0, start - replay.overlap), start)
+    return (
+        torch.cat([words, ids[:, before]], dim=-1),
+        torch.cat([torch.ones_like(words, dtype=mask.dtype), mask[:, before]], dim=-1),
+    )
