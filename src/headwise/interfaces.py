@@ -124,7 +124,7 @@ class AbstractScorer(ABC):
         """The scorer to use on this model. Raises ArtifactMismatch if it was made for another."""
         return self
 
-    def told(self, follow: Follow) -> "AbstractScorer":
+    def instructed(self, follow: Follow) -> "AbstractScorer":
         """The scorer to use where there is a tokenizer: with an instruction before what the model repeats (KVzip)."""
         return self
 

@@ -83,17 +83,17 @@ def profile_fields(metadata: Mapping[str, Any], path: str | os.PathLike[str]) ->
     return fields
 
 
-def profile_schema(fields: Mapping[str, Any], shape: ModelShape, found: Mapping[str, Header]) -> Schema:
+def profile_schema(fields: Mapping[str, Any], shape: ModelShape, headers: Mapping[str, Header]) -> Schema:
     """Every scorer has all curves; solutions of single questions are there for as many scorers as there are."""
     table: dict[str, Numbers] = {}
     for scorer in fields["protection"]:
         for loss in (*LOSSES, "ideal"):
             table[f"curve.{scorer}.{loss}"] = Numbers(shape=("domains", "layers", "kv_heads", f"ranks of {scorer}"))
-        if f"published.{scorer}" in found:
+        if f"published.{scorer}" in headers:
             table[f"published.{scorer}"] = _shares("domains", 99, "layers", "kv_heads")
     sizes = {"domains": len(fields["domains"]), **sizes_of(shape)}
     for scorer, protected in fields["protection"].items():
-        curve = found.get(f"curve.{scorer}.{LOSSES[0]}")
+        curve = headers.get(f"curve.{scorer}.{LOSSES[0]}")
         if curve is not None and curve.shape and curve.shape[-1] <= sum(protected):
             raise BadInput(f"a curve of {curve.shape[-1]} ranks is no longer than {sum(protected)} protected tokens.")
     return Schema(table=table, sizes=sizes)
@@ -109,14 +109,14 @@ def part_table(ranks: Mapping[str, int], published: bool) -> dict[str, Numbers]:
     return table
 
 
-def budget_schema(found: Mapping[str, Any], shape: ModelShape, protected: int, advice: str = RETRY) -> Schema:
+def budget_schema(names: Mapping[str, Any], shape: ModelShape, protected: int, advice: str = RETRY) -> Schema:
     """What a budget with tensors of these names must be, for heads with so many protected tokens.
 
     Hull and evidence are each there in full or not at all.
     """
     table = dict(BUDGET)
     for group, prefix in ((HULL, "hull."), (EVIDENCE, "evidence.")):
-        if any(name.startswith(prefix) for name in found):
+        if any(name.startswith(prefix) for name in names):
             table |= group
     sizes = {**sizes_of(shape), "protected": protected}
     return Schema(table=table, sizes=sizes, advice=advice)
@@ -131,8 +131,8 @@ def require_hull(width: Float[Tensor, "heads steps"], slope: Float[Tensor, "head
     """Raise BadInput unless a head's steps cover all of it, each less steep than the one before."""
     totals = width.double().sum(-1)
     if not ((totals - 1).abs() <= TOTAL).all():
-        found = f"{float(totals.min()):g} to {float(totals.max()):g}"
-        raise BadInput(f"a hull's widths must sum to 1 in every head; found sums from {found}.")
+        sums = f"{float(totals.min()):g} to {float(totals.max()):g}"
+        raise BadInput(f"a hull's widths must sum to 1 in every head; found sums from {sums}.")
     used = width > 0
     if (used[:, 1:] & ~used[:, :-1]).any() or (used[:, 1:] & (slope.diff(dim=-1) > 0)).any():
         raise BadInput("a hull's slopes must not increase along a head, and unused steps must come last.")

@@ -290,8 +290,8 @@ def load_gates(path: str | os.PathLike[str], source: str = "") -> Gates:
     file = Path(path).resolve()
     if not file.is_file():
         return Gates.load(path)
-    seen = file.stat()
-    return _loaded(file, (seen.st_mtime_ns, seen.st_ino, seen.st_size), source)
+    status = file.stat()
+    return _loaded(file, (status.st_mtime_ns, status.st_ino, status.st_size), source)
 
 
 @lru_cache(maxsize=8)

@@ -48,10 +48,10 @@ def concave_hulls(marginal: Float[Tensor, "heads ranks"], width: Float[Tensor, "
     """
     gains = marginal.double().cpu().numpy()
     widths = np.full(gains.shape, 1 / gains.shape[1]) if width is None else width.double().cpu().numpy()
-    found = [_hull(gain[wide > 0], wide[wide > 0]) for gain, wide in zip(gains, widths, strict=True)]
-    steps = max(len(slope) for slope, _ in found)
-    padded = np.zeros((2, len(found), steps))
-    for head, (slope, wide) in enumerate(found):
+    hulls = [_hull(gain[wide > 0], wide[wide > 0]) for gain, wide in zip(gains, widths, strict=True)]
+    steps = max(len(slope) for slope, _ in hulls)
+    padded = np.zeros((2, len(hulls), steps))
+    for head, (slope, wide) in enumerate(hulls):
         padded[:, head, : len(slope)] = slope, wide
     return Hulls(width=torch.from_numpy(padded[1]), slope=torch.from_numpy(padded[0]))
 

@@ -33,12 +33,12 @@ def shipped(kind: str, config_hash: str, scorer_parameters: Mapping[str, Any] | 
 
 
 def fitting(
-    found: Iterable[Shipped], kind: str, config_hash: str, scorer_parameters: Mapping[str, Any] | None = None
+    files: Iterable[Shipped], kind: str, config_hash: str, scorer_parameters: Mapping[str, Any] | None = None
 ) -> tuple[Shipped, ...]:
     """Those among files."""
     return tuple(
         file
-        for file in found
+        for file in files
         if file.kind == kind
         and file.origin.config_hash == config_hash
         and (scorer_parameters is None or dict(file.origin.scorer_parameters) == scorer_parameters)
@@ -49,13 +49,13 @@ def read_headers(folder: Path) -> tuple[Shipped, ...]:
     """The budgets and gates in a folder; other files are passed over. Raises BadInput where there is no folder."""
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}.")
-    found = []
+    files = []
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            found.append(_header(path))
+            files.append(_header(path))
         except (BadInput, ArtifactMismatch):  # a model's weights, a saved cache
             continue
-    return tuple(file for file in found if file.kind in ("budget", "gates"))
+    return tuple(file for file in files if file.kind in ("budget", "gates"))
 
 
 @lru_cache(maxsize=8)

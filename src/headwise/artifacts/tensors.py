@@ -106,15 +106,17 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
 
 
 def _require_kind(record: Mapping[str, Any], kind: str, path: str | os.PathLike[str]) -> None:
-    found = (record["kind"], record["format_version"])
-    if found == (kind, FORMAT_VERSIONS[kind]):
+    written = (record["kind"], record["format_version"])
+    if written == (kind, FORMAT_VERSIONS[kind]):
         return
-    message = f"{path} is a {found[0]:.40} of format {found[1]}, expected a {kind} of format {FORMAT_VERSIONS[kind]}"
-    if found[0] != kind:
+    message = (
+        f"{path} is a {written[0]:.40} of format {written[1]}, expected a {kind} of format {FORMAT_VERSIONS[kind]}"
+    )
+    if written[0] != kind:
         raise ArtifactMismatch(f"{message}. Give a {kind}{': ' if kind in _MAKERS else ''}{_MAKERS.get(kind, '')}.")
     writer, reader = shown(record.get("library_version")).strip("'"), _library_version()
-    told = "" if writer == reader else f" It was written by headwise {writer}, this is {reader}."
-    raise ArtifactMismatch(f"{message}.{told} Use the headwise that wrote it, or make the file again.")
+    writer_note = "" if writer == reader else f" It was written by headwise {writer}, this is {reader}."
+    raise ArtifactMismatch(f"{message}.{writer_note} Use the headwise that wrote it, or make the file again.")
 
 
 def _headers(file: Any) -> dict[str, Header]:
@@ -126,7 +128,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Kind, versions, metadata and tensor sizes of any headwise file, whatever its version, without reading tensors."""
     with _open(Path(path)) as file:
         record = _record(file.metadata(), path)
-        sizes = {name: {"dtype": one.dtype, "shape": list(one.shape)} for name, one in _headers(file).items()}
+        sizes = {name: {"dtype": header.dtype, "shape": list(header.shape)} for name, header in _headers(file).items()}
     return {**record, "tensors": sizes}
 
 

@@ -69,20 +69,21 @@ class RaggedCache(Cache, PassAware):
         kernel: str = "auto",
         replays: bool = False,
     ):
-        seen, keep = view(model), parse_keep(keep)
-        method = for_model(method, seen.shape, seen.config_hash, name=seen.name, replays=replays)
+        model_view, keep = view(model), parse_keep(keep)
+        method = for_model(method, model_view.shape, model_view.config_hash, name=model_view.name, replays=replays)
         if prompt_length is not None and prompt_length < 1:
             raise BadInput(f"prompt_length={prompt_length} must be at least 1 token, or None: the first forward pass.")
-        _require_replay(seen, method.scorer, replays)
-        prefill = Prefill(view=seen, method=method, keep=keep, prompt_length=prompt_length)
-        chosen, meter, places = get_kernel(kernel), Meter(), {layer: at for at, layer in enumerate(seen.shape.layers)}
+        _require_replay(model_view, method.scorer, replays)
+        prefill = Prefill(view=model_view, method=method, keep=keep, prompt_length=prompt_length)
+        places = {layer: at for at, layer in enumerate(model_view.shape.layers)}
+        chosen, meter = get_kernel(kernel), Meter()
         layers = [
             FillingLayer(index=places[i], model_index=i, kernel=chosen, meter=meter, observer=prefill)
             if i in places
-            else _sliding(seen, i, meter)
-            for i in range(seen.shape.num_layers)
+            else _sliding(model_view, i, meter)
+            for i in range(model_view.shape.num_layers)
         ]
-        self._set_up(seen, layers, meter, {"method": method.provenance(), "keep": str(keep)})
+        self._set_up(model_view, layers, meter, {"method": method.provenance(), "keep": str(keep)})
         self.prefill = prefill
         self._replays = replays
         prefill.watch(self)
@@ -94,8 +95,8 @@ class RaggedCache(Cache, PassAware):
         cache._continue(view(model), kept, get_kernel(kernel) if isinstance(kernel, str) else kernel)
         return cache
 
-    def _continue(self, seen: ModelView, kept: Kept, kernel: Kernel) -> None:
-        meter, places = Meter(), {layer: at for at, layer in enumerate(seen.shape.layers)}
+    def _continue(self, model_view: ModelView, kept: Kept, kernel: Kernel) -> None:
+        meter, places = Meter(), {layer: at for at, layer in enumerate(model_view.shape.layers)}
         layers: list[Any] = []
         for i, part in enumerate(kept.layers):
             if isinstance(part, KeptLayer):
@@ -110,17 +111,17 @@ class RaggedCache(Cache, PassAware):
                     tail=(part.tail_keys.clone(), part.tail_values.clone()),
                 )
             else:
-                layer = _sliding(seen, i, meter)
+                layer = _sliding(model_view, i, meter)
                 layer.fill(part, kept.seen)
             meter.report(i, layer.nbytes)
             layers.append(layer)
         meter.peak = kept.peak_nbytes
-        self._set_up(seen, layers, meter, dict(kept.provenance))
+        self._set_up(model_view, layers, meter, dict(kept.provenance))
         self.tokens_fingerprint, self.context_tokens = kept.tokens_fingerprint, kept.context_tokens
         self._noted = kept.transcript
 
-    def _set_up(self, seen: ModelView, layers: list[Any], meter: Meter, provenance: Mapping[str, Any]) -> None:
-        self.view: ModelView = seen
+    def _set_up(self, model_view: ModelView, layers: list[Any], meter: Meter, provenance: Mapping[str, Any]) -> None:
+        self.view: ModelView = model_view
         self.provenance = dict(provenance)
         self.tokens_fingerprint: str | None = None  # of the context, once it has been read by compress()
         self._noted = Transcript()  # by the passes that told of themselves
@@ -129,7 +130,7 @@ class RaggedCache(Cache, PassAware):
         self._just_cut = False  # whether the context was cut here and nothing has come after it yet
         self.meter = meter
         self.prefill: Prefill | None = None  # of a context that is, or was, read here
-        attention.enable(seen)
+        attention.enable(model_view)
         super().__init__(layers=layers)
         self.ragged_layers: list[RaggedLayer] = _ragged(layers)  # those that can be compressed
 
@@ -506,16 +507,16 @@ def load(
     With `input_ids` (and `attention_mask`, if there was one) it is checked that the cache is of that context.
     Raises ArtifactMismatch for a cache of another model or context, BadInput for a missing or damaged file.
     """
-    seen = view(model)
-    kept = Kept.load(path, seen, input_ids=input_ids, attention_mask=attention_mask)
-    return RaggedCache.of(seen, kept, kernel=kernel)
+    model_view = view(model)
+    kept = Kept.load(path, model_view, input_ids=input_ids, attention_mask=attention_mask)
+    return RaggedCache.of(model_view, kept, kernel=kernel)
 
 
-def _require_replay(seen: ModelView, scorer: AbstractScorer, replays: bool) -> None:
+def _require_replay(model_view: ModelView, scorer: AbstractScorer, replays: bool) -> None:
     name = type(scorer).__name__
     if scorer.replay is None:
         return
-    if len(seen.shape.layers) < seen.shape.num_layers:
+    if len(model_view.shape.layers) < model_view.shape.num_layers:
         raise UnsupportedModel(
             f"{name} has the model repeat the context, which sliding-window layers cannot take back: choose "
             "another scorer for this model."
@@ -527,8 +528,8 @@ def _require_replay(seen: ModelView, scorer: AbstractScorer, replays: bool) -> N
         )
 
 
-def _sliding(seen: ModelView, model_index: int, meter: Meter) -> SlidingLayer:
-    window = seen.model.config.get_text_config().sliding_window
+def _sliding(model_view: ModelView, model_index: int, meter: Meter) -> SlidingLayer:
+    window = model_view.model.config.get_text_config().sliding_window
     return SlidingLayer(sliding_window=window, model_index=model_index, meter=meter)
 
 

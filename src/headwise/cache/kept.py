@@ -37,7 +37,7 @@ class KeptLayer:
     def tensors(self) -> dict[str, Tensor]:
         """By the names that a file has; a tail only where there is one."""
         segments = self.segments
-        found = {
+        tensors = {
             "keys": segments.keys,
             "values": segments.values,
             "positions": segments.positions,
@@ -45,7 +45,7 @@ class KeptLayer:
             "rows": self.rows,
         }
         tail = {"tail_keys": self.tail_keys, "tail_values": self.tail_values} if self.tail_keys.shape[2] else {}
-        return found | tail
+        return tensors | tail
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "KeptLayer":
@@ -112,13 +112,13 @@ class Kept:
 
     def save(self, path: str | os.PathLike[str], model: PreTrainedModel | ModelView) -> None:
         """Write it, naming the model that it was made with. Raises BadInput and WriteFailed as `write_tensors`."""
-        seen = view(model)
+        model_view = view(model)
         tensors = {f"{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()}
         if self.transcript.ids is not None:
             tensors[IDS] = self.transcript.ids.to(torch.int32)
         metadata = {
-            "model": seen.model.config.name_or_path,
-            "model_fingerprint": model_fingerprint(seen),
+            "model": model_view.model.config.name_or_path,
+            "model_fingerprint": model_fingerprint(model_view),
             "tokens_fingerprint": self.tokens_fingerprint,
             **self.provenance,
             "seen": self.seen,
@@ -141,26 +141,26 @@ class Kept:
         With `input_ids` (and `attention_mask`, if there was one) it is checked that it is of that context.
         Raises ArtifactMismatch for one of another model or context, BadInput for a missing or damaged file.
         """
-        seen = view(model)
+        model_view = view(model)
         with opened(path, "cache") as file:
-            _require_model(file.metadata, seen, path)
-            found = read(file, _expected(seen))
-        metadata, ids = found.metadata, found.ids
+            _require_model(file.metadata, model_view, path)
+            saved = read(file, _expected(model_view))
+        metadata, ids = saved.metadata, saved.ids
         if input_ids is not None:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             _require_context(tokens_fingerprint(input_ids, mask), metadata["tokens_fingerprint"], path)
             if ids is None and input_ids.shape[1] == metadata["seen"]:  # of a file without ids, the context
                 ids = input_ids
         layers: list[KeptLayer | KeptWindow] = []
-        for i in range(seen.shape.num_layers):
-            states = found.layers[i]
-            own = {name: _for_model(states.pop(name), seen.model) for name in list(states)}  # one copy at a time
-            layers.append(KeptLayer.of(own) if i in seen.shape.layers else KeptWindow.of(own))
+        for i in range(model_view.shape.num_layers):
+            states = saved.layers[i]
+            own = {name: _for_model(states.pop(name), model_view.model) for name in list(states)}  # one copy at a time
+            layers.append(KeptLayer.of(own) if i in model_view.shape.layers else KeptWindow.of(own))
         return cls(
             layers=tuple(layers),
             seen=metadata["seen"],
-            transcript=Transcript().followed_by(None if ids is None else ids.to(seen.model.device)),
-            context_tokens=found.context_tokens,
+            transcript=Transcript().followed_by(None if ids is None else ids.to(model_view.model.device)),
+            context_tokens=saved.context_tokens,
             provenance={name: metadata[name] for name in ("method", "keep")},
             tokens_fingerprint=metadata["tokens_fingerprint"],
             peak_nbytes=metadata["peak_nbytes"],
@@ -190,39 +190,39 @@ def tokens_fingerprint(
     return fingerprint(input_ids.long(), attention_mask.long())
 
 
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def _equal(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
 
 
-def _require_model(metadata: Mapping[str, Any], seen: ModelView, path: str | os.PathLike[str]) -> None:
+def _require_model(metadata: Mapping[str, Any], model_view: ModelView, path: str | os.PathLike[str]) -> None:
     """Raise ArtifactMismatch for another model; what is no fingerprint at all is refused where the file is read."""
-    found, expected = metadata.get("model_fingerprint"), model_fingerprint(seen)
-    if isinstance(found, str) and found != expected:
+    written, expected = metadata.get("model_fingerprint"), model_fingerprint(model_view)
+    if isinstance(written, str) and written != expected:
         made_with = metadata.get("model") or "a model"
         raise ArtifactMismatch(
-            f"{path} was made with {made_with!s:.80} (fingerprint {found[:12]}), not with "
-            f"{seen.model.config.name_or_path or 'this model'} ({expected[:12]}): the weights differ, or another "
+            f"{path} was made with {made_with!s:.80} (fingerprint {written[:12]}), not with "
+            f"{model_view.model.config.name_or_path or 'this model'} ({expected[:12]}): the weights differ, or another "
             "adapter is active. Compress the context again."
         )
 
 
-def _expected(seen: ModelView) -> Expected:
-    config = seen.model.config.get_text_config()
+def _expected(model_view: ModelView) -> Expected:
+    config = model_view.model.config.get_text_config()
     return Expected(
-        num_layers=seen.shape.num_layers,
-        layers=seen.shape.layers,
-        kv_heads=seen.shape.kv_heads,
-        head_dim=seen.shape.head_dim,
+        num_layers=model_view.shape.num_layers,
+        layers=model_view.shape.layers,
+        kv_heads=model_view.shape.kv_heads,
+        head_dim=model_view.shape.head_dim,
         window=getattr(config, "sliding_window", None) or 0,
-        max_positions=seen.max_positions,
-        largest=min(torch.finfo(seen.model.dtype).max, LARGEST_STATE),
+        max_positions=model_view.max_positions,
+        largest=min(torch.finfo(model_view.model.dtype).max, LARGEST_STATE),
     )
 
 
-def _require_context(found: str, expected: str | None, path: str | os.PathLike[str]) -> None:
-    if found != expected:
+def _require_context(asked: str, expected: str | None, path: str | os.PathLike[str]) -> None:
+    if asked != expected:
         raise ArtifactMismatch(
-            f"{path} is the cache of another context (tokens {(expected or 'unknown')[:12]}, asked for {found[:12]}). "
+            f"{path} is the cache of another context (tokens {(expected or 'unknown')[:12]}, asked for {asked[:12]}). "
             "Compress this context."
         )
 

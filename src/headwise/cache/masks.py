@@ -29,9 +29,9 @@ def require_causal(mask: Tensor | None, valid: Bool[Tensor, "batch tokens"]) -> 
         return
     require_left_padding(valid)
     length, num_queries = valid.shape[1], mask.shape[-2]
-    seen, number = _visible(mask)[..., :length], torch.arange(length, dtype=torch.int64, device=valid.device)
+    visible, number = _visible(mask)[..., :length], torch.arange(length, dtype=torch.int64, device=valid.device)
     for rows in number[length - num_queries :].split(BLOCK):
-        part = seen[:, :, rows - (length - num_queries)]
+        part = visible[:, :, rows - (length - num_queries)]
         wrong = (part != ((number <= rows[:, None]) & valid[:, None, None])).any(-1)
         mixed = part.any(-1) & ~part.all(-1)  # padding sees nothing, or all where a softmax over nothing would be NaN
         if bool(torch.where(valid[:, None, rows], wrong, mixed).any()):
@@ -49,17 +49,17 @@ def require_left_padding(valid: Bool[Tensor, "batch tokens"]) -> None:
 
 def tail_mask(mask: Tensor, batch: int, num_queries: int, tail: int) -> Bool[Tensor, "batch queries tail"]:
     """Which tokens of the tail the new queries see. Raises BadInput where the mask hides context or differs by head."""
-    seen = _visible(mask)
-    if seen.shape[1] != 1 and bool((seen != seen[:, :1]).any()):
+    visible = _visible(mask)
+    if visible.shape[1] != 1 and bool((visible != visible[:, :1]).any()):
         raise BadInput("the attention mask differs from head to head, which a RaggedCache does not do.")
-    if seen.shape[-2] < num_queries or seen.shape[-1] < tail:
+    if visible.shape[-2] < num_queries or visible.shape[-1] < tail:
         raise BadInput(
             f"the attention mask {tuple(mask.shape)} is too small for {num_queries} queries of {tail} tokens."
         )
-    seen = seen[:, 0, -num_queries:]
-    if not bool(seen[..., : seen.shape[-1] - tail].all()):
+    visible = visible[:, 0, -num_queries:]
+    if not bool(visible[..., : visible.shape[-1] - tail].all()):
         raise BadInput("the attention mask hides tokens of the compressed context, all of which are visible.")
-    return seen[..., seen.shape[-1] - tail :].expand(batch, -1, -1)
+    return visible[..., visible.shape[-1] - tail :].expand(batch, -1, -1)
 
 
 def require_whole_context(mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"], tokens: Tensor) -> None:

@@ -42,9 +42,10 @@ class Plan:
 
     def summarised(self, method: Method, first: Observation) -> "Plan":
         """With what the method's allocator wants to know of the first layer, and its counts if it needs no more."""
-        demand = replace(self.demand, summary=method.allocator.summarise(first))
-        static = isinstance(method.allocator, StaticAllocator)
-        return replace(self, demand=demand, table=method.allocator.counts(demand) if static else None)
+        allocator = method.allocator
+        demand = replace(self.demand, summary=allocator.summarise(first))
+        table = allocator.counts(demand) if isinstance(allocator, StaticAllocator) else None
+        return replace(self, demand=demand, table=table)
 
 
 @dataclass(kw_only=True)

@@ -66,11 +66,11 @@ def read(file: Opened, expected: Expected | None = None) -> Saved:
     """
     written = {"context_tokens": None, **file.metadata}  # files of earlier versions have none
     metadata = {**written, **strict_json.checked(written, FIELDS, f"{file.path}: the metadata", ADVICE)}
-    found = _layers(file)
-    frozen = found if expected is None else set(expected.layers)
+    present = _layers(file)
+    frozen = present if expected is None else set(expected.layers)
     if expected is None:
-        frozen = {layer for layer in found if f"{layer}.positions" in file.headers}
-    every = found if expected is None else set(range(expected.num_layers))
+        frozen = {layer for layer in present if f"{layer}.positions" in file.headers}
+    every = present if expected is None else set(range(expected.num_layers))
     schema = _schema(file, every, frozen, metadata["seen"], expected)
     tensors = file.read(schema)
     layers = {

@@ -94,9 +94,9 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         return whole
 
     def _states(self, name: str) -> Tensor:
-        found = getattr(self, name)
-        assert found is not None
-        return found
+        tensor = getattr(self, name)
+        assert tensor is not None
+        return tensor
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; give minus their number. Raises what `require_croppable` does."""

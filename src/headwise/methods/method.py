@@ -75,9 +75,9 @@ class Method:
         scorer, allocator = made(name)
         return cls(scorer=scorer, allocator=allocator)
 
-    def told(self, follow: Follow) -> "Method":
+    def instructed(self, follow: Follow) -> "Method":
         """With the instruction, if its scorer reads the context again after one; `follow` makes tokens of it."""
-        return replace(self, scorer=self.scorer.told(follow))
+        return replace(self, scorer=self.scorer.instructed(follow))
 
     def for_model(self, shape: ModelShape, config_hash: str, name: str = "") -> "Method":
         """The method to use on this model. Raises ArtifactMismatch if its budget is for another model or scorer.

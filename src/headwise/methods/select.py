@@ -72,10 +72,10 @@ def _require_values(scores: Tensor, counts: Tensor, valid: Tensor, protected: Te
     least, most = protected.sum(dim=-1, keepdim=True) * floor, valid.sum(dim=-1, keepdim=True)
     nan = (scores.isnan() & (valid & ~protected).unsqueeze(1)).any()
     wrong = ((counts < least) | (counts > most)).any()
-    found_nan, found_wrong = torch.stack([nan, wrong]).tolist()  # one wait for the device instead of two
-    if found_nan:
+    has_nan, has_wrong = torch.stack([nan, wrong]).tolist()  # one wait for the device instead of two
+    if has_nan:
         raise NonFiniteValues("Some scores are NaN: look for NaN in the model's keys, values or in the scorer.")
-    if found_wrong:
+    if has_wrong:
         raise BadInput(
             f"counts {counts.tolist()} must lie between each row's protected tokens {least.flatten().tolist()} and "
             f"its tokens {most.flatten().tolist()}."

@@ -56,8 +56,8 @@ def overview(model: str, config: PretrainedConfig, folder: Path | None = None) -
     """
     text = config.get_text_config()
     target = _Target(model=model, shape=shape_of(text), config_hash=config_hash(text.to_dict()))
-    found = () if folder is None else read_headers(folder)
-    rows = [row for method in _names() for row in _rows(method, target, found)]
+    files = () if folder is None else read_headers(folder)
+    rows = [row for method in _names() for row in _rows(method, target, files)]
     default = choose(target.shape, target.config_hash)
     return Overview(model=model, config_hash=target.config_hash, default=default, methods=tuple(rows))
 
@@ -76,7 +76,7 @@ def _names() -> list[str]:
     return [*ALIASES, *(f"{name}+lukv" for name in solved)]
 
 
-def _rows(method: str, target: _Target, found: Sequence[Shipped]) -> Iterator[Available]:
+def _rows(method: str, target: _Target, files: Sequence[Shipped]) -> Iterator[Available]:
     """One row; where files are needed, one for each that is there."""
     scorer, allocator = entries_of(method)
     if SCORERS[scorer].make().replay is not None and len(target.shape.layers) < target.shape.num_layers:
@@ -89,7 +89,7 @@ def _rows(method: str, target: _Target, found: Sequence[Shipped]) -> Iterator[Av
     kind = "budget" if allocator == "lukv" else "gates"
     parameters = json.loads(json.dumps(SCORERS[scorer].make().provenance())) if kind == "budget" else None
     own = [(method, file) for file in shipped(kind, target.config_hash, parameters)[:1]]
-    others = [(f"{method}@{file.path}", file) for file in fitting(found, kind, target.config_hash, parameters)]
+    others = [(f"{method}@{file.path}", file) for file in fitting(files, kind, target.config_hash, parameters)]
     for name, file in [*own, *others]:
         yield _of_file(name, file, target)
     if not own and not others:

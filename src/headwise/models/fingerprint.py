@@ -27,31 +27,31 @@ def model_fingerprint(model: PreTrainedModel | ModelView) -> str:
 
     The model reads two tokens for it. A model with adapters of which none is active is the model without them.
     """
-    seen = view(model)
-    parts: list[str | Tensor] = [seen.config_hash]
-    for name, weight in _weights_at_work(seen):
+    model_view = view(model)
+    parts: list[str | Tensor] = [model_view.config_hash]
+    for name, weight in _weights_at_work(model_view):
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight  # shared out among processes
         step = max(1, weight.numel() // _SAMPLE)
         sample = weight.detach().flatten()[::step][:_SAMPLE]
         parts += [_WRAPPED.sub("", name), sample.to("cpu", torch.bfloat16).float()]
-    return fingerprint(*parts, *map(repr, _strengths(seen)))
+    return fingerprint(*parts, *map(repr, _strengths(model_view)))
 
 
-def _weights_at_work(seen: ModelView) -> Iterator[tuple[str, Tensor]]:
-    decoder: nn.Module = seen.model.get_decoder()
+def _weights_at_work(model_view: ModelView) -> Iterator[tuple[str, Tensor]]:
+    decoder: nn.Module = model_view.model.get_decoder()
     state = decoder.state_dict(keep_vars=True)
     weights = {name: leaf for name, value in state.items() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}
     if any(isinstance(weight, DTensor) for weight in weights.values()):  # what a pass touches are copies of theirs
         yield from weights.items()
         return
     watch = _Touched()
-    ids = torch.arange(_PROBE, dtype=torch.int64, device=seen.model.device)[None]
+    ids = torch.arange(_PROBE, dtype=torch.int64, device=model_view.model.device)[None]
     # Autocast would give operations copies of the weights, which it made earlier.
-    plain = torch.autocast(seen.model.device.type, enabled=False)
-    with torch.no_grad(), plain, seen.unchanged(), watch:
+    plain = torch.autocast(model_view.model.device.type, enabled=False)
+    with torch.no_grad(), plain, model_view.unchanged(), watch:
         decoder(input_ids=ids, use_cache=False)
     # What is packed away in an object (torch's dynamic quantisation) is no argument of any operation.
-    yield from ((n, w) for n, w in weights.items() if id(w) in watch.found or w is not state[n])
+    yield from ((n, w) for n, w in weights.items() if id(w) in watch.tensors or w is not state[n])
 
 
 class _Touched(TorchDispatchMode):
@@ -59,16 +59,16 @@ class _Touched(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[int] = set()
+        self.tensors: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found |= {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        self.tensors |= {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         return func(*args, **(kwargs or {}))
 
 
-def _strengths(seen: ModelView) -> list[float]:
+def _strengths(model_view: ModelView) -> list[float]:
     """By what the adapters at work (peft's LoRA) are multiplied: numbers that are no weights."""
-    decoder: nn.Module = seen.model.get_decoder()
+    decoder: nn.Module = model_view.model.get_decoder()
     adapted: list[Any] = [m for m in decoder.modules() if isinstance(getattr(m, "scaling", None), dict)]
     return [
         float(module.scaling[name])

@@ -57,10 +57,10 @@ class _Instead:
     @property
     def model(self) -> Any:
         """The model. Raises BadInput where only a shallow copy of it is left."""
-        found = self._model()
-        if found is None:
+        model = self._model()
+        if model is None:
             raise BadInput("this model is a copy.copy() of one that is gone: call headwise.enable(model) on it first.")
-        return found
+        return model
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -70,11 +70,11 @@ class _Instead:
     @classmethod
     def put_on(cls, model: nn.Module) -> None:
         """Take the place of the method of this model, if it does not have it yet."""
-        found = vars(model).get(cls.name)
-        if not isinstance(found, cls):
-            vars(model)[cls.name] = cls(model, found)
-        elif found._model() is not model:  # of the model that this one is a shallow copy of
-            vars(model)[cls.name] = cls(model, found._own)
+        present = vars(model).get(cls.name)
+        if not isinstance(present, cls):
+            vars(model)[cls.name] = cls(model, present)
+        elif present._model() is not model:  # of the model that this one is a shallow copy of
+            vars(model)[cls.name] = cls(model, present._own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Instead":
         return type(self)(memo.get(id(self.model), self.model), self._own)
@@ -93,8 +93,10 @@ class _Shown(_Instead):
         if cache is not None:
             if not model_kwargs.get("use_cache", True):
                 raise BadInput("generate() was given a cache and use_cache=False: leave out one of them.")
-            told = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
-            if told == input_ids.shape[1] and model_kwargs.get("inputs_embeds") is None:  # else they are new ids only
+            covered = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+            if (
+                covered == input_ids.shape[1] and model_kwargs.get("inputs_embeds") is None
+            ):  # else they are new ids only
                 cache.require_continued(input_ids, mask)
         return self.original(input_ids, generation_config, model_kwargs, **options)
 

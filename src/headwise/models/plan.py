@@ -162,17 +162,17 @@ def _weight_bytes(config: PretrainedConfig, dtype: torch.dtype) -> tuple[int, li
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     nbytes = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
-    found = getattr(config, "quantization_config", None)
-    if not found:
+    quantisation = getattr(config, "quantization_config", None)
+    if not quantisation:
         return nbytes, []
-    settings = found if isinstance(found, dict) else found.to_dict()
+    settings = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
     bits, method = _bits(settings), settings.get("quant_method", "unknown")
     if not bits:
         return nbytes, [f"how {method} quantises is not known here, so weights are counted as {_name(dtype)}"]
     head = model.get_output_embeddings()
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
-    said = f"weights of linear layers are counted with {bits} bits ({method}), without their scales"
-    return nbytes - linear * dtype.itemsize + linear * bits // 8, [said]
+    note = f"weights of linear layers are counted with {bits} bits ({method}), without their scales"
+    return nbytes - linear * dtype.itemsize + linear * bits // 8, [note]
 
 
 def _bits(settings: dict[str, Any]) -> int:

@@ -132,9 +132,9 @@ class Sharded(Launched):
             self._others_at_work(True)
 
     def _others_at_work(self, at_work: bool) -> bool:
-        found = torch.tensor(float(at_work), device=self.device, dtype=torch.float32)
-        torch.distributed.all_reduce(found)
-        return not at_work and bool(found > 0)
+        working = torch.tensor(float(at_work), device=self.device, dtype=torch.float32)
+        torch.distributed.all_reduce(working)
+        return not at_work and bool(working > 0)
 
 
 def launched(device: str) -> Processes:

@@ -69,7 +69,7 @@ def instructed(method: str | Method, tokenizer: Any, *, chat: bool = True) -> Me
         ids = following_ids(tokenizer, end.text + (end.own if templated else "\n\n"))
         return () if _unknown_token(tokenizer) in ids else tuple(ids)
 
-    return Method.parse(method).told(follow)
+    return Method.parse(method).instructed(follow)
 
 
 def tokenize(

@@ -61,10 +61,10 @@ class LUKV(StaticAllocator):
         if not self.budget.hull:
             raise ArtifactMismatch("this budget has no hulls: use it as fixed@FILE, or make one with 'headwise solve'.")
         self.budget.require(shape, config_hash)
-        made_for, found = dict(self.budget.origin.scorer_parameters), json.loads(json.dumps(scorer.provenance()))
-        if made_for != found:
+        made_for, asked = dict(self.budget.origin.scorer_parameters), json.loads(json.dumps(scorer.provenance()))
+        if made_for != asked:
             raise ArtifactMismatch(
-                f"the budget was solved for {made_for}, but the scorer is {found}. Profile and solve for this scorer."
+                f"the budget was solved for {made_for}, but the scorer is {asked}. Profile and solve for this scorer."
             )
         return self
 

@@ -130,7 +130,7 @@ class KVzip(AbstractScorer):
         """The context in chunks, each after the instruction and the end of the chunk before."""
         return Replay(chunk_size=self.chunk_size, overlap=self.overlap, instruction=self.instruction)
 
-    def told(self, follow: Follow) -> "KVzip":
+    def instructed(self, follow: Follow) -> "KVzip":
         """With the authors' instruction, unless it has one already."""
         return self if self.instruction else replace(self, instruction=follow(INSTRUCTION))
 
@@ -143,9 +143,9 @@ class KVzip(AbstractScorer):
         received[..., start:end] = self._join(received[..., start:end], self._replay_attention(chunk, start, end))
         return {"received": received}
 
-    def _join(self, one: Tensor, other: Tensor) -> Tensor:
+    def _join(self, first: Tensor, second: Tensor) -> Tensor:
         """What two groups of queries pay together."""
-        return torch.maximum(one, other)
+        return torch.maximum(first, second)
 
     def _paid(self, weights: Float[Tensor, "batch kv_heads group queries n"]) -> Float[Tensor, "batch kv_heads n"]:
         """What some queries pay."""
@@ -156,7 +156,7 @@ class KVzip(AbstractScorer):
         return observation.statistics["received"]
 
     def _replay_attention(self, chunk: Chunk, start: int, end: int) -> Float[Tensor, "batch kv_heads replayed"]:
-        columns, seen = _replay_columns(chunk, start, end, self.sink)
+        columns, present = _replay_columns(chunk, start, end, self.sink)
         index = columns[:, None, :, None].expand(-1, chunk.keys.shape[1], -1, chunk.keys.shape[3])
         keys = chunk.keys.gather(2, index)
         paid = chunk.keys.new_zeros(*chunk.keys.shape[:2], end - start).float()
@@ -166,7 +166,9 @@ class KVzip(AbstractScorer):
             rows = torch.arange(first, stop, device=columns.device, dtype=torch.int64)
             queries = chunk.queries[:, :, first - chunk.offset : stop - chunk.offset]
             known = columns.shape[1] - (tokens - stop)  # the replay's later tokens apart
-            visible = seen[:, None, :known] & chunk.valid[:, rows, None] & (columns[:, None, :known] <= rows[:, None])
+            visible = (
+                present[:, None, :known] & chunk.valid[:, rows, None] & (columns[:, None, :known] <= rows[:, None])
+            )
             weights = attention(queries, keys[:, :, :known], visible, scaling=chunk.scaling)
             paid = self._join(paid, self._paid(weights[..., self.sink : self.sink + end - start]))
         return paid
@@ -187,8 +189,8 @@ class KVzipL2(KVzip):
         """Return the root of the recorded sums."""
         return observation.statistics["received"].sqrt()
 
-    def _join(self, one: Tensor, other: Tensor) -> Tensor:
-        return one + other
+    def _join(self, first: Tensor, second: Tensor) -> Tensor:
+        return first + second
 
     def _paid(self, weights: Float[Tensor, "batch kv_heads group queries n"]) -> Float[Tensor, "batch kv_heads n"]:
         return weights.square().sum((2, 3))
@@ -223,5 +225,5 @@ def _replay_columns(
     first = chunk.valid.long().argmax(-1, keepdim=True)
     sinks = (first + torch.arange(sink, device=tokens.device, dtype=torch.int64)).clamp(max=len(tokens) - 1)
     others = torch.cat([tokens[start:end], tokens[chunk.offset :]]).expand(len(sinks), -1)
-    seen = torch.cat([sinks < start, chunk.valid.gather(1, others)], dim=1)
-    return torch.cat([sinks, others], dim=1), seen
+    present = torch.cat([sinks < start, chunk.valid.gather(1, others)], dim=1)
+    return torch.cat([sinks, others], dim=1), present

@@ -88,8 +88,8 @@ class ServingConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Refuse what cannot work; solve the tiers and keep them in the model's configuration, which is everywhere."""
-        for found, what, why, instead in REFUSED:
-            if found(vllm_config):
+        for is_set, what, why, instead in REFUSED:
+            if is_set(vllm_config):
                 raise BadInput(f"headwise: {what} cannot be used: {why}. Use {instead}.")
         model_config, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
         config = model_config.hf_config
@@ -108,5 +108,5 @@ def settings_of(config: Any) -> Settings:
 
 def tiers_of(config: Any) -> Tiers:
     """From a configuration that went through the hook."""
-    found = config.headwise_tiers
-    return Tiers(keeps=tuple(tuple(row) for row in found["keeps"]), floor=found["floor"])
+    tiers = config.headwise_tiers
+    return Tiers(keeps=tuple(tuple(row) for row in tiers["keeps"]), floor=tiers["floor"])
