@@ -410,7 +410,7 @@ def test_doctor_names_the_kernel_that_is_used(run):
     assert used[0] in succeed(run, "doctor")
 
 
-@pytest.mark.skipif(kernels.why_not_native() is not None, reason=str(kernels.why_not_native()))
+@pytest.mark.skipif(kernels.why_not("native") is not None, reason=str(kernels.why_not("native")))
 def test_build_kernels_says_where_the_library_is(run):
     found = json.loads(succeed(run, "build-kernels --json"))
     assert Path(found["path"]).is_file()
