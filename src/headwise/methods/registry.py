@@ -25,7 +25,7 @@ class Entry:
 
     make: Callable[..., Any]
     summary: str
-    paper: str = ""
+    paper: str  # its arXiv id; empty where there is none
     file: Literal["none", "optional", "needed"] = "none"
     # Whether vLLM can be served with it: a scorer that needs no more than a head's keys, values and the last queries;
     # an allocator whose counts are the same for every prompt of a length.
@@ -79,7 +79,9 @@ def _fixed(path: Path, source: str = "") -> Any:
 
 SCORERS: Mapping[str, Entry] = MappingProxyType(
     {
-        "random": Entry(make=scorer("Random"), summary="uniform random scores: the floor every method must beat"),
+        "random": Entry(
+            make=scorer("Random"), summary="uniform random scores: the floor every method must beat", paper=""
+        ),
         "streaming": Entry(
             make=scorer("Streaming"), summary="first 4 tokens and the most recent ones", paper="2309.17453", served=True
         ),
@@ -116,7 +118,7 @@ SCORERS: Mapping[str, Entry] = MappingProxyType(
 
 ALLOCATORS: Mapping[str, Entry] = MappingProxyType(
     {
-        "uniform": Entry(make=allocator("Uniform"), summary="the same count for every head", served=True),
+        "uniform": Entry(make=allocator("Uniform"), summary="the same count for every head", paper="", served=True),
         "pyramid": Entry(
             make=allocator("Pyramid"),
             summary="more for early layers, linearly less for late ones",
@@ -126,7 +128,9 @@ ALLOCATORS: Mapping[str, Entry] = MappingProxyType(
         "adakv": Entry(
             make=allocator("AdaKV"), summary="heads of a layer compete with their scores", paper="2407.11550"
         ),
-        "global": Entry(make=allocator("Global"), summary="all heads of all layers compete with their scores"),
+        "global": Entry(
+            make=allocator("Global"), summary="all heads of all layers compete with their scores", paper=""
+        ),
         "fixed": Entry(
             make=_fixed,
             summary="per-head fractions from a Budget file: fixed@FILE",
@@ -160,20 +164,11 @@ ALLOCATORS: Mapping[str, Entry] = MappingProxyType(
 
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
-        "random": "random+uniform",
-        "streaming": "streaming+uniform",
-        "knorm": "knorm+uniform",
-        "keydiff": "keydiff+uniform",
-        "snapkv": "snapkv+uniform",
-        "tova": "tova+uniform",
-        "h2o": "h2o+uniform",
-        "expected": "expected+uniform",
-        "criticalkv": "criticalkv+uniform",
+        **{name: f"{name}+uniform" for name in SCORERS},
         "kvzip": "kvzip+global",
         "kvzip-l2": "kvzip-l2+global",
         "pyramidkv": "snapkv+pyramid",
         "adakv": "snapkv+adakv",
-        "lkv-t": "lkv-t+uniform",
         "lkv": "lkv-t+lkv-c",
     }
 )
