@@ -29,10 +29,8 @@ class Entry:
 
     module: str  # of headwise.kernels, imported when it is used; its `attend` is the kernel
     summary: str
-    device: Literal["cpu", "cuda"] | None = None  # the only kind of device that it runs on; None: it runs on all
-    needs: Callable[[], str] = lambda: (
-        ""
-    )  # finds what it needs, and says what it found; raises KernelUnavailable, BadInput
+    device: Literal["cpu", "cuda"] | None = None  # the only kind of device that it runs on; None: any
+    needs: Callable[[], str] = str  # says what it found of its needs (str: none); raises KernelUnavailable, BadInput
 
 
 def _library() -> str:
