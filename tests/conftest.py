@@ -36,6 +36,7 @@ SLOW = {
     "test_calibration.py",
     "test_cli.py",
     "test_endings.py",
+    "test_extending.py",
     "test_gates.py",
     "test_globals.py",
     "test_hulls.py",

@@ -251,7 +251,7 @@ def test_a_file_that_is_too_large_for_the_disk_is_told(tmp_path, files, monkeypa
             cli.main()
         assert caught.value.code == 1
 
-    kernels.why_not_native()  # a compiler would need larger files
+    kernels.why_not("native")  # a compiler would need larger files
     assert ended(forked(limited)) == 0
     said = (tmp_path / "said").read_text()
     assert (said.count("\n"), "File too large" in said, goal.exists()) == (1, True, False)

@@ -9,8 +9,8 @@ import torch
 from headwise.artifacts.budget import Budget
 from headwise.artifacts.origin import Origin
 from headwise.errors import ArtifactMismatch, BadInput
-from headwise.interfaces import AbstractAllocator, AbstractScorer
-from headwise.methods.allocate import AdaKV, Fixed, Global, Uniform
+from headwise.interfaces import AbstractAllocator, AbstractScorer, StaticAllocator
+from headwise.methods.allocate import LKVH, LUKV, AdaKV, Fixed, Global, Uniform
 from headwise.methods.method import Method
 from headwise.methods.names import paper_of
 from headwise.methods.registry import ALIASES, ALLOCATORS, SCORERS
@@ -138,7 +138,7 @@ def test_protection_given_by_hand_is_in_the_provenance():
 def test_the_registry_says_what_everything_does_and_where_it_is_from():
     for name, entry in {**SCORERS, **ALLOCATORS}.items():
         assert entry.summary, name
-        assert name in {"random", "uniform", "global"} or re.fullmatch(r"\d{4}\.\d{5}", entry.paper), name
+        assert re.fullmatch(r"(\d{4}\.\d{5})?", entry.paper), name
 
 
 @pytest.mark.parametrize(
@@ -146,3 +146,12 @@ def test_the_registry_says_what_everything_does_and_where_it_is_from():
 )
 def test_the_paper_of_an_alias(alias, paper):
     assert paper_of(alias) == paper
+
+
+def test_what_can_be_served_looks_at_no_scores():
+    """lkv-c apart, for which a server takes the budgets of lkv-h."""
+    of_files = {"fixed": Fixed, "lukv": LUKV, "lkv-h": LKVH}
+    kinds = {name: of_files.get(name) or type(entry.make()) for name, entry in ALLOCATORS.items() if name != "lkv-c"}
+    assert {name: issubclass(kind, StaticAllocator) for name, kind in kinds.items()} == {
+        name: ALLOCATORS[name].served for name in kinds
+    }

@@ -53,6 +53,8 @@ PUBLIC = (
     "headwise.evals.lm_eval",
     "headwise.evals.run",
     "headwise.interfaces",
+    "headwise.kernels.arguments",
+    "headwise.kernels.segments",
     "headwise.methods.allocate",
     "headwise.methods.allocate.apportion",
     "headwise.methods.keep",
@@ -69,6 +71,7 @@ PUBLIC = (
     "headwise.serving",
     "headwise.tasks.document",
     "headwise.tasks.suites",
+    "headwise.tasks.task",
 )
 
 

@@ -21,7 +21,7 @@ from headwise.methods.method import Method
 from headwise.report.quality.results import write_report
 from headwise.tasks.document import tokenize
 from headwise.tasks.mini_ruler.lexicon import REFERENCE_LEXICON
-from headwise.tasks.suites import lexicon_for
+from headwise.tasks.mini_ruler.tasks import lexicon_for
 
 METHODS = ("full", "snapkv", "keydiff+global", "kvzip", "criticalkv")
 TIMES = {"prefill_seconds": 0.0, "decode_seconds": 0.0, "step_ms": None}

@@ -1,6 +1,8 @@
 """Names of tasks, and tasks from a user's own files."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from families import tiny_model
@@ -10,10 +12,19 @@ from text_tokenizers import byte_tokenizer, spacing_tokenizer
 from headwise.errors import BadInput
 from headwise.evals.session import Session
 from headwise.tasks.mini_ruler.suite import TASKS, generate
-from headwise.tasks.suites import SUITES, Sizes, lexicon_for, make_tasks, parse_tasks
+from headwise.tasks.mini_ruler.tasks import lexicon_for
+from headwise.tasks.suites import SUITES, Sizes, make_tasks, parse_tasks
 from headwise.tasks.task import Question
 
+PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 WORDS = "locker apple red stone. the key was under the old tower, near a river. "
+MADE_HERE = pytest.mark.parametrize(
+    "name",
+    [
+        "mini-ruler:vt",
+        "ruler:niah_single_1",
+    ],
+)  # a task of every suite that needs no data
 
 
 def made(text, **sizes):
@@ -54,10 +65,35 @@ def test_names_that_are_none(text, message):
         parse_tasks(text)
 
 
-def test_every_suite_is_documented():
-    import headwise.tasks.suites as module
+def test_every_suite_has_its_row_in_evaluation():
+    section = PAGE.read_text().partition("\n## Tasks\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w[\w-]*)(?::MY\.\w+)?` \|", section, re.MULTILINE) == [*SUITES]
 
-    assert all(f"    {name}" in module.__doc__ or f"{name} for" in module.__doc__ for name in SUITES)
+
+@MADE_HERE
+def test_samples_come_from_their_seed(name):
+    (task,), (same,), (other,) = (made(name, length=400, seed=seed) for seed in (0, 0, 1))
+    assert (task.name, task.num_samples, task.length) == (name, 3, 400)
+    assert task.sample(2) == same.sample(2)
+    assert task.sample(2) not in (task.sample(1), other.sample(2))
+
+
+@MADE_HERE
+def test_samples_fit_and_fill_their_length(name):
+    tokenizer, (task,) = word_tokenizer(), made(name, length=400)
+    for sample in map(task.sample, range(3)):
+        context, *questions = (
+            len(tokenizer(text)["input_ids"]) for text in (sample.context, *(q.prompt for q in sample.questions))
+        )
+        assert 200 < context + max(questions) <= 400
+
+
+@MADE_HERE
+def test_a_right_answer_is_judged_right(name):
+    (task,) = made(name, length=400)
+    for question in task.sample(0).questions:
+        assert task.judge(" ".join(question.answers), question) == 1
+        assert task.judge("nothing", question) == 0
 
 
 def test_mini_ruler_samples_are_those_of_the_evaluation_split():

@@ -88,7 +88,7 @@ def test_an_unknown_method(model, method, message):
 
 
 def test_an_unknown_kernel(model):
-    refuse(BadInput, "choose auto, pages, reference", model, random_ids(1, 40), "keydiff", keep=0.5, kernel="fast")
+    refuse(BadInput, "choose auto, reference, ", model, random_ids(1, 40), "keydiff", keep=0.5, kernel="fast")
 
 
 def test_an_empty_context(model):

@@ -17,7 +17,7 @@ SOURCE = 'extern "C" int answer() { return 42; }\n'
 OTHER_USER = 12345
 posix = pytest.mark.skipif(os.name != "posix", reason="owners and permissions are those of POSIX")
 
-pytestmark = pytest.mark.skipif(kernels.why_not_native() is not None, reason=str(kernels.why_not_native()))
+pytestmark = pytest.mark.skipif(kernels.why_not("native") is not None, reason=str(kernels.why_not("native")))
 
 
 @pytest.fixture

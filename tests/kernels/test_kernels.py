@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.errors import BadInput
-from headwise.kernels import KERNELS, get_kernel, partial, reference
+from headwise.kernels import get_kernel, partial, reference, usable
 from headwise.kernels.segments import Segments, page_table
 
 HEADS, GROUP, DIM = 2, 3, 16
 SCALING = DIM**-0.5
+EVERY = pytest.mark.parametrize("kernel", [name for name in usable("cpu") if name != "reference"])
 
 
 def make_segments(lengths, dtype, seed=0, heads=HEADS, dim=DIM):
@@ -36,6 +37,7 @@ def make_query(rows, num_queries, tail, dtype, seed=1):
     return query.to(dtype), tail_keys.to(dtype), tail_values.to(dtype), mask
 
 
+@EVERY
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 700), min_size=4, max_size=4),
@@ -43,17 +45,18 @@ def make_query(rows, num_queries, tail, dtype, seed=1):
     num_queries=st.sampled_from([1, 2, 5, 17, 600]),
     tail=st.integers(1, 70),
 )
-def test_pages_equals_reference(lengths, rows, num_queries, tail):
+def test_equals_the_reference(kernel, lengths, rows, num_queries, tail):
     segments = make_segments(lengths, torch.float64)
     query, tail_keys, tail_values, mask = make_query(rows, num_queries, tail, torch.float64)
     arguments = (segments, torch.tensor(rows), tail_keys, tail_values, mask, SCALING)
     expected = reference.attend(query, *arguments)
-    torch.testing.assert_close(KERNELS["pages"](query, *arguments), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(get_kernel(kernel)(query, *arguments), expected, rtol=1e-9, atol=1e-9)
 
 
+@EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_queries", [1, 40])
-def test_error_is_at_most_twice_that_of_plain_attention(dtype, num_queries):
+def test_error_is_at_most_twice_that_of_plain_attention(kernel, dtype, num_queries):
     """Against float64, with the same rounded inputs; plain = PyTorch's own attention in the same precision."""
     segments = make_segments([300, 5, 70, 1000], dtype)
     query, tail_keys, tail_values, mask = make_query([0, 1], num_queries, 40, dtype)
@@ -69,7 +72,7 @@ def test_error_is_at_most_twice_that_of_plain_attention(dtype, num_queries):
     exact = reference.attend(
         query.double(), exact_segments, rows, tail_keys.double(), tail_values.double(), mask, SCALING
     )
-    ours = KERNELS["pages"](query, segments, rows, tail_keys, tail_values, mask, SCALING)
+    ours = get_kernel(kernel)(query, segments, rows, tail_keys, tail_values, mask, SCALING)
     plain = torch.empty_like(query)
     for b in range(2):
         for h in range(HEADS):
@@ -93,11 +96,12 @@ def test_unfused_equals_fused():
     torch.testing.assert_close(fused, unfused, rtol=1e-9, atol=1e-9)
 
 
-def test_a_query_that_sees_nothing_of_the_tail_is_finite():
+@EVERY
+def test_a_query_that_sees_nothing_of_the_tail_is_finite(kernel):
     segments = make_segments([3, 4], torch.float32)
     query, tail_keys, tail_values, mask = make_query([0], 2, 5, torch.float32)
     mask[:] = False
-    out = KERNELS["pages"](query, segments, torch.tensor([0]), tail_keys, tail_values, mask, SCALING)
+    out = get_kernel(kernel)(query, segments, torch.tensor([0]), tail_keys, tail_values, mask, SCALING)
     expected = reference.attend(query, segments, torch.tensor([0]), tail_keys, tail_values, mask, SCALING)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
@@ -116,5 +120,5 @@ def test_page_table_covers_every_row_once_for_its_owner(lengths):
 
 
 def test_unknown_kernel():
-    with pytest.raises(BadInput, match="choose auto, pages"):
+    with pytest.raises(BadInput, match="choose auto, reference, "):
         get_kernel("fast")

@@ -21,7 +21,7 @@ HEADS = 2
 
 def needs_compiler(test):
     """Skip, saying why, where there is no compiler."""
-    missing = kernels.why_not_native()
+    missing = kernels.why_not("native")
     return pytest.mark.skipif(missing is not None, reason=str(missing))(test)
 
 
@@ -160,7 +160,7 @@ def test_auto_takes_it_on_the_cpu(monkeypatch):
 def nothing_cached(monkeypatch, tmp_path):
     """As if no kernel had been built or asked for yet."""
     monkeypatch.setenv("HEADWISE_CACHE", str(tmp_path))
-    remembered = (native.load, kernels.why_not_native, kernels._by_device)
+    remembered = (native.load, kernels.why_not, kernels._by_device)
     for function in remembered:
         function.cache_clear()
     yield tmp_path

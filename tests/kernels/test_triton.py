@@ -63,6 +63,18 @@ def test_without_triton(monkeypatch):
     assert get_kernel("auto")
 
 
+@pytest.mark.parametrize(("installed", "fastest"), [(True, "triton"), (False, "pages")])
+def test_auto_takes_it_on_a_gpu_where_it_is_installed(installed, fastest, monkeypatch):
+    monkeypatch.setattr(kernels, "_has_triton", lambda: installed)
+    kernels.why_not.cache_clear()
+    try:
+        assert kernels.fastest(torch.device("cuda")) == fastest
+        assert "native" not in kernels.usable("cuda")
+        assert kernels.survey()[-1].usable == (installed and torch.cuda.is_available())
+    finally:
+        kernels.why_not.cache_clear()
+
+
 @pytest.mark.parametrize("size", [1, 3, 128])
 def test_chunks_cover_every_segment_in_order(size):
     lengths = (5, 0, 1, 300, 128)

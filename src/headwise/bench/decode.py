@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from headwise.bench.measuring import MOST, WrongResult, in_worker, relative_error, require_kvpress, threads
 from headwise.errors import BadInput
-from headwise.kernels import native, pages, why_not_native
+from headwise.kernels import Kernel, get_kernel, native, usable
 from headwise.kernels import segments as layout
 from headwise.kernels.segments import Segments
 
@@ -220,10 +220,10 @@ def _candidates(settings: Settings, layer: _Layer) -> tuple[list[_Candidate], Se
     def folded(k: Tensor, v: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(grouped[:, :, :, 0], k, v, scale=scaling).view_as(query)
 
-    def by_kernel(kernel: Callable[..., Tensor], storage: Segments) -> Tensor:
+    def by_kernel(kernel: Kernel, storage: Segments) -> Tensor:
         return kernel(grouped, storage, rows, *tail, None, scaling).view_as(query)
 
-    kernels = {"pages": pages.attend} | ({"native": native.attend} if why_not_native() is None else {})
+    kernels = {name: get_kernel(name) for name in usable("cpu") if name != "reference"}
     runs = [  # the second: whether it reads everything, 0, or what is kept, 1
         (FULL, 0, [lambda k=k, v=v: by_transformers(k, v) for k, v in dense]),
         (GROUPED, 0, [lambda k=k, v=v: folded(k, v) for k, v in dense]),
@@ -234,7 +234,7 @@ def _candidates(settings: Settings, layer: _Layer) -> tuple[list[_Candidate], Se
         _Candidate(name=name, runs=own, exact=exact[at], plain_error=plain[at], nbytes=nbytes[at])
         for name, at, own in runs
     ]
-    read = _read if why_not_native() is None else _read_by_torch
+    read = _read if "native" in kernels else _read_by_torch
     return candidates, [lambda s=s: read(s.keys, s.values, *tail) for s in ragged]
 
 

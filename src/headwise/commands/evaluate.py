@@ -105,11 +105,11 @@ def _checked(methods: str, keep: str, protocol: str, out: Path | None) -> tuple[
 def _tasks(named: Sequence[tuple[str, str]], model: "PreTrainedModel", tokenizer: Any, sizes: "Sizes") -> "list[Task]":
     """The tasks, which the model has room for; a file's own documents are looked at one by one, later."""
     from headwise.models.families import view
-    from headwise.tasks.suites import make_tasks
+    from headwise.tasks.suites import SUITES, make_tasks
 
     made = make_tasks(named, tokenizer, sizes)
     limit = view(model).max_positions
-    if sizes.length > limit and any(suite != "file" for suite, _ in named):
+    if sizes.length > limit and any(SUITES[suite].sized for suite, _ in named):
         raise BadInput(f"--length {sizes.length}: this model was made for {limit} tokens; give as many or fewer.")
     return made
 

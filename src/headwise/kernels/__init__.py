@@ -1,51 +1,79 @@
-"""Ragged attention kernels, by name. All have the signature of `reference.attend`.
+"""The kernels, by name: attention over what was kept. A new one is a file with an `attend`, and a line in KERNELS.
 
-reference   one head at a time: the truth                    everywhere
-pages       pure PyTorch                                     everywhere
-native      C++, compiled at first use                       CPU, with a compiler
-triton      Triton                                           GPU
-
-For serving there are two more, over pools of pages: `paged_attention` picks one.
+What a kernel is given and gives back: `Kernel`. For serving there are two more, over pools of pages: `paged_attention`
+picks one.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from headwise.errors import BadInput, KernelUnavailable
-from headwise.kernels import native, paged, pages, reference
+from headwise.kernels import native, paged
+from headwise.kernels.arguments import Kernel as Kernel
 
-Kernel = Callable[..., Tensor]
-KERNELS: dict[str, Kernel] = {"pages": pages.attend, "reference": reference.attend}  # those that run everywhere
-ALL = (*KERNELS, "native", "triton")
+PagedKernel = Callable[[Tensor, Tensor, paged.Sequences, float], Tensor]  # as `paged.attend`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A line of the table."""
+
+    module: str  # of headwise.kernels, imported when it is used; its `attend` is the kernel
+    summary: str
+    device: Literal["cpu", "cuda"] | None = None  # the only kind of device that it runs on; None: any
+    needs: Callable[[], str] = str  # says what it found of its needs (str: none); raises KernelUnavailable, BadInput
+
+
+def _library() -> str:
+    made = native.load()
+    return f"{made.features}, {made.path}"
+
+
+def _triton() -> str:
+    if not _has_triton():
+        raise BadInput(
+            "kernel='triton' needs Triton, which is not installed: pip install triton, or use kernel='auto'."
+        )
+    return ""
+
+
+# Wherever a kernel runs, it is faster than those above it: "auto" takes the last one that can be used.
+KERNELS: Mapping[str, Entry] = MappingProxyType(
+    {
+        "reference": Entry(module="reference", summary="PyTorch, one head at a time: for tests"),
+        "pages": Entry(module="pages", summary="PyTorch"),
+        "native": Entry(module="native", summary="C++", device="cpu", needs=_library),
+        "triton": Entry(module="triton_decode", summary="Triton", device="cuda", needs=_triton),
+    }
+)
 
 
 def get_kernel(name: str) -> Kernel:
     """The kernel called `name`; "auto" is what `fastest` names. Raises BadInput, KernelUnavailable."""
     if name == "auto":
         return attend_auto
-    if name == "triton":
-        return _triton_kernel()
-    if name == "native":
-        native.load()
-        return native.attend
     if name not in KERNELS:
-        raise BadInput(f"kernel={name!r} does not exist; choose auto, {', '.join(ALL)}.")
-    return KERNELS[name]
+        raise BadInput(f"kernel={name!r} does not exist; choose auto, {', '.join(KERNELS)}.")
+    entry = KERNELS[name]
+    entry.needs()
+    return import_module(f"headwise.kernels.{entry.module}").attend
 
 
 def attend_auto(query: Tensor, *arguments: Any) -> Tensor:
-    """The fastest kernel for where the query is; see `reference.attend` for the arguments."""
+    """The fastest kernel for where the query is; see `Kernel` for the arguments."""
     return _by_device(query.device.type)(query, *arguments)
 
 
-def paged_attention(device: torch.device) -> Kernel:
+def paged_attention(device: torch.device) -> PagedKernel:
     """Attention over a paged pool, for serving: the kernel for a device. See `paged.attend` for the arguments."""
     if device.type == "cuda" and _has_triton():
         from headwise.kernels import triton_paged
@@ -54,11 +82,14 @@ def paged_attention(device: torch.device) -> Kernel:
     return paged.attend
 
 
+def usable(kind: str) -> list[str]:
+    """Names of the kernels that run on a kind of device, slowest first. Compiles the C++ kernel if it was not yet."""
+    return [name for name, entry in KERNELS.items() if entry.device in (None, kind) and why_not(name) is None]
+
+
 def fastest(device: torch.device) -> str:
     """Name of the kernel that "auto" uses on a device."""
-    if device.type == "cuda":
-        return "triton" if _has_triton() else "pages"
-    return "native" if device.type == "cpu" and why_not_native() is None else "pages"
+    return usable(device.type)[-1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,30 +104,24 @@ class Found:
 
 def survey() -> list[Found]:
     """All kernels: which can be used here, and which "auto" takes. Compiles the C++ kernel if it was not yet."""
-    missing = why_not_native()
-    if missing is None:
-        made = native.load()
-        about_native = f"C++, {made.features}, {made.path}"
-    else:
-        about_native = missing
-    gpu = torch.cuda.is_available()
-    about_triton = "Triton is not installed" if not _has_triton() else "Triton" if gpu else "Triton; there is no GPU"
-    kernels = (
-        ("reference", True, "PyTorch, one head at a time: for tests"),
-        ("pages", True, "PyTorch"),
-        ("native", missing is None, about_native),
-        ("triton", gpu and _has_triton(), about_triton),
-    )
-    used = {fastest(torch.device("cpu")): "cpu"} | ({fastest(torch.device("cuda")): "cuda"} if gpu else {})
-    return [Found(name=n, usable=usable, used_on=used.get(n), about=about) for n, usable, about in kernels]
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    used = {fastest(torch.device(kind)): kind for kind in kinds}
+    found = []
+    for name, entry in KERNELS.items():
+        missing, has_device = why_not(name), entry.device in (None, *kinds)
+        about = ", ".join(filter(None, [entry.summary, entry.needs()])) if missing is None else missing
+        if missing is None and not has_device:
+            about += "; there is no GPU"
+        found.append(Found(name=name, usable=missing is None and has_device, used_on=used.get(name), about=about))
+    return found
 
 
 @cache
-def why_not_native() -> str | None:
-    """What keeps the C++ kernel from being used; None if nothing does. Compiles it if it was not yet."""
+def why_not(name: str) -> str | None:
+    """What a kernel needs and this machine lacks; None if nothing. Compiles the C++ kernel if it is asked about."""
     try:
-        native.load()
-    except KernelUnavailable as error:
+        KERNELS[name].needs()
+    except (BadInput, KernelUnavailable) as error:
         return str(error)
     return None
 
@@ -104,22 +129,11 @@ def why_not_native() -> str | None:
 @cache
 def _by_device(kind: str) -> Kernel:
     name = fastest(torch.device(kind))
-    if kind == "cpu" and name != "native":
-        warnings.warn(f"decoding uses PyTorch's attention, which is slower: {why_not_native()}", stacklevel=2)
+    if kind == "cpu" and name == "pages":
+        warnings.warn(f"decoding uses PyTorch's attention, which is slower: {why_not('native')}", stacklevel=2)
     return get_kernel(name)
 
 
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
-
-
-def _triton_kernel() -> Kernel:
-    """Imported on first use: Triton is optional, and slow to import."""
-    if not _has_triton():
-        raise BadInput(
-            "kernel='triton' needs Triton, which is not installed: pip install triton, or use kernel='auto'."
-        )
-    from headwise.kernels import triton_decode
-
-    return triton_decode.attend

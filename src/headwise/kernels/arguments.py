@@ -1,15 +1,48 @@
-"""Whether the tensors of a ragged attention fit each other: kernels compute addresses from their sizes."""
+"""What a kernel is, and whether its arguments fit each other: kernels compute addresses from their sizes."""
 
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.errors import ShapeMismatch
 from headwise.kernels.segments import Segments
 
 
+@runtime_checkable
+class Kernel(Protocol):
+    """Attention of new tokens over what was kept of their contexts and over their tails, the tokens that came since."""
+
+    def __call__(
+        self,
+        query: Float[Tensor, "batch kv_heads group new head_dim"],
+        segments: Segments,
+        rows: Int[Tensor, " batch"],
+        tail_keys: Float[Tensor, "batch kv_heads tail head_dim"],
+        tail_values: Float[Tensor, "batch kv_heads tail head_dim"],
+        mask: Bool[Tensor, "batch new tail"] | None,
+        scaling: float,
+        /,
+    ) -> Float[Tensor, "batch kv_heads group new head_dim"]:
+        """The attention's output, in the dtype of the query.
+
+        `query`: the rotated queries. `group` query heads read each KV head.
+        `segments`: the kept keys (rotated) and values, of every context and KV head. A query sees all of its context's.
+        `rows`: row b of the batch continues context `rows[b]`, int64. Several rows may continue the same context.
+        `tail_keys`, `tail_values`: views of longer tensors, oldest token first. The last two axes are contiguous.
+        `mask`: True where a new token sees a token of the tail. None: it sees all of them.
+        `scaling`: what logits are multiplied by before the softmax.
+
+        One softmax goes over both parts; a kernel may merge them by their log-sum-exp (`partial.merge`). Its error from
+        float64 is at most twice that of PyTorch's attention in the same precision. It changes none of its arguments.
+        """
+        ...
+
+
 def require_fit(
     query: Tensor, segments: Segments, rows: Tensor, tail_keys: Tensor, tail_values: Tensor, mask: Tensor | None
 ) -> None:
-    """Raise ShapeMismatch unless these are what `reference.attend` says. Whom rows name is not looked at here."""
+    """Raise ShapeMismatch unless these are what `Kernel` says. Whom rows name is not looked at here."""
     require_shapes(query, segments.keys, segments.values, len(segments.lengths), rows, tail_keys, tail_values, mask)
 
 

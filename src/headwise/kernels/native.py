@@ -49,7 +49,7 @@ def attend(
     mask: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """Attention over frozen segments and tail; see `reference.attend` for the shapes.
+    """Attention over frozen segments and tail; see `Kernel`.
 
     What it is not made for (many queries, float64, odd head sizes, float16 where the CPU has none) goes to `pages`.
     Raises KernelUnavailable where it cannot be compiled.

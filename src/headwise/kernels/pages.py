@@ -28,7 +28,7 @@ def attend(
     mask: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """Attention over frozen segments and tail; see `reference.attend` for the shapes."""
+    """Attention over frozen segments and tail; see `Kernel`."""
     require_fit(query, segments, rows, tail_keys, tail_values, mask)
     if query.shape[3] > MAX_QUERIES:
         return _attend_in_blocks(query, segments, rows, tail_keys, tail_values, mask, scaling)

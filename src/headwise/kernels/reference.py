@@ -15,12 +15,7 @@ def attend(
     mask: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """Attention of `query` [B, H, G, T, D] over frozen segments and tail [B, H, n, D].
-
-    Row b of the batch continues frozen context `rows[b]`. `mask` [B, T, n] says which tail tokens each query sees
-    (None: all).
-    Returns [B, H, G, T, D] in the query's dtype.
-    """
+    """Attention over frozen segments and tail; see `Kernel`."""
     batch, heads, _, num_queries, _ = query.shape
     out = torch.empty_like(query)
     if mask is None:

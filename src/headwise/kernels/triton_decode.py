@@ -58,7 +58,7 @@ def attend(
     mask: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """Attention over frozen segments and tail; see `reference.attend` for the shapes.
+    """Attention over frozen segments and tail; see `Kernel`.
 
     `rows` must not be changed in place between calls. What it is not made for (many queries, float64) goes to `pages`.
     Raises BadInput for tensors that are not on a GPU.

@@ -22,7 +22,7 @@ class Entry:
 
     make: Callable[..., Any]  # what takes a file is given its path and, from the hub, where it came from
     summary: str
-    paper: str = ""  # arXiv id
+    paper: str  # its arXiv id; empty where there is none
     file: Literal["none", "optional", "needed"] = "none"
     # Whether vLLM can be served with it: a scorer that needs no more than a head's keys, values and the last queries;
     # an allocator whose counts are the same for every prompt of a length (a StaticAllocator).
@@ -46,7 +46,9 @@ def of_file(name: str) -> Callable[..., Any]:
 
 SCORERS: Mapping[str, Entry] = MappingProxyType(
     {
-        "random": Entry(make=scorer("Random"), summary="uniform random scores: the floor every method must beat"),
+        "random": Entry(
+            make=scorer("Random"), summary="uniform random scores: the floor every method must beat", paper=""
+        ),
         "streaming": Entry(
             make=scorer("Streaming"), summary="first 4 tokens and the most recent ones", paper="2309.17453", served=True
         ),
@@ -83,7 +85,7 @@ SCORERS: Mapping[str, Entry] = MappingProxyType(
 
 ALLOCATORS: Mapping[str, Entry] = MappingProxyType(
     {
-        "uniform": Entry(make=allocator("Uniform"), summary="the same count for every head", served=True),
+        "uniform": Entry(make=allocator("Uniform"), summary="the same count for every head", paper="", served=True),
         "pyramid": Entry(
             make=allocator("Pyramid"),
             summary="more for early layers, linearly less for late ones",
@@ -93,7 +95,9 @@ ALLOCATORS: Mapping[str, Entry] = MappingProxyType(
         "adakv": Entry(
             make=allocator("AdaKV"), summary="heads of a layer compete with their scores", paper="2407.11550"
         ),
-        "global": Entry(make=allocator("Global"), summary="all heads of all layers compete with their scores"),
+        "global": Entry(
+            make=allocator("Global"), summary="all heads of all layers compete with their scores", paper=""
+        ),
         "fixed": Entry(
             make=of_file("fixed"),
             summary="per-head fractions from a Budget file: fixed@FILE",
@@ -125,14 +129,13 @@ ALLOCATORS: Mapping[str, Entry] = MappingProxyType(
     }
 )
 
-SHORT: Mapping[str, str] = MappingProxyType(
+ALIASES: Mapping[str, str] = MappingProxyType(
     {
-        "pyramidkv": "snapkv+pyramid",
-        "adakv": "snapkv+adakv",
+        **{name: f"{name}+uniform" for name in SCORERS},
         "kvzip": "kvzip+global",
         "kvzip-l2": "kvzip-l2+global",
+        "pyramidkv": "snapkv+pyramid",
+        "adakv": "snapkv+adakv",
         "lkv": "lkv-t+lkv-c",
     }
 )
-# Short names, and every scorer alone: with the same count in every head, unless it has a short name.
-ALIASES: Mapping[str, str] = MappingProxyType({name: f"{name}+uniform" for name in SCORERS} | dict(SHORT))

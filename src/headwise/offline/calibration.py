@@ -31,8 +31,8 @@ from headwise.offline.texts.own import cut_up, with_questions
 from headwise.tasks.document import read_text, require_whole, tokenize
 from headwise.tasks.mini_ruler.lexicon import Lexicon
 from headwise.tasks.mini_ruler.suite import generate
+from headwise.tasks.mini_ruler.tasks import lexicon_for
 from headwise.tasks.seams import unclosed
-from headwise.tasks.suites import lexicon_for
 
 __all__ = ["Example", "Questions", "builtin", "count_tokens", "encode", "load_examples", "to_json_lines"]
 

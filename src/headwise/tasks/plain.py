@@ -8,7 +8,8 @@
 A document is used as it is, however long.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
@@ -17,7 +18,7 @@ from headwise.errors import BadInput
 from headwise.files import strict_json
 from headwise.tasks.document import read_text, require_whole, text_ids
 from headwise.tasks.metrics import METRICS
-from headwise.tasks.task import Question, Sample, Task
+from headwise.tasks.task import Question, Sample, Sizes, Suite, Task
 
 CONTINUED = 8  # the last eighth of a piece is predicted
 MAX_NEW_TOKENS = 32
@@ -98,3 +99,19 @@ def _question(found: Any, where: str) -> Question:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
+
+
+def _files(names: Sequence[str], tokenizer: Any, sizes: Sizes) -> list[Task]:
+    return [_at_most(file_task(Path(name), sizes.length), sizes.samples) for name in names]
+
+
+def _texts(names: Sequence[str], tokenizer: Any, sizes: Sizes) -> list[Task]:
+    return [_at_most(perplexity_task(Path(name), tokenizer, sizes.length), sizes.samples) for name in names]
+
+
+def _at_most(task: Task, samples: int) -> Task:
+    return replace(task, num_samples=min(task.num_samples, samples))
+
+
+FILES = Suite(names=(), make=_files, sized=False)
+TEXTS = Suite(names=(), make=_texts)

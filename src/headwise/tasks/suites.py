@@ -1,46 +1,31 @@
-"""Task names, and the tasks they stand for.
+"""Names of tasks, and the suites they are of. A new suite is a file, and a line in SUITES.
 
-    mini-ruler[:vt,cwe]         generated with a small vocabulary, for the reference model (mini_ruler.py)
-    ruler[:niah_single_1,...]   RULER's official templates, any tokenizer and length (ruler.py); "ruler" alone: all
-                                whose data are there
-    longbench[:qasper,...]      LongBench; longbench-e for its length-balanced variant (longbench.py)
-    file:MY.jsonl               your own documents, questions and answers (plain.py)
-    perplexity:TEXT.txt         how well your own text is predicted after eviction (plain.py)
-
-Several follow each other after commas: mini-ruler:vt,cwe,file:my.jsonl.
+A name is suite:task,task; or the suite alone, for all of its tasks; or file:MY.jsonl. Several follow each other after
+commas: mini-ruler:vt,cwe,ruler,file:my.jsonl. docs/evaluation.md says what each suite asks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from headwise.errors import BadInput
-from headwise.tasks.longbench.suite import LONGBENCH_E_NAMES, LONGBENCH_TASKS, longbench_tasks
-from headwise.tasks.metrics import answers_found
-from headwise.tasks.mini_ruler import suite as mini_ruler
-from headwise.tasks.mini_ruler.lexicon import REFERENCE_LEXICON, Lexicon
-from headwise.tasks.mini_ruler.suite import TASKS
-from headwise.tasks.plain import file_task, perplexity_task
-from headwise.tasks.ruler.suite import RULER_TASKS, ruler_tasks, tasks_without_data
-from headwise.tasks.task import Question, Sample, Task
+from headwise.tasks.longbench.suite import LONGBENCH, LONGBENCH_E
+from headwise.tasks.mini_ruler.tasks import MINI_RULER
+from headwise.tasks.plain import FILES, TEXTS
+from headwise.tasks.ruler.suite import RULER
+from headwise.tasks.task import Sizes, Suite, Task
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
-    """How many samples, how long, from which seed; where data lies that is not in the package."""
-
-    samples: int
-    length: int
-    seed: int = 0
-    data_dir: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.length < 1 or self.seed < 0:
-            raise BadInput(
-                f"samples={self.samples} and length={self.length} must be at least 1, seed={self.seed} at least 0."
-            )
+SUITES: Mapping[str, Suite] = MappingProxyType(
+    {
+        "mini-ruler": MINI_RULER,
+        "ruler": RULER,
+        "longbench": LONGBENCH,
+        "longbench-e": LONGBENCH_E,
+        "file": FILES,
+        "perplexity": TEXTS,
+    }
+)
 
 
 def parse_tasks(
@@ -88,90 +73,8 @@ def make_tasks(named: Sequence[tuple[str, str]], tokenizer: Any, sizes: Sizes) -
     return list(made.values())
 
 
-def lexicon_for(tokenizer: Any) -> Lexicon:
-    """The bundled lexicon, counting tokens as this tokenizer does."""
-    return replace(
-        REFERENCE_LEXICON,
-        count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
-        num_special_tokens=tokenizer.num_special_tokens_to_add(),
-    )
-
-
-def mini_ruler_tasks(names: Sequence[str], tokenizer: Any, sizes: Sizes) -> list[Task]:
-    """Tasks of the split "evaluation", whose seeds neither training nor calibration can reach."""
-    lexicon = lexicon_for(tokenizer)
-
-    def of(name: str) -> Task:
-        def sample(index: int) -> Sample:
-            made = mini_ruler.generate(
-                name, lexicon=lexicon, length=sizes.length, seed=sizes.seed, index=index, split="evaluation"
-            )
-            questions = tuple(Question(prompt=q.prompt, answers=q.answers) for q in made.questions)
-            return Sample(context=made.context, questions=questions, max_new_tokens=made.max_new_tokens)
-
-        return Task(
-            name=f"mini-ruler:{name}",
-            length=sizes.length,
-            num_samples=sizes.samples,
-            sample=sample,
-            judge=lambda prediction, question: answers_found(prediction, question.answers),
-        )
-
-    return [of(name) for name in names]
-
-
-def _ruler(names: Sequence[str], tokenizer: Any, sizes: Sizes) -> list[Task]:
-    return ruler_tasks(
-        names,
-        tokenizer=tokenizer,
-        length=sizes.length,
-        num_samples=sizes.samples,
-        seed=sizes.seed,
-        data_dir=sizes.data_dir,
-    )
-
-
-def _longbench(names: Sequence[str], tokenizer: Any, sizes: Sizes) -> list[Task]:
-    return longbench_tasks(
-        names, tokenizer=tokenizer, length=sizes.length, num_samples=sizes.samples, data_dir=sizes.data_dir
-    )
-
-
-def _files(names: Sequence[str], tokenizer: Any, sizes: Sizes) -> list[Task]:
-    return [_at_most(file_task(Path(name), sizes.length), sizes.samples) for name in names]
-
-
-def _texts(names: Sequence[str], tokenizer: Any, sizes: Sizes) -> list[Task]:
-    return [_at_most(perplexity_task(Path(name), tokenizer, sizes.length), sizes.samples) for name in names]
-
-
-def _at_most(task: Task, samples: int) -> Task:
-    return replace(task, num_samples=min(task.num_samples, samples))
-
-
 def _known(suite: str, name: str) -> str:
     known = SUITES[suite].names
     if known and name not in known:
         raise BadInput(f"unknown task {name!r} of {suite}; the tasks are {', '.join(known)}.")
     return name
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Suite:
-    """A family of tasks. `names` are all of them, or empty where a name is a file."""
-
-    names: tuple[str, ...]
-    make: Callable[[Sequence[str], Any, Sizes], list[Task]]
-    lacking: Callable[[Path | None], list[str]] = lambda data_dir: []  # tasks whose data the folder does not hold
-
-
-SUITES: Mapping[str, Suite] = MappingProxyType(
-    {
-        "mini-ruler": Suite(names=tuple(TASKS), make=mini_ruler_tasks),
-        "ruler": Suite(names=tuple(RULER_TASKS), make=_ruler, lacking=tasks_without_data),
-        "longbench": Suite(names=tuple(LONGBENCH_TASKS), make=_longbench),
-        "longbench-e": Suite(names=LONGBENCH_E_NAMES, make=_longbench),
-        "file": Suite(names=(), make=_files),
-        "perplexity": Suite(names=(), make=_texts),
-    }
-)

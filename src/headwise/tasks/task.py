@@ -1,11 +1,13 @@
 """What a model is asked: a context, questions right after it, and how an answer is judged. Imports no torch.
 
-A suite makes `Task`s; the evaluation (run.py) knows nothing else of them. To add one: a function that judges, a
-function that makes sample `index`, and a line in suites.py.
+A `Suite` makes `Task`s; the evaluation (run.py) knows nothing else of them. A new suite is one file, and its line in
+suites.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from headwise.errors import BadInput
 
@@ -49,6 +51,35 @@ class Task:
     num_samples: int
     sample: Callable[[int], Sample] = field(repr=False)
     judge: Callable[[str, Question], float] | None = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """How many samples, how long, from which seed; where data lies that is not in the package."""
+
+    samples: int
+    length: int
+    seed: int = 0
+    data_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.length < 1 or self.seed < 0:
+            raise BadInput(
+                f"samples={self.samples} and length={self.length} must be at least 1, seed={self.seed} at least 0."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Suite:
+    """A family of tasks. `names` are all of them, or empty where a name is a file.
+
+    `make(names, tokenizer, sizes)` makes the tasks of these names; it raises BadInput where data is missing or wrong.
+    """
+
+    names: tuple[str, ...]
+    make: Callable[[Sequence[str], Any, Sizes], list[Task]] = field(repr=False)
+    lacking: Callable[[Path | None], list[str]] = lambda data_dir: []  # tasks whose data the folder does not hold
+    sized: bool = True  # whether samples have `Sizes.length` tokens at most; else a model may be given longer ones
 
 
 def require_protocol(protocol: str) -> None:

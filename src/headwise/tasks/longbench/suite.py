@@ -32,9 +32,11 @@ from headwise.tasks.longbench.data import (
     read_row,
 )
 from headwise.tasks.longbench.metrics import find_metric
-from headwise.tasks.task import Question, Sample, Task
+from headwise.tasks.task import Question, Sample, Sizes, Suite, Task
 
 __all__ = [
+    "LONGBENCH",
+    "LONGBENCH_E",
     "LONGBENCH_E_NAMES",
     "LONGBENCH_TASKS",
     "cut_middle",
@@ -150,3 +152,13 @@ def _room_for_prompt(name: str, tokenizer: Any, length: int) -> int:
 @cache
 def _prompts() -> dict[str, str]:
     return json.loads((files("headwise.tasks.longbench") / "prompts.json").read_text(encoding="utf-8"))
+
+
+def _make(names: Sequence[str], tokenizer: Any, sizes: Sizes) -> list[Task]:
+    return longbench_tasks(
+        names, tokenizer=tokenizer, length=sizes.length, num_samples=sizes.samples, data_dir=sizes.data_dir
+    )
+
+
+LONGBENCH = Suite(names=tuple(LONGBENCH_TASKS), make=_make)
+LONGBENCH_E = Suite(names=LONGBENCH_E_NAMES, make=_make)

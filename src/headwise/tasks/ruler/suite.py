@@ -30,7 +30,7 @@ from headwise.tasks.ruler.documents import QuestionAnswering
 from headwise.tasks.ruler.drafts import Draft, Family, Setting, fill
 from headwise.tasks.ruler.lists import CommonWords, FrequentWords
 from headwise.tasks.ruler.needles import Needles, VariableTracking
-from headwise.tasks.task import Question, Sample, Task
+from headwise.tasks.task import Question, Sample, Sizes, Suite, Task
 
 RULER_TASKS: Mapping[str, Family] = MappingProxyType(
     {
@@ -133,3 +133,17 @@ def _sample(
 def _count_tokens(tokenizer: Any, text: str) -> int:
     # Not verbose: a text longer than the model's context is counted too, without a warning.
     return len(tokenizer(text, verbose=False)["input_ids"])
+
+
+def _make(names: Sequence[str], tokenizer: Any, sizes: Sizes) -> list[Task]:
+    return ruler_tasks(
+        names,
+        tokenizer=tokenizer,
+        length=sizes.length,
+        num_samples=sizes.samples,
+        seed=sizes.seed,
+        data_dir=sizes.data_dir,
+    )
+
+
+RULER = Suite(names=tuple(RULER_TASKS), make=_make, lacking=tasks_without_data)
