@@ -48,15 +48,33 @@ class RaggedCache(Cache, PassAware):
     >>> cache = RaggedCache(model, "snapkv+adakv", keep=0.15)
     >>> model.generate(**cache.inputs(**prompt))  # query-aware: the whole prompt is compressed
 
-    To compress a context before any question is known use `headwise.compress`. The first forward pass is the context,
-    unless `prompt_length` says how many tokens it has: needed when it comes in pieces (`prefill_chunk_size`); a
-    UserWarning says when it seems to be missing. Sliding-window layers are left whole. Several caches can be in use on
-    one model. Making one sets the model's attention implementation to "headwise", which is SDPA for every other cache.
-    `replays` promises that the caller has the model read the context again for scorers that ask for it (KVzip), as
-    compress() does and generate() does not.
+    To compress a context before any question is known use `headwise.compress`. Sliding-window layers are left whole.
+    Several caches can be in use on one model. Making one sets the model's attention implementation to "headwise",
+    which is SDPA for every other cache.
 
-    Raises UnsupportedModel, UnsupportedGeneration, BadInput; while the context is read BudgetInfeasible, BadInput,
-    NonFiniteValues.
+    Parameters
+    ----------
+    model
+        The model that will use this cache, and no other.
+    method
+        `scorer+allocator`, a short name, "auto" or a Method.
+    keep
+        What is kept of all entries: a fraction (0.15), tokens per head ("1024tok") or bytes ("2GiB").
+    prompt_length
+        Tokens of the context. None: the first forward pass is the context. It is needed where the context comes in
+        pieces (`prefill_chunk_size`); a UserWarning says when it seems to be missing.
+    kernel
+        What decodes: "auto", or a name that `headwise doctor` lists.
+    replays
+        Promise that the model will read the context again for scorers that ask for it (KVzip), as `compress` does and
+        `generate` does not.
+
+    Raises
+    ------
+    UnsupportedModel, UnsupportedGeneration, BadInput
+        At once, if the model, the method or an option cannot be served.
+    BudgetInfeasible, BadInput, NonFiniteValues
+        While the context is read.
     """
 
     def __init__(
@@ -504,8 +522,23 @@ def load(
 ) -> RaggedCache:
     """Read a cache that `RaggedCache.save` wrote, onto the model's device and in the model's dtype.
 
-    With `input_ids` (and `attention_mask`, if there was one) it is checked that the cache is of that context.
-    Raises ArtifactMismatch for a cache of another model or context, BadInput for a missing or damaged file.
+    Parameters
+    ----------
+    path
+        The file.
+    model
+        The model that made the cache: the same weights.
+    input_ids, attention_mask
+        The context, to check that the cache is of it. None: it is not checked.
+    kernel
+        What decodes: "auto", or a name that `headwise doctor` lists.
+
+    Raises
+    ------
+    ArtifactMismatch
+        The cache is of another model or context.
+    BadInput
+        The file is missing or damaged.
     """
     model_view = view(model)
     kept = Kept.load(path, model_view, input_ids=input_ids, attention_mask=attention_mask)

@@ -38,10 +38,20 @@ class AttentionLayer(Protocol):
 
 
 def enable(model: PreTrainedModel | ModelView) -> None:
-    """Route the model's attention through headwise: SDPA but for our caches. Raises BadInput, UnsupportedModel.
+    """Route the model's attention through headwise. Only our caches notice: for every other cache it is SDPA.
 
-    The model also tells our caches of its forward passes from then on (passes.py); other caches notice nothing.
-    Warns if attention was neither SDPA nor headwise before: it then computes, and performs, otherwise from now on.
+    Making a RaggedCache does this. Call it yourself after another attention implementation was set. The model also
+    tells our caches of its forward passes from then on (passes.py).
+
+    Raises
+    ------
+    BadInput, UnsupportedModel
+        The model is none that can be served.
+
+    Warns
+    -----
+    UserWarning
+        Attention was neither SDPA nor headwise before: results and speed change.
     """
     model = view(model).model
     before = model.config.get_text_config()._attn_implementation
