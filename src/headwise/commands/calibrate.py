@@ -70,7 +70,7 @@ def _totals(examples: "Sequence[Example]", tokenizer: Any) -> list[dict[str, Any
 
 def _print_examples(examples: "Sequence[Example]", tokenizer: Any, full: bool) -> None:
     from headwise.offline.calibration import count_tokens
-    from headwise.offline.texts.showing import told
+    from headwise.offline.texts.showing import render
 
     for example in examples:
-        say(told(example, count_tokens(tokenizer), full=full))
+        say(render(example, count_tokens(tokenizer), full=full))
