@@ -42,7 +42,7 @@ def inspect(
 ) -> None:
     """What a saved cache or artifact is, and what it was made for. Draws budgets, gates and caches."""
     from headwise.report.inspect.facts import facts
-    from headwise.report.quality.told import SPREAD, spread, summary
+    from headwise.report.inspect.summary import SPREAD, spread, summary
 
     options = {"--out": out, "--ratio": ratio, "--beside": beside, "--context": context, "--model": model}
     for name, value in options.items():
