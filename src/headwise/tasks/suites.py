@@ -1,4 +1,4 @@
-"""Task names, and the tasks they stand for.
+"""Parse the names of tasks, and make the tasks.
 
     mini-ruler[:vt,cwe]         generated with a small vocabulary, for the reference model (mini_ruler.py)
     ruler[:niah_single_1,...]   RULER's official templates, any tokenizer and length (ruler.py); "ruler" alone: all
@@ -29,7 +29,20 @@ from headwise.tasks.task import Question, Sample, Task
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """How many samples, how long, from which seed; where data lies that is not in the package."""
+    """How many samples each task has, how long, and from which seed.
+
+    Attributes
+    ----------
+    samples : how many samples each task has, at most.
+    length : tokens of a sample.
+    seed : what samples are drawn from, from 0 on.
+    data_dir : the folder of data that are not in the package.
+
+    Raises
+    ------
+    BadInput
+        If a number is out of range.
+    """
 
     samples: int
     length: int
@@ -46,30 +59,34 @@ class Sizes:
 def parse_tasks(
     text: str, *, whole: Callable[[str], Sequence[str]] = lambda suite: SUITES[suite].names
 ) -> list[tuple[str, str]]:
-    """(suite, name) for every task that is named, each once; `whole` says what a suite's name alone stands for.
+    """Return (suite, name) for every task in a text such as "mini-ruler:vt,cwe,file:my.jsonl", each once.
 
-    Raises BadInput.
+    `whole` returns the names of a suite's tasks if the suite is named alone. Raises BadInput if a suite or task is
+    unknown, or none is named.
     """
-    found: list[tuple[str, str]] = []
+    tasks: list[tuple[str, str]] = []
     suite = ""
     for part in (part.strip() for part in text.split(",")):
-        head, colon, rest = part.partition(":")
+        head, colon, names = part.partition(":")
         if head in SUITES:
-            suite, part = head, rest.strip()
+            suite, part = head, names.strip()
             if not colon and SUITES[suite].names:
-                found += [(suite, name) for name in whole(suite)]
+                tasks += [(suite, name) for name in whole(suite)]
                 continue
         if not suite:
             raise BadInput(f"tasks={text!r}: {part!r} is no suite; choose {', '.join(SUITES)}, such as mini-ruler:vt.")
         if part:
-            found.append((suite, _known(suite, part)))
-    if not found:
+            tasks.append((suite, _require_known(suite, part)))
+    if not tasks:
         raise BadInput(f"tasks={text!r} names no task; write a suite ({', '.join(SUITES)}), or suite:task,task.")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(tasks))
 
 
 def with_data(suite: str, *, data_dir: Path | None, tell: Callable[[str], None]) -> list[str]:
-    """The tasks of a suite whose data are there, or are made; `tell` is told of the others. Raises BadInput."""
+    """Return the tasks of a suite that have their data. `tell` is called with a sentence about the others.
+
+    Raises BadInput if the folder does not exist.
+    """
     lacking = SUITES[suite].lacking(data_dir)
     if lacking:
         names = f"{suite}: {', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'}"
@@ -78,18 +95,29 @@ def with_data(suite: str, *, data_dir: Path | None, tell: Callable[[str], None])
 
 
 def make_tasks(named: Sequence[tuple[str, str]], tokenizer: Any, sizes: Sizes) -> list[Task]:
-    """The tasks, their data found and read. Raises BadInput."""
+    """Find and read the data of tasks, and return the tasks.
+
+    Parameters
+    ----------
+    named : (suite, name) of every task, as `parse_tasks` returns them.
+    sizes : how many samples, how long, and where data lie.
+
+    Raises
+    ------
+    BadInput
+        If data are missing or damaged, or a size does not suit the task.
+    """
     by_suite: dict[str, list[str]] = {}
     for suite, name in named:
         by_suite.setdefault(suite, []).append(name)
-    made = {
+    tasks = {
         task.name: task for suite, names in by_suite.items() for task in SUITES[suite].make(names, tokenizer, sizes)
     }
-    return list(made.values())
+    return list(tasks.values())
 
 
 def lexicon_for(tokenizer: Any) -> Lexicon:
-    """The bundled lexicon, counting tokens as this tokenizer does."""
+    """Return the bundled lexicon, which counts tokens as this tokenizer does."""
     return replace(
         REFERENCE_LEXICON,
         count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
@@ -98,16 +126,16 @@ def lexicon_for(tokenizer: Any) -> Lexicon:
 
 
 def mini_ruler_tasks(names: Sequence[str], tokenizer: Any, sizes: Sizes) -> list[Task]:
-    """Tasks of the split "evaluation", whose seeds neither training nor calibration can reach."""
+    """Return tasks of the split "evaluation", whose seeds neither training nor calibration can reach."""
     lexicon = lexicon_for(tokenizer)
 
-    def of(name: str) -> Task:
+    def make(name: str) -> Task:
         def sample(index: int) -> Sample:
-            made = mini_ruler.generate(
+            generated = mini_ruler.generate(
                 name, lexicon=lexicon, length=sizes.length, seed=sizes.seed, index=index, split="evaluation"
             )
-            questions = tuple(Question(prompt=q.prompt, answers=q.answers) for q in made.questions)
-            return Sample(context=made.context, questions=questions, max_new_tokens=made.max_new_tokens)
+            questions = tuple(Question(prompt=q.prompt, answers=q.answers) for q in generated.questions)
+            return Sample(context=generated.context, questions=questions, max_new_tokens=generated.max_new_tokens)
 
         return Task(
             name=f"mini-ruler:{name}",
@@ -117,7 +145,7 @@ def mini_ruler_tasks(names: Sequence[str], tokenizer: Any, sizes: Sizes) -> list
             judge=lambda prediction, question: answers_found(prediction, question.answers),
         )
 
-    return [of(name) for name in names]
+    return [make(name) for name in names]
 
 
 def _ruler(names: Sequence[str], tokenizer: Any, sizes: Sizes) -> list[Task]:
@@ -138,27 +166,27 @@ def _longbench(names: Sequence[str], tokenizer: Any, sizes: Sizes) -> list[Task]
 
 
 def _files(names: Sequence[str], tokenizer: Any, sizes: Sizes) -> list[Task]:
-    return [_at_most(file_task(Path(name), sizes.length), sizes.samples) for name in names]
+    return [_limit_samples(file_task(Path(name), sizes.length), sizes.samples) for name in names]
 
 
 def _texts(names: Sequence[str], tokenizer: Any, sizes: Sizes) -> list[Task]:
-    return [_at_most(perplexity_task(Path(name), tokenizer, sizes.length), sizes.samples) for name in names]
+    return [_limit_samples(perplexity_task(Path(name), tokenizer, sizes.length), sizes.samples) for name in names]
 
 
-def _at_most(task: Task, samples: int) -> Task:
+def _limit_samples(task: Task, samples: int) -> Task:
     return replace(task, num_samples=min(task.num_samples, samples))
 
 
-def _known(suite: str, name: str) -> str:
-    known = SUITES[suite].names
-    if known and name not in known:
-        raise BadInput(f"unknown task {name!r} of {suite}; the tasks are {', '.join(known)}.")
+def _require_known(suite: str, name: str) -> str:
+    names = SUITES[suite].names
+    if names and name not in names:
+        raise BadInput(f"unknown task {name!r} of {suite}; the tasks are {', '.join(names)}.")
     return name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suite:
-    """A family of tasks. `names` are all of them, or empty where a name is a file."""
+    """A family of tasks. `names` are all of them; it is empty if a name is a file."""
 
     names: tuple[str, ...]
     make: Callable[[Sequence[str], Any, Sizes], list[Task]]

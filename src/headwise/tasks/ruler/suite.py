@@ -1,4 +1,4 @@
-"""RULER: the thirteen official tasks, in their official wording, at the length of any tokenizer.
+"""Make RULER's thirteen official tasks, in their official wording, at the length of any tokenizer.
 
 Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?", arXiv:2404.06654. Names,
 parameters, templates, scores and the way a prompt is put together are those of github.com/NVIDIA/RULER (2025, where
@@ -59,8 +59,9 @@ def ruler_tasks(
     """Make tasks by their official names; `ruler_sources` says what `data_dir` may hold.
 
     `length` is the most tokens that special tokens, the prompt and the generated answer take together; a sample takes
-    at least 98% of it, or as many as its smallest unit allows. Raises BadInput for an unknown name, a source that is
-    missing or damaged, or more samples than there are questions; and, when a sample is made, for a length too short.
+    at least 98% of it, or as many as its smallest unit allows. Raises BadInput if a name is unknown, a source is
+    missing or damaged, or there are fewer questions than samples; and, when a sample is made, if the length is too
+    short.
     """
     for name in names:
         if name not in RULER_TASKS:
@@ -75,9 +76,9 @@ def ruler_tasks(
 
 
 def tasks_without_data(data_dir: Path | None) -> list[str]:
-    """Tasks that need a file which the folder does not hold: questions and their documents. Raises BadInput.
+    """Return the tasks that need a file of questions which the folder does not hold.
 
-    The essays and words of all other tasks are bundled.
+    The essays and words of all other tasks are bundled. Raises BadInput if the folder does not exist.
     """
     return [
         name
@@ -88,16 +89,16 @@ def tasks_without_data(data_dir: Path | None) -> list[str]:
 
 def match_all(prediction: str, question: Question) -> float:
     """Return the share of the answers that the prediction contains, in any case."""
-    found = _found(prediction, question)
-    return sum(found) / len(found)
+    matches = _matches(prediction, question)
+    return sum(matches) / len(matches)
 
 
 def match_part(prediction: str, question: Question) -> float:
     """Return 1 if the prediction contains any of the answers, in any case."""
-    return float(any(_found(prediction, question)))
+    return float(any(_matches(prediction, question)))
 
 
-def _found(prediction: str, question: Question) -> list[bool]:
+def _matches(prediction: str, question: Question) -> list[bool]:
     text = _CONTROL.sub("\n", prediction.strip()).strip().lower()
     return [answer.lower() in text for answer in question.answers]
 
