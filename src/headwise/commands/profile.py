@@ -71,7 +71,7 @@ def profile(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """LU-KV, offline: measure what every head gains by how much it keeps. Also under 'accelerate launch'."""
+    """Measure what every head gains by how much it keeps (LU-KV, offline). Also under 'accelerate launch'."""
     source = find(model)
     from headwise.models.families import view
     from headwise.offline.profile import profile as run

@@ -42,7 +42,7 @@ def solve(
     check: Check = False,
     as_json: AsJson = False,
 ) -> None:
-    """LU-KV, offline: share any budget among all heads by marginal utility, exactly, and write it for lukv@FILE."""
+    """Solve any budget exactly, by the heads' marginal utility, and write it for lukv@FILE (LU-KV, offline)."""
     from headwise.artifacts.profile import Profile
 
     require_file(out, inputs=[path])

@@ -78,7 +78,7 @@ def train(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """LKV: learn how much every head keeps, and which entries. Also under 'accelerate launch'."""
+    """Learn how much every head keeps, and which entries (LKV). Also under 'accelerate launch'."""
     source = find(model)
     part = _parse_part(part)
     texts = Texts(data=data, length=length, contexts=contexts, questions=parse_questions(questions))

@@ -87,7 +87,7 @@ def compare(
         If one of the methods cannot run. All errors come before any work.
     """
     require_protocol(protocol)
-    keeps = _parsed(keep)
+    keeps = _parse_keeps(keep)
     known_methods(methods)
     session = Session(
         model=model,
@@ -109,7 +109,7 @@ def _sample(context: str, asked: Sequence[Asked], max_new_tokens: int) -> Sample
     return Sample(context=context, questions=questions, max_new_tokens=max_new_tokens)
 
 
-def _parsed(keep: float | str | Keep | Sequence[float | str | Keep]) -> list[Keep]:
+def _parse_keeps(keep: float | str | Keep | Sequence[float | str | Keep]) -> list[Keep]:
     keeps = [keep] if isinstance(keep, str | int | float | Keep) else list(keep)
     if not keeps:
         raise BadInput("no keep is given; give one, such as 0.15.")

@@ -139,11 +139,11 @@ class RunFolder:
         The caller must hold `locked`.
         """
         self._make()
-        known = self._known()
-        grown = self._grown(known)
+        earlier = self._earlier_manifest()
+        grown = self._merged_manifest(earlier)
         self._clear()
-        if known is not None:
-            self._drop_unfinished([tuple(pair) for pair in known["latest"]])
+        if earlier is not None:
+            self._drop_unfinished([tuple(pair) for pair in earlier["latest"]])
             self._drop_maps()
         self.manifest = grown
         _write(self.path / RUN, [json.dumps(self.manifest, indent=1) + "\n"])
@@ -215,46 +215,46 @@ class RunFolder:
     def _files(self) -> list[Path]:
         return sorted(self.path.glob("records*.jsonl"))
 
-    def _known(self) -> dict[str, Any] | None:
+    def _earlier_manifest(self) -> dict[str, Any] | None:
         file = self.path / RUN
         if not file.is_file():
             return None
         try:
-            known = json.loads(_content(file).decode())
-            return {name: known[name] for name in ("latest", *_MAY_GROW)} | known
+            earlier = json.loads(_content(file).decode())
+            return {name: earlier[name] for name in ("latest", *_MAY_GROW)} | earlier
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(f"{file} is damaged: {error}. Name another folder with --out.") from error
 
-    def _grown(self, known: dict[str, Any] | None) -> dict[str, Any]:
+    def _merged_manifest(self, earlier: dict[str, Any] | None) -> dict[str, Any]:
         """Return what was run here before and now. Raises BadInput if the two are not one evaluation."""
-        if known is None:
+        if earlier is None:
             return self.manifest
-        self._require_same_model(known)
-        self._require_same_methods(known)
+        self._require_same_model(earlier)
+        self._require_same_methods(earlier)
         for name in _MUST_AGREE:
-            if known.get(name) != self.manifest[name]:
+            if earlier.get(name) != self.manifest[name]:
                 raise BadInput(
-                    f"{self.path} holds an evaluation with {name}={known.get(name)!r}, this one has "
+                    f"{self.path} holds an evaluation with {name}={earlier.get(name)!r}, this one has "
                     f"{self.manifest[name]!r}: name another folder with --out."
                 )
-        grown = self.manifest | {"made_of": known.get("made_of", {}) | self.manifest.get("made_of", {})}
+        grown = self.manifest | {"made_of": earlier.get("made_of", {}) | self.manifest.get("made_of", {})}
         for name in _MAY_GROW:
-            old, new = known[name], grown[name]
+            old, new = earlier[name], grown[name]
             grown[name] = max(old, new) if name == "samples" else list(dict.fromkeys([*old, *new]))
         return grown
 
-    def _require_same_model(self, known: dict[str, Any]) -> None:
+    def _require_same_model(self, earlier: dict[str, Any]) -> None:
         """Compare the weights, or the name where an older headwise has not noted the weights."""
-        name = "weights" if "weights" in known and "weights" in self.manifest else "model"
-        if known.get(name) != self.manifest[name]:
+        name = "weights" if "weights" in earlier and "weights" in self.manifest else "model"
+        if earlier.get(name) != self.manifest[name]:
             raise BadInput(
-                f"{self.path} holds an evaluation with {name}={known.get(name)!r}, this one has "
+                f"{self.path} holds an evaluation with {name}={earlier.get(name)!r}, this one has "
                 f"{self.manifest[name]!r}: name another folder with --out."
             )
 
-    def _require_same_methods(self, known: dict[str, Any]) -> None:
+    def _require_same_methods(self, earlier: dict[str, Any]) -> None:
         """Compare the methods' hashes: a method whose file or parameters have changed is another one."""
-        old, new = known.get("made_of", {}), self.manifest.get("made_of", {})
+        old, new = earlier.get("made_of", {}), self.manifest.get("made_of", {})
         changed = [method for method in new if old.get(method, new[method]) != new[method]]
         if changed:
             raise BadInput(

@@ -40,7 +40,7 @@ def _facts(rng: Random) -> dict[str, str]:
 
 
 def _strewn(rng: Random, filler: Sequence[str]) -> Draft:
-    """Remarks between the paragraphs of a text on something else."""
+    """Draft remarks between the paragraphs of a text on something else."""
 
     def units() -> Iterator[Unit]:
         asked_before: set[str] = set()
@@ -62,7 +62,7 @@ def _strewn(rng: Random, filler: Sequence[str]) -> Draft:
 
 
 def _alike(rng: Random, filler: Sequence[str]) -> Draft:
-    """Keys that differ in one sign."""
+    """Draft keys that differ in one sign."""
     letters = words.code(rng)[:2]
     style = rng.choice(["Shelf {key} holds {value}.", "{key}: {value}", "In crate {key} there are {value}."])
 
@@ -83,7 +83,7 @@ def _alike(rng: Random, filler: Sequence[str]) -> Draft:
 
 
 def _visits(rng: Random, filler: Sequence[str]) -> Draft:
-    """Several values of each key: where somebody went, over the years."""
+    """Draft several values of each key: where somebody went, over the years."""
     people = list(dict.fromkeys(words.person(rng) for _ in range(7)))
 
     def units() -> Iterator[Unit]:
@@ -109,7 +109,7 @@ def _visits(rng: Random, filler: Sequence[str]) -> Draft:
 
 
 def _handed_on(rng: Random, filler: Sequence[str]) -> Draft:
-    """Things that are handed on: who has them in the end takes every step."""
+    """Draft things that are handed on: every step is needed to know who has them in the end."""
     things = rng.sample(words.PRODUCTS, 5)
     holders = {thing: words.person(rng) for thing in things}
 
@@ -139,7 +139,7 @@ def _handed_on(rng: Random, filler: Sequence[str]) -> Draft:
 
 
 def _settings(rng: Random, filler: Sequence[str]) -> Draft:
-    """Values that are taken from others, plus or minus something: each takes a few steps back."""
+    """Draft values that are taken from others, plus or minus something: each needs a few steps back."""
     quantities = ("quota", "limit", "rate", "share", "delay", "bonus")
     names = [f"{team}_{quantity}" for team in words.TEAMS for quantity in quantities]
     rng.shuffle(names)
@@ -168,7 +168,7 @@ def _settings(rng: Random, filler: Sequence[str]) -> Draft:
 
 
 def _votes(rng: Random, filler: Sequence[str]) -> Draft:
-    """Ballots, in which a few goods come up more often than others."""
+    """Draft ballots, in which a few goods come up more often than others."""
     goods = rng.sample(words.GOODS, 12)
     weights = [1 / (place + 1) for place in range(len(goods))]
     style = rng.choice(["{who} voted for {what}.", "{who}: {what}", "Ballot of {who}: {what}."])
@@ -195,7 +195,7 @@ def _votes(rng: Random, filler: Sequence[str]) -> Draft:
 
 
 def _serials(rng: Random, filler: Sequence[str]) -> Draft:
-    """Long numbers and to whom they belong, with a text in between."""
+    """Draft long numbers and to whom they belong, with a text in between."""
 
     def units() -> Iterator[Unit]:
         paragraphs = iter(filler)
