@@ -6,7 +6,7 @@
     FOLDER        all such files in it, in the order of their names
     builtin[:N]   N contexts made here (default 24)
 
-For the bundled model builtin are the tasks of mini_ruler.py from the splits "calibration" and "train", whose seeds no
+For the bundled model builtin are the tasks of mini_ruler/ from the splits "calibration" and "train", whose seeds no
 evaluation can reach. That mix is demanding on purpose: a profile from easy contexts, with few questions on sparse
 content, underfunds the heads that dense retrieval needs. Every other tokenizer gets natural language (texts/).
 """

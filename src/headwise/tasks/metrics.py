@@ -24,7 +24,7 @@ def answers_found(text: str, answers: Sequence[str]) -> float:
     - Between all other letters and digits no word ends.
 
     `fold` says what counts as the same letter. An empty answer occurs in an empty text alone. RULER itself finds parts
-    of words too; ruler.py judges its tasks like that.
+    of words too; ruler/suite.py judges its tasks like that.
     """
     text = without_gaps(fold(text))
     return sum(_is_found(text, without_gaps(fold(answer))) for answer in answers) / len(answers)

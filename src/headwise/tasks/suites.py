@@ -1,9 +1,9 @@
 """Parse the names of tasks, and make the tasks.
 
-    mini-ruler[:vt,cwe]         generated with a small vocabulary, for the reference model (mini_ruler.py)
-    ruler[:niah_single_1,...]   RULER's official templates, any tokenizer and length (ruler.py); "ruler" alone: all
+    mini-ruler[:vt,cwe]         generated with a small vocabulary, for the reference model (mini_ruler/)
+    ruler[:niah_single_1,...]   RULER's official templates, any tokenizer and length (ruler/); "ruler" alone: all
                                 whose data are there
-    longbench[:qasper,...]      LongBench; longbench-e for its length-balanced variant (longbench.py)
+    longbench[:qasper,...]      LongBench; longbench-e for its length-balanced variant (longbench/)
     file:MY.jsonl               your own documents, questions and answers (plain.py)
     perplexity:TEXT.txt         how well your own text is predicted after eviction (plain.py)
 

@@ -1,6 +1,6 @@
 """Read LongBench's 21 datasets and the 13 of LongBench-E from files, and say how each is asked and judged.
 
-Names, answer lengths and metrics are those of https://github.com/THUDM/LongBench, whose paper `longbench.py` names. The
+Names, answer lengths and metrics are those of https://github.com/THUDM/LongBench, whose paper suite.py names. The
 rows come from a folder, or from the official archive on the Hugging Face hub. That is fetched as a file: the library
 `datasets` no longer loads it, since version 4 dropped data sets that are read by a script.
 """
@@ -28,7 +28,7 @@ _FORMAT = '{"input": "...", "context": "...", "answers": ["..."], "length": 12, 
 class Dataset:
     """How a dataset is asked and judged."""
 
-    metric: str  # a name in longbench_metrics.METRICS
+    metric: str  # a name in metrics.METRICS
     max_new_tokens: int
     chat: bool = True  # few-shot examples and code are to be continued, not replied to
     first_line: bool = False  # all that is judged of an answer

@@ -2,7 +2,7 @@
 
 Bai et al., "LongBench: A Bilingual, Multitask Benchmark for Long Context Understanding", arXiv:2308.14508. Names,
 prompts, answer lengths and metrics are those of https://github.com/THUDM/LongBench (MIT licence, Copyright (c) 2023
-THU-KEG & Zhipu AI). longbench_prompts.json is its LongBench/config/dataset2prompt.json, word for word.
+THU-KEG & Zhipu AI). prompts.json is its LongBench/config/dataset2prompt.json, word for word.
 
 The official prompt is split right after its document (or its few-shot examples): the first part is compressed, the rest
 is asked. An answer is judged as it is decoded, spaces included. Ours differs from the official code in two ways.

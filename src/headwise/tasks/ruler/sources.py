@@ -4,8 +4,8 @@ A data folder may hold, each under any of its names:
 
     PaulGrahamEssays.json or PaulGrahamEssays/*.txt   the essays of niah; without them a bundled text of ours
     english_words.json, words.zip or words/en         English words for long word lists; without them pairs of ours
-    squad.json, dev-v2.0.json, *squad*.json, xquad*   SQuAD, for qa_1; read in ruler_documents.py
-    hotpotqa.json or *hotpot*.json                    HotpotQA, for qa_2; read in ruler_documents.py
+    squad.json, dev-v2.0.json, *squad*.json, xquad*   SQuAD, for qa_1; read in documents.py
+    hotpotqa.json or *hotpot*.json                    HotpotQA, for qa_2; read in documents.py
 
 The bundled text is generated prose, which differs more from a needle than an essay does. `haystack_name` says which of
 the two a prompt has: scores on one cannot be compared with scores on the other.

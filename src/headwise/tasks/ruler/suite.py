@@ -3,7 +3,7 @@
 Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?", arXiv:2404.06654. Names,
 parameters, templates, scores and the way a prompt is put together are those of github.com/NVIDIA/RULER (2025, where
 vt's answer prefix reads "assigned" instead of 2024's "assgined"). The essays are Paul Graham's only where the data
-folder has them, otherwise a bundled text: `ruler_sources.haystack_name` says which. Where ours differs:
+folder has them, otherwise a bundled text: `sources.haystack_name` says which. Where ours differs:
 
 - All draws of a sample come from its own generator, seeded by task, length, seed and index, so that a sample can be
   made alone. RULER draws all samples from one stream and shuffles each of them alike.
@@ -56,7 +56,7 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 def ruler_tasks(
     names: Sequence[str], *, tokenizer: Any, length: int, num_samples: int, seed: int, data_dir: Path | None
 ) -> list[Task]:
-    """Make tasks by their official names; `ruler_sources` says what `data_dir` may hold.
+    """Make tasks by their official names; sources.py says what `data_dir` may hold.
 
     `length` is the most tokens that special tokens, the prompt and the generated answer take together; a sample takes
     at least 98% of it, or as many as its smallest unit allows. Raises BadInput if a name is unknown, a source is
