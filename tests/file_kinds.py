@@ -297,7 +297,7 @@ def read_words(path: Path) -> None:
 def read_corpus(load) -> Callable[[Path], None]:
     def read(path: Path) -> None:
         corpus = load(path.parent)
-        assert corpus.asked and all(isinstance(document, str) for document in corpus.documents)
+        assert corpus.questions and all(isinstance(document, str) for document in corpus.documents)
 
     return read
 

@@ -276,10 +276,10 @@ def test_save_and_load_give_back_every_bit(whole, tmp_path):
 
 def reread(loaded, example=EXAMPLES[0], **options):
     """A lesson and its curves for KeyDiff."""
-    from headwise.offline.profile import _fitting
+    from headwise.offline.profile import _lesson
 
     scorer, settings = SCORERS["keydiff"].make(), replace(QUICK, **options)
-    taught = _fitting(*loaded, example, [scorer], settings)
+    taught = _lesson(*loaded, example, [scorer], settings)
     return taught, measure(loaded[0], taught, [scorer], settings)[scorer]
 
 

@@ -16,7 +16,7 @@ from headwise.artifacts.hulls import concave_hulls
 from headwise.artifacts.origin import Origin
 from headwise.errors import ArtifactMismatch, BadInput, HeadwiseError
 from headwise.report.inspect import budget as report
-from headwise.report.inspect.budget import at_fraction, chosen, hull_edges, kept_at, missed, plot, retained
+from headwise.report.inspect.budget import at_fraction, heads_to_draw, hull_edges, kept_at, missed, plot, retained
 from headwise.shapes import ModelShape
 
 SHAPE = ModelShape(num_layers=4, layers=(1, 3), kv_heads=2, query_heads=4, head_dim=8)
@@ -114,11 +114,11 @@ def test_a_head_that_matters_to_nothing_misses_nothing(budget):
 def test_heads_are_chosen_from_both_ends_ties_by_utility():
     kept = np.array([0.0, 0.9, 0.0, 0.1, 0.0, 0.5, 0.2, 0.0])
     utility = np.array([0.1, 0.1, 0.4, 0.1, 0.3, 0.1, 0.1, 0.2])
-    assert chosen(kept, utility).tolist() == [1, 5, 6, 2, 4, 7]
-    assert chosen(kept[:1], utility[:1]).tolist() == [0]
+    assert heads_to_draw(kept, utility).tolist() == [1, 5, 6, 2, 4, 7]
+    assert heads_to_draw(kept[:1], utility[:1]).tolist() == [0]
     for heads in range(1, 9):
-        assert len(set(chosen(kept[:heads], utility[:heads]).tolist())) == min(heads, 6)
-    assert len(set(chosen(np.ones(8), utility).tolist())) == 6
+        assert len(set(heads_to_draw(kept[:heads], utility[:heads]).tolist())) == min(heads, 6)
+    assert len(set(heads_to_draw(np.ones(8), utility).tolist())) == 6
 
 
 # --- the file ---

@@ -27,7 +27,7 @@ from headwise.report.quality import results, tables
 from headwise.report.quality.notes import explanations, warnings
 from headwise.report.quality.page import page
 from headwise.report.quality.records import load
-from headwise.report.quality.results import as_csv, markdown, named, write_report
+from headwise.report.quality.results import as_csv, markdown, summaries_by_name, write_report
 from headwise.report.quality.statistics import Estimate, Setting, interval
 from headwise.report.quality.summary import summarise
 
@@ -314,7 +314,7 @@ def test_folders_are_merged_and_what_occurs_twice_counts_once(folder):
 def test_other_models_protocols_and_lengths_are_kept_apart(folder):
     one = folder("a", scores("snapkv", [1]) + scores("snapkv", [0], protocol="query-aware"))
     other = folder("b", scores("snapkv", [0]), config_hash="def")
-    names = list(named(load([one, other])))
+    names = list(summaries_by_name(load([one, other])))
     assert names == [
         "reference, float32, query-agnostic, configuration abc",
         "reference, float32, query-aware",
@@ -441,7 +441,7 @@ class Structure(HTMLParser):
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else(evaluated, folder):
-    html = page(named(load([evaluated, folder("other", scores("snapkv", [1, 0]))])), 0)
+    html = page(summaries_by_name(load([evaluated, folder("other", scores("snapkv", [1, 0]))])), 0)
     structure = Structure()
     structure.feed(html)
     assert structure.open == []
@@ -454,7 +454,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(evaluated, folder):
 
 
 def test_the_page_shows_methods_and_the_command_as_text(evaluated):
-    html = page(named(load([evaluated])), 7)
+    html = page(summaries_by_name(load([evaluated])), 7)
     assert "<script>alert" not in html
     assert html.count("<script") == 2
     structure = Structure()
@@ -469,7 +469,7 @@ def test_the_page_shows_methods_and_the_command_as_text(evaluated):
 
 
 def test_the_page_s_script_gets_what_heads_and_tokens_keep(evaluated):
-    html = page(named(load([evaluated])), 0)
+    html = page(summaries_by_name(load([evaluated])), 0)
     (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
     (data,) = json.loads(text)
     assert (data["layers"], data["heads"]) == ([0, 2], 2)
@@ -484,7 +484,7 @@ def test_the_page_s_script_gets_what_heads_and_tokens_keep(evaluated):
 
 def test_tokens_that_lost_their_spaces_are_set_apart(folder):
     """One at a time, some tokenizers decode no spaces: a text without any could not be read."""
-    html = page(named(load([folder("d", [record()], [token_map(tokens=["the", "red", "fox", "."])])])), 0)
+    html = page(summaries_by_name(load([folder("d", [record()], [token_map(tokens=["the", "red", "fox", "."])])])), 0)
     assert '"tokens":[" the"," red"," fox"," ."]' in html
 
 
@@ -506,7 +506,7 @@ def test_lines_of_many_methods_differ(folder):
 @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium")
 def test_a_phone_shows_the_page_without_scrolling_sideways(evaluated, tmp_path):
     """The frame is as wide as a phone; what does not fit scrolls in its own box."""
-    (tmp_path / "page.html").write_text(page(named(load([evaluated])), 0))
+    (tmp_path / "page.html").write_text(page(summaries_by_name(load([evaluated])), 0))
     (tmp_path / "frame.html").write_text(
         '<body><iframe src="page.html" style="width:360px;height:800px;border:0" onload="'
         "const d = this.contentDocument; d.querySelector('.legend button').click();"
@@ -545,7 +545,7 @@ def test_a_report_is_four_files(evaluated, tmp_path):
 
 
 def test_the_summary_in_markdown(evaluated):
-    text = markdown(named(load([evaluated])), 7)
+    text = markdown(summaries_by_name(load([evaluated])), 7)
     assert f"\n    {RUN['command']}\n" in text, "as code it is shown as it is"
     told = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
     assert "<script>" not in told
@@ -652,6 +652,6 @@ def test_names_are_text_in_markdown():
 
 def test_control_characters_stay_out_of_page_and_summary(evaluated):
     results = load([evaluated])
-    evil = {f"m{EVIL}{name}": summary for name, summary in named(results).items()}
+    evil = {f"m{EVIL}{name}": summary for name, summary in summaries_by_name(results).items()}
     for text in (page(evil, 0), markdown(evil, 0)):
         assert not {"\x1b", "\u202e", "\r"} & set(text)

@@ -32,7 +32,7 @@ def test_every_candidate_has_a_row(dtype, batch):
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     real = pages.attend
     monkeypatch.setattr(pages, "attend", lambda *arguments: 1.01 * real(*arguments))
-    monkeypatch.setattr(decode, "_times", lambda *arguments: pytest.fail("it was timed"))
+    monkeypatch.setattr(decode, "_median_seconds", lambda *arguments: pytest.fail("it was timed"))
     with pytest.raises(WrongResult, match="pages: 1"):
         run(Settings(dtype="float32", **SMALL))
 

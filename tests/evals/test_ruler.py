@@ -250,9 +250,9 @@ def test_documents_that_answer_are_whole(dataset, make, made):
     corpus = {"squad": load_squad, "hotpotqa": load_hotpotqa}[dataset](made)
     sample = make({"squad": "qa_1", "hotpotqa": "qa_2"}[dataset], 7)
     (question,) = sample.questions
-    assert question.prompt.endswith(f"\n\nQuestion: {corpus.asked[7].question}")
-    assert question.answers == corpus.asked[7].answers
-    for number in corpus.asked[7].documents:
+    assert question.prompt.endswith(f"\n\nQuestion: {corpus.questions[7].question}")
+    assert question.answers == corpus.questions[7].answers
+    for number in corpus.questions[7].documents:
         assert f":\n{corpus.documents[number]}\n\n" in f"{sample.context}\n\n"
     numbers = [int(number) for number in re.findall(r"Document (\d+):\n", sample.context)]
     assert numbers == list(range(1, len(numbers) + 1))
@@ -261,7 +261,9 @@ def test_documents_that_answer_are_whole(dataset, make, made):
 def test_documents_on_the_same_subject_come_first(made):
     corpus = load_squad(made)
     context = write("qa_1", 7, data_dir=made).context
-    same_subject = [corpus.documents[number] for number in (*corpus.asked[0].documents, *corpus.asked[0].related)]
+    same_subject = [
+        corpus.documents[number] for number in (*corpus.questions[0].documents, *corpus.questions[0].related)
+    ]
     assert len(same_subject) == 5 and all(document in context for document in same_subject)
 
 
@@ -477,8 +479,8 @@ def test_haystack_is_named(tmp_path):
 
 def test_real_sources_are_found(sources):
     assert haystack_name(sources) == "paul-graham"
-    assert len(load_squad(sources).asked) > 1000
-    assert len(load_hotpotqa(sources).asked) == 100
+    assert len(load_squad(sources).questions) > 1000
+    assert len(load_hotpotqa(sources).questions) == 100
     assert len(load_more_words(sources, load_words())) > 100_000
 
 
@@ -562,6 +564,6 @@ def test_questions_on_one_subject_share_its_documents(tmp_path):
     """Thousands of them on thousands of documents would not fit into memory otherwise."""
     paragraphs = [{"context": f"{n}.", "qas": questions_answers((f"{n}?", ["a"]))} for n in range(2000)]
     (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
-    asked = load_squad(tmp_path).asked
+    asked = load_squad(tmp_path).questions
     assert len({id(one.subject) for one in asked}) == 1
     assert len(asked[7].related) == 1999 and asked[7].documents[0] not in asked[7].related

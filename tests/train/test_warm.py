@@ -73,17 +73,17 @@ def test_alone_a_head_loses_what_changes_in_what_it_writes(taught):
     mask = hard_choice(ranked, torch.full((3, 2), round(tokens * 0.5)))
     weight = lesson.teaching.weight[chosen] / lesson.teaching.weight[chosen].sum()
     everything, parts = lesson.teaching.weight / lesson.teaching.weight.sum(), []
-    for layer, heard in enumerate(lesson.teaching.heard):
+    for layer, record in enumerate(lesson.teaching.records):
         keys, values = states_of(lesson.whole, layer)
         weight_out = model.model.layers[layer].self_attn.o_proj.weight.view(64, 2, 2, 16)
         for head in range(2):
             written = []
             for seen in (torch.ones(tokens, dtype=torch.bool), mask[layer, head]):
-                context = torch.einsum("bgtd,nd->bgtn", heard.query[:, head], keys[head])
-                own = torch.einsum("bgtd,bsd->bgts", heard.query[:, head], heard.keys[:, head])
+                context = torch.einsum("bgtd,nd->bgtn", record.query[:, head], keys[head])
+                own = torch.einsum("bgtd,bsd->bgts", record.query[:, head], record.keys[:, head])
                 later = torch.ones(own.shape[-2:], dtype=torch.bool).triu(1)
                 logits = torch.cat([context.masked_fill(~seen, -torch.inf), own.masked_fill(later, -torch.inf)], -1)
-                both = torch.cat([values[head].expand(len(own), -1, -1), heard.values[:, head]], dim=1)
+                both = torch.cat([values[head].expand(len(own), -1, -1), record.values[:, head]], dim=1)
                 out = torch.einsum("bgtn,bnd->bgtd", logits.softmax(-1), both)
                 written.append(torch.einsum("bgtd,ogd->bto", out, weight_out[:, head]))
             whole, some = written

@@ -1,7 +1,7 @@
-"""Whole models: reading a context and decoding after it, every candidate in a process of its own.
+"""Measure whole models: reading a context and decoding after it, every candidate in a process of its own.
 
-`headwise bench generate` and `headwise bench memory` are this, with other models and contexts in mind. What the full
-cache does is transformers' own: DynamicCache and SDPA.
+`headwise bench generate` and `headwise bench memory` use this, with different default models and contexts. The full
+cache is transformers' own: DynamicCache and SDPA.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from headwise.evals.answers import known_methods
 
 FULL = "full"
 KVPRESS = "kvpress:"
-PEAKS = Path("/proc/self/clear_refs")  # where a process on Linux has its peak of memory forgotten
+PEAKS = Path("/proc/self/clear_refs")  # a process on Linux resets its peak of memory by this file
 PRESSES = ("adakv", "snapkv", "keydiff", "expected")
 
 Progress = Callable[[int, int, str], None]
@@ -26,7 +26,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """One model and context, and what is compared on it."""
+    """One model and context, and the methods to compare on it."""
 
     model: str
     layers: int | None
@@ -55,7 +55,7 @@ class Settings:
             raise BadInput("name the Python of an environment in which kvpress is installed: --kvpress env/bin/python.")
 
     def require_budgets(self) -> None:
-        """Raise what a method of ours would raise for its budget, before anything is measured."""
+        """Raise an error if a method of ours could not keep `keep` of the context. Loads no weights."""
         require_budgets(
             self.model,
             self.layers,
@@ -69,7 +69,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One candidate. Bytes of peaks are those of the process (of the GPU's allocator) above the loaded model's."""
+    """The results of one candidate. Peaks are bytes of the process (of the GPU's allocator) above the loaded model."""
 
     benchmark: str
     candidate: str
@@ -100,7 +100,11 @@ class Row:
 
 
 def run(benchmark: str, settings: Settings, *, progress: Progress | None = None) -> list[Row]:
-    """Measure, the full cache first. Raises BadInput, WrongResult, HeadwiseError where a process fails."""
+    """Measure all candidates, the full cache first, and return a row of each.
+
+    Raises BadInput if something cannot be measured here, WrongResult if a result is wrong, HeadwiseError if a process
+    fails.
+    """
     if settings.device == "cpu" and not PEAKS.exists():
         raise BadInput(
             "the peak of a process's memory can be measured on Linux only; on a GPU (--device cuda) anywhere."
@@ -109,20 +113,20 @@ def run(benchmark: str, settings: Settings, *, progress: Progress | None = None)
     if settings.kvpress is not None:
         require_kvpress(settings.kvpress)
     methods = [FULL, *(method for method in settings.methods if method != FULL)]
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for done, method in enumerate(methods):
         if progress is not None:
             progress(done, len(methods), method)
-        found[method] = _measured(settings, shape, method)
-        _require_right(settings, method, found[method], found[FULL])
-    return [_row(benchmark, settings, method, one, found[FULL]) for method, one in found.items()]
+        results[method] = _measure(settings, shape, method)
+        _require_correct(settings, method, results[method], results[FULL])
+    return [_row(benchmark, settings, method, result, results[FULL]) for method, result in results.items()]
 
 
-def _row(benchmark: str, settings: Settings, method: str, one: dict[str, Any], full: dict[str, Any]) -> Row:
-    errors = one["kernel_errors"]
+def _row(benchmark: str, settings: Settings, method: str, result: dict[str, Any], full: dict[str, Any]) -> Row:
+    errors = result["kernel_errors"]
     worst = max(errors, key=lambda pair: pair[0] / pair[1]) if errors else (None, None)
-    whole = method == FULL
-    peak, full_peak = (max(x["peak_prefill_bytes"], x["peak_decode_bytes"]) for x in (one, full))
+    is_full = method == FULL
+    peak, full_peak = (max(x["peak_prefill_bytes"], x["peak_decode_bytes"]) for x in (result, full))
     return Row(
         benchmark=benchmark,
         candidate=method,
@@ -131,51 +135,51 @@ def _row(benchmark: str, settings: Settings, method: str, one: dict[str, Any], f
         batch=settings.batch,
         tokens=settings.tokens,
         new_tokens=settings.new_tokens,
-        keep=1.0 if whole else settings.keep,
-        threads=one["threads"],
-        prefill_s=one["prefill_s"],
-        ms_per_token=one["ms_per_token"],
-        speedup_vs_full=full["ms_per_token"] / one["ms_per_token"],
-        attention_ms=one["attention_ms"],
-        attention_share=one["attention_share"],
-        kv_bytes=one["kv_bytes"],
-        claimed_bytes=one["claimed_bytes"],
-        peak_prefill_bytes=one["peak_prefill_bytes"],
-        peak_decode_bytes=one["peak_decode_bytes"],
+        keep=1.0 if is_full else settings.keep,
+        threads=result["threads"],
+        prefill_s=result["prefill_s"],
+        ms_per_token=result["ms_per_token"],
+        speedup_vs_full=full["ms_per_token"] / result["ms_per_token"],
+        attention_ms=result["attention_ms"],
+        attention_share=result["attention_share"],
+        kv_bytes=result["kv_bytes"],
+        claimed_bytes=result["claimed_bytes"],
+        peak_prefill_bytes=result["peak_prefill_bytes"],
+        peak_decode_bytes=result["peak_decode_bytes"],
         peak_bytes=peak,
-        saved_bytes=None if whole else full_peak - peak,
-        claimed_saved_bytes=None if whole else full["claimed_bytes"] - one["claimed_bytes"],
-        logits_error=_logits_error(one, full),
+        saved_bytes=None if is_full else full_peak - peak,
+        claimed_saved_bytes=None if is_full else full["claimed_bytes"] - result["claimed_bytes"],
+        logits_error=_logits_error(result, full),
         rel_error=worst[0],
         plain_error=worst[1],
-        hardware=one["hardware"],
-        versions=one["versions"],
+        hardware=result["hardware"],
+        versions=result["versions"],
     )
 
 
-def _logits_error(one: dict[str, Any], full: dict[str, Any]) -> float:
+def _logits_error(result: dict[str, Any], full: dict[str, Any]) -> float:
     return relative_error(
-        torch.tensor(one["logits"], dtype=torch.float32, device="cpu"),
+        torch.tensor(result["logits"], dtype=torch.float32, device="cpu"),
         torch.tensor(full["logits"], dtype=torch.float32, device="cpu"),
     )
 
 
-def _require_right(settings: Settings, method: str, one: dict[str, Any], full: dict[str, Any]) -> None:
-    apart = _logits_error(one, full)
-    if not apart <= LOGITS[settings.dtype]:
+def _require_correct(settings: Settings, method: str, result: dict[str, Any], full: dict[str, Any]) -> None:
+    error = _logits_error(result, full)
+    if not error <= LOGITS[settings.dtype]:
         raise WrongResult(
-            f"{method}: logits after the prefill are {apart:.1e} from the full cache's: nothing is shown."
+            f"{method}: logits after the prefill are {error:.1e} from the full cache's: nothing is shown."
         )
-    if one["kernel_errors"] == []:
+    if result["kernel_errors"] == []:
         raise WrongResult(f"{method}: no attention of its cache was seen, so none was checked: nothing is shown.")
-    for found, plain in one["kernel_errors"] or []:
-        if not found <= MOST * plain:
+    for own, plain in result["kernel_errors"] or []:
+        if not own <= MOST * plain:
             raise WrongResult(
-                f"{method}: attention is {found:.1e} from float64, PyTorch's {plain:.1e}: nothing is shown."
+                f"{method}: attention is {own:.1e} from float64, PyTorch's {plain:.1e}: nothing is shown."
             )
 
 
-def _measured(settings: Settings, shape: dict[str, Any] | None, method: str) -> dict[str, Any]:
+def _measure(settings: Settings, shape: dict[str, Any] | None, method: str) -> dict[str, Any]:
     job = {
         "kind": "model",
         "model": settings.model,
@@ -193,6 +197,6 @@ def _measured(settings: Settings, shape: dict[str, Any] | None, method: str) -> 
 
 
 def default_methods(methods: Sequence[str], kvpress: Path | None) -> tuple[str, ...]:
-    """As asked; where kvpress is there and none of its presses was, AdaKV's too."""
+    """Return the methods, and kvpress' AdaKV if kvpress is there and none of its presses was named."""
     pressed = any(method.startswith(KVPRESS) for method in methods)
     return (*methods, *([] if kvpress is None or pressed else [KVPRESS + "adakv"]))

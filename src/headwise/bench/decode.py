@@ -1,9 +1,9 @@
-"""One decoding step of one layer on a CPU: every kernel, the full cache, and the floor that memory sets.
+"""Measure one decoding step of one layer on a CPU: every kernel, the full cache, and the floor that memory sets.
 
-A layer's cache is made at random, a share of its entries is kept, more in some heads than in others. Every candidate is
-compared with float64 first: a wrong one ends the run. Caches of the processor are defeated by going round copies of the
-storage; runs are interleaved, so that all see the same noise; times are medians of wall time. Only kvpress, which needs
-an environment of its own, is measured right after the others.
+A layer's cache is random, and a share of its entries is kept, more in some heads than in others. Every candidate is
+compared with float64 first: a wrong one ends the run. Runs go round copies of the storage, so that the processor's
+caches do not help. They are interleaved, so that all see the same noise; times are medians of wall time. Only kvpress,
+which needs an environment of its own, is measured right after the others.
 """
 
 import itertools
@@ -63,13 +63,13 @@ class Settings:
 
     @property
     def scaling(self) -> float:
-        """What logits are multiplied by."""
+        """The factor of logits."""
         return self.head_dim**-0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One candidate. `rel_error` is its distance from float64, relative; `plain_error` that of PyTorch's attention."""
+    """The results of one candidate. `rel_error` is its relative error against float64, `plain_error` PyTorch's."""
 
     benchmark: str = "decode"
     candidate: str
@@ -89,7 +89,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Layer:
-    """Of every candidate the same: random states, and what every head keeps, the tail included."""
+    """The layer of all candidates: random states, and what every head keeps, the tail included."""
 
     query: Tensor
     keys: Tensor
@@ -111,7 +111,7 @@ class _Candidate:
 
 
 class _Attention(nn.Module):
-    """What transformers' attention function wants to know of the layer it serves."""
+    """The attributes of a layer that transformers' attention function needs."""
 
     is_causal = True
 
@@ -122,7 +122,10 @@ class _Attention(nn.Module):
 
 @torch.no_grad()
 def run(settings: Settings) -> list[Row]:
-    """Measure. Raises BadInput, WrongResult."""
+    """Measure all candidates, and return a row of each.
+
+    Raises BadInput if kvpress is asked for and missing, WrongResult if a result is wrong.
+    """
     if settings.kvpress is not None:
         require_kvpress(settings.kvpress)
     with threads(settings.threads):
@@ -130,19 +133,19 @@ def run(settings: Settings) -> list[Row]:
         layer = _make_layer(settings)
         candidates, reads = _candidates(settings, layer)
         errors = {c.name: c.error for c in candidates}
-        _require_right(candidates, errors)
-        times = _times({c.name: c.runs for c in candidates} | {"read": reads}, settings.rounds)
+        _require_correct(candidates, errors)
+        times = _median_seconds({c.name: c.runs for c in candidates} | {"read": reads}, settings.rounds)
     seconds_per_byte = times["read"] / candidates[-1].nbytes
     if settings.kvpress is not None:
         masked = candidates[-1].exact, candidates[-1].plain_error
-        found, times[KVPRESS] = _by_kvpress(settings, settings.kvpress, layer)
+        output, times[KVPRESS] = _by_kvpress(settings, settings.kvpress, layer)
         candidates.append(
             _Candidate(
-                name=KVPRESS, runs=[lambda: found], exact=masked[0], plain_error=masked[1], nbytes=_nbytes(layer)
+                name=KVPRESS, runs=[lambda: output], exact=masked[0], plain_error=masked[1], nbytes=_nbytes(layer)
             )
         )
         errors[KVPRESS] = candidates[-1].error
-        _require_right(candidates, errors)
+        _require_correct(candidates, errors)
     return [
         Row(
             candidate=c.name,
@@ -164,7 +167,7 @@ def run(settings: Settings) -> list[Row]:
 
 
 def kept_fractions(settings: Settings) -> Float[Tensor, " kv_heads"]:
-    """Of every head; their mean is `keep`."""
+    """Return the fraction that each head keeps; their mean is `keep`."""
     if not settings.skewed:
         return torch.full((settings.kv_heads,), settings.keep, dtype=torch.float32, device="cpu")
     shape = torch.tensor(
@@ -177,11 +180,11 @@ def kept_fractions(settings: Settings) -> Float[Tensor, " kv_heads"]:
     return (shape * high).clamp(max=1).float()
 
 
-def _require_right(candidates: Sequence[_Candidate], errors: dict[str, float]) -> None:
+def _require_correct(candidates: Sequence[_Candidate], errors: dict[str, float]) -> None:
     wrong = [c for c in candidates if not errors[c.name] <= MOST * c.plain_error]
     if wrong:
-        found = "; ".join(f"{c.name}: {errors[c.name]:.1e} (PyTorch {c.plain_error:.1e})" for c in wrong)
-        raise WrongResult(f"nothing is shown, for results are wrong, by their relative error: {found}.")
+        listed = "; ".join(f"{c.name}: {errors[c.name]:.1e} (PyTorch {c.plain_error:.1e})" for c in wrong)
+        raise WrongResult(f"nothing is shown, for results are wrong, by their relative error: {listed}.")
 
 
 def _make_layer(settings: Settings) -> _Layer:
@@ -200,14 +203,14 @@ def _nbytes(layer: _Layer) -> int:
 
 
 def _candidates(settings: Settings, layer: _Layer) -> tuple[list[_Candidate], Sequence[Callable[[], None]]]:
-    """All of them over the same layer, decoding the last token of the tail; and plain reads of what is kept."""
+    """Return all candidates, which decode the last token of the tail, and functions that only read what is kept."""
     query, keys, values, kept = layer.query, layer.keys, layer.values, layer.kept
     batch, heads, tokens, dim = settings.batch, settings.kv_heads, settings.tokens, settings.head_dim
     group, scaling = settings.group, settings.scaling
     masks = torch.ones_like(kept), kept
-    exact = [_exactly(query, keys, values, mask, scaling) for mask in masks]
-    plain = [_plain_error(layer, mask, one) for mask, one in zip(masks, exact, strict=True)]
-    segments = _gathered(keys[:, :, :tokens], values[:, :, :tokens], kept[:, :, :tokens])
+    exact = [_exact_attention(query, keys, values, mask, scaling) for mask in masks]
+    plain = [_plain_error(layer, mask, target) for mask, target in zip(masks, exact, strict=True)]
+    segments = _gather(keys[:, :, :tokens], values[:, :, :tokens], kept[:, :, :tokens])
     tail = keys[:, :, tokens:].clone(), values[:, :, tokens:].clone()
     rows, attention = torch.arange(batch, dtype=torch.int64, device="cpu"), _Attention(group)
     dense = _copies((keys, values), settings.gigabytes)
@@ -231,14 +234,14 @@ def _candidates(settings: Settings, layer: _Layer) -> tuple[list[_Candidate], Se
     ]
     nbytes = _nbytes(layer), segments.nbytes + tail[0].nbytes + tail[1].nbytes
     candidates = [
-        _Candidate(name=name, runs=own, exact=exact[at], plain_error=plain[at], nbytes=nbytes[at])
-        for name, at, own in runs
+        _Candidate(name=name, runs=own, exact=exact[kept_only], plain_error=plain[kept_only], nbytes=nbytes[kept_only])
+        for name, kept_only, own in runs
     ]
     read = _read if "native" in kernels else _read_by_torch
     return candidates, [lambda s=s: read(s.keys, s.values, *tail) for s in ragged]
 
 
-def _gathered(
+def _gather(
     keys: Float[Tensor, "batch kv_heads tokens head_dim"],
     values: Float[Tensor, "batch kv_heads tokens head_dim"],
     kept: Bool[Tensor, "batch kv_heads tokens"],
@@ -250,7 +253,7 @@ def _gathered(
 
 
 def _kept(settings: Settings) -> Bool[Tensor, "batch kv_heads tokens"]:
-    """Random entries, as many of each head as its fraction says; every row has another order of heads."""
+    """Return random entries to keep, by each head's fraction. Every row has another order of heads."""
     fractions = kept_fractions(settings)
     counts = torch.stack([fractions.roll(row) for row in range(settings.batch)]).mul(settings.tokens).round()
     order = (
@@ -272,8 +275,8 @@ def _with_storage(segments: Segments, keys: Tensor, values: Tensor) -> Segments:
     )
 
 
-def _exactly(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """float64, one head at a time."""
+def _exact_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Return attention in float64, computed one head at a time."""
     batch, heads = mask.shape[:2]
     grouped = query.view(batch, heads, -1, query.shape[-1]).double()
     outs = [
@@ -284,7 +287,7 @@ def _exactly(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling:
 
 
 def _plain_error(layer: _Layer, mask: Tensor, exact: Tensor) -> float:
-    """PyTorch's own, by the way it takes of two that is further off."""
+    """Return PyTorch's relative error: the larger one of two ways to compute attention."""
     query, keys, values, group = layer.query, layer.keys, layer.values, layer.query.shape[1] // layer.keys.shape[1]
     by_head = mask.repeat_interleave(group, 1)[:, :, None]
     attend = functional.scaled_dot_product_attention
@@ -294,13 +297,13 @@ def _plain_error(layer: _Layer, mask: Tensor, exact: Tensor) -> float:
 
 
 def _by_kvpress(settings: Settings, python: Path, layer: _Layer) -> tuple[Tensor, float]:
-    """What kvpress makes of the layer, and its seconds."""
+    """Return kvpress' output for the layer, and its seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        given, out = Path(folder) / "layer.pt", Path(folder) / "out.pt"
-        torch.save({"query": layer.query, "keys": layer.keys, "values": layer.values, "kept": layer.kept}, given)
+        layer_file, out = Path(folder) / "layer.pt", Path(folder) / "out.pt"
+        torch.save({"query": layer.query, "keys": layer.keys, "values": layer.values, "kept": layer.kept}, layer_file)
         job = {
             "kind": "layer",
-            "layer": str(given),
+            "layer": str(layer_file),
             "out": str(out),
             "threads": settings.threads,
             "rounds": settings.rounds,
@@ -321,10 +324,10 @@ def _read_by_torch(*tensors: Tensor) -> None:
         tensor.view(torch.int32).sum()
 
 
-def _times(candidates: dict[str, Sequence[Callable[[], Any]]], rounds: int) -> dict[str, float]:
-    """Median seconds of each; all copies are touched before."""
-    for one in itertools.chain.from_iterable(candidates.values()):
-        one()
+def _median_seconds(candidates: dict[str, Sequence[Callable[[], Any]]], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each candidate. All copies are touched before."""
+    for call in itertools.chain.from_iterable(candidates.values()):
+        call()
     rings = {name: itertools.cycle(runs) for name, runs in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
@@ -333,4 +336,4 @@ def _times(candidates: dict[str, Sequence[Callable[[], Any]]], rounds: int) -> d
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
-    return {name: median(found) for name, found in times.items()}
+    return {name: median(seconds) for name, seconds in times.items()}

@@ -1,4 +1,4 @@
-"""What is measured: checkpoints, or random weights in the shape of well-known models, for which nothing was trained."""
+"""Models to measure: checkpoints, or random weights in the shape of well-known models."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -60,9 +60,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def shape_for(name: str, layers: int | None) -> dict[str, Any] | None:
-    """The random model of this name, perhaps with fewer layers; None for a checkpoint, which must be there.
+    """Return the sizes of the random model of this name, perhaps with fewer layers; None for a checkpoint.
 
-    Raises BadInput, UnsupportedModel.
+    Raises BadInput if there is no such model or the layers do not fit, UnsupportedModel for a checkpoint's family.
     """
     if name in SHAPES:
         has = SHAPES[name]["num_hidden_layers"]
@@ -78,9 +78,7 @@ def shape_for(name: str, layers: int | None) -> dict[str, Any] | None:
 
 
 def method_for(name: str, shape: ModelShape, config_hash: str) -> Method:
-    """The method of this name. Gates and budgets cost the same whatever they learned, so a model for which none are
-    shipped gets gates that were never trained.
-    """
+    """Return the method of this name. A method with shipped gates gets untrained ones, which cost the same."""
     method = Method.parse(name)
     if method.scorer == ShippedLKVT():
         method = replace(method, scorer=learned_scorer(_untrained(shape, config_hash)))
@@ -92,12 +90,12 @@ def method_for(name: str, shape: ModelShape, config_hash: str) -> Method:
 def require_budgets(
     name: str, layers: int | None, methods: Sequence[str], *, keep: float, tokens: int, batch: int, dtype: str
 ) -> None:
-    """Raise what reading `tokens` with one of the methods would raise for its budget, before there is a model.
+    """Raise an error if a method could not keep `keep` of `tokens`. Loads no weights.
 
-    Raises BadInput, ArtifactMismatch, UnsupportedModel, BudgetInfeasible.
+    Raises BadInput, ArtifactMismatch, UnsupportedModel or BudgetInfeasible.
     """
-    made = shape_for(name, layers)
-    config = load_config(name) if made is None else LlamaConfig(**made)
+    random_shape = shape_for(name, layers)
+    config = load_config(name) if random_shape is None else LlamaConfig(**random_shape)
     shape, hashed = shape_of(config), config_hash(config.get_text_config().to_dict())
     valid = torch.ones(batch, tokens, dtype=torch.bool, device="cpu")
     for method in methods:

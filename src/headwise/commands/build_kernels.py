@@ -12,9 +12,10 @@ def build_kernels(as_json: AsJson = False) -> None:
     from headwise.kernels import native
 
     start = time.perf_counter()
-    made = native.load()
+    kernel = native.load()
     seconds = time.perf_counter() - start
     if as_json:
-        print_json({"path": str(made.path), "features": made.features, "built": made.built, "seconds": seconds})
+        print_json({"path": str(kernel.path), "features": kernel.features, "built": kernel.built, "seconds": seconds})
     else:
-        say(f"{made.path}: {'built in' if made.built else 'was there, loaded in'} {seconds:.1f} s ({made.features})")
+        done = "built in" if kernel.built else "was there, loaded in"
+        say(f"{kernel.path}: {done} {seconds:.1f} s ({kernel.features})")

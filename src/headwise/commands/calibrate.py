@@ -1,4 +1,4 @@
-"""`headwise calibrate`: what a model would be profiled or trained on."""
+"""`headwise calibrate`: show the texts that a model would be profiled or trained on."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -37,7 +37,7 @@ def calibrate(
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a model would be profiled or trained on: a table, examples, or a file. Loads the tokenizer only."""
+    """Show what a model would be profiled or trained on: a table, examples, or a file. Loads the tokenizer only."""
     source = find(model)
     from headwise.models.families import max_positions
     from headwise.models.loading import load_config, load_tokenizer
@@ -61,7 +61,7 @@ def calibrate(
 
 
 def _totals(examples: "Sequence[Example]", tokenizer: Any) -> list[dict[str, Any]]:
-    """How much there is of every domain."""
+    """Return how much there is of every domain."""
     from headwise.offline.calibration import count_tokens
     from headwise.offline.texts.showing import totals
 
@@ -70,7 +70,7 @@ def _totals(examples: "Sequence[Example]", tokenizer: Any) -> list[dict[str, Any
 
 def _print_examples(examples: "Sequence[Example]", tokenizer: Any, full: bool) -> None:
     from headwise.offline.calibration import count_tokens
-    from headwise.offline.texts.showing import told
+    from headwise.offline.texts.showing import render
 
     for example in examples:
-        say(told(example, count_tokens(tokenizer), full=full))
+        say(render(example, count_tokens(tokenizer), full=full))

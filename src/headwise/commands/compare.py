@@ -1,4 +1,4 @@
-"""`headwise compare`: one document, its questions, several methods."""
+"""`headwise compare`: compare several methods on one document and its questions."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -37,7 +37,7 @@ Question = Annotated[list[str] | None, typer.Option("--question", "-q", help="Ma
 QuestionFile = Annotated[Path | None, typer.Option(help='Lines such as {"question": "?", "answers": ["!"]}.')]
 ShowAnswers = Annotated[
     bool | None,
-    typer.Option("--answers/--no-answers", help="Show every answer; left out: where no right ones are known."),
+    typer.Option("--answers/--no-answers", help="Show every answer; left out: if no right ones are known."),
 ]
 
 
@@ -57,7 +57,7 @@ def compare(
     answers: ShowAnswers = None,
     as_json: AsJson = False,
 ) -> None:
-    """One document, its questions, several methods: memory held, nearness to the full cache, speed, answers."""
+    """Compare methods on one document and its questions: memory held, fidelity to the full cache, speed, answers."""
     names, keeps = parse_methods(methods), parse_keeps(keep)
     require_protocol(protocol)
     text, asked = read_document(context, question, questions)
@@ -93,22 +93,24 @@ def _print(
     answers: bool | None,
     as_json: bool,
 ) -> None:
-    """The rows of the methods that were named; the full cache is measured even where it was not."""
+    """Print the rows of the methods that were named; the full cache is measured even if it was not named."""
     rows = [row for row in measured if row.method in names]
     if as_json:
         hidden = {"sliding_kv_bytes"} | (set() if answers else {"answers"})
         print_json([{k: v for k, v in asdict(row).items() if k not in hidden} for row in rows])
         return
-    known = any(a.answers for a in asked)
+    has_answers = any(a.answers for a in asked)
     asking = "asked of the compressed document" if protocol == PROTOCOLS[0] else "compressed with the document each"
-    _print_comparisons(f"{count(asked, 'question')} {asking} ({protocol}). Model: {model}", rows, known=known)
-    if answers if answers is not None else not known:
+    _print_comparisons(
+        f"{count(asked, 'question')} {asking} ({protocol}). Model: {model}", rows, has_answers=has_answers
+    )
+    if answers if answers is not None else not has_answers:
         full = next(row for row in measured if row.method == FULL)
         _print_answers([a.question for a in asked], rows, full)
 
 
-def _print_comparisons(title: str, rows: "Sequence[Comparison]", *, known: bool) -> None:
-    """The table; the share of right answers where some are known."""
+def _print_comparisons(title: str, rows: "Sequence[Comparison]", *, has_answers: bool) -> None:
+    """Print the table, with the share of right answers if some are known."""
     header = ["method", "keep", "KV held", "of full", "peak KV", "right", "agreement", "KL", "reading", "ms/token"]
     table = [
         [
@@ -125,7 +127,7 @@ def _print_comparisons(title: str, rows: "Sequence[Comparison]", *, known: bool)
         ]
         for row in rows
     ]
-    shown = [i for i, name in enumerate(header) if known or name != "right"]
+    shown = [i for i, name in enumerate(header) if has_answers or name != "right"]
     print_table(title, [header[i] for i in shown], [[cells[i] for i in shown] for cells in table])
     if any(row.prefill_shared_by > 1 for row in rows):
         say("* One reading of the document served several rows, so its time is not that of one method.")
@@ -133,9 +135,9 @@ def _print_comparisons(title: str, rows: "Sequence[Comparison]", *, known: bool)
 
 
 def _print_answers(questions: Sequence[str], rows: "Sequence[Comparison]", full: "Comparison") -> None:
-    """Every question with the full cache's answer, then what each row says where it says something else."""
+    """Print every question with the full cache's answer, then the answers that differ from it."""
     for i, question in enumerate(questions):
         expected = full.answers[i].strip()
-        others = [[row.method, str(row.keep), row.answers[i].strip()] for row in rows if row.method != FULL]
-        cells = [[name, keep, "as full" if text == expected else text] for name, keep, text in others]
+        answers = [[row.method, str(row.keep), row.answers[i].strip()] for row in rows if row.method != FULL]
+        cells = [[name, keep, "as full" if text == expected else text] for name, keep, text in answers]
         print_table(question, ["method", "keep", "answer"], [[FULL, str(full.keep), expected], *cells])

@@ -1,4 +1,4 @@
-"""What commands have in common: a bar on stderr, tables and JSON on stdout."""
+"""Print progress on stderr, and tables and JSON on stdout."""
 
 import json
 import sys
@@ -14,15 +14,15 @@ from rich.text import Text
 
 from headwise.files.terminal import shown
 
-FIRST_LINE, NEXT_LINE = 5.0, 30.0  # seconds between lines of progress where there is no terminal
+FIRST_LINE, NEXT_LINE = 5.0, 30.0  # seconds between lines of progress if there is no terminal
 
 
 @contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
-    """Progress on stderr, fed with (done, total), and a text behind it if there is one.
+    """Show progress on stderr. Yields a function that takes (done, total), and perhaps a text to show behind it.
 
-    A bar on a terminal; elsewhere a line after five seconds, then every thirty. What was done before the first call
-    tells nothing about the time that is left.
+    It is a bar on a terminal; elsewhere a line after five seconds, then every thirty. Work that was done before the
+    first call does not count for the time that is left.
     """
     from tqdm import tqdm
 
@@ -38,14 +38,14 @@ def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
             bar.total = total
             bar.set_postfix_str(shown(text), refresh=False)
             bar.n = round(done, 2)
-            if not bar.update(0) and text:  # drawn if it is time; what a step is shall be seen: it may take minutes
+            if not bar.update(0) and text:  # drawn if it is time; a step may take minutes, so its text is shown now
                 bar.refresh()
 
         yield report
 
 
 class _Log:
-    """Progress where no bar can be drawn: a line now and then."""
+    """Prints a line of progress now and then, where no bar can be drawn."""
 
     def __init__(self, unit: str):
         self.unit = unit
@@ -60,10 +60,10 @@ class _Log:
         if now < self._next:
             return
         self._next = now + NEXT_LINE
-        told = [f"{done:.4g} of {total} {self.unit}", f"{_clock(now - self._began)} elapsed"]
+        parts = [f"{done:.4g} of {total} {self.unit}", f"{_clock(now - self._began)} elapsed"]
         if done > self._first:
-            told.append(f"about {_clock((now - self._began) * (total - done) / (done - self._first))} left")
-        print(f"headwise: {', '.join(told)}{f': {shown(text)}' if text else ''}", file=sys.stderr, flush=True)
+            parts.append(f"about {_clock((now - self._began) * (total - done) / (done - self._first))} left")
+        print(f"headwise: {', '.join(parts)}{f': {shown(text)}' if text else ''}", file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:
@@ -73,12 +73,12 @@ def _clock(seconds: float) -> str:
 
 
 def print_json(value: Any) -> None:
-    """On stdout."""
+    """Print a value as JSON on stdout."""
     print(json.dumps(value, indent=2))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """On stdout, as wide as the terminal, or for 140 characters where there is none."""
+    """Print a table on stdout, as wide as the terminal, or 140 characters wide if there is none."""
     console = Console(emoji=False)
     if not console.is_terminal:
         console.width = 140
@@ -90,7 +90,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], **layout: Any) -> Table:
-    """What is too long for its column goes on in the next line, and is never cut."""
+    """Return a table. A text that is too long for its column goes on in the next line, and is never cut."""
     table = Table(box=box.SIMPLE_HEAD, **layout)
     for name in header:
         table.add_column(shown(name), overflow="fold")

@@ -1,4 +1,4 @@
-"""`headwise doctor`: what this machine has."""
+"""`headwise doctor`: show what this machine has."""
 
 from dataclasses import asdict
 
@@ -9,7 +9,7 @@ from headwise.files.terminal import say
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """What this machine has: versions, devices, and which attention kernels can be used and are."""
+    """Show what this machine has: versions, devices, and which attention kernels can be used and are used."""
     import torch
 
     from headwise.evals.run import hardware, versions

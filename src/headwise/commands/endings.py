@@ -1,6 +1,6 @@
-"""How a command ends: whatever goes wrong is one line on stderr and an exit code. Only a bug of ours has a traceback.
+"""End a command: an error is one line on stderr and an exit code. Only a bug of ours has a traceback.
 
-The last line of defence: the library raises errors of its own tree wherever it can say more.
+This is the last line of defence: the library raises its own errors wherever it can say more.
 """
 
 import os
@@ -19,7 +19,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 class Commands(TyperGroup):
-    """Commands whose interrupts and closed pipes are told by `run`: what typer makes of them differs by version."""
+    """Commands whose interrupts and closed pipes `run` handles: typer does it differently in every version."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -30,7 +30,7 @@ class Commands(TyperGroup):
 
 
 class _Stopped(Exception):
-    """Carries, as its cause, what typer must not see."""
+    """Carries, as its cause, an error that typer must not see."""
 
 
 def run(app: Callable[[], Any]) -> NoReturn:
@@ -44,7 +44,7 @@ def run(app: Callable[[], Any]) -> NoReturn:
             sys.stdout.flush()  # here, not when the interpreter ends: a full disk shows now
             raise
     except (Exception, KeyboardInterrupt) as error:
-        line, code = _told(error.__cause__ if isinstance(error, _Stopped) and error.__cause__ else error)
+        line, code = _line_and_code(error.__cause__ if isinstance(error, _Stopped) and error.__cause__ else error)
     _give_up_output()
     with suppress(OSError):
         if line:
@@ -52,14 +52,14 @@ def run(app: Callable[[], Any]) -> NoReturn:
     sys.exit(code)
 
 
-def _told(error: BaseException) -> tuple[str, int]:
-    """The line for stderr, and the exit code. Raises what is a bug."""
+def _line_and_code(error: BaseException) -> tuple[str, int]:
+    """Return the line for stderr, and the exit code. Raises the error if it is a bug."""
     if isinstance(error, HeadwiseError):
         return str(error), 2 if isinstance(error, BadInput) else 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted.", INTERRUPTED
     if isinstance(error, BrokenPipeError):
-        return "", 1  # who read the output wants no more of it
+        return "", 1  # the reader of the output wants no more of it
     if isinstance(error, OSError):
         place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         return f"the system failed: {place}{reason(error)}.", 1
@@ -87,7 +87,7 @@ def _of_libraries(error: BaseException) -> tuple[str, int]:
 
 
 def _give_up_output() -> None:
-    """Let nothing that stdout did not take be written again when the interpreter ends."""
+    """Drop the output that stdout did not take, so that the interpreter does not write it again when it ends."""
     try:
         sys.stdout.flush()
     except OSError:

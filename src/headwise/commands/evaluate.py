@@ -1,4 +1,4 @@
-"""`headwise eval`: methods on tasks, against the full cache."""
+"""`headwise eval`: evaluate methods on tasks, against the full cache."""
 
 import math
 import shlex
@@ -37,11 +37,11 @@ Tasks = Annotated[
     typer.Option(help="Suites or suite:task,task of mini-ruler, ruler, longbench; file:X.jsonl; perplexity:X.txt."),
 ]
 Samples = Annotated[int, typer.Option(min=1, max=MOST, help="Documents per task.")]
-Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the evaluation split; no training data has it.")]
+Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of the evaluation split; no training data has it.")]
 Length = Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of document, question and answer.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for records; a killed run goes on there.")]
 DataDir = Annotated[Path | None, typer.Option(help="Where RULER's and LongBench's data lie.")]
-Fidelity = Annotated[bool, typer.Option(help="Also KL and agreement with the full cache.")]
+Fidelity = Annotated[bool, typer.Option(help="Also measure KL and agreement with the full cache.")]
 Timed = Annotated[int, typer.Option(min=0, max=MOST, help="Samples per task of which single steps are timed.")]
 Rows = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences decoded together, at most.")]
 Brief = Annotated[bool, typer.Option("--brief", help="Short records, without answers and maps: for a repository.")]
@@ -68,8 +68,8 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Quality and measured memory of methods on tasks, against the full cache. Also under 'accelerate launch'."""
-    names, keeps = _checked(methods, keep, protocol, out)
+    """Measure quality and memory of methods on tasks, against the full cache. Also under 'accelerate launch'."""
+    names, keeps = _parse_options(methods, keep, protocol, out)
     source = find(model)
     from headwise.evals.run import summarise
     from headwise.tasks.suites import Sizes, parse_tasks, with_data
@@ -77,9 +77,10 @@ def evaluate(
     named = parse_tasks(tasks, whole=partial(with_data, data_dir=data_dir, tell=complain))
     processes, loaded, tokenizer = load_launched(source, dtype, device, shared_out=False)
     names = choose_methods(names, loaded, quiet=processes.rank > 0)
-    made = _tasks(named, loaded, tokenizer, Sizes(samples=samples, length=length, seed=seed, data_dir=data_dir))
+    sizes = Sizes(samples=samples, length=length, seed=seed, data_dir=data_dir)
+    task_list = _make_tasks(named, loaded, tokenizer, sizes)
     evaluation = _evaluation(
-        made, names, keeps, seed=seed, protocol=protocol, fidelity=fidelity, timed=timed, rows=rows, brief=brief
+        task_list, names, keeps, seed=seed, protocol=protocol, fidelity=fidelity, timed=timed, rows=rows, brief=brief
     )
     folder = None if out is None else _folder(out, loaded, model, evaluation, length, processes)
     records = _measure(loaded, tokenizer, evaluation, folder, processes)
@@ -91,8 +92,8 @@ def evaluate(
     _print(title, [summary for summary in summarise(records) if summary.method in names], as_json)
 
 
-def _checked(methods: str, keep: str, protocol: str, out: Path | None) -> tuple[list[str], list[Keep]]:
-    """Methods and keeps; raises BadInput for whatever can be known to be wrong without the model."""
+def _parse_options(methods: str, keep: str, protocol: str, out: Path | None) -> tuple[list[str], list[Keep]]:
+    """Return methods and keeps. Raises BadInput for all errors that can be known without the model."""
     from headwise.evals.records import require_place
 
     names, keeps = parse_methods(methods, oracle=True), parse_keeps(keep)
@@ -102,16 +103,18 @@ def _checked(methods: str, keep: str, protocol: str, out: Path | None) -> tuple[
     return names, keeps
 
 
-def _tasks(named: Sequence[tuple[str, str]], model: "PreTrainedModel", tokenizer: Any, sizes: "Sizes") -> "list[Task]":
-    """The tasks, which the model has room for; a file's own documents are looked at one by one, later."""
+def _make_tasks(
+    named: Sequence[tuple[str, str]], model: "PreTrainedModel", tokenizer: Any, sizes: "Sizes"
+) -> "list[Task]":
+    """Return the tasks. Raises BadInput if the model has no room for them; a user's documents are checked later."""
     from headwise.models.families import view
     from headwise.tasks.suites import SUITES, make_tasks
 
-    made = make_tasks(named, tokenizer, sizes)
+    tasks = make_tasks(named, tokenizer, sizes)
     limit = view(model).max_positions
     if sizes.length > limit and any(SUITES[suite].sized for suite, _ in named):
         raise BadInput(f"--length {sizes.length}: this model was made for {limit} tokens; give as many or fewer.")
-    return made
+    return tasks
 
 
 def _evaluation(
@@ -126,7 +129,7 @@ def _evaluation(
     rows: int,
     brief: bool,
 ) -> "Evaluation":
-    """What is to be measured, as the library takes it."""
+    """Return what to measure, as the library takes it."""
     from headwise.evals.run import Evaluation
 
     return Evaluation(
@@ -145,12 +148,12 @@ def _evaluation(
 def _folder(
     out: Path, model: "PreTrainedModel", name: str, evaluation: "Evaluation", length: int, processes: "Processes"
 ) -> "RunFolder":
-    """Where records go, with the command line that made them; every one of several processes writes its own part."""
+    """Return the folder for records, with the command line that made them. Each process writes its own part."""
     from headwise.evals.records import RunFolder
     from headwise.evals.run import manifest
 
-    about = manifest(model, name, evaluation, length, shlex.join(["headwise", *sys.argv[1:]]))
-    return RunFolder(out, about, rank=processes.rank if processes.number > 1 else None)
+    run_facts = manifest(model, name, evaluation, length, shlex.join(["headwise", *sys.argv[1:]]))
+    return RunFolder(out, run_facts, rank=processes.rank if processes.number > 1 else None)
 
 
 def _measure(
@@ -160,7 +163,7 @@ def _measure(
     folder: "RunFolder | None",
     processes: "Processes",
 ) -> "list[Record]":
-    """All records of the evaluation, with progress."""
+    """Return all records of the evaluation, and show progress."""
     from headwise.evals.run import evaluate as run
 
     with progress_bar("samples") as progress:
@@ -176,7 +179,7 @@ def _print(title: str, summaries: "Sequence[Summary]", as_json: bool) -> None:
 
 
 def _fields(summary: "Summary") -> dict[str, Any]:
-    """What --json says of a method on a task; that it is no method, only where it is none."""
+    """Return what --json says of a method on a task. Only the oracle has the field `sees_answers`."""
     fields = {**asdict(summary), "task": summary.task.removeprefix("mini-ruler:")}
     return {name: fields[name] for name in AGREED + ("sees_answers",) * summary.sees_answers}
 

@@ -1,4 +1,4 @@
-"""`headwise generate`: compress a document, ask one question."""
+"""`headwise generate`: compress a document, and ask one question."""
 
 import os
 from pathlib import Path
@@ -65,10 +65,10 @@ def generate(
     if save is not None:
         _save(memory, save)
     streamer = None if as_json else AnswerStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    (said,) = answer(loaded, tokenizer, memory, tokens, max_new_tokens=max_new_tokens, streamer=streamer)
+    (text_of_answer,) = answer(loaded, tokenizer, memory, tokens, max_new_tokens=max_new_tokens, streamer=streamer)
     if as_json:
         kept = 1.0 if name == FULL else parsed.value
-        print_json({"method": name, "keep": kept, "answer": said, "kv_bytes": kv_bytes})
+        print_json({"method": name, "keep": kept, "answer": text_of_answer, "kv_bytes": kv_bytes})
 
 
 def _require_single(questions: list[str]) -> None:
@@ -89,7 +89,7 @@ def _require_place(save: Path, model: str, method: str, context: Path | None) ->
 def _tokens(
     model: "PreTrainedModel", tokenizer: Any, text: str, questions: list[str], split_special_tokens: bool
 ) -> "Tokens":
-    """Document and question as tokens, for which the model has room. Raises BadInput."""
+    """Return document and question as tokens. Raises BadInput if the model has no room for them."""
     from headwise.evals.answers import room_for_answers
     from headwise.models.families import view
     from headwise.models.room import require_room
@@ -104,7 +104,7 @@ def _tokens(
 def _read(
     model: "PreTrainedModel", tokenizer: Any, tokens: "Tokens", method: str, keep: ParsedKeep, chunk: int | None
 ) -> "Memory":
-    """The document, read and compressed, with progress."""
+    """Read and compress the document, and show progress."""
     from headwise.evals.answers import read_context
     from headwise.tasks.document import instructed
 

@@ -1,4 +1,4 @@
-"""What options name: a document and its questions, lists of methods and keeps, and the files that are read."""
+"""Read what options name: a document and its questions, lists of methods and keeps, and files."""
 
 import os
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from headwise.tasks.texts import Asked, bundled, read_questions, read_text
 def read_document(
     context: Path | None, question: Sequence[str] | None, questions: Path | None
 ) -> tuple[str, list[Asked]]:
-    """The document, or the bundled one, and what is asked about it. Raises BadInput."""
+    """Return the document, or the bundled one, and its questions. Raises BadInput if a document has no questions."""
     asked = [Asked(question=text) for text in question or ()] + (read_questions(questions) if questions else [])
     if context is None:
-        text, known = bundled()
-        return text, asked or known
+        text, bundled_questions = bundled()
+        return text, asked or bundled_questions
     if not asked:
         raise BadInput("a document needs questions: add --question 'Who ...?' or --questions FILE.jsonl.")
     return read_text(context), asked
 
 
 def files_read(model: str, methods: Sequence[str], text: Path | None) -> list[Path]:
-    """Files that a command reads: the model's, those that methods name, and a text, or the texts of a folder."""
+    """Return the files that a command reads: the model's, those that methods name, and a text or a folder's texts."""
     of_model = [*Path(model).iterdir()] if os.path.isdir(model) else []
     texts = [] if text is None else [text]
     if text is not None and os.path.isdir(text):
@@ -36,12 +36,12 @@ def files_read(model: str, methods: Sequence[str], text: Path | None) -> list[Pa
 
 
 def parse_methods(text: str, *, oracle: bool = False) -> list[str]:
-    """Methods of a list; with `oracle` also that yardstick. Raises BadInput."""
+    """Return the methods of a list. Raises BadInput if one is unknown. `oracle`: allow that yardstick."""
     names = split(text)
     require_names(names, oracle=oracle)
     return names
 
 
 def parse_keeps(text: str) -> list[Keep]:
-    """Keeps of a list. Raises BadInput."""
+    """Return the keeps of a list. Raises BadInput if one is wrong."""
     return [parse_keep(part) for part in split(text)]

@@ -1,4 +1,4 @@
-"""`headwise inspect`: what a file is, and pictures of it."""
+"""`headwise inspect`: show what a file is, and draw it."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ Document = Annotated[
 Tokenizer = Annotated[
     str | None, typer.Option("--model", "-m", help="Of a cache: whose tokenizer; left out: the folder it names.")
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Everything its header says, and its tensors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show all of its header, and its tensors.")]
 
 
 def inspect(
@@ -40,9 +40,9 @@ def inspect(
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """What a saved cache or artifact is, and what it was made for. Draws budgets, gates and caches."""
+    """Show what a saved cache or artifact is, and what it was made for. Draw budgets, gates and caches."""
     from headwise.report.inspect.facts import facts
-    from headwise.report.quality.told import SPREAD, spread, summary
+    from headwise.report.inspect.summary import SPREAD, spread, summary
 
     options = {"--out": out, "--ratio": ratio, "--beside": beside, "--context": context, "--model": model}
     for name, value in options.items():
@@ -72,7 +72,7 @@ def _plot(
     context: Path | None,
     model: str | None,
 ) -> Path:
-    """Draw a file as its kind is drawn; where it was drawn to."""
+    """Draw a file as its kind is drawn. Return the path of the drawing. Raises BadInput if an option does not fit."""
     if beside is not None and kind != "gates":
         raise BadInput(f"--beside {beside} is drawn beside gates; {path} is a {kind}.")
     if kind == "cache":
@@ -83,7 +83,7 @@ def _plot(
 
 
 def _plot_cache(path: Path, target: Path, context: Path | None, model: str | None) -> Path:
-    """The document, with the words that the cache has kept."""
+    """Draw the document, with the words that the cache has kept."""
     from headwise.report.inspect.kept import plot
 
     if context is None:
@@ -94,7 +94,7 @@ def _plot_cache(path: Path, target: Path, context: Path | None, model: str | Non
 
 
 def _plot_budgets(kind: str, path: Path, target: Path, ratio: float, beside: Path | None) -> Path:
-    """What every head keeps, of gates or of a budget."""
+    """Draw what every head keeps, of gates or of a budget."""
     require_file(target, inputs=[path] if beside is None else [path, beside])
     if kind == "gates":
         from headwise.report.inspect.gates import plot as draw_gates
@@ -109,7 +109,7 @@ def _plot_budgets(kind: str, path: Path, target: Path, ratio: float, beside: Pat
 
 
 def _print_all(header: dict[str, Any], budgets: dict[str, Any]) -> None:
-    """All that a file's header says, what the heads of every layer keep, and the tensors."""
+    """Print all of a file's header, what the heads of every layer keep, and the tensors."""
     tensors = header.pop("tensors")
     print_table("header", ["field", "value"], list(_fields(header)))
     if budgets:
@@ -117,15 +117,15 @@ def _print_all(header: dict[str, Any], budgets: dict[str, Any]) -> None:
             "share of the context that a layer's heads keep on average (least to most), by the keep of the whole cache",
             ["layer", *budgets],
             [
-                [str(layer), *(_spread(fractions[at]) for fractions in budgets.values())]
-                for at, layer in enumerate(header["origin"]["shape"]["layers"])
+                [str(layer), *(_spread(fractions[index]) for fractions in budgets.values())]
+                for index, layer in enumerate(header["origin"]["shape"]["layers"])
             ],
         )
     print_table("tensors", ["name", "dtype", "shape"], [[n, t["dtype"], str(t["shape"])] for n, t in tensors.items()])
 
 
 def _fields(header: dict[str, Any]) -> Iterator[list[str]]:
-    """Rows of a file's metadata; what is nested is named field.part."""
+    """Yield rows of a file's metadata; a nested field is named field.part."""
     for name, value in header.items():
         nested = {f"{name}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
         yield from ([key, v if isinstance(v, str) else json.dumps(v)] for key, v in nested.items())

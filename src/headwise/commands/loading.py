@@ -1,6 +1,6 @@
-"""The model that --model names, its tokenizer, and the method that is its default. All is imported when it is needed.
+"""Load the model of --model and its tokenizer, and choose its default method. All is imported when it is needed.
 
-A command calls `find` first: it tells of a wrong name before torch and transformers are imported.
+A command calls `find` first: it refuses a wrong name before torch and transformers are imported.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def load_model(source: Source, dtype: str, device: str) -> "tuple[PreTrainedModel, Any]":
-    """Model and tokenizer, without transformers' own messages."""
+    """Load model and tokenizer, without transformers' own messages."""
     from transformers.utils import logging
 
     from headwise.models.loading import load
@@ -31,7 +31,7 @@ def load_model(source: Source, dtype: str, device: str) -> "tuple[PreTrainedMode
 def load_launched(
     source: Source, dtype: str, device: str, *, shared_out: bool = True
 ) -> "tuple[Processes, PreTrainedModel, Any]":
-    """This process among those of 'accelerate launch' or torchrun; model and tokenizer, where they belong."""
+    """Return this process among those of 'accelerate launch' or torchrun, and load model and tokenizer for it."""
     from headwise.models.processes import Launched, Sharded, launched
 
     processes = launched(device)
@@ -46,14 +46,14 @@ def load_launched(
 
 
 def choose_methods(names: Sequence[str], model: "PreTrainedModel", *, quiet: bool = False) -> list[str]:
-    """The methods, with the model's default for "auto"; which one that is, and why, is said on stderr."""
+    """Return the methods, with the model's default for "auto". Print on stderr which one that is, and why."""
     if AUTO not in names:
         return list(names)
     from headwise.methods.method import choose
     from headwise.models.families import view
 
-    viewed = view(model)
-    choice = choose(viewed.shape, viewed.config_hash)
+    model_view = view(model)
+    choice = choose(model_view.shape, model_view.config_hash)
     if not quiet:
         complain(f"the method is {choice.name}: {choice.reason}.")
     return [choice.name if name == AUTO else name for name in names]

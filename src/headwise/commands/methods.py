@@ -1,4 +1,4 @@
-"""`headwise methods`: what there is, and what of it is ready for a model."""
+"""`headwise methods`: list all methods, and which of them are ready for a model."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ Files = Annotated[Path | None, typer.Option(help="With --model: a folder with bu
 
 
 def methods(model: OfModel = None, files: Files = None, as_json: AsJson = False) -> None:
-    """Every scorer, allocator and short name, with its paper; with --model what is ready for it, and what is not."""
+    """List every scorer, allocator and short name, with its paper; with --model what is ready for it, and what not."""
     if files is not None and model is None:
         raise BadInput(f"--files {files}: name the model that the files are for, with --model.")
     if model is not None:
@@ -36,7 +36,7 @@ def methods(model: OfModel = None, files: Files = None, as_json: AsJson = False)
 
 
 def _registered() -> list[dict[str, Any]]:
-    """A row for every scorer, allocator and short name."""
+    """Return a row for every scorer, allocator and short name."""
     from headwise.methods.names import entries_of, paper_of
     from headwise.methods.registry import ALIASES, ALLOCATORS, SCORERS
 
@@ -54,7 +54,7 @@ def _registered() -> list[dict[str, Any]]:
 
 
 def _print_ready(model: str, files: Path | None, as_json: bool) -> None:
-    """What can be used on a model as it is, what must be made first, and what it refuses."""
+    """Print which methods a model can use as it is, which need a file first, and which it refuses."""
     from headwise.models.available import overview
     from headwise.models.loading import load_config
 

@@ -1,4 +1,4 @@
-"""Types of the options that several commands have: what they are called, and what --help says of them."""
+"""Types of the options that several commands have: their names and help."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`headwise plan`: memory before and after, from a model's configuration."""
+"""`headwise plan`: compute memory before and after from a model's configuration."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from headwise.models.plan import Plan
 
 ContextTokens = Annotated[str, typer.Option("--context", "-c", help="Tokens, such as 32768 or 128k.")]
-Memory = Annotated[str | None, typer.Option(help="What the device has, such as 24GiB.")]
+Memory = Annotated[str | None, typer.Option(help="Memory of the device, such as 24GiB.")]
 Batch = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences at a time.")]
 
 
@@ -29,7 +29,7 @@ def plan(
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """KV memory before and after, and what fits. Needs the configuration only, no weights."""
+    """Compute KV memory before and after, and what fits. Needs the configuration only, no weights."""
     source = find(model)
     from headwise.methods.keep import parse_bytes, parse_tokens
     from headwise.models.loading import find_dtype, load_config
@@ -57,7 +57,7 @@ def plan(
 
 
 def _rows(plan: "Plan") -> list[list[str]]:
-    """Bytes without and with compression; and what fits, where the memory is known."""
+    """Return rows of bytes without and with compression, and of what fits if the memory is known."""
     rows = [
         ["weights", size(plan.weight_bytes), size(plan.weight_bytes)],
         ["KV held", size(plan.full_kv_bytes), size(plan.kv_bytes)],
@@ -74,7 +74,7 @@ def _rows(plan: "Plan") -> list[list[str]]:
 
 
 def _say_limits(plan: "Plan") -> None:
-    """Where the model, and not the memory, is what bounds the context."""
+    """Print it if the model's positions, and not the memory, limit the context."""
     made_for = f"{plan.max_positions:,} tokens"
     if plan.beyond_positions:
         say(f"Too long for the model: it was made for {made_for}, so {plan.context:,} are refused.")

@@ -1,4 +1,4 @@
-"""`headwise profile`: LU-KV, offline; what every head gains, by how much it keeps."""
+"""`headwise profile`: measure what every head gains by how much it keeps (LU-KV, offline)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +37,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Profile to write; a kill
 Scorer = Annotated[str, typer.Option("--scorer", help="Comma-separated; one pass serves all.")]
 Future = Annotated[
     str | None,
-    typer.Option(help="What tells which entries matter, of answers,repeat,following; left out: by the model."),
+    typer.Option(help="Futures that show which entries matter: answers,repeat,following; left out: by the model."),
 ]
 Steps = Annotated[
     int | None,
@@ -47,7 +47,7 @@ Queries = Annotated[
     int, typer.Option(min=1, max=MOST, help="Of 1,024 tokens that are read as a future, how many count.")
 ]
 Temperature = Annotated[float, typer.Option(min=0, max=MOST, help="0 decodes greedily.")]
-Seed = Annotated[int, typer.Option(min=-SEEDS, max=SEEDS, help="Of sampling.")]
+Seed = Annotated[int, typer.Option(min=-SEEDS, max=SEEDS, help="Seed of sampling.")]
 Published = Annotated[bool, typer.Option("--published", help="Also solve every question by itself, as the paper does.")]
 
 
@@ -71,7 +71,7 @@ def profile(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """LU-KV, offline: what every head gains, by how much it keeps. Also under 'accelerate launch'."""
+    """Measure what every head gains by how much it keeps (LU-KV, offline). Also under 'accelerate launch'."""
     source = find(model)
     from headwise.models.families import view
     from headwise.offline.profile import profile as run
@@ -102,7 +102,7 @@ def _settings(
     window: int,
     published: bool,
 ) -> "Settings":
-    """How losses are measured; what is left out follows from the model's language and the examples."""
+    """Return how losses are measured. Defaults follow from the model's language and the examples."""
     from headwise.offline.profile import Settings, default_futures, default_steps
 
     futures = default_futures(tokenizer, examples) if future is None else tuple(split(future))

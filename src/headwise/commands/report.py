@@ -1,4 +1,4 @@
-"""`headwise report`: a web page, a table, a summary and a picture of what was measured."""
+"""`headwise report`: write a web page, a table, a summary and a picture of evaluations or benchmarks."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Page to write; .csv, .md
 
 
 def report(sources: Sources, out: Out = Path("report.html"), as_json: AsJson = False) -> None:
-    """Quality against measured bytes, or speed and memory: a web page, a table, a summary and a picture."""
+    """Write quality against measured bytes, or speed and memory, as a web page, a table, a summary and a picture."""
     from headwise.report.quality.results import write_report
 
     written = [str(path) for path in write_report(sources, out, tell=complain)]

@@ -1,4 +1,4 @@
-"""`headwise shrink`: a small copy of gates or of a budget."""
+"""`headwise shrink`: write a small copy of gates or of a budget."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,12 +15,12 @@ Artifact = Annotated[Path, typer.Argument(help="Gates or a budget.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The small copy to write.")]
 MadeFor = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Hub id to name as the model it was made for; left out: as it is."),
+    typer.Option("--model", "-m", help="Hub id of the model that it was made for; left out: as it is."),
 ]
 
 
 def shrink(path: Artifact, out: Out, model: MadeFor = None, as_json: AsJson = False) -> None:
-    """A copy that is small enough to share: gates in half precision, budgets without the curves for pictures."""
+    """Write a copy that is small enough to share: gates in half precision, budgets without the curves for pictures."""
     from headwise.offline.shrink import shrink as run
 
     require_file(out, inputs=[path])

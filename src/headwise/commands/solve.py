@@ -1,4 +1,4 @@
-"""`headwise solve`: LU-KV, offline; from a profile to a budget."""
+"""`headwise solve`: solve a budget from a profile (LU-KV, offline)."""
 
 import time
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def solve(
     check: Check = False,
     as_json: AsJson = False,
 ) -> None:
-    """LU-KV, offline: share any budget among all heads by marginal utility, exactly, and write it for lukv@FILE."""
+    """Solve any budget exactly, by the heads' marginal utility, and write it for lukv@FILE (LU-KV, offline)."""
     from headwise.artifacts.profile import Profile
 
     require_file(out, inputs=[path])
@@ -70,7 +70,7 @@ def solve(
 
 
 def _weight(text: str) -> tuple[str, float]:
-    """A domain and how much it counts. Raises BadInput."""
+    """Return a domain and how much it counts. Raises BadInput if the text is not name=number."""
     name, _, number = text.partition("=")
     try:
         return name.strip(), float(number)
@@ -79,7 +79,7 @@ def _weight(text: str) -> tuple[str, float]:
 
 
 def _grid(ratios: str | None, loss: str, check: bool) -> Sequence[float | Fraction]:
-    """The kept fractions that are tabulated. Raises BadInput, also where the loss has a table of its own."""
+    """Return the kept fractions to tabulate. Raises BadInput if one is wrong, or the loss has its own table."""
     from headwise.methods.keep import parse_fraction
     from headwise.offline.solve import RATIOS
 
@@ -103,7 +103,7 @@ def _solved(
 def _checked(
     profile: "Profile", scorer: str, ratios: list[float], weights: dict[str, float] | None, loss: str
 ) -> list[dict[str, Any]]:
-    """What the budget retains at every ratio, next to the exact optimum and to other allocators."""
+    """Return what the budget retains at every ratio, beside the exact optimum and other allocators."""
     from headwise.offline.solve import check
 
     quality = check(profile, scorer, ratios, domain_weights=weights, loss=loss)

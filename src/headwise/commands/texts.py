@@ -1,4 +1,4 @@
-"""The texts that calibrate, profile and train work on, as their options name them."""
+"""Load the texts of calibrate, profile and train, as their options name them."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Texts:
-    """What --data, --length, --contexts and --questions say."""
+    """The values of --data, --length, --contexts and --questions."""
 
     data: str
     length: int | None
@@ -21,7 +21,10 @@ class Texts:
     def examples(
         self, tokenizer: Any, *, max_positions: int, split: str = "calibration", default: int | None = None
     ) -> "list[Example]":
-        """The contexts with their questions; `default` is how many there are if nothing says it. Raises BadInput."""
+        """Return the contexts with their questions; `default` is how many there are if no option says it.
+
+        Raises BadInput as `load_examples` does.
+        """
         from headwise.offline.calibration import DEFAULT_CONTEXTS, load_examples
 
         return load_examples(
@@ -36,7 +39,7 @@ class Texts:
         )
 
     def training_examples(self, model: "PreTrainedModel", tokenizer: Any) -> "list[Example]":
-        """The same for training, which needs more contexts and others than calibration has. Raises BadInput."""
+        """Return examples for training, which are more, and others, than those for calibration. Raises BadInput."""
         from headwise.models.families import view
         from headwise.offline.calibration import TRAINING_CONTEXTS
 
@@ -45,5 +48,5 @@ class Texts:
 
 
 def parse_questions(text: str | None) -> str | int | None:
-    """What --questions says, as the library takes it: a number, or a word that it will judge."""
+    """Return the value of --questions as the library takes it: a number, or a word that it checks."""
     return int(text) if text is not None and text.isdecimal() and len(text) <= 9 else text

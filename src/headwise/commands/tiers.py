@@ -1,4 +1,4 @@
-"""`headwise tiers`: what vLLM would be served with."""
+"""`headwise tiers`: show what vLLM would keep."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +35,7 @@ def tiers(
     ranks: Ranks = 1,
     as_json: AsJson = False,
 ) -> None:
-    """What vLLM would be served with: head budgets in tiers, blocks of a prompt, and the command that starts it."""
+    """Show what vLLM would keep: head budgets in tiers, blocks of a prompt, and the command that starts it."""
     source = find(model)
     from headwise.methods.keep import parse_tokens
     from headwise.models.loading import load_config, reference_path
@@ -58,16 +58,16 @@ def tiers(
 
 
 def _facts(served: "Served", block_size: int) -> dict[str, Any]:
-    """What --json says of a method as it is served."""
-    made, (reading, kept) = served.tiers, served.tiers.blocks(served.context, block_size)
+    """Return what --json says of a method as it is served."""
+    tiers, (reading, kept) = served.tiers, served.tiers.blocks(served.context, block_size)
     return {
         **served.settings.as_json(),
         "context": served.context,
         "block_size": block_size,
-        "tiers": [{"keep": millionths / MILLION, "heads": heads} for millionths, heads in made.sizes.items()],
-        "average_keep": made.keep,
-        "floor": made.floor,
-        "heads_per_group": made.heads_per_group,
+        "tiers": [{"keep": millionths / MILLION, "heads": heads} for millionths, heads in tiers.sizes.items()],
+        "average_keep": tiers.keep,
+        "floor": tiers.floor,
+        "heads_per_group": tiers.heads_per_group,
         "largest_change": served.largest_change,
         "blocks_reading": reading,
         "blocks_kept": kept,
@@ -75,8 +75,8 @@ def _facts(served: "Served", block_size: int) -> dict[str, Any]:
 
 
 def _print_tiers(title: str, served: "Served", block_size: int) -> None:
-    made, (reading, kept) = served.tiers, served.tiers.blocks(served.context, block_size)
-    rows = [[f"{millionths / MILLION:.4f}", str(heads)] for millionths, heads in made.sizes.items()]
-    print_table(f"{title}: {made.keep:.4f} on average", ["keep", "KV heads"], rows)
-    say(f"A head's budget changes by at most {served.largest_change:.4f}; groups of {made.heads_per_group} heads.")
+    tiers, (reading, kept) = served.tiers, served.tiers.blocks(served.context, block_size)
+    rows = [[f"{millionths / MILLION:.4f}", str(heads)] for millionths, heads in tiers.sizes.items()]
+    print_table(f"{title}: {tiers.keep:.4f} on average", ["keep", "KV heads"], rows)
+    say(f"A head's budget changes by at most {served.largest_change:.4f}; groups of {tiers.heads_per_group} heads.")
     say(f"A prompt of {served.context:,} tokens takes {reading:,} blocks while it is read and {kept:,} after it.")

@@ -1,4 +1,4 @@
-"""`headwise train`: LKV; from a model and texts to gates."""
+"""`headwise train`: train gates from a model and texts (LKV)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,8 +50,8 @@ Steps = Annotated[
     int | None,
     typer.Option(min=0, max=MOST, help="Steps of joint training from answers; left out: 600 for lkv-h, or 0."),
 ]
-ContextsPerStep = Annotated[int, typer.Option(min=1, max=MOST, help="Of all processes together.")]
-AnswerTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Tokens the teacher answers, at most.")]
+ContextsPerStep = Annotated[int, typer.Option(min=1, max=MOST, help="Contexts of a step, over all processes.")]
+AnswerTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of the teacher's answers, at most.")]
 Bounds = Annotated[str, typer.Option(help="Smallest and largest keep to train for.")]
 Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="The same seed gives the same gates.")]
 
@@ -78,9 +78,9 @@ def train(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """LKV: learn how much every head keeps, and which entries. Also under 'accelerate launch'."""
+    """Learn how much every head keeps, and which entries (LKV). Also under 'accelerate launch'."""
     source = find(model)
-    part = _known(part)
+    part = _parse_part(part)
     texts = Texts(data=data, length=length, contexts=contexts, questions=parse_questions(questions))
     settings = _settings(
         part, fit_steps, warm_steps, steps, contexts_per_step, texts, answer_tokens, keeps, sink, window, seed
@@ -93,8 +93,8 @@ def train(
         _print(out, part, scorer, settings.steps, len(examples), as_json)
 
 
-def _known(part: str) -> "Trained":
-    """What is to be trained. Raises BadInput."""
+def _parse_part(part: str) -> "Trained":
+    """Return what to train. Raises BadInput if it is unknown."""
     if part not in ("lkv", "lkv-h", "lkv-t"):
         raise BadInput(f"part={part!r}: choose lkv, lkv-h or lkv-t.")
     return part
@@ -113,7 +113,7 @@ def _settings(
     window: int,
     seed: int,
 ) -> "Settings":
-    """How gates are trained; the number of joint steps follows from the part where it is left out. Raises BadInput."""
+    """Return how gates are trained. `steps` defaults to 600 for lkv-h, else 0. Raises BadInput if `keeps` are wrong."""
     from headwise.offline.train.fit import FitSettings
     from headwise.offline.train.loop import Settings
 
@@ -132,7 +132,7 @@ def _settings(
 
 
 def _bounds(keeps: str) -> tuple[float, float]:
-    """The smallest and the largest keep. Raises BadInput."""
+    """Return the smallest and the largest keep. Raises BadInput if there are not two, in this order."""
     from headwise.methods.keep import parse_fraction
 
     bounds = [parse_fraction(keep, "keeps") for keep in split(keeps)]
@@ -159,7 +159,7 @@ def _train(
     settings: "Settings",
     processes: "Processes",
 ) -> None:
-    """Train and write, with progress."""
+    """Train, write, and show progress."""
     from headwise.offline.train.run import train as run
 
     with progress_bar("steps") as progress:

@@ -1,4 +1,4 @@
-"""Answering questions from a cache: ours, or transformers' own as the yardstick called "full"."""
+"""Answer questions from a cache: ours, or transformers' own, which is the yardstick called "full"."""
 
 import copy
 import time
@@ -37,7 +37,7 @@ class Memory(Protocol):
 
     @property
     def sliding_nbytes(self) -> int:
-        """Those of them in sliding-window layers, which are left whole."""
+        """Bytes of the sliding-window layers, which are left whole."""
         ...
 
     @property
@@ -46,14 +46,14 @@ class Memory(Protocol):
         ...
 
     def fork(self, copies: int = 1) -> Cache:
-        """A transformers cache that continues from here on its own."""
+        """Return a transformers cache that continues from here on its own."""
         ...
 
 
 class FullMemory:
-    """Everything kept, in transformers' DynamicCache, with the model's own attention: what headwise is compared with.
+    """The full cache: transformers' DynamicCache, with the model's own attention.
 
-    Where attention is routed through headwise already it is transformers' SDPA, as for any cache that is not ours.
+    Where attention goes through headwise already, it is transformers' SDPA, as for any cache that is not ours.
     """
 
     def __init__(self, model: PreTrainedModel, context: Int[Tensor, "1 tokens"], chunk_size: int | None = None):
@@ -69,16 +69,16 @@ class FullMemory:
         self.sliding_nbytes = self.nbytes - sum(sizes[i] for i in view(model).shape.layers)
 
     def fork(self, copies: int = 1) -> Cache:
-        """A copy; the layers replace their tensors when they grow, so copies may share them until then."""
-        twin = copy.copy(self.cache)
-        twin.layers = [copy.copy(layer) for layer in self.cache.layers]
+        """Return a copy. Layers replace their tensors when they grow, so copies may share them until then."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         if copies > 1:
-            twin.batch_repeat_interleave(copies)
-        return twin
+            cache.batch_repeat_interleave(copies)
+        return cache
 
 
 def known_methods(methods: Sequence[str], *, oracle: bool = False) -> None:
-    """Raise BadInput unless there are methods and each is "full" or can be parsed; or "oracle", where that may be."""
+    """Raise BadInput unless there are methods, and each is "full" or can be parsed. `oracle`: allow "oracle", too."""
     require_names(methods, oracle=oracle)
     for method in methods:
         if method != FULL and not (oracle and method == ORACLE):
@@ -93,18 +93,17 @@ def require_possible(
     *,
     oracle: bool = False,
 ) -> None:
-    """Raise what reading the context with any of the methods would raise for its budget or the model, reading nothing.
+    """Raise an error if one of the methods could not compress the context at one of the keeps. Reads nothing.
 
-    `oracle`: whether the yardstick of this name may be among them. Raises BadInput, ArtifactMismatch, UnsupportedModel,
-    BudgetInfeasible.
+    `oracle`: allow "oracle" among the methods. Raises BadInput, ArtifactMismatch, UnsupportedModel or BudgetInfeasible.
     """
     known_methods(methods, oracle=oracle)
-    found, length = view(model), tokens.context.shape[1]
-    slides = len(found.shape.layers) < found.shape.num_layers
+    model_view, length = view(model), tokens.context.shape[1]
+    slides = len(model_view.shape.layers) < model_view.shape.num_layers
     for name in methods:
         if name == FULL:
             continue
-        method = as_method(name).for_model(found.shape, found.config_hash)
+        method = as_method(name).for_model(model_view.shape, model_view.config_hash)
         if method.scorer.replay is not None and slides:
             raise UnsupportedModel(
                 f"{name} has the model repeat the context, which sliding-window layers cannot take back: choose "
@@ -115,8 +114,8 @@ def require_possible(
                 make_plan(
                     method,
                     parse_keep(keep),
-                    shape=found.shape,
-                    entry_bytes=found.shape.entry_bytes(model.dtype.itemsize),
+                    shape=model_view.shape,
+                    entry_bytes=model_view.shape.entry_bytes(model.dtype.itemsize),
                     valid=torch.ones(1, length, dtype=torch.bool, device="cpu"),
                     positions=torch.arange(length, dtype=torch.int64, device="cpu")[None],
                 )
@@ -133,7 +132,7 @@ def read_context(
     prefill_chunk_size: int | None = None,
     progress: Progress | None = None,
 ) -> Memory:
-    """Read a context with a method, or with "full"."""
+    """Read a context and return its cache, compressed by a method, or full for "full"."""
     if method == FULL:
         return FullMemory(model, context, prefill_chunk_size)
     return compress(model, context, method, keep=keep, prefill_chunk_size=prefill_chunk_size, progress=progress)
@@ -149,7 +148,7 @@ def answer(
     batch_size: int = 64,
     streamer: Any = None,
 ) -> list[str]:
-    """Greedy answers to every question, as texts; see `answer_tokens` and `as_texts`."""
+    """Return greedy answers to every question, as texts; see `answer_tokens` and `as_texts`."""
     (answers,) = answer_tokens(
         model, tokenizer, memory, tokens, max_new_tokens=max_new_tokens, batch_size=batch_size, streamer=streamer
     )
@@ -167,14 +166,13 @@ def answer_tokens(
     contexts: int = 1,
     streamer: Any = None,
 ) -> list[list[Int[Tensor, " _"]]]:
-    """Greedy answers to every question, each asked right after the context, at most `batch_size` at a time.
+    """Return greedy answers to every question, by context and question. Each is asked right after the context.
 
-    `memory` may be several of `contexts` joined, which are all asked the same; answers come context by context. The
-    questions of a batch share the compressed context; only what comes after it is stored per question. (The full cache
-    is copied for each, so as many are asked at a time as COPIED_BYTES allow.) On a model with sliding-window layers
-    only questions of one length are asked together: padding would push tokens of the context out of the window.
-    An answer ends with its end token, or at the model's last position. Raises BadInput where a question leaves no room
-    for one.
+    `memory` may join several `contexts`, which are all asked the same. At most `batch_size` questions are asked
+    together. They share the compressed context; only what comes after it is stored per question. (The full cache is
+    copied for each question, so COPIED_BYTES limit the batch.) On a model with sliding-window layers only questions of
+    one length are asked together: padding would push tokens of the context out of the window. An answer ends with its
+    end token, or at the model's last position. Raises BadInput if a question leaves no room for an answer.
     """
     max_new_tokens = min(max_new_tokens, room_for_answers(model, tokens))
     batch_size = min(batch_size, COPIED_BYTES // memory.nbytes) if isinstance(memory, FullMemory) else batch_size
@@ -193,30 +191,33 @@ def answer_tokens(
             streamer=streamer,
         )
         rows = [_until_end(row, ends) for row in generated[:, ids.shape[1] :]]
-        for number, found in enumerate(answers):
-            found |= zip(batch, rows[number * len(batch) :], strict=False)
-    return [[found[i] for i in range(len(tokens.questions))] for found in answers]
+        for number, context_answers in enumerate(answers):
+            context_answers |= zip(batch, rows[number * len(batch) :], strict=False)
+    return [[context_answers[i] for i in range(len(tokens.questions))] for context_answers in answers]
 
 
 def as_texts(tokenizer: Any, answers: Sequence[Int[Tensor, " _"]]) -> list[str]:
-    """What was said, but for special tokens. Spaces and line ends around it stay: code begins with its indentation."""
+    """Return the answers as texts without special tokens. Spaces around them stay: code begins with indentation."""
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:
-    """What generate() ends an answer with."""
+    """Return the ids of the tokens that end an answer of generate()."""
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     return [ends] if isinstance(ends, int) else list(ends or [])
 
 
 def _until_end(ids: Int[Tensor, " new"], ends: Sequence[int]) -> Int[Tensor, " _"]:
-    """Up to and with the first end token."""
+    """Return the ids up to the first end token, which is included."""
     stops = torch.isin(ids, torch.tensor(ends, device=ids.device, dtype=torch.int64)).nonzero()
     return ids[: int(stops[0]) + 1] if len(stops) else ids
 
 
 def room_for_answers(model: PreTrainedModel, tokens: Tokens) -> int:
-    """Tokens between the longest question and the model's last position. Raises BadInput if there are none."""
+    """Return how many tokens fit between the longest question and the model's last position.
+
+    Raises BadInput if none does.
+    """
     limit, context = view(model).max_positions, tokens.context.shape[1]
     question = max(len(question) for question in tokens.questions)
     if context + question >= limit:
@@ -229,7 +230,7 @@ def room_for_answers(model: PreTrainedModel, tokens: Tokens) -> int:
 
 @torch.no_grad()
 def time_decoding(model: PreTrainedModel, memory: Memory, tokens: Tokens) -> float:
-    """Median milliseconds of a decoding step, one sequence, after the first question."""
+    """Return the median milliseconds of a decoding step of one sequence, after the first question."""
     cache, ids = memory.fork(), tokens.questions[0][None]
     times = []
     for _ in range(TIMED_STEPS):
@@ -243,7 +244,7 @@ def time_decoding(model: PreTrainedModel, memory: Memory, tokens: Tokens) -> flo
 
 
 def question_batches(model: PreTrainedModel, tokens: Tokens, batch_size: int) -> list[list[int]]:
-    """Which questions are asked together."""
+    """Return batches of the numbers of questions that are asked together."""
     shape = view(model).shape
     groups: dict[int, list[int]] = {}
     for i, question in enumerate(tokens.questions):
@@ -254,12 +255,12 @@ def question_batches(model: PreTrainedModel, tokens: Tokens, batch_size: int) ->
 
 
 def padding_token(tokenizer: Any) -> int:
-    """A token to fill rows with: masked before a question, not shown after an answer."""
+    """Return the token to fill rows with. It is masked before a question, and not shown after an answer."""
     return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
 def follow(context: Tensor, questions: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
-    """[context | padding | question] for every question, and its attention mask."""
+    """Return the ids [context | padding | question] of every question, and their attention mask."""
     longest = max(len(question) for question in questions)
     ids = context.new_full((len(questions), longest), pad)
     mask = torch.zeros_like(ids)

@@ -1,4 +1,4 @@
-"""The main job: one document, its questions, several methods and keeps."""
+"""Compare several methods and keeps on one document and its questions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from headwise.cache.compress import Progress
 from headwise.errors import BadInput
 from headwise.evals.answers import FULL, known_methods, require_possible
-from headwise.evals.session import WHOLE, Outcome, Pair, Session
+from headwise.evals.session import FULL_PAIR, Outcome, Pair, Session
 from headwise.methods.keep import Keep, parse_keep
 from headwise.tasks.document import Asked
 from headwise.tasks.metrics import answers_found
@@ -58,18 +58,36 @@ def compare(
     split_special_tokens: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> list[Comparison]:
-    """Read `context`, cut it by every method and keep, answer every question from what was kept, and measure.
+    """Compress one document with every method at every keep, answer its questions, and measure.
 
-    Methods share a reading where they can (session.py), so the full cache stays in memory meanwhile; the peak is what
-    `compress` would have held. Query-agnostic: no question is seen before the context has been cut. Query-aware: each
-    question is compressed with the context, which is read once per question. "full" is transformers' own cache; it is
-    always measured. One row per method and keep, however often they are named. `split_special_tokens`: see `tokenize`.
+    Methods share one reading of the document where they can (session.py), so the full cache stays in memory.
 
-    Before any work it raises BadInput if a method is unknown or the model has no room for the document, and
-    BudgetInfeasible, ArtifactMismatch or UnsupportedModel if one of the methods could not run.
+    Parameters
+    ----------
+    context : the document.
+    asked : the questions, and their answers where they are known.
+    methods : names of methods; "full" is transformers' own cache, which is always measured.
+    keep : one or more keeps: fractions, tokens ("1024tok") or bytes ("2GiB").
+    max_new_tokens : tokens of an answer, at most.
+    protocol : "query-agnostic" compresses before any question is seen. "query-aware" compresses each question with
+        the document, and reads the document once per question.
+    prefill_chunk_size : tokens that are read in one forward pass; None: all.
+    split_special_tokens : see `tokenize`.
+    progress : is called with (pairs measured, pairs in all).
+
+    Returns
+    -------
+    One row per method and keep, in the order given. A pair that is named twice has one row.
+
+    Raises
+    ------
+    BadInput
+        If a method is unknown, or the model has no room for the document.
+    BudgetInfeasible, ArtifactMismatch, UnsupportedModel
+        If one of the methods cannot run. All errors come before any work.
     """
     require_protocol(protocol)
-    keeps = _parsed(keep)
+    keeps = _parse_keeps(keep)
     known_methods(methods)
     session = Session(
         model=model,
@@ -81,43 +99,44 @@ def compare(
     sample = _sample(context, asked, max_new_tokens)
     for tokens in session.tokens(sample):
         require_possible(model, methods, keeps, tokens)
-    pairs = list(dict.fromkeys((m, k) for m in methods for k in ([WHOLE[1]] if m == FULL else keeps)))
+    pairs = list(dict.fromkeys((m, k) for m in methods for k in ([FULL_PAIR[1]] if m == FULL else keeps)))
     outcomes = session.measure(sample, pairs, timed=True, progress=progress)
-    return [_row(pair, outcomes[pair], outcomes[WHOLE], asked, protocol) for pair in pairs]
+    return [_row(pair, outcomes[pair], outcomes[FULL_PAIR], asked, protocol) for pair in pairs]
 
 
 def _sample(context: str, asked: Sequence[Asked], max_new_tokens: int) -> Sample:
-    questions = tuple(Question(prompt=each.question, answers=each.answers) for each in asked)
+    questions = tuple(Question(prompt=question.question, answers=question.answers) for question in asked)
     return Sample(context=context, questions=questions, max_new_tokens=max_new_tokens)
 
 
-def _parsed(keep: float | str | Keep | Sequence[float | str | Keep]) -> list[Keep]:
+def _parse_keeps(keep: float | str | Keep | Sequence[float | str | Keep]) -> list[Keep]:
     keeps = [keep] if isinstance(keep, str | int | float | Keep) else list(keep)
     if not keeps:
         raise BadInput("no keep is given; give one, such as 0.15.")
-    return [parse_keep(each) for each in keeps]
+    return [parse_keep(one) for one in keeps]
 
 
-def _row(pair: Pair, found: Outcome, full: Outcome, asked: Sequence[Asked], protocol: str) -> Comparison:
-    assert found.step_ms is not None
+def _row(pair: Pair, outcome: Outcome, full: Outcome, asked: Sequence[Asked], protocol: str) -> Comparison:
+    assert outcome.step_ms is not None
     return Comparison(
         method=pair[0],
         keep=pair[1].value,
         protocol=protocol,
-        kv_bytes=found.kv_bytes,
+        kv_bytes=outcome.kv_bytes,
         full_kv_bytes=full.kv_bytes,
-        peak_kv_bytes=found.peak_kv_bytes,
-        sliding_kv_bytes=found.sliding_kv_bytes,
-        accuracy=_accuracy(asked, found.predictions, full.predictions),
-        kl=found.fidelity.kl,
-        agreement=found.fidelity.agreement,
-        prefill_seconds=found.prefill_seconds,
-        prefill_shared_by=found.prefill_shared_by,
-        decode_ms_per_token=found.step_ms,
-        answers=found.predictions,
+        peak_kv_bytes=outcome.peak_kv_bytes,
+        sliding_kv_bytes=outcome.sliding_kv_bytes,
+        accuracy=_accuracy(asked, outcome.predictions, full.predictions),
+        kl=outcome.fidelity.kl,
+        agreement=outcome.fidelity.agreement,
+        prefill_seconds=outcome.prefill_seconds,
+        prefill_shared_by=outcome.prefill_shared_by,
+        decode_ms_per_token=outcome.step_ms,
+        answers=outcome.predictions,
     )
 
 
 def _accuracy(asked: Sequence[Asked], texts: Sequence[str], full_texts: Sequence[str]) -> float:
-    known = [answers_found(text, one.answers) for one, text in zip(asked, texts, strict=True) if one.answers]
-    return fmean(known or [answers_found(text, (full,)) for text, full in zip(texts, full_texts, strict=True)])
+    judged = zip(asked, texts, strict=True)
+    scores = [answers_found(text, question.answers) for question, text in judged if question.answers]
+    return fmean(scores or [answers_found(text, (full,)) for text, full in zip(texts, full_texts, strict=True)])

@@ -51,11 +51,21 @@ Request = tuple[Any, list[int], list[int]]  # (context, continuation) as text, a
 
 @register_model("headwise")
 class HeadwiseLM(HFLM):
-    """lm_eval's HFLM, whose prompts are compressed with `method` before anything is generated or scored.
+    """lm_eval's HFLM, which compresses every prompt with a method before it generates or scores.
 
-    Takes `method` (a name, or "full": HFLM as it is), `keep`, `protocol` ("query-aware" is the only one), and all that
-    HFLM takes. Raises BadInput, ArtifactMismatch, UnsupportedModel before a task is read; BudgetInfeasible or
-    BadInput, naming the request, for a prompt that is too short to compress.
+    Parameters
+    ----------
+    method : a name, or "full", which is HFLM as it is.
+    keep : a fraction, tokens ("256tok") or bytes ("2GiB").
+    protocol : "query-aware" is the only one.
+    options : all that HFLM takes.
+
+    Raises
+    ------
+    BadInput, ArtifactMismatch, UnsupportedModel
+        Before a task is read.
+    BudgetInfeasible, BadInput
+        If a prompt is too short to compress. The error names the request.
     """
 
     def __init__(
@@ -72,9 +82,9 @@ class HeadwiseLM(HFLM):
         self.entries_read = self.entries_kept = 0
         super().__init__(pretrained, **options)
         if self.cut_with is not None:
-            found = view(self.model)
+            model_view = view(self.model)
             self.cut_with = instructed(self.cut_with, self.tokenizer, chat=False)  # prompts come as tokens
-            self.cut_with.for_model(found.shape, found.config_hash)
+            self.cut_with.for_model(model_view.shape, model_view.config_hash)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         """Compress the prompts of a batch, padded on the left, and generate from what was kept."""
@@ -90,10 +100,10 @@ class HeadwiseLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, is it greedy) of every continuation. Each context is read once, for all that follow it."""
+        """Return (log-likelihood, is it greedy) of every continuation. Each context is read once for all of its own."""
         if self.cut_with is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
-        found: dict[int, tuple[float, bool]] = {}
+        scored: dict[int, tuple[float, bool]] = {}
         with tqdm(
             total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests"
         ) as bar:
@@ -102,10 +112,10 @@ class HeadwiseLM(HFLM):
                     torch.tensor(context, dtype=torch.int64, device="cpu"), [requests[i][2] for i in numbers]
                 )
                 for number, score in zip(numbers, scores, strict=True):
-                    found[number] = score
+                    scored[number] = score
                     self.cache_hook.add_partial("loglikelihood", requests[number][0], score)
                     bar.update()
-        return [found[i] for i in range(len(requests))]
+        return [scored[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Refuse: every token of the text is predicted, so there is no context to compress before."""
@@ -118,7 +128,7 @@ class HeadwiseLM(HFLM):
         )
 
     def get_model_info(self) -> dict[str, Any]:
-        """As HFLM's, for the harness's results; with the method, and the share of KV entries that was kept so far."""
+        """Return HFLM's facts for the harness's results, the method, and the share of KV entries kept so far."""
         info = {"headwise_version": __version__}
         if self.cut_with is not None:
             info |= {
@@ -131,7 +141,7 @@ class HeadwiseLM(HFLM):
 
     @torch.no_grad()
     def _score(self, context: Int[Tensor, " tokens"], continuations: Sequence[list[int]]) -> list[tuple[float, bool]]:
-        """(log-likelihood, is it greedy) of some continuations of one context."""
+        """Return (log-likelihood, is it greedy) of some continuations of one context."""
         context = context.to(self.device)[None]
         memory, scores = self._read(context, torch.ones_like(context)), []
         step = self.batch_size if isinstance(self.batch_size, int) else self.max_batch_size
@@ -158,7 +168,7 @@ class HeadwiseLM(HFLM):
 
     @contextmanager
     def _naming(self, prompts: Tensor, mask: Tensor) -> Iterator[None]:
-        """An error of ours says which request it was: of a batch the shortest, which is what a fraction fails on."""
+        """Name the request in an error of ours: of a batch the shortest, on which a fraction fails first."""
         try:
             yield
         except HeadwiseError as error:
@@ -175,13 +185,13 @@ class HeadwiseLM(HFLM):
             raise type(error)(f"{which} {shown!r} ({count}): {error}{advice}") from error
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """HFLM's option mixed_precision_dtype."""
+        """Return the context of HFLM's option mixed_precision_dtype."""
         dtype = self.mixed_precision_dtype
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def main() -> None:
-    """Run the harness's own command line, which knows "headwise" now; an error of ours is one line and an exit code."""
+    """Run the harness's own command line, which knows "headwise" now. An error of ours is one line and an exit code."""
     open_streams()
     try:
         import_module("lm_eval.__main__").cli_evaluate()
@@ -200,7 +210,7 @@ def _require_query_aware(protocol: str) -> None:
 
 
 def _parse(method: str | None, keep: str | float | int | Keep | None) -> tuple[Method | None, Keep]:
-    """What to cut with, None for "full", and how much is kept. Both must be said: results quote the arguments."""
+    """Return the method (None for "full") and the keep. Both must be given, for results quote the arguments."""
     if method == FULL:
         return None, parse_keep(1.0)
     if method is None or keep is None:
@@ -210,16 +220,16 @@ def _parse(method: str | None, keep: str | float | int | Keep | None) -> tuple[M
 
 
 def _by_context(requests: Sequence[Request], limit: int) -> list[tuple[tuple[int, ...], list[int]]]:
-    """Contexts, longest first, with the numbers of their requests; cut on the left as HFLM does, to fit `limit`."""
-    found: dict[tuple[int, ...], list[int]] = {}
+    """Return contexts, longest first, with the numbers of their requests. The left is cut to fit, as HFLM does."""
+    numbers: dict[tuple[int, ...], list[int]] = {}
     for number, (_, context, continuation) in enumerate(requests):
         room = limit + 1 - len(continuation)  # its last token is predicted only
-        found.setdefault(tuple(context[-room:]), []).append(number)
-    return sorted(found.items(), key=lambda item: -len(item[0]))
+        numbers.setdefault(tuple(context[-room:]), []).append(number)
+    return sorted(numbers.items(), key=lambda item: -len(item[0]))
 
 
 def _likelihood(logs: Tensor, tokens: Int[Tensor, " tokens"]) -> tuple[float, bool]:
-    """Of the tokens, by log-probabilities [T, vocabulary] of which the first are theirs."""
+    """Return (log-likelihood, is it greedy) of the tokens; row t of `logs` [T, vocabulary] predicts token t."""
     logs = logs[: len(tokens)]
     return float(logs.gather(-1, tokens[:, None]).sum()), bool((logs.argmax(-1) == tokens).all())
 

@@ -1,4 +1,4 @@
-"""What an evaluation writes: one record per sample, method and keep, in a folder that a killed run goes on from.
+"""The folder of an evaluation: one record per sample, method and keep. A killed run goes on from it.
 
     OUT/run.json        what was run: model, methods, keeps, tasks, seed, hardware, versions, command
     OUT/records.jsonl   the records; while several processes write, OUT/records.RANK.jsonl until all are done
@@ -26,9 +26,9 @@ from headwise.files.writing import append, left_of, reason, remove, require_file
 
 FORMAT = 1
 RUN, RECORDS, MAPS = "run.json", "records.jsonl", "maps.jsonl"
-_SAME = ("format", "config_hash", "dtype", "protocol", "seed", "length", "fidelity")
-_GROW = ("tasks", "methods", "keeps", "samples")
-_OURS = re.compile(r"run\.json|(records|maps)(\.\d+)?\.jsonl")
+_MUST_AGREE = ("format", "config_hash", "dtype", "protocol", "seed", "length", "fidelity")
+_MAY_GROW = ("tasks", "methods", "keeps", "samples")
+_OUR_FILES = re.compile(r"run\.json|(records|maps)(\.\d+)?\.jsonl")
 Unit = tuple[str, int]  # a task and the index of a sample
 
 
@@ -37,8 +37,8 @@ class Record:
     """One method at one keep on one sample. Bytes are of keys and values; `kept` are entries per layer and head.
 
     `score` is the mean over questions, None where nothing is answered. `kl` (nats), `agreement` (share of tokens with
-    the same first choice) and `nll` are of what the full cache answered, see fidelity.py. `sees_answers`: it is no
-    method, but the oracle, which was shown the questions and their answers.
+    the same first choice) and `nll` (nats) are of what the full cache answered, see fidelity.py. `sees_answers` is True
+    for the oracle only, which was shown the questions and their answers.
     """
 
     task: str
@@ -71,22 +71,22 @@ class Record:
 
     @property
     def unit(self) -> Unit:
-        """The sample it is of."""
+        """The sample that it is of."""
         return self.task, self.index
 
     @property
     def key(self) -> tuple[Unit, str, str]:
-        """What a folder holds once: a method at a keep on a sample."""
+        """Sample, method and keep, of which a folder holds one record."""
         return self.unit, self.method, self.keep
 
     def shortened(self) -> "Record":
-        """Without the answers, and without counts but of a task's first sample; numbers to six digits."""
+        """Return the record without answers, with six digits, and with counts only if it is a task's first sample."""
         fields = {name: _rounded(value) for name, value in asdict(self).items() if name != "versions"}
         return replace(self, **{**fields, "answers": (), "kept": fields["kept"] if self.index == 0 else ()})
 
 
 def records_in(file: Path) -> list[Record]:
-    """Those of a file of lines. Raises BadInput for a damaged line."""
+    """Read the records of a file of lines. Raises BadInput if a line is damaged."""
     return [_record(line, f"{file}, line {number}") for number, line in enumerate(_lines(file), start=1)]
 
 
@@ -105,22 +105,22 @@ def require_place(path: str | os.PathLike[str]) -> None:
     for name in (RUN, RECORDS, MAPS):
         require_file(folder / name)
     try:
-        found = [*folder.iterdir()]
+        entries = [*folder.iterdir()]
     except OSError as error:
         raise BadInput(f"cannot read {folder}: {reason(error)}. Name another folder with --out.") from error
-    others = [path.name for path in found if path.name != SUFFIX and not _left(path.name)]
-    if others and not (folder / RUN).is_file():
+    foreign = [path.name for path in entries if path.name != SUFFIX and not _is_leftover(path.name)]
+    if foreign and not (folder / RUN).is_file():
         raise BadInput(f"{folder} holds other files and no {RUN}; name a new or empty folder with --out.")
 
 
-def _left(name: str) -> bool:
-    """Whether a file or folder of this name is what a killed process was writing, be it of an older headwise."""
+def _is_leftover(name: str) -> bool:
+    """Return whether a killed process was writing the file or folder of this name, perhaps an older headwise."""
     goal = left_of(name) or (name.removesuffix(".new") if name.endswith(".new") else "")
-    return _OURS.fullmatch(goal) is not None
+    return _OUR_FILES.fullmatch(goal) is not None
 
 
 class RunFolder:
-    """The folder of an evaluation. Raises BadInput if it cannot be written, or is of another evaluation."""
+    """The folder of an evaluation. Raises BadInput if it cannot be written, or holds another evaluation."""
 
     def __init__(self, path: str | os.PathLike[str], manifest: dict[str, Any], *, rank: int | None = None):
         self.path, self.part = Path(path), "" if rank is None else f".{rank}"
@@ -134,42 +134,42 @@ class RunFolder:
             yield
 
     def open(self) -> None:
-        """Make or check the folder, note what is run, and put together what processes of a killed run left.
+        """Make or check the folder, write run.json, and merge what processes of a killed run left.
 
-        Only for one who holds `locked`.
+        The caller must hold `locked`.
         """
         self._make()
-        known = self._known()
-        grown = self._grown(known)
+        earlier = self._earlier_manifest()
+        grown = self._merged_manifest(earlier)
         self._clear()
-        if known is not None:
-            self._drop_unfinished([tuple(pair) for pair in known["latest"]])
+        if earlier is not None:
+            self._drop_unfinished([tuple(pair) for pair in earlier["latest"]])
             self._drop_maps()
         self.manifest = grown
         _write(self.path / RUN, [json.dumps(self.manifest, indent=1) + "\n"])
         self.merge()
 
     def records(self) -> list[Record]:
-        """Everything that was written so far, each once. Raises BadInput for a damaged line."""
+        """Read everything that was written so far, each once. Raises BadInput if a line is damaged."""
         return list({record.key: record for file in self._files() for record in records_in(file)}.values())
 
     def append(self, records: Sequence[Record], maps: Sequence[dict[str, Any]] = ()) -> None:
-        """Add what one sample gave. Raises WriteFailed.
+        """Append the maps and records of one sample. Raises WriteFailed.
 
-        Its records come last: a sample that has them has everything.
+        Records come last: a sample that has them has everything.
         """
         for name, lines in (("maps", [*map(json.dumps, maps)]), ("records", [*map(_line, records)])):
             if lines:
                 append(self.path / f"{name}{self.part}.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
     def merge(self) -> None:
-        """One file of what all processes wrote, in the order of tasks and samples."""
-        order = {task: at for at, task in enumerate(self.manifest["tasks"])}
+        """Write one file of what all processes wrote, in the order of tasks and samples."""
+        order = {task: place for place, task in enumerate(self.manifest["tasks"])}
         parts = [*self.path.glob("records.*.jsonl"), *self.path.glob("maps.*.jsonl")]
         if not parts:
             return
-        found = sorted(self.records(), key=lambda r: (order.get(r.task, len(order)), r.index))
-        _write(self.path / RECORDS, [_line(record) + "\n" for record in found])
+        records = sorted(self.records(), key=lambda r: (order.get(r.task, len(order)), r.index))
+        _write(self.path / RECORDS, [_line(record) + "\n" for record in records])
         maps = [line for file in sorted(self.path.glob("maps*.jsonl")) for line in _lines(file)]
         _write(self.path / MAPS, dict.fromkeys(maps))
         for part in parts:
@@ -184,77 +184,77 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what killed processes were writing."""
-        for found in self.path.iterdir():
-            if _left(found.name):
-                remove(found)
+        for file in self.path.iterdir():
+            if _is_leftover(file.name):
+                remove(file)
 
     def _drop_maps(self) -> None:
-        """Forget maps without a record: a run was killed before it wrote that, and what it measures again has them."""
+        """Drop maps without a record: a run was killed before it wrote that, and what it measures again has them."""
         keys = {record.key for record in self.records()}
         for file in self.path.glob("maps*.jsonl"):
             lines = [(line, f"{file}, line {number}") for number, line in enumerate(_lines(file), start=1)]
             _write(file, dict.fromkeys(line for line, where in lines if _key_of_map(line, where) in keys))
 
     def _drop_unfinished(self, pairs: Iterable[tuple[str, ...]]) -> None:
-        """Forget the sample that a killed run was writing, if not all of these (method, keep) have a record.
+        """Drop the sample that a killed run was writing, unless all of these (method, keep) have a record.
 
-        What is there twice, because two older processes shared a folder, stays once.
+        A record that is there twice, because two older processes shared a folder, stays once.
         """
-        wanted, records, seen = set(pairs), self.records(), set[Any]()
+        wanted, records, written = set(pairs), self.records(), set[Any]()
         for file in self._files():
-            found = list(zip(_lines(file), records_in(file), strict=True))
-            last = found[-1][1].unit if found else None
-            whole = wanted <= {(record.method, record.keep) for record in records if record.unit == last}
-            while not whole and found and found[-1][1].unit == last and found[-1][1].key[1:] in wanted:
-                found.pop()
-            kept = [(line, record.key) for line, record in found if record.key not in seen]
+            lines = list(zip(_lines(file), records_in(file), strict=True))
+            last = lines[-1][1].unit if lines else None
+            complete = wanted <= {(record.method, record.keep) for record in records if record.unit == last}
+            while not complete and lines and lines[-1][1].unit == last and lines[-1][1].key[1:] in wanted:
+                lines.pop()
+            kept = [(line, record.key) for line, record in lines if record.key not in written]
             once = {key: line for line, key in reversed(kept)}
-            seen |= once.keys()
+            written |= once.keys()
             _write(file, reversed(once.values()))
 
     def _files(self) -> list[Path]:
         return sorted(self.path.glob("records*.jsonl"))
 
-    def _known(self) -> dict[str, Any] | None:
+    def _earlier_manifest(self) -> dict[str, Any] | None:
         file = self.path / RUN
         if not file.is_file():
             return None
         try:
-            known = json.loads(_content(file).decode())
-            return {name: known[name] for name in ("latest", *_GROW)} | known
+            earlier = json.loads(_content(file).decode())
+            return {name: earlier[name] for name in ("latest", *_MAY_GROW)} | earlier
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(f"{file} is damaged: {error}. Name another folder with --out.") from error
 
-    def _grown(self, known: dict[str, Any] | None) -> dict[str, Any]:
-        """What was run here before and now. Raises BadInput where the two are not one evaluation."""
-        if known is None:
+    def _merged_manifest(self, earlier: dict[str, Any] | None) -> dict[str, Any]:
+        """Return what was run here before and now. Raises BadInput if the two are not one evaluation."""
+        if earlier is None:
             return self.manifest
-        self._require_same_model(known)
-        self._require_same_methods(known)
-        for name in _SAME:
-            if known.get(name) != self.manifest[name]:
+        self._require_same_model(earlier)
+        self._require_same_methods(earlier)
+        for name in _MUST_AGREE:
+            if earlier.get(name) != self.manifest[name]:
                 raise BadInput(
-                    f"{self.path} holds an evaluation with {name}={known.get(name)!r}, this one has "
+                    f"{self.path} holds an evaluation with {name}={earlier.get(name)!r}, this one has "
                     f"{self.manifest[name]!r}: name another folder with --out."
                 )
-        grown = self.manifest | {"made_of": known.get("made_of", {}) | self.manifest.get("made_of", {})}
-        for name in _GROW:
-            old, new = known[name], grown[name]
+        grown = self.manifest | {"made_of": earlier.get("made_of", {}) | self.manifest.get("made_of", {})}
+        for name in _MAY_GROW:
+            old, new = earlier[name], grown[name]
             grown[name] = max(old, new) if name == "samples" else list(dict.fromkeys([*old, *new]))
         return grown
 
-    def _require_same_model(self, known: dict[str, Any]) -> None:
-        """By its weights, wherever it lies; by its name where an older headwise has not noted them."""
-        name = "weights" if "weights" in known and "weights" in self.manifest else "model"
-        if known.get(name) != self.manifest[name]:
+    def _require_same_model(self, earlier: dict[str, Any]) -> None:
+        """Compare the weights, or the name where an older headwise has not noted the weights."""
+        name = "weights" if "weights" in earlier and "weights" in self.manifest else "model"
+        if earlier.get(name) != self.manifest[name]:
             raise BadInput(
-                f"{self.path} holds an evaluation with {name}={known.get(name)!r}, this one has "
+                f"{self.path} holds an evaluation with {name}={earlier.get(name)!r}, this one has "
                 f"{self.manifest[name]!r}: name another folder with --out."
             )
 
-    def _require_same_methods(self, known: dict[str, Any]) -> None:
-        """A method's file may have been made anew, its parameters changed: then its old records are of another one."""
-        old, new = known.get("made_of", {}), self.manifest.get("made_of", {})
+    def _require_same_methods(self, earlier: dict[str, Any]) -> None:
+        """Compare the methods' hashes: a method whose file or parameters have changed is another one."""
+        old, new = earlier.get("made_of", {}), self.manifest.get("made_of", {})
         changed = [method for method in new if old.get(method, new[method]) != new[method]]
         if changed:
             raise BadInput(
@@ -268,12 +268,12 @@ def _line(record: Record) -> str:
 
 
 def _lines(file: Path) -> list[str]:
-    """Complete lines; a killed run may have left the last one half-written, even in the middle of a character."""
-    whole, end, _ = _content(file).rpartition(b"\n")
+    """Read the complete lines. A killed run may have left the last one half-written, even within a character."""
+    complete, end, _ = _content(file).rpartition(b"\n")
     try:
-        return [f"{line}\n" for line in whole.decode().split("\n")] if end else []
+        return [f"{line}\n" for line in complete.decode().split("\n")] if end else []
     except UnicodeDecodeError as error:
-        number = whole.count(b"\n", 0, error.start) + 1
+        number = complete.count(b"\n", 0, error.start) + 1
         raise BadInput(f"{file}, line {number} is not UTF-8. Remove the line.") from error
 
 
@@ -296,8 +296,8 @@ def _record(line: str, where: str) -> Record:
 
 def _key_of_map(line: str, where: str) -> tuple[Unit, str, str]:
     try:
-        found = json.loads(line)
-        return (found["task"], found["index"]), found["method"], found["keep"]
+        fields = json.loads(line)
+        return (fields["task"], fields["index"]), fields["method"], fields["keep"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{where} is no map: {error}. Remove the line, or name another folder with --out.") from error
 

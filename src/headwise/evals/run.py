@@ -1,4 +1,4 @@
-"""Tasks x methods x keeps: what each answers, what it holds, how faithful it is to the full cache.
+"""Evaluate methods at keeps on tasks: what each answers, what it holds, how faithful it is to the full cache.
 
 Samples are the same for all methods, and a sample is read once for all that can share a reading (session.py). Samples
 of generated tasks come from the split "evaluation", whose seeds no other split can reach: neither training nor
@@ -27,7 +27,7 @@ from headwise.cache.cache import RaggedCache
 from headwise.errors import BadInput
 from headwise.evals.answers import FULL, known_methods, require_possible
 from headwise.evals.records import Record, RunFolder
-from headwise.evals.session import WHOLE, Outcome, Pair, Session
+from headwise.evals.session import FULL_PAIR, Outcome, Pair, Session
 from headwise.kernels import fastest
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
@@ -38,8 +38,8 @@ from headwise.tasks.document import Tokens
 from headwise.tasks.seams import token_texts
 from headwise.tasks.task import Sample, Task, require_protocol
 
-LONGEST_MAP = 2048  # tokens of a context that is drawn
-LOOKED_AT = 1024  # first numbers of every weight that tell a model from another
+MAX_MAP_TOKENS = 2048  # tokens of a context that is drawn
+HASHED_NUMBERS = 1024  # first numbers of every weight that tell a model from another
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,12 +60,28 @@ class Summary:
     kv_fraction: float  # measured bytes over the full cache's bytes
     seed: int
     protocol: str
-    sees_answers: bool  # no method, but the oracle
+    sees_answers: bool  # True for the oracle only
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """What is to be measured, and how. `timed`: samples of every task of which single steps are timed, too."""
+    """What to measure, and how.
+
+    Attributes
+    ----------
+    tasks, methods, keeps : every method is measured at every keep on every sample of every task.
+    seed : what the samples were made with, from 0 on.
+    protocol : "query-agnostic" or "query-aware".
+    fidelity : whether KL and agreement are measured.
+    timed : how many samples of every task have single decoding steps timed.
+    rows : sequences that are decoded together, at most.
+    brief : whether records are short and no maps are made, for a folder that is kept in a repository.
+
+    Raises
+    ------
+    BadInput
+        If a method is unknown, a number is out of range, or there is no task or no keep.
+    """
 
     tasks: tuple[Task, ...]
     methods: tuple[str, ...]
@@ -74,8 +90,8 @@ class Evaluation:
     protocol: str = "query-agnostic"
     fidelity: bool = True
     timed: int = 1
-    rows: int = 256  # sequences that are decoded together, at most
-    brief: bool = False  # whether records are short, and no maps are made: for a folder that is kept in a repository
+    rows: int = 256
+    brief: bool = False
 
     def __post_init__(self) -> None:
         if not self.tasks or not self.keeps:
@@ -89,8 +105,8 @@ class Evaluation:
 
     @property
     def pairs(self) -> list[Pair]:
-        """Every method at every keep, each once; the full cache has none."""
-        return list(dict.fromkeys((m, k) for m in self.methods for k in ([WHOLE[1]] if m == FULL else self.keeps)))
+        """Every method at every keep, each once; the full cache once, for it has no keep."""
+        return list(dict.fromkeys((m, k) for m in self.methods for k in ([FULL_PAIR[1]] if m == FULL else self.keeps)))
 
     @property
     def units(self) -> list[tuple[Task, int]]:
@@ -107,10 +123,25 @@ def evaluate(
     processes: Processes | None = None,
     progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> list[Record]:
-    """Measure everything that `folder` does not hold yet; all records of the evaluation, its samples in order.
+    """Measure what `folder` does not hold yet, and return all records of the evaluation.
 
-    Several `processes` share the samples, and the folder, which the first one keeps other runs out of. Raises BadInput,
-    and what `require_possible` raises for the first sample of any task, before any work.
+    Parameters
+    ----------
+    evaluation : what to measure.
+    folder : where records are written and read; None: nowhere.
+    processes : share the samples and the folder. The first one keeps other runs out of the folder.
+    progress : is called with (samples done, samples in all) of this process.
+
+    Returns
+    -------
+    One record per sample, method and keep, in the order of the tasks and their samples.
+
+    Raises
+    ------
+    BadInput
+        If a context is too long for the model, or the folder is of another evaluation.
+    BudgetInfeasible, ArtifactMismatch, UnsupportedModel
+        If a method cannot run on the first sample of a task. These errors come before any work.
     """
     processes = processes or Processes()
     session = Session(
@@ -124,30 +155,30 @@ def evaluate(
         for tokens in session.tokens(task.sample(0)):
             require_possible(model, evaluation.methods, evaluation.keeps, tokens, oracle=True)
     with nullcontext() if folder is None or processes.rank > 0 else folder.locked():
-        return _asked_for(_measured(session, evaluation, folder, processes, progress), evaluation)
+        return _select(_measure_all(session, evaluation, folder, processes, progress), evaluation)
 
 
-def _measured(
+def _measure_all(
     session: Session,
     evaluation: Evaluation,
     folder: RunFolder | None,
     processes: Processes,
     progress: Callable[[float, int], None],
 ) -> list[Record]:
-    """Records of all samples: those that the folder holds, and what it lacks."""
-    made = list(_resumed(folder, evaluation, processes))
-    have = {(record.unit, record.method, record.keep) for record in made}
+    """Return the records that the folder holds, and measure those that it lacks."""
+    records = list(_open_folder(folder, evaluation, processes))
+    recorded = {(record.unit, record.method, record.keep) for record in records}
     units, share = evaluation.units, processes.share(len(evaluation.units))
-    for done, (task, index) in enumerate(units[at] for at in share):
+    for done, (task, index) in enumerate(units[i] for i in share):
         progress(done, len(share))
-        missing = [p for p in [WHOLE, *evaluation.pairs] if ((task.name, index), p[0], _written(p)) not in have]
-        if missing:
-            pairs = list(dict.fromkeys(missing))
-            tell = partial(_tell, progress, done, len(share))
-            found, maps = _measure(session, task, index, pairs, evaluation, tell)
-            made += found
+        wanted = dict.fromkeys([FULL_PAIR, *evaluation.pairs])
+        pairs = [pair for pair in wanted if ((task.name, index), pair[0], _keep_text(pair)) not in recorded]
+        if pairs:
+            report = partial(_report_progress, progress, done, len(share))
+            measured, maps = _measure(session, task, index, pairs, evaluation, report)
+            records += measured
             if folder is not None:
-                folder.append(found, maps)
+                folder.append(measured, maps)
     progress(len(share), len(share))
     processes.catch_up()
     processes.wait()
@@ -155,24 +186,24 @@ def _measured(
         if processes.rank == 0:
             folder.merge()
         processes.wait()
-        made = folder.records()
-    return made
+        records = folder.records()
+    return records
 
 
-def _tell(progress: Callable[[float, int], None], done: int, total: int, part: float) -> None:
-    progress(done + part, total)
+def _report_progress(progress: Callable[[float, int], None], done: int, total: int, fraction: float) -> None:
+    progress(done + fraction, total)
 
 
-def _resumed(folder: RunFolder | None, evaluation: Evaluation, processes: Processes) -> list[Record]:
-    """What earlier runs have written."""
+def _open_folder(folder: RunFolder | None, evaluation: Evaluation, processes: Processes) -> list[Record]:
+    """Return what earlier runs have written."""
     if folder is None:
         return []
     if processes.rank == 0:
         folder.open()
     processes.wait()
-    found = folder.records()
+    records = folder.records()
     processes.wait()  # nobody writes before all have read
-    return found
+    return records
 
 
 def _measure(
@@ -181,23 +212,23 @@ def _measure(
     index: int,
     pairs: Sequence[Pair],
     evaluation: Evaluation,
-    tell: Callable[[float], None],
+    report: Callable[[float], None],
 ) -> tuple[list[Record], list[dict[str, Any]]]:
-    """Records of one sample for these pairs, and maps of what heads kept if it is a task's first.
+    """Return one sample's records for these pairs, and maps of what heads kept if it is a task's first sample.
 
-    `tell` hears which part of the pairs has been cut.
+    `report` is called with the share of the pairs that has been cut.
     """
-    sample, maps = task.sample(index), _Maps(task, index, session.tokenizer, evaluation.keeps)
+    sample, collector = task.sample(index), _MapCollector(task, index, session.tokenizer, evaluation.keeps)
     cut = count(1)
 
     def note(pair: Pair, tokens: Tokens, cache: RaggedCache) -> None:
-        maps.note(pair, tokens, cache)
-        tell(next(cut) / (len(pairs) + 1))
+        collector.note(pair, tokens, cache)
+        report(next(cut) / (len(pairs) + 1))
 
     outcomes = session.measure(sample, pairs, timed=index < evaluation.timed, show=note)
-    full_bytes = outcomes[WHOLE].kv_bytes
+    full_bytes = outcomes[FULL_PAIR].kv_bytes
     records = [_record(task, index, sample, pair, outcomes[pair], full_bytes, evaluation) for pair in pairs]
-    return ([record.shortened() for record in records], []) if evaluation.brief else (records, maps.made)
+    return ([record.shortened() for record in records], []) if evaluation.brief else (records, collector.maps)
 
 
 def _record(
@@ -211,7 +242,7 @@ def _record(
         index=index,
         length=task.length,
         method=pair[0],
-        keep=_written(pair),
+        keep=_keep_text(pair),
         protocol=evaluation.protocol,
         seed=evaluation.seed,
         predictions=outcome.predictions if judge is not None else (),
@@ -237,16 +268,16 @@ def _record(
     )
 
 
-class _Maps:
-    """Which tokens of a task's first context each head kept, at the keep in the middle."""
+class _MapCollector:
+    """Collects which tokens of a task's first context each head kept, at the keep in the middle."""
 
     def __init__(self, task: Task, index: int, tokenizer: Any, keeps: Sequence[Keep]):
         self.task, self.index, self.tokenizer = task.name, index, tokenizer
-        self.keep, self.made = keeps[len(keeps) // 2], []
+        self.keep, self.maps = keeps[len(keeps) // 2], []
 
     def note(self, pair: Pair, tokens: Tokens, cache: RaggedCache) -> None:
-        """Take down what a cut cache holds."""
-        if self.index > 0 or pair[1] != self.keep or tokens.context.shape[1] > LONGEST_MAP:
+        """Add what a cut cache holds, if the sample and the keep are those to map."""
+        if self.index > 0 or pair[1] != self.keep or tokens.context.shape[1] > MAX_MAP_TOKENS:
             return
         shape = cache.view.shape
         kept = {
@@ -255,61 +286,65 @@ class _Maps:
             for head in range(shape.kv_heads)
         }
         texts = token_texts(self.tokenizer, tokens.context[0].tolist())
-        found = {"task": self.task, "index": self.index, "method": pair[0], "keep": _written(pair)}
-        self.made.append({**found, "tokens": texts, "kept": kept})
+        key = {"task": self.task, "index": self.index, "method": pair[0], "keep": _keep_text(pair)}
+        self.maps.append({**key, "tokens": texts, "kept": kept})
 
 
-def _written(pair: Pair) -> str:
+def _keep_text(pair: Pair) -> str:
     return str(pair[1])
 
 
-def _asked_for(records: Sequence[Record], evaluation: Evaluation) -> list[Record]:
-    """Those of this evaluation: a folder may hold more."""
-    units = {(task.name, index): at for at, (task, index) in enumerate(evaluation.units)}
-    pairs = {(pair[0], _written(pair)): at for at, pair in enumerate(dict.fromkeys([WHOLE, *evaluation.pairs]))}
-    found = [r for r in records if r.unit in units and (r.method, r.keep) in pairs]
-    return sorted(found, key=lambda r: (units[r.unit], pairs[r.method, r.keep]))
+def _select(records: Sequence[Record], evaluation: Evaluation) -> list[Record]:
+    """Return the records of this evaluation: a folder may hold more."""
+    units = {(task.name, index): place for place, (task, index) in enumerate(evaluation.units)}
+    wanted = dict.fromkeys([FULL_PAIR, *evaluation.pairs])
+    pairs = {(pair[0], _keep_text(pair)): place for place, pair in enumerate(wanted)}
+    selected = [r for r in records if r.unit in units and (r.method, r.keep) in pairs]
+    return sorted(selected, key=lambda r: (units[r.unit], pairs[r.method, r.keep]))
 
 
 def summarise(records: Sequence[Record]) -> Iterator[Summary]:
-    """Means over samples, task by task, in the order of the records; the full cache only where it was asked for."""
+    """Yield means over samples, one summary per task, method and keep, in the order of the records.
+
+    Every task must have records of the full cache, as those of `evaluate` have.
+    """
     grouped: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         grouped.setdefault((record.task, record.method, record.keep), []).append(record)
-    for (task, method, keep), found in grouped.items():
-        full = grouped[task, FULL, _written(WHOLE)]
+    for (task, method, keep), group in grouped.items():
+        full = grouped[task, FULL, _keep_text(FULL_PAIR)]
         yield Summary(
             method=method,
             keep=parse_keep(keep).value,
             task=task,
-            length=found[0].length,
-            samples=len(found),
-            scores=tuple(record.score for record in found if record.score is not None),
-            accuracy=_mean([record.score for record in found]),
+            length=group[0].length,
+            samples=len(group),
+            scores=tuple(record.score for record in group if record.score is not None),
+            accuracy=_mean([record.score for record in group]),
             full_accuracy=_mean([record.score for record in full]),
-            kl=_mean([record.kl for record in found]),
-            agreement=_mean([record.agreement for record in found]),
-            nll=_mean([record.nll for record in found]),
-            kv_fraction=fmean(record.kv_bytes / record.full_kv_bytes for record in found),
-            seed=found[0].seed,
-            protocol=found[0].protocol,
-            sees_answers=found[0].sees_answers,
+            kl=_mean([record.kl for record in group]),
+            agreement=_mean([record.agreement for record in group]),
+            nll=_mean([record.nll for record in group]),
+            kv_fraction=fmean(record.kv_bytes / record.full_kv_bytes for record in group),
+            seed=group[0].seed,
+            protocol=group[0].protocol,
+            sees_answers=group[0].sees_answers,
         )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return fmean(found) if found else None
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def manifest(model: PreTrainedModel, name: str, evaluation: Evaluation, length: int, command: str) -> dict[str, Any]:
-    """What run.json says of an evaluation."""
-    seen = view(model)
-    shape = seen.shape
+    """Return what run.json says of an evaluation."""
+    model_view = view(model)
+    shape = model_view.shape
     return {
         "model": name,
-        "config_hash": seen.config_hash,
-        "weights": fingerprint(*(weight.detach().reshape(-1)[:LOOKED_AT].cpu() for weight in model.parameters())),
+        "config_hash": model_view.config_hash,
+        "weights": fingerprint(*(weight.detach().reshape(-1)[:HASHED_NUMBERS].cpu() for weight in model.parameters())),
         "shape": {
             "num_layers": shape.num_layers,
             "layers": list(shape.layers),
@@ -319,10 +354,10 @@ def manifest(model: PreTrainedModel, name: str, evaluation: Evaluation, length: 
         },
         "tasks": [task.name for task in evaluation.tasks],
         "methods": list(dict.fromkeys([FULL, *evaluation.methods])),
-        "made_of": _made_of(model, evaluation.methods),
+        "made_of": _method_hashes(model, evaluation.methods),
         "keeps": [str(keep) for keep in dict.fromkeys(evaluation.keeps)],
         "samples": max(task.num_samples for task in evaluation.tasks),
-        "latest": [[pair[0], _written(pair)] for pair in dict.fromkeys([WHOLE, *evaluation.pairs])],
+        "latest": [[pair[0], _keep_text(pair)] for pair in dict.fromkeys([FULL_PAIR, *evaluation.pairs])],
         "protocol": evaluation.protocol,
         "fidelity": evaluation.fidelity,
         "seed": evaluation.seed,
@@ -337,24 +372,25 @@ def manifest(model: PreTrainedModel, name: str, evaluation: Evaluation, length: 
     }
 
 
-def _made_of(model: PreTrainedModel, methods: Sequence[str]) -> dict[str, str]:
-    """What tells a method from another of its name: a hash of its parameters and of what its file holds."""
-    seen = view(model)
+def _method_hashes(model: PreTrainedModel, methods: Sequence[str]) -> dict[str, str]:
+    """Return a hash of each method's parameters and file, which tells it from another method of the same name."""
+    model_view = view(model)
     named = [name for name in dict.fromkeys(methods) if name not in (FULL, ORACLE)]
-    made = {name: Method.parse(name).for_model(seen.shape, seen.config_hash).provenance() for name in named}
-    return {name: sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16] for name, of in made.items()}
+    methods_of_model = {name: Method.parse(name).for_model(model_view.shape, model_view.config_hash) for name in named}
+    texts = {name: json.dumps(method.provenance(), sort_keys=True) for name, method in methods_of_model.items()}
+    return {name: sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+    """Return the versions that the numbers depend on."""
     return {name: version(name) for name in ("headwise", "torch", "transformers")} | {
         "python": platform.python_version()
     }
 
 
 def hardware(device: torch.device) -> str:
-    """What the model runs on."""
+    """Return the name of the machine that the model runs on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"

@@ -1,7 +1,7 @@
-"""One sample, all methods and keeps: read once, cut many ways, asked together, measured.
+"""Measure all methods and keeps on one sample: read once, cut many ways, asked together.
 
-What can share a reading of the context does (reading.py); what was cut is continued as one batch (RaggedCache.join), so
-a sweep costs little more than its slowest answer. The full cache is transformers' own and answers by itself.
+Methods share a reading of the context where they can (reading.py). The cut caches are continued as one batch
+(RaggedCache.join), so a sweep costs little more than its slowest answer. The full cache answers by itself.
 """
 
 import time
@@ -37,7 +37,7 @@ from headwise.tasks.document import Tokens, tokenize
 from headwise.tasks.task import Sample
 
 Pair = tuple[str, Keep]  # a method and a keep
-WHOLE: Pair = (FULL, parse_keep(1.0))
+FULL_PAIR: Pair = (FULL, parse_keep(1.0))
 CUT_BYTES = 2 * 2**30  # of caches that are asked together
 COMPARED_BYTES = 4 * LOGITS_BYTES  # of the logits of those that are compared together
 
@@ -46,9 +46,9 @@ COMPARED_BYTES = 4 * LOGITS_BYTES  # of the logits of those that are compared to
 class Outcome:
     """What was measured of one pair on one sample. Bytes are of keys and values; `kept` are entries per layer and head.
 
-    `prefill_seconds` is the time of the reading that served `prefill_shared_by` pairs; `decode_seconds` that of
-    finding the answers to the questions of `decode_rows` sequences together: by decoding, or by one pass over the full
-    cache's answers for contexts that agree with all of them. `step_ms`: one decoding step of one sequence, if timed.
+    `prefill_seconds` is the time of the reading that served `prefill_shared_by` pairs. `decode_seconds` is the time in
+    which `decode_rows` sequences were answered together: by decoding, or by one pass over the full cache's answers if
+    a context agrees with all of them. `step_ms`: one decoding step of one sequence, if timed.
     """
 
     predictions: tuple[str, ...]
@@ -81,15 +81,15 @@ class Session:
     split_special_tokens: bool = False
 
     def tokens(self, sample: Sample) -> list[Tokens]:
-        """What is compressed and what is asked then: all questions after the context, or each with its own.
+        """Return what is compressed and what is asked then: one for all questions, or one per question if query-aware.
 
         Query-aware, a question is compressed with the context, but for its last token, which starts the answer. Raises
-        BadInput where a text that goes on has no question to compress.
+        BadInput if the model has no room, or if a sample without questions is to be query-aware.
         """
         if sample.continues is not None:
             return [self._continued(sample.continues)]
         require_room(self.tokenizer, sample.context, view(self.model).max_positions)
-        found = tokenize(
+        tokens = tokenize(
             self.tokenizer,
             sample.context,
             [question.prompt for question in sample.questions],
@@ -99,12 +99,12 @@ class Session:
             chat=sample.chat,
             split_special_tokens=self.split_special_tokens,
         )
-        room_for_answers(self.model, found)
+        room_for_answers(self.model, tokens)
         if not self.query_aware:
-            return [found]
+            return [tokens]
         return [
-            Tokens(context=torch.cat([found.context, question[None, :-1]], dim=-1), questions=(question[-1:],))
-            for question in found.questions
+            Tokens(context=torch.cat([tokens.context, question[None, :-1]], dim=-1), questions=(question[-1:],))
+            for question in tokens.questions
         ]
 
     def _continued(self, ids: tuple[tuple[int, ...], tuple[int, ...]]) -> Tokens:
@@ -114,9 +114,9 @@ class Session:
                 "the protocol query-agnostic."
             )
         context, following = (torch.tensor(part, dtype=torch.long, device=self.model.device) for part in ids)
-        found = Tokens(context=context[None], questions=(following,))
-        room_for_answers(self.model, found)
-        return found
+        tokens = Tokens(context=context[None], questions=(following,))
+        room_for_answers(self.model, tokens)
+        return tokens
 
     def measure(
         self,
@@ -127,20 +127,20 @@ class Session:
         show: Callable[[Pair, Tokens, RaggedCache], None] = lambda pair, tokens, cache: None,
         progress: Progress = lambda done, total: None,
     ) -> dict[Pair, Outcome]:
-        """Outcomes of all pairs, and of the full cache. `show` is given every cut cache of the first reading.
+        """Return outcomes of all pairs, and of the full cache. `show` is given every cut cache of the first reading.
 
         `progress` is called with (pairs measured, pairs in all); a pair counts for every context that it is cut from.
         """
         parts, measured = self.tokens(sample), []
         for part, tokens in enumerate(parts):
             first = part == 0
-            asking = _Asking(self, tokens, sample, timed=timed and first, show=show if first else None)
-            measured.append(asking.measure(pairs, _after(progress, part, len(parts))))
-        return {pair: _together([part[pair] for part in measured]) for pair in measured[0]}
+            measurement = _Measurement(self, tokens, sample, timed=timed and first, show=show if first else None)
+            measured.append(measurement.measure(pairs, _part_progress(progress, part, len(parts))))
+        return {pair: _merge([part[pair] for part in measured]) for pair in measured[0]}
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
+class _Answers:
     """Answers of one context, the seconds of the passes they came from, and how many contexts shared those."""
 
     answers: Sequence[torch.Tensor]
@@ -149,8 +149,8 @@ class _Said:
     fidelity: Fidelity = field(default_factory=Fidelity)
 
 
-class _Asking:
-    """One context and its questions."""
+class _Measurement:
+    """Measures one context and its questions."""
 
     def __init__(
         self,
@@ -164,38 +164,38 @@ class _Asking:
         self.model, self.tokenizer = session.model, session.tokenizer
         self.limit, self.chat = sample.max_new_tokens, sample.chat
         self.targets = None if sample.continues is None else [question[1:] for question in tokens.questions]
-        self.asked: Continuations | None = None  # the questions, each with the full cache's answer or what follows
+        self.continuations: Continuations | None = None  # each question with the full cache's answer, or what follows
         self.yardstick: Yardstick | None = None
 
     def measure(self, pairs: Sequence[Pair], progress: Progress) -> dict[Pair, Outcome]:
-        """The full cache first: what it answers is what the others are compared with."""
-        others = [pair for pair in dict.fromkeys(pairs) if pair[0] != FULL]
-        progress(0, 1 + len(others))
+        """Return the outcomes. The full cache comes first: the others are compared with what it answers."""
+        cut_pairs = [pair for pair in dict.fromkeys(pairs) if pair[0] != FULL]
+        progress(0, 1 + len(cut_pairs))
         start = time.perf_counter()
         full = FullMemory(self.model, self.tokens.context, self.session.prefill_chunk_size)
-        (found,) = self._outcomes([(WHOLE, full, time.perf_counter() - start, 1)])
-        outcomes, full_bytes = {WHOLE: found}, full.nbytes
+        (full_outcome,) = self._outcomes([(FULL_PAIR, full, time.perf_counter() - start, 1)])
+        outcomes, full_bytes = {FULL_PAIR: full_outcome}, full.nbytes
         del full
-        progress(1, 1 + len(others))
-        for some in self._groups(others, full_bytes):
-            outcomes |= zip([pair for pair, *_ in some], self._outcomes(some), strict=True)
-            progress(len(outcomes), 1 + len(others))
+        progress(1, 1 + len(cut_pairs))
+        for group in self._groups(cut_pairs, full_bytes):
+            outcomes |= zip([pair for pair, *_ in group], self._outcomes(group), strict=True)
+            progress(len(outcomes), 1 + len(cut_pairs))
         return outcomes
 
     def _groups(self, pairs: Sequence[Pair], full_bytes: int) -> Iterator[list[tuple[Pair, Memory, float, int]]]:
-        """Cut caches, as many at a time as may be asked together."""
+        """Yield cut caches, as many at a time as may be asked together."""
         group: list[tuple[Pair, Memory, float, int]] = []
-        most = max(1, self.session.rows // len(self.tokens.questions))
-        for found in self._cuts(pairs):
-            group.append(found)
-            if len(group) == most or sum(memory.nbytes for _, memory, *_ in group) + full_bytes > CUT_BYTES:
+        group_size = max(1, self.session.rows // len(self.tokens.questions))
+        for cut in self._cuts(pairs):
+            group.append(cut)
+            if len(group) == group_size or sum(memory.nbytes for _, memory, *_ in group) + full_bytes > CUT_BYTES:
                 yield group
                 group = []
         if group:
             yield group
 
     def _cuts(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Memory, float, int]]:
-        """Every pair's cache, the seconds its reading took, and how many pairs that reading serves."""
+        """Yield every pair's cache, the seconds its reading took, and how many pairs that reading serves."""
         by_reading: dict[tuple[AbstractScorer, ...], list[Pair]] = {}
         methods = {name: as_method(name, self.tokenizer, chat=self.chat) for name, _ in pairs}
         watching = (m.scorer for name, m in methods.items() if name != ORACLE and can_share(m.scorer))
@@ -208,102 +208,106 @@ class _Asking:
             chunk_size = self.session.prefill_chunk_size
             reading = read(self.model, self.tokens.context, scorers, prefill_chunk_size=chunk_size)
             seconds = time.perf_counter() - start
-            if self.asked is not None and any(name == ORACLE for name, _ in served):
-                reading = foresee(self.model, reading, self.asked.questions, self.asked.texts)
+            if self.continuations is not None and any(name == ORACLE for name, _ in served):
+                reading = foresee(self.model, reading, self.continuations.questions, self.continuations.texts)
             for pair in served:
                 yield pair, reading.cut(methods[pair[0]], pair[1]), seconds, len(served)
 
     def _outcomes(self, group: Sequence[tuple[Pair, Memory, float, int]]) -> list[Outcome]:
         memories = [memory for _, memory, *_ in group]
-        said = self._said(memories)
-        found: list[Outcome] = []
-        for (pair, own, prefill_seconds, shared), one in zip(group, said, strict=True):
-            if self.show is not None and isinstance(own, RaggedCache):
-                self.show(pair, self.tokens, own)
+        answers = self._answer(memories)
+        outcomes: list[Outcome] = []
+        for (pair, memory, prefill_seconds, shared), answer in zip(group, answers, strict=True):
+            if self.show is not None and isinstance(memory, RaggedCache):
+                self.show(pair, self.tokens, memory)
             outcome = Outcome(
-                predictions=tuple(as_texts(self.tokenizer, one.answers)),
-                fidelity=one.fidelity,
+                predictions=tuple(as_texts(self.tokenizer, answer.answers)),
+                fidelity=answer.fidelity,
                 context_tokens=self.tokens.context.shape[1],
-                kv_bytes=own.nbytes,
-                sliding_kv_bytes=own.sliding_nbytes,
-                peak_kv_bytes=own.peak_nbytes,
+                kv_bytes=memory.nbytes,
+                sliding_kv_bytes=memory.sliding_nbytes,
+                peak_kv_bytes=memory.peak_nbytes,
                 prefill_seconds=prefill_seconds,
                 prefill_shared_by=shared,
-                decode_seconds=one.seconds,
-                decode_rows=one.contexts * len(self.tokens.questions),
-                step_ms=time_decoding(self.model, own, self.tokens) if self.timed else None,
-                kept=self._kept(own),
+                decode_seconds=answer.seconds,
+                decode_rows=answer.contexts * len(self.tokens.questions),
+                step_ms=time_decoding(self.model, memory, self.tokens) if self.timed else None,
+                kept=self._kept_entries(memory),
             )
-            found.append(outcome)
-        return found
+            outcomes.append(outcome)
+        return outcomes
 
-    def _said(self, memories: Sequence[Memory]) -> list[_Said]:
-        """What each answers, and how faithful it is. Compared first: who agrees with all of an answer says it."""
+    def _answer(self, memories: Sequence[Memory]) -> list[_Answers]:
+        """Return what each context answers, and how faithful it is.
+
+        They are compared first: a context that agrees with all of an answer gives that answer, and need not decode.
+        """
         if self.targets is not None or self.yardstick is None:
-            said = self._answered(memories)
-            self.asked = self.asked or self._followed(said[0].answers)
+            answers = self._decode(memories)
+            self.continuations = self.continuations or self._continuations(answers[0].answers)
             if self.targets is None and not self.session.fidelity:
-                return said
+                return answers
             if self.yardstick is None:
-                self.yardstick = Yardstick(self.model, self.tokenizer, memories[0], self.tokens.context, self.asked)
-            faithful = self._faithful(self.yardstick, memories)
-            return [replace(one, fidelity=fidelity) for one, fidelity in zip(said, faithful, strict=True)]
+                full, context = memories[0], self.tokens.context
+                self.yardstick = Yardstick(self.model, self.tokenizer, full, context, self.continuations)
+            faithful = self._fidelity(self.yardstick, memories)
+            return [replace(answer, fidelity=fidelity) for answer, fidelity in zip(answers, faithful, strict=True)]
         start = time.perf_counter()
-        faithful = self._faithful(self.yardstick, memories)
-        same = _Said(self.yardstick.texts, time.perf_counter() - start, len(memories))
-        others = [i for i, fidelity in enumerate(faithful) if not self.yardstick.is_said_by(fidelity)]
-        found = dict(zip(others, self._answered([memories[i] for i in others]), strict=True))
-        return [replace(found.get(i, same), fidelity=fidelity) for i, fidelity in enumerate(faithful)]
+        faithful = self._fidelity(self.yardstick, memories)
+        yardstick_answers = _Answers(self.yardstick.texts, time.perf_counter() - start, len(memories))
+        differing = [i for i, fidelity in enumerate(faithful) if not self.yardstick.is_repeated_by(fidelity)]
+        decoded = dict(zip(differing, self._decode([memories[i] for i in differing]), strict=True))
+        return [replace(decoded.get(i, yardstick_answers), fidelity=fidelity) for i, fidelity in enumerate(faithful)]
 
-    def _faithful(self, yardstick: Yardstick, memories: Sequence[Memory]) -> list[Fidelity]:
-        """How near each comes, as many at a time as logits have room for; decoding, which needs less, goes together."""
+    def _fidelity(self, yardstick: Yardstick, memories: Sequence[Memory]) -> list[Fidelity]:
+        """Return the fidelity of each; as many are compared at a time as logits have room for."""
         longest = max(map(len, yardstick.texts), default=1)
         logits_bytes = 4 * longest * self.model.config.get_text_config().vocab_size
-        most = max(1, COMPARED_BYTES // logits_bytes)
-        parts = [memories[start : start + most] for start in range(0, len(memories), most)]
-        return [found for part in parts for found in yardstick.measure(_joined(part), len(part))]
+        batch_size = max(1, COMPARED_BYTES // logits_bytes)
+        parts = [memories[start : start + batch_size] for start in range(0, len(memories), batch_size)]
+        return [fidelity for part in parts for fidelity in yardstick.measure(_join(part), len(part))]
 
-    def _answered(self, memories: Sequence[Memory]) -> list[_Said]:
-        """Token ids per question, decoded together; none where the text that follows is given."""
+    def _decode(self, memories: Sequence[Memory]) -> list[_Answers]:
+        """Return token ids per question, decoded together; none where the text that follows is given."""
         if self.targets is not None or not memories:
-            return [_Said([], 0.0, len(memories)) for _ in memories]
+            return [_Answers([], 0.0, len(memories)) for _ in memories]
         start = time.perf_counter()
         answers = answer_tokens(
             self.model,
             self.tokenizer,
-            _joined(memories),
+            _join(memories),
             self.tokens,
             max_new_tokens=self.limit,
             batch_size=self.session.rows,
             contexts=len(memories),
         )
         seconds = time.perf_counter() - start
-        return [_Said(answer, seconds, len(memories)) for answer in answers]
+        return [_Answers(answer, seconds, len(memories)) for answer in answers]
 
-    def _followed(self, answers: Sequence[torch.Tensor]) -> Continuations:
-        """The questions with what the full cache said, or with the text that is given."""
+    def _continuations(self, answers: Sequence[torch.Tensor]) -> Continuations:
+        """Return the questions with the full cache's answers, or with the text that is given."""
         texts = self.targets if self.targets is not None else answers
-        asked = [q[:1] for q in self.tokens.questions] if self.targets is not None else self.tokens.questions
-        return Continuations.of(asked, texts)
+        questions = [q[:1] for q in self.tokens.questions] if self.targets is not None else self.tokens.questions
+        return Continuations.of(questions, texts)
 
-    def _kept(self, memory: Memory) -> tuple[tuple[float, ...], ...]:
+    def _kept_entries(self, memory: Memory) -> tuple[tuple[float, ...], ...]:
         shape = view(self.model).shape
         if isinstance(memory, RaggedCache):
             return tuple(tuple(float(count) for count in layer) for layer in memory.lengths[:, 0].tolist())
         return ((float(self.tokens.context.shape[1]),) * shape.kv_heads,) * len(shape.layers)
 
 
-def _joined(memories: Sequence[Memory]) -> Memory:
+def _join(memories: Sequence[Memory]) -> Memory:
     return memories[0] if len(memories) == 1 else RaggedCache.join(cast(list[RaggedCache], memories))
 
 
-def _after(progress: Progress, part: int, parts: int) -> Progress:
-    """Progress of one of several parts, all of one size."""
+def _part_progress(progress: Progress, part: int, parts: int) -> Progress:
+    """Return the progress of one of several parts, all of one size."""
     return lambda done, total: progress(part * total + done, parts * total)
 
 
-def _together(parts: Sequence[Outcome]) -> Outcome:
-    """Of a sample whose questions were compressed with the context one by one: means, and sums of seconds."""
+def _merge(parts: Sequence[Outcome]) -> Outcome:
+    """Return one outcome of a sample whose questions were compressed one by one: means, and sums of seconds."""
     if len(parts) == 1:
         return parts[0]
     layers = zip(*(part.kept for part in parts), strict=True)

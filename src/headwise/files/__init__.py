@@ -1,1 +1,1 @@
-"""Reading and writing files so that nothing is lost and nothing foreign is run. Knows nothing of caches."""
+"""Read and write files so that nothing is lost and no foreign code is run. Knows nothing of caches."""

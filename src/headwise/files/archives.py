@@ -1,4 +1,4 @@
-"""Files in zip archives, read with a bound: a few bytes of an archive can become gigabytes."""
+"""Read files in zip archives with a limit: a few bytes of an archive can become gigabytes."""
 
 import struct
 import zipfile
@@ -12,18 +12,19 @@ PIECE = 2**20  # bytes
 DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, KeyError, ValueError, RuntimeError)
 
 
-def pieces(archive: zipfile.ZipFile, name: str, most: int) -> Iterator[bytes]:
-    """What a file in an archive holds. Raises BadInput beyond `most` bytes, whatever the archive says it has.
+def pieces(archive: zipfile.ZipFile, name: str, max_bytes: int) -> Iterator[bytes]:
+    """Yield what a file in an archive holds, in pieces.
 
-    Only deflate can be unpacked piece by piece.
+    Raises BadInput if it has more than `max_bytes`, whatever the archive says, or is not packed by deflate: only that
+    can be unpacked piece by piece.
     """
-    found = archive.getinfo(name)
-    if found.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    info = archive.getinfo(name)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise BadInput(f"{archive.filename}: {name} is not packed by deflate; unpack it, and pack it as usual.")
-    left = most
-    with archive.open(found) as file:
+    remaining = max_bytes
+    with archive.open(info) as file:
         while piece := file.read(PIECE):
-            left -= len(piece)
-            if found.file_size > most or left < 0:
-                raise BadInput(f"{archive.filename}: {name} is larger than {most // 2**20} MiB; get it again.")
+            remaining -= len(piece)
+            if info.file_size > max_bytes or remaining < 0:
+                raise BadInput(f"{archive.filename}: {name} is larger than {max_bytes // 2**20} MiB; get it again.")
             yield piece

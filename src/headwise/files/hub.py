@@ -1,6 +1,6 @@
-"""Files of others on the model hub: budgets and gates, `hub:owner/name[/file.safetensors][@revision]`.
+"""Fetch files of others from the model hub: budgets and gates, `hub:owner/name[/file.safetensors][@revision]`.
 
-Only safetensors files are read: data, checked like any other file, and nothing of a repository is run.
+Only safetensors files are read: data, checked like any other file. No code of a repository is run.
 """
 
 import os
@@ -38,14 +38,15 @@ class HubFile:
 
 @lru_cache(maxsize=32)  # both halves of a method are of one commit, and a branch that moves changes no running process
 def fetch(name: str, default: str) -> HubFile:
-    """The file that `hub:...` names, from the hub or its cache; `default` is its name where only a repository is named.
+    """Fetch the file that `hub:...` names. `default` is its name if only a repository is named.
 
-    Where the hub does not answer, what is in its cache must do. Raises BadInput.
+    If the hub does not answer, the file must be in its cache. Raises BadInput if the name is wrong, or the file cannot
+    be read.
     """
-    found = _NAME.fullmatch(name)
-    if found is None:
+    match = _NAME.fullmatch(name)
+    if match is None:
         raise BadInput(f"{name!r} names no file on the hub: {_FORM}.")
-    repo, file, revision = found["repo"], found["file"] or default, found["revision"]
+    repo, file, revision = match["repo"], match["file"] or default, match["revision"]
     if not file.endswith(".safetensors") or not set(file.split("/")).isdisjoint({"", ".", ".."}):
         raise BadInput(f"{name!r}: {file!r} is not read from the hub, only safetensors files are; {_FORM}.")
     try:
@@ -55,25 +56,25 @@ def fetch(name: str, default: str) -> HubFile:
     try:
         path = Path(hf_hub_download(repo, file, revision=revision, local_files_only=bool(missing)))
     except Exception as error:  # besides the hub's own: those of the HTTP library, which changes with its version
-        reason = f"{missing}, and the file is not in the hub's cache on this machine." if missing else _told(error)
+        reason = f"{missing}, and the file is not in the hub's cache on this machine." if missing else _explain(error)
         raise BadInput(f"cannot read {file!r} of {repo!r}{_at(revision)} on the hub: {reason}") from error
     return HubFile(path=path, source=f"hub:{repo}/{file}@{_commit(path)}")
 
 
 def _commit(path: Path) -> str:
-    """Of a file in the hub's cache, which lies in .../snapshots/COMMIT/. Raises BadInput where the cache is another."""
-    found = [part for part in path.parts if _COMMIT.fullmatch(part)]
-    if not found:
+    """Return the commit of a file in the hub's cache, .../snapshots/COMMIT/. Raises BadInput if there is none."""
+    commits = [part for part in path.parts if _COMMIT.fullmatch(part)]
+    if not commits:
         raise BadInput(f"{path} does not say of which commit it is: the hub's cache is not laid out as it should be.")
-    return found[-1]
+    return commits[-1]
 
 
 def _at(revision: str | None) -> str:
     return "" if revision is None else f" at {revision!r}"
 
 
-def _told(error: Exception) -> str:
-    """What an answer of the hub means."""
+def _explain(error: Exception) -> str:
+    """Return what an error of the hub means."""
     if isinstance(error, RepositoryNotFoundError):
         return "there is no such repository, or it is private or gated: check the name, or log in with 'hf auth login'."
     if isinstance(error, RevisionNotFoundError):
@@ -84,21 +85,21 @@ def _told(error: Exception) -> str:
 
 
 def unreachable(url: str) -> str:
-    """Why the hub says nothing about a file, empty if it does: its client would try again for half a minute."""
+    """Return why the hub does not answer about a file, empty if it does. Its client would retry for half a minute."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE switches the hub off"
     seconds = float(constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else PATIENCE
-    found: Queue[str] = Queue()
+    reasons: Queue[str] = Queue()
     # A host has several addresses, and a name server has its own patience: together they can take far longer.
-    Thread(target=lambda: found.put(_ask(url, seconds)), daemon=True).start()
+    Thread(target=lambda: reasons.put(_ask(url, seconds)), daemon=True).start()
     try:
-        return found.get(timeout=seconds)
+        return reasons.get(timeout=seconds)
     except Empty:
         return f"the hub did not answer within {seconds:g} seconds (HF_HUB_ETAG_TIMEOUT sets how long to wait)"
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, as a sentence."""
+    """Return the first line of an error, as a sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"{lines[0].strip().rstrip('.:')}."
 

@@ -1,6 +1,6 @@
-"""One process at a time: a lock that the system lets go of when its process ends, however it ends.
+"""Lock a file, so that one process at a time writes. The system frees the lock when its process ends, however it ends.
 
-The lock is on a file, which is removed at the end. A killed process leaves the file, but not the lock.
+The locked file is removed at the end. A killed process leaves the file, but not the lock.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ SUFFIX = ".headwise.lock"
 
 
 def lock_of(path: str | os.PathLike[str]) -> Path:
-    """The file that is locked while `path` is made. Its name is short, however long that of `path` is."""
+    """Return the file that is locked while `path` is made. Its name is short, however long that of `path` is."""
     goal = Path(os.path.realpath(path))
     return goal.with_name(f".{hashlib.sha256(os.fsencode(goal.name)).hexdigest()[:16]}{SUFFIX}")
 
 
 @contextmanager
 def locked(lock: Path, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the file `lock` while `path` is written. Raises BadInput if another process does, WriteFailed."""
+    """Hold the file `lock` while `path` is written. Raises BadInput if another process holds it, WriteFailed."""
     descriptor = None
     try:
         while descriptor is None:
@@ -50,7 +50,10 @@ def locked(lock: Path, path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _held(lock: Path) -> int | None:
-    """A descriptor that holds the lock. None if the file was removed meanwhile: the lock would keep nobody out."""
+    """Return a descriptor that holds the lock, or None if the file was removed meanwhile.
+
+    A lock on a removed file would keep nobody out.
+    """
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
         _take(descriptor)

@@ -1,8 +1,8 @@
-"""What the tensors of a file must be: one table per kind of file, held against it in one place.
+"""Check the tensors of a file against a table; every kind of file has one.
 
-A table says of every tensor its shape, dtypes and range. Sizes in a shape are numbers or names: a name that is known
-(of the model, from the metadata) must be met, and one that is not is what the first tensor says, the same for all.
-`require` needs names, dtypes and shapes only, so that a file's header is enough; `require_values` looks at the numbers.
+A table has the shape, dtypes and range of every tensor. Sizes in a shape are numbers or names. A name may have a known
+size (from the model or the metadata); otherwise the first tensor sets its size for all. `require` needs names, dtypes
+and shapes only, so that a file's header is enough; `require_values` looks at the numbers.
 """
 
 import math
@@ -25,12 +25,12 @@ _NAMES = {
     torch.int64: "I64",
     torch.int32: "I32",
 }
-LARGEST = 1e30  # of numbers that are computed with: their products and sums stay finite
+LARGEST = 1e30  # of numbers to compute with: their products and sums stay finite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
-    """What is known of a tensor without its values."""
+    """Dtype and shape of a tensor, which are known without its values."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Header:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Numbers:
-    """What a tensor must be: finite and within [low, high] besides."""
+    """The shape, dtypes and range that a tensor must have. Its numbers must be finite, too."""
 
     shape: tuple[int | str, ...]
     dtypes: tuple[str, ...] = FLOATS
@@ -48,24 +48,25 @@ class Numbers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schema:
-    """The tensors of one file. `advice` says what to do about one that does not fit."""
+    """The tensors that a file must have. `advice` says what to do about a file that does not fit."""
 
     table: Mapping[str, Numbers]
     sizes: Mapping[str, int] = field(default_factory=dict)
     advice: str = "Get or make the file again."
 
-    def require(self, found: Mapping[str, Header], place: str) -> dict[str, int]:
-        """`place` begins every message: which file, and that it is damaged.
+    def require(self, headers: Mapping[str, Header], place: str) -> dict[str, int]:
+        """Check names, dtypes and shapes, and return all sizes.
 
-        Returns all sizes, if names, dtypes and shapes fit. Raises BadInput, ShapeMismatch, naming the tensor.
+        `place` begins every message: which file, and that it is damaged. Raises BadInput or ShapeMismatch, naming the
+        tensor.
         """
-        missing, unknown = sorted(self.table.keys() - found.keys()), sorted(found.keys() - self.table.keys())
+        missing, unknown = sorted(self.table.keys() - headers.keys()), sorted(headers.keys() - self.table.keys())
         if missing or unknown:
-            said = f"lacks {missing[0]!r}" if missing else f"holds an unknown tensor {shown(unknown[0])}"
-            raise BadInput(f"{place}: it {said}. {self.advice}")
+            problem = f"lacks {missing[0]!r}" if missing else f"holds an unknown tensor {shown(unknown[0])}"
+            raise BadInput(f"{place}: it {problem}. {self.advice}")
         sizes = dict(self.sizes)
         for name, numbers in self.table.items():
-            header = found[name]
+            header = headers[name]
             if header.dtype not in numbers.dtypes:
                 raise BadInput(
                     f"{place}: {name!r} is of dtype {header.dtype}; expected {' or '.join(numbers.dtypes)}. "
@@ -76,20 +77,20 @@ class Schema:
 
     def _require_shape(self, name: str, numbers: Numbers, header: Header, sizes: dict[str, int], place: str) -> None:
         if len(header.shape) == len(numbers.shape):
-            for size, found in zip(numbers.shape, header.shape, strict=True):
+            for size, length in zip(numbers.shape, header.shape, strict=True):
                 if isinstance(size, str):
-                    sizes.setdefault(size, found)
-        wanted = tuple(sizes.get(size, size) if isinstance(size, str) else size for size in numbers.shape)
-        if header.shape != wanted:
+                    sizes.setdefault(size, length)
+        expected = tuple(sizes.get(size, size) if isinstance(size, str) else size for size in numbers.shape)
+        if header.shape != expected:
             named = any(isinstance(size, str) for size in numbers.shape)
             axes = f" ({', '.join(map(str, numbers.shape))})" if named else ""
-            need = f"({', '.join(map(str, wanted))}{',' * (len(wanted) == 1)})"
+            need = f"({', '.join(map(str, expected))}{',' * (len(expected) == 1)})"
             raise ShapeMismatch(
                 f"{place}: {name!r} has shape {header.shape}, but its sizes{axes} need {need}. {self.advice}"
             )
 
     def require_values(self, tensors: Mapping[str, Tensor], place: str) -> None:
-        """Raise BadInput, naming place and tensor, where a number is not finite or beyond its range."""
+        """Raise BadInput, naming place and tensor, if a number is not finite or beyond its range."""
         for name, numbers in self.table.items():
             low, high = extremes(tensors[name])
             if not (numbers.low <= low <= high <= numbers.high and math.isfinite(low) and math.isfinite(high)):
@@ -100,7 +101,7 @@ class Schema:
 
 
 def headers(tensors: Mapping[str, Tensor]) -> dict[str, Header]:
-    """Of tensors in memory."""
+    """Return the headers of tensors in memory."""
     return {
         name: Header(dtype=_NAMES.get(tensor.dtype, str(tensor.dtype)), shape=tuple(tensor.shape))
         for name, tensor in tensors.items()
@@ -108,7 +109,7 @@ def headers(tensors: Mapping[str, Tensor]) -> dict[str, Header]:
 
 
 def extremes(tensor: Tensor) -> tuple[float, float]:
-    """Least and greatest number, both NaN where any is; 0 and 0 where there is none. Takes no memory."""
+    """Return the least and the greatest number: both NaN if any is, 0 and 0 if there is none. Takes no memory."""
     if tensor.numel() == 0:
         return 0.0, 0.0
     low, high = tensor.detach().aminmax()

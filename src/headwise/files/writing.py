@@ -1,8 +1,8 @@
-"""Files that are written: at once or not at all, and over nothing but a regular file.
+"""Write files at once or not at all, and over nothing but a regular file.
 
-`require_file` and `require_folder` look at a goal before any work is done for it. `replacing` writes a file beside the
+`require_file` and `require_folder` check a goal before any work is done for it. `replacing` writes a file beside the
 goal, which then takes its place: a reader sees the old file or the new one. A link stays a link, and its target is
-replaced. A file that was there keeps its mode and, where the system allows it, its owner.
+replaced. A file that was there keeps its mode and, if the system allows it, its owner.
 
 Imports no torch: reports need this too.
 """
@@ -21,20 +21,20 @@ from uuid import uuid4
 from headwise.errors import BadInput, WriteFailed
 
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-_LEFT = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp")
+_LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp")
 _SHOWN = 40  # characters of a goal's name in the name of its temporary file; a name has at most 255 bytes
 
 
 def require_file(path: str | os.PathLike[str], *, inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
     """Raise BadInput unless a file can be written at `path`, and it is none of the `inputs`.
 
-    The folder must be there and be writable. What is there must be a regular file that may be written to.
+    The folder must exist and be writable. If there is something at `path`, it must be a regular, writable file.
     """
     try:
-        found = _status(path)
-        if found is not None:
-            _require_regular(path, found)
-            if any(os.path.exists(one) and os.path.samestat(found, os.stat(one)) for one in inputs):
+        status = _status(path)
+        if status is not None:
+            _require_regular(path, status)
+            if any(os.path.exists(source) and os.path.samestat(status, os.stat(source)) for source in inputs):
                 raise BadInput(f"cannot write {path}: it is one of the files that are read. Name another file.")
         folder = _target(path).parent
         if not folder.is_dir():
@@ -64,9 +64,9 @@ def require_folder(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file near `path` that takes its place when the block ends well, and is removed when not.
+    """Yield a temporary file near `path`. It takes the place of `path` if the block ends well, else it is removed.
 
-    Raises BadInput as `require_file` does, WriteFailed where the system fails: a full disk, a limit.
+    Raises BadInput as `require_file` does, and WriteFailed if the system fails: a full disk, a limit.
     """
     require_file(path)
     goal = _target(path)
@@ -95,7 +95,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def append(path: str | os.PathLike[str], content: bytes) -> None:
-    """Add to a file. What was there stays where the system fails, and nothing is added. Raises WriteFailed."""
+    """Add to a file. Raises WriteFailed if the system fails; then nothing is added."""
     start = None
     try:
         with open(path, "ab") as file:
@@ -109,7 +109,7 @@ def append(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with what is in it, that this program has made. Raises WriteFailed."""
+    """Remove a file or a folder that this program has made. Raises WriteFailed if the system fails."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -120,65 +120,65 @@ def remove(path: Path) -> None:
 
 
 def left_of(name: str) -> str | None:
-    """The start of the name of the file that a killed process was writing, if it has left a folder of this name."""
-    found = _LEFT.fullmatch(name)
-    return found and found[1]
+    """Return the start of the name of the file that a killed process was writing in a folder of this name, or None."""
+    match = _LEFTOVER.fullmatch(name)
+    return match and match[1]
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Remove what killed processes left of writing `path`. Only for one who is alone in doing so, see locks.py."""
+    """Remove what killed processes left of writing `path`. The caller must hold its lock, see locks.py."""
     goal = _target(path)
-    for found in goal.parent.iterdir():
-        if left_of(found.name) == goal.name[:_SHOWN]:
-            remove(found)
+    for entry in goal.parent.iterdir():
+        if left_of(entry.name) == goal.name[:_SHOWN]:
+            remove(entry)
 
 
 def failed(path: str | os.PathLike[str], error: OSError) -> WriteFailed:
-    """What to tell of an error of the system while `path` was written."""
+    """Return the error to raise if the system failed while `path` was written."""
     return WriteFailed(f"cannot write {path}: {reason(error)}. What was there before is unchanged.")
 
 
 def reason(error: BaseException) -> str:
-    """What the system says of an error, without its number and path."""
-    said = error.strerror if isinstance(error, OSError) else None
-    return (said or str(error) or type(error).__name__).rstrip(".")
+    """Return the system's text of an error, without number and path."""
+    message = error.strerror if isinstance(error, OSError) else None
+    return (message or str(error) or type(error).__name__).rstrip(".")
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
-    """The file itself, where `path` is a link to it."""
+    """Return the file itself if `path` is a link to it."""
     return Path(os.path.realpath(path))
 
 
 def _status(path: str | os.PathLike[str]) -> os.stat_result | None:
-    """Of what is there, links followed; None for nothing."""
+    """Return the status of what is at `path`, links followed; None if there is nothing."""
     try:
         return os.stat(path)
     except FileNotFoundError:
         return None
 
 
-def _require_regular(path: str | os.PathLike[str], found: os.stat_result) -> None:
-    if stat.S_ISDIR(found.st_mode):
+def _require_regular(path: str | os.PathLike[str], status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
         raise BadInput(f"cannot write {path}: it is a folder; name a file.")
-    if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         raise BadInput(f"cannot write {path}: it is {kind}, no regular file. Name another file.")
     if not os.access(path, os.W_OK):
         raise BadInput(f"cannot write {path}: the file is read-only. Name another file.")
 
 
 def _require_room(folder: Path) -> None:
-    """Raise OSError unless a file can be made there; only trying tells, on every kind of file system."""
+    """Raise OSError unless a file can be made there. Only trying shows it, on every kind of file system."""
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
-def _settle(temporary: Path, wanted: os.stat_result) -> None:
-    """Put the content on the disk, where a full one shows at the latest, and give the file its owner and mode."""
+def _settle(temporary: Path, status: os.stat_result) -> None:
+    """Put the content on the disk, which fails if that is full, and give the file its owner and mode."""
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     if sys.platform != "win32":
-        for owner, group in ((-1, wanted.st_gid), (wanted.st_uid, -1)):
+        for owner, group in ((-1, status.st_gid), (status.st_uid, -1)):
             with suppress(PermissionError):
                 os.chown(temporary, owner, group)
-    temporary.chmod(stat.S_IMODE(wanted.st_mode))
+    temporary.chmod(stat.S_IMODE(status.st_mode))

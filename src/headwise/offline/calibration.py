@@ -1,4 +1,4 @@
-"""Calibration data: contexts with questions, from files or made here. Never from an evaluation.
+"""Make calibration data: contexts with questions, from files or made here. Never from an evaluation.
 
     FILE.jsonl    one object per line: {"context": "...", "questions": ["...", ...], "domain": "records",
                   "following": "..."}
@@ -6,7 +6,7 @@
     FOLDER        all such files in it, in the order of their names
     builtin[:N]   N contexts made here (default 24)
 
-For the bundled model builtin are the tasks of mini_ruler.py from the splits "calibration" and "train", whose seeds no
+For the bundled model builtin are the tasks of mini_ruler/ from the splits "calibration" and "train", whose seeds no
 evaluation can reach. That mix is demanding on purpose: a profile from easy contexts, with few questions on sparse
 content, underfunds the heads that dense retrieval needs. Every other tokenizer gets natural language (texts/).
 """
@@ -39,7 +39,7 @@ __all__ = ["Example", "Questions", "builtin", "count_tokens", "encode", "load_ex
 BUILTIN = "builtin"
 DEFAULT_CONTEXTS, TRAINING_CONTEXTS = 24, 160
 MOST_CONTEXTS = 100_000
-SHORTEST_LENGTH = 64  # tokens of a context
+MIN_LENGTH = 64  # tokens of a context
 LONGEST = 4096  # tokens of a context in the bundled model's language
 NATURAL_LENGTHS = (512, 1024)  # tokens of contexts in natural language, in turn
 PLAIN = (".txt", ".md")
@@ -68,43 +68,58 @@ def load_examples(
     contexts: int | None = None,
     questions: Questions = None,
 ) -> list[Example]:
-    """Examples from a file, a folder or "builtin[:N]" (made from `split`).
+    """Return examples from a file, a folder or "builtin[:N]".
 
-    `length` is the most tokens of a context, `contexts` how many there are at most. `questions`: "auto" also asks
-    of texts that have no questions, a number asks at most so many of each, "none" leaves the continuation of a context
-    as the only future, None takes questions as they are. Plain texts are used whole, unless a length, a number of
-    contexts or "auto" is given: then they are cut into contexts, at most `contexts` or else `default`. A line of JSON
-    is a context as it is.
+    Plain texts are used whole, unless `length`, `contexts` or questions="auto" is given: then they are cut into
+    contexts. A line of JSON is a context as it is.
 
-    Raises BadInput naming file and line.
+    Parameters
+    ----------
+    source : a .jsonl, .txt or .md file, a folder of them, or "builtin[:N]".
+    max_positions : positions of the model, in tokens.
+    split : "calibration" or "train", from which builtin examples are made.
+    default : how many contexts are made or cut where `contexts` is None.
+    length : tokens of a context, at most; None: see `builtin`.
+    contexts : how many contexts there are, at most.
+    questions : "auto" also asks of texts that have no questions, a number asks at most so many of each context, "none"
+        leaves the continuation of a context as the only future, None takes questions as they are.
+
+    Returns
+    -------
+    The examples, in the order of the files.
+
+    Raises
+    ------
+    BadInput
+        If a file cannot be read or a line is wrong (it names both), or a number is out of range.
     """
     _require(length, contexts, questions, max_positions)
     name, _, count = source.partition(":")
     if name == BUILTIN:
-        number = _number(source, count, contexts, default)
+        number = _builtin_count(source, count, contexts, default)
         examples = builtin(tokenizer, number, max_positions=max_positions, split=split, length=length)
-        return [_limited(example, questions) for example in examples]
-    read = _read_all(source)
-    examples = [example for example, _ in read]
+        return [_limit_questions(example, questions) for example in examples]
+    texts = _read_all(source)
+    examples = [example for example, _ in texts]
     cutting = (length, contexts) != (None, None) or questions == "auto"
-    if cutting and any(plain for _, plain in read):
-        lengths = [each - _special(tokenizer) for each in _lengths(length, max_positions, NATURAL_LENGTHS)]
-        examples = cut_up(read, count_tokens(tokenizer), lengths, contexts or default)
+    if cutting and any(plain for _, plain in texts):
+        lengths = [each - _special_tokens(tokenizer) for each in _lengths(length, max_positions, NATURAL_LENGTHS)]
+        examples = cut_up(texts, count_tokens(tokenizer), lengths, contexts or default)
     if contexts is not None and len(examples) > contexts:
         examples = [examples[len(examples) * n // contexts] for n in range(contexts)]
     if questions == "auto":
         examples = [with_questions(example, Random(f"{split} {number}")) for number, example in enumerate(examples)]
-    return [_limited(example, questions) for example in examples]
+    return [_limit_questions(example, questions) for example in examples]
 
 
 def _read_all(source: str) -> list[tuple[Example, bool]]:
-    """Examples of a file or folder, and whether each is a plain text. Raises BadInput."""
+    """Read the examples of a file or folder, and whether each is a plain text. Raises BadInput if there is none."""
     path = Path(source)
     files = sorted(p for p in path.iterdir() if p.suffix in {".jsonl", *PLAIN}) if path.is_dir() else [path]
-    read = [(example, file.suffix != ".jsonl") for file in files for example in _read(file)]
-    if not read:
+    texts = [(example, file.suffix != ".jsonl") for file in files for example in _read(file)]
+    if not texts:
         raise BadInput(f"{source} holds no examples: give a .jsonl, .txt or .md file, a folder of them, or {BUILTIN}.")
-    return read
+    return texts
 
 
 def builtin(
@@ -116,17 +131,18 @@ def builtin(
     split: str = "calibration",
     length: int | None = None,
 ) -> list[Example]:
-    """`count` contexts in the language that the tokenizer knows, of `length` tokens at most.
+    """Make `count` contexts in the language that the tokenizer knows, of `length` tokens at most.
 
-    Left out, `length` is 512 and 1,024 in turn, or a quarter and half of the model's positions where that is less (for
-    the bundled model always, up to 4,096). `split` is "calibration" or "train"; neither shares a source or a seed with
-    the other or with an evaluation.
+    If `length` is None, it is 512 and 1,024 in turn, or a quarter and half of the model's positions if that is less
+    (for the bundled model always, up to 4,096). `split` is "calibration" or "train"; neither shares a source or a seed
+    with the other or with an evaluation. Raises BadInput for another split.
     """
     if split not in ("calibration", "train"):
         raise BadInput(f"split={split!r}: contexts are made for calibration or train, never from what evaluates.")
     if _knows_english(tokenizer):
         lengths = _lengths(length, max_positions, NATURAL_LENGTHS)
-        return natural(count_tokens(tokenizer), count, [each - _special(tokenizer) for each in lengths], seed, split)
+        room = [each - _special_tokens(tokenizer) for each in lengths]
+        return natural(count_tokens(tokenizer), count, room, seed, split)
     lexicon = lexicon_for(tokenizer)
     lengths = _lengths(length, max_positions, (LONGEST, LONGEST))
     return [
@@ -135,14 +151,18 @@ def builtin(
 
 
 def to_json_lines(examples: Sequence[Example]) -> str:
-    """A file that load_examples reads, and finds the same examples in."""
+    """Return the content of a file in which `load_examples` finds the same examples."""
     return "".join(json.dumps(asdict(example)) + "\n" for example in examples)
 
 
 def encode(
     tokenizer: Any, example: Example, *, device: torch.device | str
 ) -> tuple[Int[Tensor, "1 tokens"], tuple[Int[Tensor, " _"], ...]]:
-    """Context and question tokens. Without questions the context's last token is the query that starts the answer."""
+    """Return the tokens of the context and of each question.
+
+    Without questions, the context's last token is the question: it starts the answer. Raises BadInput if that leaves
+    no context.
+    """
     if example.questions:
         tokens = tokenize(tokenizer, example.context, list(example.questions), device=device)
         return tokens.context, tokens.questions
@@ -160,32 +180,32 @@ def _make(lexicon: Lexicon, number: int, length: int, seed: int, split: str) -> 
 
 
 def _knows_english(tokenizer: Any) -> bool:
-    """Every tokenizer but the bundled one, which has some 500 words and takes all others for unknown."""
+    """Return whether the tokenizer knows English words. The bundled one has some 500 words and knows no others."""
     ids = tokenizer("A gardener reads 17 letters", add_special_tokens=False)["input_ids"]
     return tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
 
 
 def count_tokens(tokenizer: Any) -> Callable[[str], int]:
-    """How many tokens a text has, without special ones."""
+    """Return a function that counts the tokens of a text, without special ones."""
     return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _special(tokenizer: Any) -> int:
-    """Tokens that the tokenizer puts around every text."""
+def _special_tokens(tokenizer: Any) -> int:
+    """Return how many tokens the tokenizer puts around every text."""
     return tokenizer.num_special_tokens_to_add()
 
 
-def _lengths(length: int | None, max_positions: int, most: tuple[int, int]) -> list[int]:
-    """Tokens of contexts, in turn."""
+def _lengths(length: int | None, max_positions: int, limits: tuple[int, int]) -> list[int]:
+    """Return the tokens of contexts, in turn."""
     if length is not None:
         return [length]
-    return [min(limit, max_positions // part) for limit, part in zip(most, (4, 2), strict=True)]
+    return [min(limit, max_positions // part) for limit, part in zip(limits, (4, 2), strict=True)]
 
 
 def _require(length: int | None, contexts: int | None, questions: Questions, max_positions: int) -> None:
-    if length is not None and not SHORTEST_LENGTH <= length < max_positions:
+    if length is not None and not MIN_LENGTH <= length < max_positions:
         raise BadInput(
-            f"length={length}: a context has {SHORTEST_LENGTH} tokens or more, and fewer than the {max_positions} "
+            f"length={length}: a context has {MIN_LENGTH} tokens or more, and fewer than the {max_positions} "
             "positions of this model, since questions and answers follow it."
         )
     if contexts is not None and not 0 < contexts <= MOST_CONTEXTS:
@@ -194,8 +214,8 @@ def _require(length: int | None, contexts: int | None, questions: Questions, max
         raise BadInput(f"questions={shown(questions)}: write auto, none, or how many of each context at most.")
 
 
-def _number(source: str, count: str, contexts: int | None, default: int) -> int:
-    """How many contexts builtin makes."""
+def _builtin_count(source: str, count: str, contexts: int | None, default: int) -> int:
+    """Return how many contexts `builtin` makes."""
     if count and not (count.isdecimal() and len(count) <= 9 and 0 < int(count) <= MOST_CONTEXTS):
         raise BadInput(
             f"data={shown(source)}: write {BUILTIN} or {BUILTIN}:N with a number of contexts, at most {MOST_CONTEXTS}."
@@ -205,14 +225,14 @@ def _number(source: str, count: str, contexts: int | None, default: int) -> int:
     return int(count or contexts or default)
 
 
-def _limited(example: Example, questions: Questions) -> Example:
-    """With at most so many questions, from all over the list."""
+def _limit_questions(example: Example, questions: Questions) -> Example:
+    """Return the example with at most so many questions, from all over the list."""
     if questions in (None, "auto"):
         return example
-    most, asked = 0 if isinstance(questions, str) else questions, example.questions
-    if len(asked) <= most:
+    limit, available = 0 if isinstance(questions, str) else questions, example.questions
+    if len(available) <= limit:
         return example
-    return replace(example, questions=tuple(asked[len(asked) * n // most] for n in range(most)))
+    return replace(example, questions=tuple(available[len(available) * n // limit] for n in range(limit)))
 
 
 def _read(file: Path) -> list[Example]:

@@ -1,8 +1,8 @@
-"""LU-KV, first half: what every head gains, as a function of how much it keeps.
+"""The first half of LU-KV (arXiv 2602.08585): measure what every head gains by how much it keeps.
 
-LU-KV (arXiv 2602.08585). For every calibration context: one prefill, in which the scorers see the context only; then
-later queries tell what each head would lose if it had kept only its best entries by a scorer (losses.py). Later queries
-come from one or more futures:
+For every calibration context there is one prefill, in which the scorers see the context only. Then later queries show
+what each head would lose if it had kept only its best entries by a scorer (losses.py). Later queries come from one or
+more futures:
 
     answers    every decoding step of every answer to its questions, from the full cache: LU-KV's
     repeat     the model reads the context again after an instruction to repeat it, as KVzip (arXiv 2505.23416) does:
@@ -63,9 +63,20 @@ PIECE, OVERLAP = 1024, 8  # tokens of a text that are read in one pass, and of t
 class Settings:
     """How losses are measured; part of the profile's provenance.
 
-    `sink` first and `window` last tokens are kept first by every head, more where the scorer itself protects more;
-    whether a head gets all of them is solved. `published` solves every question by itself, too. Of every 1,024 tokens
-    that are read as a future, so many evenly spread `queries` count.
+    Attributes
+    ----------
+    steps : tokens of an answer that are decoded.
+    sampling : how answers are decoded.
+    sink, window : first and last tokens that every head keeps first, more where the scorer protects more. How many of
+        them a head gets is solved.
+    published : whether every question is solved by itself, too.
+    futures : what later queries come from, of FUTURES.
+    queries : how many evenly spread queries count, of every 1,024 tokens that are read as a future.
+
+    Raises
+    ------
+    BadInput
+        If a future is unknown or there is none, or a number is out of range.
     """
 
     steps: int = 64
@@ -73,7 +84,7 @@ class Settings:
     sink: int = 4
     window: int = 32
     published: bool = False
-    futures: tuple[str, ...] = ("answers",)  # of FUTURES
+    futures: tuple[str, ...] = ("answers",)
     queries: int = 128
 
     def __post_init__(self) -> None:
@@ -86,12 +97,12 @@ class Settings:
             raise BadInput("published solves every question by itself: it needs the future 'answers'.")
 
     def protection(self, scorer: AbstractScorer) -> tuple[int, int]:
-        """Sink and window of a scorer."""
+        """Return sink and window of a scorer, in tokens."""
         return max(self.sink, scorer.sink), max(self.window, scorer.window)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Reread:
+class FutureText:
     """A text that the model reads after the context, in one pass; the queries of its own tokens count."""
 
     opening: Int[Tensor, " _"]  # comes before it and does not count, but for its last token
@@ -104,23 +115,24 @@ class Lesson:
 
     context: Int[Tensor, "1 tokens"]
     questions: tuple[Int[Tensor, " _"], ...]  # to be answered; none where answers do not count
-    texts: tuple[Reread, ...]
+    texts: tuple[FutureText, ...]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that tells it from others."""
-        return (self.context, *self.questions, *(t for each in self.texts for t in (each.opening, each.text)))
+        """Return all tensors, which tell it from other lessons."""
+        texts = (part for future in self.texts for part in (future.opening, future.text))
+        return (self.context, *self.questions, *texts)
 
 
 def default_futures(tokenizer: Any, examples: Sequence[Example]) -> tuple[str, ...]:
-    """Answers alone for the bundled model's language, as its budgets were made; else all that the examples have."""
+    """Return the futures to use: answers alone for the bundled model's language, else all that the examples have."""
     if not _knows_english(tokenizer):
         return ("answers",)
-    known = any(getattr(example, "following", "") for example in examples)
-    return FUTURES if known else ("answers", "repeat")
+    has_following = any(getattr(example, "following", "") for example in examples)
+    return FUTURES if has_following else ("answers", "repeat")
 
 
 def default_steps(futures: Sequence[str]) -> int:
-    """Tokens to decode per question: as published where answers are all that counts; fewer where texts do, too."""
+    """Return how many tokens to decode per question: as published for answers alone, fewer if texts count, too."""
     return 64 if tuple(futures) == ("answers",) else 8
 
 
@@ -140,15 +152,32 @@ def profile(
     processes: Processes | None = None,
     progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> None:
-    """Measure every example for every scorer and write the Profile `out`; resumes what a killed run left.
+    """Measure every example for every scorer, and write the Profile `out` (LU-KV, arXiv 2602.08585).
 
-    Several `processes` share the examples, and `out`; other runs are kept out. Raises BadInput before anything is
-    measured, also where `out` cannot be written; ArtifactMismatch or BadInput for parts that are damaged; WriteFailed.
-    Parts of another model, other settings or other scorers are not taken up. `progress` is told of contexts, and of
-    parts of one, in the order of the work; of those that are there already at once.
+    Every example is written to a part beside `out`, so a killed run goes on where it was. Parts of another model, other
+    settings or other scorers are not used.
+
+    Parameters
+    ----------
+    examples : what `load_examples` returns.
+    scorers : names of scorers.
+    out : the file to write.
+    settings : how losses are measured; None: the defaults.
+    processes : share the examples and `out`. Other runs are kept out.
+    progress : is called with (contexts done, contexts in all) of this process.
+
+    Raises
+    ------
+    BadInput
+        Before any work, if there is no example or scorer, a scorer cannot be profiled, an example does not fit the
+        model, or `out` cannot be written. Later, if a part is damaged.
+    ArtifactMismatch
+        If a part is no part.
+    WriteFailed
+        If the disk refuses a file.
     """
     settings, parts = settings or Settings(), Parts(out, "a profile")
-    chosen = _scorers(scorers)
+    scorers_by_name = _scorers(scorers)
     if not examples:
         raise BadInput("there is nothing to profile: give at least one example.")
     require_file(out)
@@ -156,36 +185,36 @@ def profile(
     with nullcontext() if processes.rank > 0 else locked(lock_of(out), out):
         if processes.rank == 0:
             parts.require()
-        _profile(model, tokenizer, examples, chosen, out, parts, settings, processes, progress)
+        _profile(model, tokenizer, examples, scorers_by_name, out, parts, settings, processes, progress)
 
 
 def _profile(
     model: PreTrainedModel,
     tokenizer: Any,
     examples: Sequence[Example],
-    chosen: dict[str, AbstractScorer],
+    scorers: dict[str, AbstractScorer],
     out: str | os.PathLike[str],
     parts: Parts,
     settings: Settings,
     processes: Processes,
     progress: Callable[[float, int], None],
 ) -> None:
-    lessons = _lessons(model, tokenizer, examples, list(chosen.values()), settings)
-    parameters = sorted((name, repr(scorer.provenance())) for name, scorer in chosen.items())
+    lessons = _lessons(model, tokenizer, examples, list(scorers.values()), settings)
+    parameters = sorted((name, repr(scorer.provenance())) for name, scorer in scorers.items())
     run = fingerprint(model_fingerprint(model), repr((asdict(settings), parameters, RANKS, PER_OCTAVE)))
     files = [parts.file(run, *lesson.tensors()) for lesson in lessons]
     parts.make()
 
-    def measure_part(index: int, tell: Callable[[float], None]) -> None:
-        about = {"run": run, "domain": examples[index].domain}
-        _measure_part(model, lessons[index], chosen, settings, tell, files[index], about)
+    def measure_part(index: int, report: Callable[[float], None]) -> None:
+        metadata = {"run": run, "domain": examples[index].domain}
+        _measure_part(model, lessons[index], scorers, settings, report, files[index], metadata)
 
     _measure_missing(files, processes.share(len(examples)), measure_part, progress)
     processes.catch_up()
     processes.wait()
     if processes.rank == 0:
         origin = _origin(model, run, files)
-        _merge(files, [e.domain for e in examples], chosen, origin, settings, run).save(out)
+        _merge(files, [e.domain for e in examples], scorers, origin, settings, run).save(out)
         parts.remove()
         remove_leftovers(out)
     processes.wait()
@@ -193,21 +222,21 @@ def _profile(
 
 def _measure_missing(
     files: Sequence[Path],
-    mine: Sequence[int],
+    share: Sequence[int],
     measure_part: Callable[[int, Callable[[float], None]], None],
     progress: Callable[[float, int], None],
 ) -> None:
-    """Measure what has no file yet; what is there counts as done at once."""
-    mine = sorted(mine, key=lambda index: not files[index].is_file())
-    for done, index in enumerate(mine):
+    """Measure the examples that have no file yet; the others count as done at once."""
+    share = sorted(share, key=lambda index: not files[index].is_file())
+    for done, index in enumerate(share):
         if not files[index].is_file():
-            progress(done, len(mine))
-            measure_part(index, partial(_tell, progress, done, len(mine)))
-    progress(len(mine), len(mine))
+            progress(done, len(share))
+            measure_part(index, partial(_report_progress, progress, done, len(share)))
+    progress(len(share), len(share))
 
 
-def _tell(progress: Callable[[float, int], None], done: int, total: int, part: float) -> None:
-    progress(done + part, total)
+def _report_progress(progress: Callable[[float, int], None], done: int, total: int, fraction: float) -> None:
+    progress(done + fraction, total)
 
 
 def _measure_part(
@@ -215,14 +244,14 @@ def _measure_part(
     lesson: Lesson,
     scorers: Mapping[str, AbstractScorer],
     settings: Settings,
-    tell: Callable[[float], None],
+    report: Callable[[float], None],
     file: Path,
-    about: Mapping[str, str],
+    metadata: Mapping[str, str],
 ) -> None:
     """Measure one context and write it to a file of its own."""
-    measured = measure(model, lesson, list(scorers.values()), settings, tell)
+    measured = measure(model, lesson, list(scorers.values()), settings, report)
     tensors = {f"{n}.{k}": t.float() for n, s in scorers.items() for k, t in measured[s].items()}
-    write_tensors(file, "part", tensors, about)
+    write_tensors(file, "part", tensors, metadata)
 
 
 def measure(
@@ -230,12 +259,13 @@ def measure(
     lesson: Lesson,
     scorers: Sequence[AbstractScorer],
     settings: Settings,
-    tell: Callable[[float], None] = lambda part: None,
+    report: Callable[[float], None] = lambda part: None,
 ) -> dict[AbstractScorer, dict[str, Tensor]]:
-    """For every scorer the curves of one context [layers, kv_heads, sink + window + RANKS], float64.
+    """Return the curves of one context for every scorer [layers, kv_heads, sink + window + RANKS], float64.
 
     They are those of CURVES; over all heads each sums to 1. If settings.published, also "published" [99, layers,
-    kv_heads]: the kept fractions of the questions, each solved by itself, averaged. `tell` hears which part is done.
+    kv_heads]: the kept fractions of the questions, each solved by itself, averaged. `report` is called with the share
+    of the work that is done.
     """
     reading = read(model, lesson.context, scorers)
     protected = {scorer: sum(settings.protection(scorer)) for scorer in scorers}
@@ -243,25 +273,25 @@ def measure(
     written = Written(reading.whole)
     importance = Importance(reading.whole, written)
     outputs = {s: OutputLoss(reading.whole, orders[s], protected[s], written=written) for s in scorers}
-    normal = importance.scale[:, None, None]
-    pooled, solved = torch.zeros_like(normal), {scorer: [] for scorer in scorers}
-    for questions in _futures(model, lesson, reading.whole, [importance, *outputs.values()], settings, tell):
-        found = importance.take()
-        pooled = torch.maximum(pooled, found.amax(0))
+    scale = importance.scale[:, None, None]
+    pooled, solved = torch.zeros_like(scale), {scorer: [] for scorer in scorers}
+    for questions in _futures(model, lesson, reading.whole, [importance, *outputs.values()], settings, report):
+        importances = importance.take()
+        pooled = torch.maximum(pooled, importances.amax(0))
         if settings.published and questions:
             for scorer in scorers:
-                curves = marginal_utility(found / normal, orders[scorer].expand_as(found), protected[scorer])
+                curves = marginal_utility(importances / scale, orders[scorer].expand_as(importances), protected[scorer])
                 solved[scorer] += [published_counts(c, protected[scorer], lesson.context.shape[1]) for c in curves]
     measured: dict[AbstractScorer, dict[str, Tensor]] = {}
     for scorer in scorers:
         ideal = keeping_order(pooled, *settings.protection(scorer))
         curves = {
             "output": outputs[scorer].marginal(),
-            "normalised": marginal_utility(pooled / normal, orders[scorer], protected[scorer]),
+            "normalised": marginal_utility(pooled / scale, orders[scorer], protected[scorer]),
             "raw": marginal_utility(pooled, orders[scorer], protected[scorer]),
             "ideal": marginal_utility(pooled, ideal, protected[scorer]),
         }
-        measured[scorer] = {name: _of_one(curve) for name, curve in curves.items()}
+        measured[scorer] = {name: _normalise(curve) for name, curve in curves.items()}
         if settings.published:
             measured[scorer]["published"] = torch.stack(solved[scorer]).double().mean(0) / lesson.context.shape[1]
     return measured
@@ -273,41 +303,41 @@ def _futures(
     whole: RaggedCache,
     readers: Sequence[Reader],
     settings: Settings,
-    tell: Callable[[float], None],
+    report: Callable[[float], None],
 ) -> Iterator[bool]:
-    """Give the readers all futures; yields after some questions (True) or a text (False)."""
+    """Show all futures to the readers. Yields after some questions (True) or a text (False)."""
     costs = [len(question) + settings.steps for question in lesson.questions]
-    sizes = [len(each.opening) + len(each.text) for each in lesson.texts]
+    sizes = [len(future.opening) + len(future.text) for future in lesson.texts]
     done, work = lesson.context.shape[1], lesson.context.shape[1] + sum(costs) + sum(sizes)
-    tell(done / work)
+    report(done / work)
     if lesson.questions:
         options = {"steps": settings.steps, "sampling": settings.sampling}
         for answered in decode(model, whole, lesson.questions, readers, **options):
             yield True
             done += sum(costs[answered.start : answered.stop])
-            tell(done / work)
-    for each, size in zip(lesson.texts, sizes, strict=True):
-        follow(model, whole, each.opening, each.text, readers, queries=settings.queries)
+            report(done / work)
+    for future, size in zip(lesson.texts, sizes, strict=True):
+        follow(model, whole, future.opening, future.text, readers, queries=settings.queries)
         yield False
         done += size
-        tell(done / work)
+        report(done / work)
 
 
-def _of_one(curve: Float[Tensor, "layers kv_heads steps"]) -> Float[Tensor, "layers kv_heads steps"]:
-    """As shares of what there is to gain; a context in which nothing matters has none."""
-    whole = curve.sum()
-    return curve / whole if whole > 0 else torch.zeros_like(curve)
+def _normalise(curve: Float[Tensor, "layers kv_heads steps"]) -> Float[Tensor, "layers kv_heads steps"]:
+    """Return the curve as shares of all that can be gained; zeros if nothing can."""
+    total = curve.sum()
+    return curve / total if total > 0 else torch.zeros_like(curve)
 
 
 def _scorers(names: Sequence[str]) -> dict[str, AbstractScorer]:
-    """Scorers by name, each once. Raises BadInput for none, an unknown one or one that cannot watch a prefill."""
-    chosen = {name: Method.parse(f"{name}+uniform").scorer for name in dict.fromkeys(names)}
-    if not chosen:
+    """Return scorers by name. Raises BadInput if there is none, or one is unknown or cannot watch a prefill."""
+    scorers = {name: Method.parse(f"{name}+uniform").scorer for name in dict.fromkeys(names)}
+    if not scorers:
         raise BadInput("there is nothing to profile: give at least one scorer.")
-    for name, scorer in chosen.items():
+    for name, scorer in scorers.items():
         if not can_watch(scorer):
             raise BadInput(f"{name} cannot be profiled: it reads the context twice, or its scores depend on the keep.")
-    return chosen
+    return scorers
 
 
 def _lessons(
@@ -317,10 +347,10 @@ def _lessons(
     scorers: Sequence[AbstractScorer],
     settings: Settings,
 ) -> list[Lesson]:
-    """Examples as tokens. Raises BadInput where one has no future, or does not fit the model."""
+    """Return the examples as tokens. Raises BadInput if one has no future, or does not fit the model."""
     if settings.steps < 1:
         raise BadInput("the oracle needs at least one step.")
-    lessons = [_fitting(model, tokenizer, example, scorers, settings) for example in examples]
+    lessons = [_lesson(model, tokenizer, example, scorers, settings) for example in examples]
     for example, lesson in zip(examples, lessons, strict=True):
         if not lesson.questions and not lesson.texts:
             raise BadInput(
@@ -330,15 +360,15 @@ def _lessons(
     return lessons
 
 
-def _fitting(
+def _lesson(
     model: PreTrainedModel, tokenizer: Any, example: Example, scorers: Sequence[AbstractScorer], settings: Settings
 ) -> Lesson:
-    """An example as tokens. Raises BadInput where they are too many for the model or too few for a scorer."""
+    """Return an example as tokens. Raises BadInput if they are too many for the model or too few for a scorer."""
     limit = view(model).max_positions
     require_room(tokenizer, example.context, limit)
     context, questions = encode(tokenizer, example, device=model.device)
-    asked = questions if "answers" in settings.futures else ()
-    tokens = context.shape[1] + (max(len(q) for q in asked) + settings.steps if asked else 0)
+    answered = questions if "answers" in settings.futures else ()
+    tokens = context.shape[1] + (max(len(q) for q in answered) + settings.steps if answered else 0)
     if tokens > limit:
         raise BadInput(
             f"a calibration context of {context.shape[1]} tokens, its longest question and {settings.steps} decoded "
@@ -355,7 +385,7 @@ def _fitting(
         for opening, text in _texts(tokenizer, example, context, questions, settings)
         for piece in _pieces(opening, text, limit - context.shape[1], example)
     ]
-    return Lesson(context=context, questions=asked, texts=tuple(texts))
+    return Lesson(context=context, questions=answered, texts=tuple(texts))
 
 
 def _texts(
@@ -365,7 +395,7 @@ def _texts(
     questions: Sequence[Int[Tensor, " _"]],
     settings: Settings,
 ) -> Iterator[tuple[Int[Tensor, " _"], Int[Tensor, " _"]]]:
-    """What the model reads after the context: an opening and a text each."""
+    """Yield the opening and the text of everything that the model reads after the context."""
     if "repeat" in settings.futures:
         yield _instruction(tokenizer, example, context), context[0]
     following = getattr(example, "following", "") if "following" in settings.futures else ""
@@ -374,10 +404,10 @@ def _texts(
         yield opening, context.new_tensor(following_ids(tokenizer, following, verbose=False))
 
 
-def _pieces(opening: Int[Tensor, " _"], text: Int[Tensor, " _"], room: int, example: Example) -> Iterator[Reread]:
-    """A text in pieces of equal size, each after the opening and the end of the piece before, as KVzip has them.
+def _pieces(opening: Int[Tensor, " _"], text: Int[Tensor, " _"], room: int, example: Example) -> Iterator[FutureText]:
+    """Yield a text in pieces of equal size, each after the opening and the end of the piece before, as in KVzip.
 
-    Raises BadInput where `room` tokens are too few for it.
+    Raises BadInput if `room` tokens are too few.
     """
     largest = min(PIECE, room - len(opening) - OVERLAP)
     if largest < 2:
@@ -388,11 +418,11 @@ def _pieces(opening: Int[Tensor, " _"], text: Int[Tensor, " _"], room: int, exam
     size = -(-len(text) // -(-len(text) // largest))
     for start in range(0, len(text), size):
         before = text[max(0, start - OVERLAP) : start]
-        yield Reread(opening=torch.cat([opening, before]), text=text[start : start + size])
+        yield FutureText(opening=torch.cat([opening, before]), text=text[start : start + size])
 
 
 def _instruction(tokenizer: Any, example: Example, context: Int[Tensor, "1 tokens"]) -> Int[Tensor, " _"]:
-    """Tokens that ask to repeat the context; none where the tokenizer does not know the words."""
+    """Return tokens that ask to repeat the context; none if the tokenizer does not know the words."""
     if not _knows_english(tokenizer):
         return context[0, :0]
     if example.questions:
@@ -401,11 +431,11 @@ def _instruction(tokenizer: Any, example: Example, context: Int[Tensor, "1 token
 
 
 def _origin(model: PreTrainedModel, run: str, files: Sequence[Path]) -> Origin:
-    seen, name = view(model), model.config.name_or_path or ""
+    model_view, name = view(model), model.config.name_or_path or ""
     return Origin(
-        shape=seen.shape,
+        shape=model_view.shape,
         model=Path(name).name if Path(name).is_dir() else name,  # profiles are shared; where a model lay is not
-        config_hash=seen.config_hash,
+        config_hash=model_view.config_hash,
         calibration=fingerprint(run, *(file.stem for file in files)),
     )
 
@@ -418,7 +448,7 @@ def _merge(
     settings: Settings,
     run: str,
 ) -> Profile:
-    """Mean curves per scorer and domain, summed in the order of the data."""
+    """Return the profile of all parts: mean curves per scorer and domain, summed in the order of the data."""
     schema = _part_schema(scorers, settings, origin)
     names, counts = list(dict.fromkeys(domains)), dict.fromkeys(domains, 0)
     total: dict[tuple[str, str], Tensor] = {}
@@ -447,7 +477,7 @@ def _merge(
 
 
 def _part_schema(scorers: Mapping[str, AbstractScorer], settings: Settings, origin: Origin) -> Schema:
-    """What the file of one context must hold."""
+    """Return what the file of one context must hold."""
     ranks = {name: sum(settings.protection(scorer)) + RANKS for name, scorer in scorers.items()}
     return Schema(
         table=part_table(ranks, settings.published),

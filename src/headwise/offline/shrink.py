@@ -1,6 +1,6 @@
-"""Make a file small enough to ship or to share: gates in half precision, budgets without the curves for pictures.
+"""Make a file small enough to share: gates in half precision, budgets without the curves for pictures.
 
-What that changes is measured before anything is written: which entries would be kept, and how many.
+The effect is measured before anything is written: which entries would be kept, and how many.
 """
 
 from copy import deepcopy
@@ -24,7 +24,7 @@ TOKENS, KEEP = 2048, 0.15  # of the context and the choice that are compared
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shrunk:
-    """What was written. `changed`: most by which a head's share changes; `shared`: least share of equal entries."""
+    """What was written. `changed`: most by which a head's share changes. `shared`: least share of equal entries."""
 
     kind: str
     bytes_before: int
@@ -34,11 +34,11 @@ class Shrunk:
 
 
 def shrink(path: Path, out: Path, *, model: str | None = None) -> Shrunk:
-    """Write a small copy of gates or of a budget; `model` is the name it shall say it was made for.
+    """Write a small copy of gates or of a budget. `model` is the name of the model that the copy says it is for.
 
     Gates become float16. A budget becomes float32, because its slopes range over many orders of magnitude, and loses
-    its curves. Raises BadInput where half precision cannot hold a number or changes what is kept, ArtifactMismatch for
-    another kind of file.
+    its curves. Raises BadInput if half precision cannot hold a number or changes what is kept, ArtifactMismatch if the
+    file is of another kind.
     """
     kind = describe(path)["kind"]
     if kind not in ("gates", "budget"):
@@ -51,30 +51,30 @@ def shrink(path: Path, out: Path, *, model: str | None = None) -> Shrunk:
 def _gates(path: Path, out: Path, model: str | None) -> tuple[float, float]:
     gates, changed, shared = Gates.load(path), 0.0, 1.0
     if gates.budgets is not None:
-        changed = _changed_fractions(gates.budgets, _halved(gates.budgets, "budgets"))
+        changed = _changed_fractions(gates.budgets, _halve(gates.budgets, "budgets"))
     if gates.scores is not None:
-        shared = _shared_entries(gates.scores, _halved(gates.scores, "scores"))
+        shared = _shared_entries(gates.scores, _halve(gates.scores, "scores"))
     if changed > MOST_CHANGED or shared < LEAST_SHARED:
         raise BadInput(
             f"{path}: in half precision a head would keep up to {changed:.4f} of the context more or less, and of its "
             f"entries only {shared:.4f} would stay. Share the file as it is."
         )
-    named = gates.origin if model is None else replace(gates.origin, model=model)
-    replace(gates, origin=named).save(out, dtype=torch.float16)
+    origin = gates.origin if model is None else replace(gates.origin, model=model)
+    replace(gates, origin=origin).save(out, dtype=torch.float16)
     return changed, shared
 
 
 def _budget(path: Path, out: Path, model: str | None) -> float:
     budget = Budget.load(path)
-    named = budget.origin if model is None else replace(budget.origin, model=model)
+    origin = budget.origin if model is None else replace(budget.origin, model=model)
     hull = {name: tensor.float() for name, tensor in budget.hull.items()}
-    small = replace(budget, origin=named, fractions=budget.fractions.float(), hull=hull, evidence={})
+    small = replace(budget, origin=origin, fractions=budget.fractions.float(), hull=hull, evidence={})
     small.save(out)
     return _changed_counts(budget, small) if hull else 0.0
 
 
-def _halved(module: Any, part: str) -> Any:
-    """As it will be loaded. Raises BadInput where float16 holds no such number."""
+def _halve(module: Any, part: str) -> Any:
+    """Return the module as it will be loaded. Raises BadInput if float16 cannot hold a number."""
     half = deepcopy(module).half().float()
     for name, tensor in half.state_dict().items():
         if not tensor.isfinite().all():
@@ -88,7 +88,7 @@ def _halved(module: Any, part: str) -> Any:
 
 @torch.no_grad()
 def _changed_fractions(before: HeadBudgets, after: HeadBudgets) -> float:
-    """Over keeps, for a context without traits and for random ones: most by which a head's share changes."""
+    """Return the most by which a head's share changes, over keeps, without a summary and with random ones."""
     mean, spread = before.usual
     noise = torch.randn(8, len(mean), generator=_generator(), dtype=torch.float32, device="cpu")
     summaries = [None, *(mean + spread * noise)]
@@ -97,7 +97,7 @@ def _changed_fractions(before: HeadBudgets, after: HeadBudgets) -> float:
 
 @torch.no_grad()
 def _shared_entries(before: EntryScores, after: EntryScores) -> float:
-    """Of random entries, those in the best KEEP by both networks: the head with the fewest."""
+    """Return the least share of a head's best entries (KEEP of random ones) that both networks choose."""
     layers, kv_heads, width, _ = before.weight_in.shape
     generator, least, kept = _generator(), 1.0, round(KEEP * TOKENS)
     for layer in range(layers):
@@ -105,21 +105,21 @@ def _shared_entries(before: EntryScores, after: EntryScores) -> float:
         features = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
         chosen = [
             torch.zeros(size[:3], dtype=torch.bool, device="cpu").scatter(
-                2, m(features, layer).topk(kept).indices, True
+                2, network(features, layer).topk(kept).indices, True
             )
-            for m in (before, after)
+            for network in (before, after)
         ]
         least = min(least, float((chosen[0] & chosen[1]).sum(-1).min()) / kept)
     return least
 
 
 def _changed_counts(before: Budget, after: Budget) -> float:
-    """Over the ratios of the table: most by which a head's share of TOKENS changes."""
+    """Return the most by which a head's share of TOKENS changes, over the ratios of the table."""
     heads, protected, counts = before.origin.shape.num_heads, before.hull["protected"].shape[1], []
     for budget in (before, after):
-        rest = Hulls(width=budget.hull["width"], slope=budget.hull["slope"])
+        hulls = Hulls(width=budget.hull["width"], slope=budget.hull["slope"])
         totals = [round(ratio * heads * TOKENS) for ratio in before.ratios.tolist()]
-        counts.append([lukv_counts(budget.hull["protected"], rest, TOKENS, protected, total, 1) for total in totals])
+        counts.append([lukv_counts(budget.hull["protected"], hulls, TOKENS, protected, total, 1) for total in totals])
     return max(float((a - b).abs().max()) / TOKENS for a, b in zip(*counts, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""LU-KV, second half, as a verb: from a Profile to a Budget, and how good the Budget is."""
+"""The second half of LU-KV: solve a Budget from a Profile, and check how good it is."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ GRID = 2**16  # entries of a head from which fractions are read off; the hulls i
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quality:
-    """Share of the utility that is retained at one ratio. `gap` is what the hulls lose against the exact optimum."""
+    """Share of the utility that each kind of budget retains at one ratio."""
 
     ratio: float
     lukv: float
@@ -33,7 +33,7 @@ class Quality:
 
     @property
     def gap(self) -> float:
-        """Relative loss against exact dynamic programming on the same curves."""
+        """What the hulls lose against exact dynamic programming on the same curves, as a share."""
         return 1 - self.lukv / self.optimum if self.optimum > 0 else 0.0
 
 
@@ -45,18 +45,33 @@ def solve(
     domain_weights: Mapping[str, float] | None = None,
     loss: str = LOSSES[0],
 ) -> Budget:
-    """The Budget of a scorer: the hulls that solve any ratio exactly, and kept fractions at `ratios`.
+    """Solve the Budget of a scorer from its profile (LU-KV, arXiv 2602.08585).
 
-    The fractions are those of a long context, in which the protected tokens do not count. Raises BadInput for an
-    unknown scorer, loss or domain, or ratios outside (0, 1).
+    Parameters
+    ----------
+    profile : curves of the scorer, as `profile` measures them.
+    scorer : one of the profile's scorers.
+    ratios : keeps in (0, 1) at which kept fractions are tabulated.
+    domain_weights : how much each domain counts; None: as many contexts as it has.
+    loss : the curve that is solved: "output", "normalised" or "raw".
+
+    Returns
+    -------
+    A Budget with hulls, which solve any keep exactly, and with kept fractions [ratios, layers, kv_heads] of a long
+    context, in which the protected tokens do not count.
+
+    Raises
+    ------
+    BadInput
+        If the scorer, the loss or a domain is unknown, or a ratio is outside (0, 1).
     """
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise BadInput(f"ratios {[float(ratio) for ratio in ratios]} must lie strictly between 0 and 1.")
     _require_loss(loss)
     exact = sorted({Fraction(str(ratio)) for ratio in ratios})
     curve, shape = profile.curve(scorer, domain_weights, loss=loss), profile.origin.shape
-    protected, rest = curve.flatten(0, 1).tensor_split([sum(profile.protection[scorer])], dim=-1)
-    hulls = concave_hulls(rest)
+    protected, unprotected = curve.flatten(0, 1).tensor_split([sum(profile.protection[scorer])], dim=-1)
+    hulls = concave_hulls(unprotected)
     heads = len(hulls.width)
     rows = [share(hulls, entries=GRID, total=int(ratio * GRID * heads)) for ratio in exact]
     evidence = {"curve": loss, "scorer": "raw", "ideal": "ideal"}
@@ -70,9 +85,9 @@ def solve(
 
 
 def published(profile: Profile, scorer: str, *, domain_weights: Mapping[str, float] | None = None) -> Budget:
-    """LU-KV as its authors do it: kept fractions at 1% to 99%, solved question by question and averaged.
+    """Return the Budget that LU-KV's authors would make: fractions at 1% to 99%, solved per question and averaged.
 
-    Has no hulls; use it as `scorer+fixed@FILE`. Raises BadInput if the profile was made without `published`.
+    It has no hulls; use it as `scorer+fixed@FILE`. Raises BadInput if the profile was made without `published`.
     """
     return Budget(
         ratios=torch.arange(1, 100, dtype=torch.float64, device="cpu") / 100,
@@ -100,19 +115,19 @@ def check(
     domain_weights: Mapping[str, float] | None = None,
     loss: str = LOSSES[0],
 ) -> list[Quality]:
-    """Compare the greedy on hulls with exact dynamic programming, uniform and AdaKV-like budgets on the same curves.
+    """Compare LU-KV's budgets with exact dynamic programming, uniform and AdaKV-like budgets on the same curves.
 
-    Curves (without the protected tokens) are cut to 64 steps per head for it. "adakv" shares each layer's equal part
-    greedily among its heads.
+    Returns one Quality per ratio. Curves (without the protected tokens) are cut to 64 steps per head. "adakv" shares
+    each layer's equal part greedily among its heads. Raises BadInput if the loss is unknown.
     """
     _require_loss(loss)
     coarse = _coarse(profile.curve(scorer, domain_weights, loss=loss)[..., sum(profile.protection[scorer]) :])
     layers, flat = len(coarse), coarse.flatten(0, 1)
-    gained = torch.nn.functional.pad(flat.cumsum(-1), (1, 0))
-    whole, best = float(gained[:, -1].sum()), _best_totals(gained)
+    utility = torch.nn.functional.pad(flat.cumsum(-1), (1, 0))
+    full_utility, best = float(utility[:, -1].sum()), _optimal_utilities(utility)
 
     def worth(counts: Tensor) -> float:
-        return float(gained.gather(1, counts[:, None]).sum()) / whole if whole else 0.0
+        return float(utility.gather(1, counts[:, None]).sum()) / full_utility if full_utility else 0.0
 
     def quality(ratio: float) -> Quality:
         total = round(ratio * len(flat) * CHECK_STEPS)
@@ -125,7 +140,7 @@ def check(
         return Quality(
             ratio=ratio,
             lukv=worth(share(concave_hulls(flat), entries=CHECK_STEPS, total=total)),
-            optimum=float(best[total]) / whole if whole else 0.0,
+            optimum=float(best[total]) / full_utility if full_utility else 0.0,
             uniform=worth(even),
             adakv=worth(torch.cat(by_layer)),
         )
@@ -140,10 +155,10 @@ def _coarse(curve: Float[Tensor, "layers kv_heads ranks"]) -> Float[Tensor, "lay
     return curve.reshape(layers, heads, CHECK_STEPS, ranks // CHECK_STEPS).sum(-1)
 
 
-def _best_totals(gained: Float[Tensor, "heads counts"]) -> np.ndarray:
-    """Exact optimum for every total: (max, +) convolution of the heads' curves."""
+def _optimal_utilities(utility: Float[Tensor, "heads counts"]) -> np.ndarray:
+    """Return the exact optimum for every total: the (max, +) convolution of the heads' curves."""
     best = np.zeros(1)
-    for curve in gained.numpy():
+    for curve in utility.numpy():
         longer = np.full(len(best) + len(curve) - 1, -np.inf)
         for count, gain in enumerate(curve):
             np.maximum(longer[count : count + len(best)], best + gain, out=longer[count : count + len(best)])

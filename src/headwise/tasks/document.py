@@ -1,4 +1,4 @@
-"""A document with questions, turned into tokens, chat template included."""
+"""Turn a document with questions into tokens, chat template included."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from headwise.tasks.texts import read_questions as read_questions
 from headwise.tasks.texts import read_text as read_text
 from headwise.tasks.texts import require_whole as require_whole
 
-UNKNOWN_IN_CONTEXT, UNKNOWN_IN_QUESTION = 0.05, 0.20  # of the tokens; beyond, an answer means nothing
+UNKNOWN_IN_CONTEXT, UNKNOWN_IN_QUESTION = 0.05, 0.20  # of the tokens; with more of them, an answer means nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokens:
-    """A document ready for a model: the context is compressed, each question then follows it."""
+    """A document ready for a model: the context is compressed, then each question follows it."""
 
     context: Int[Tensor, "1 tokens"]
     questions: tuple[Int[Tensor, " _"], ...]  # each of its own length
@@ -40,25 +40,39 @@ def prompt(
     device: torch.device | str = "cpu",
     split_special_tokens: bool = False,
 ) -> Tokens:
-    """Tokens of a document and of questions about it, as the commands make them: in the chat template, if there is one.
+    """Return the tokens of a document and of questions about it, in the chat template if there is one.
 
     >>> prompt = headwise.prompt(tokenizer, document, ["Who signed it?"], device=model.device)
     >>> cache = headwise.compress(model, prompt.context, keep=0.15)
     >>> model.generate(**cache.fork().inputs(prompt.questions[0]), max_new_tokens=64)
 
-    `context` is [1, tokens]; `questions` are one tensor [tokens] each. A question follows the context directly, and
-    ends where the model's turn begins. The questions do not depend on the document: for a cache that was loaded
-    `document` may be "". Raises BadInput, see `tokenize`.
+    Parameters
+    ----------
+    document : the text to compress. It may be "" if a cache was loaded: questions do not depend on it.
+    questions : one question, or several.
+    device : where the tokens are.
+    split_special_tokens : whether the text of a control token stays text, see `tokenize`.
+
+    Returns
+    -------
+    `context` [1, tokens] and `questions`, a tensor [tokens] each. A question follows the context directly, and ends
+    where the model's turn begins.
+
+    Raises
+    ------
+    BadInput
+        If a question is empty, or the tokenizer does not know the words, see `tokenize`.
     """
-    asked = [questions] if isinstance(questions, str) else questions
-    return tokenize(tokenizer, document, asked, device=device, split_special_tokens=split_special_tokens)
+    questions = [questions] if isinstance(questions, str) else questions
+    return tokenize(tokenizer, document, questions, device=device, split_special_tokens=split_special_tokens)
 
 
 def instructed(method: str | Method, tokenizer: Any, *, chat: bool = True) -> Method:
-    """The method with its instruction in this tokenizer's tokens, if it has the model repeat the context (KVzip).
+    """Return the method with its instruction in this tokenizer's tokens, if the model repeats the context (KVzip).
 
     The instruction ends the user's message in the chat template, and the model's turn begins; without a template, or
-    without `chat`, it is a paragraph of its own. A tokenizer that lacks its words gives none. Raises BadInput.
+    without `chat`, it is a paragraph of its own. A tokenizer that lacks its words gives none. Raises BadInput if the
+    method is unknown, or the template does not show a message.
     """
 
     def follow(text: str) -> tuple[int, ...]:
@@ -83,18 +97,19 @@ def tokenize(
     chat: bool = True,
     split_special_tokens: bool = False,
 ) -> Tokens:
-    """Tokens of a document and its questions, in the tokenizer's chat template if it has one and `chat` is set.
+    """Return the tokens of a document and its questions, in the chat template if there is one and `chat` is set.
 
-    The message is the context, a separator (an empty line) and the question. The split lies after the context, so the
-    template's opening is part of what is compressed, and its end, which starts the model's turn, is part of each
-    question, and so is what the answer is made to begin with (`prefixes`). Models that can think before they answer are
-    asked not to.
+    The message is the context, a separator (an empty line) and the question. The split lies after the context: the
+    template's opening is compressed, and its end, which starts the model's turn, is part of each question. Each answer
+    begins with its prefix in `prefixes`, which is part of the question, too. Models that can think before they answer
+    are asked not to.
 
     As everywhere in transformers, the text of a control token (`<|im_end|>`, `</s>`) becomes that token, wherever it
     stands. With `split_special_tokens` it is text in the document and the questions, and a token in the template only;
     the template's parts are then tokenized apart from them.
 
-    Raises BadInput, also where the tokenizer does not know the words, or the template does not show the message.
+    Raises BadInput if a question is empty, the tokenizer does not know the words, or the template does not show the
+    message.
     """
     _require_texts(context, questions, prefixes or ())
     templated = chat and getattr(tokenizer, "chat_template", None) is not None
@@ -122,7 +137,7 @@ def _require_texts(context: str, questions: Sequence[str], prefixes: Sequence[st
 
 
 def text_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before every text, and the tokens of this one. Raises BadInput if it lacks the words."""
+    """Return the tokens that come before every text, and those of this one. Raises BadInput if it has unknown words."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     _require_known(tokenizer, ids, UNKNOWN_IN_CONTEXT, text, "the text")
     started, alone = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -138,7 +153,7 @@ class _Reader:
     apart: bool
 
     def head(self, start: Rendered, *, special: bool) -> list[int]:
-        """Up to the document's end; `special`: with the tokens that the tokenizer puts before any text."""
+        """Return the tokens up to the document's end. `special`: add those that the tokenizer puts before any text."""
         if self.apart:
             ids = self._ids(start.own, follows=False)
             ids += self._text_ids(start.text, special=special, follows=bool(start.own))
@@ -147,7 +162,7 @@ class _Reader:
         return unclosed(self.tokenizer, ids) if special else ids
 
     def tail(self, end: Rendered, prefix: str) -> list[int]:
-        """A question, and what the answer begins with."""
+        """Return the tokens of a question, and of what the answer begins with."""
         if self.apart:
             return self._text_ids(end.text) + self._ids(end.own + prefix)
         return self._ids(end.text + end.own + prefix)
@@ -160,7 +175,7 @@ class _Reader:
         return self.tokenizer(text, add_special_tokens=special, **options)["input_ids"]
 
     def _text_ids(self, text: str, *, special: bool = False, follows: bool = True) -> list[int]:
-        """Tokens of text in which nothing is a control token."""
+        """Return the tokens of a text in which nothing is a control token."""
         bare = self._ids(text, follows=follows, split_special_tokens=True)
         if {*bare} & {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}:
             raise BadInput(
@@ -170,7 +185,7 @@ class _Reader:
         return self._ids(text, special=True, follows=False, split_special_tokens=True) if special else bare
 
 
-def _require_known(tokenizer: Any, ids: list[int], limit: float, text: str, what: str) -> None:
+def _require_known(tokenizer: Any, ids: list[int], limit: float, text: str, name: str) -> None:
     """Raise BadInput if more than `limit` of the tokens stand for words the tokenizer does not know."""
     unknown = _unknown_token(tokenizer)
     if unknown is None:
@@ -180,13 +195,13 @@ def _require_known(tokenizer: Any, ids: list[int], limit: float, text: str, what
         words = dict.fromkeys(word.strip(punctuation) or word for word in text.split())
         strange = islice((word for word in words if unknown in tokenizer(word)["input_ids"]), 3)
         raise BadInput(
-            f"this model does not know {share:.0%} of the words of {what}, such as {', '.join(strange)}: its answers "
+            f"this model does not know {share:.0%} of the words of {name}, such as {', '.join(strange)}: its answers "
             "would mean nothing. Give a model that knows them, such as --model Qwen/Qwen3-4B."
         )
 
 
 def _unknown_token(tokenizer: Any) -> int | None:
-    """What stands for a word that the tokenizer lacks. One of bytes knows every word; some use that token otherwise."""
+    """Return the token for unknown words; None if there is none (tokens are bytes), or it has another use, too."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         return None

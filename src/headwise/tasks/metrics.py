@@ -1,4 +1,4 @@
-"""How an answer is judged: 0 (wrong) to 1 (right), in any script. Imports no torch."""
+"""Judge answers from 0 (wrong) to 1 (right), in any script. Imports no torch."""
 
 import re
 import string
@@ -13,7 +13,7 @@ _ARTICLES = ("a", "an", "the")
 
 
 def answers_found(text: str, answers: Sequence[str]) -> float:
-    """Share of the answers that occur in `text` as whole words, in any case and order.
+    """Return the share of the answers that occur in `text` as whole words, in any case and order.
 
     "cat" does not occur in "category", nor 12 in 123. At each end of an answer the two letters that meet decide:
 
@@ -24,28 +24,29 @@ def answers_found(text: str, answers: Sequence[str]) -> float:
     - Between all other letters and digits no word ends.
 
     `fold` says what counts as the same letter. An empty answer occurs in an empty text alone. RULER itself finds parts
-    of words too; ruler.py judges its tasks like that.
+    of words too; ruler/suite.py judges its tasks like that.
     """
     text = without_gaps(fold(text))
     return sum(_is_found(text, without_gaps(fold(answer))) for answer in answers) / len(answers)
 
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
-    """Whether the text is one of the answers, but for case, punctuation, articles and spaces (SQuAD's exact match).
+    """Return 1 if the text is one of the answers, but for case, punctuation, articles and spaces (SQuAD's exact match).
 
-    Punctuation is that of all scripts, and the symbols of ASCII. What counts as the same letter is said at `fold`.
-    Articles count where the answer is nothing else, such as A; and so does punctuation.
+    Punctuation is that of all scripts, and the symbols of ASCII. `fold` says what counts as the same letter. Articles
+    count if the answer is nothing else, such as A; and so does punctuation.
     """
-    return max(float(said == wanted) for said, wanted in (_compared(text, answer) for answer in answers))
+    pairs = (_comparable_words(text, answer) for answer in answers)
+    return max(float(predicted == expected) for predicted, expected in pairs)
 
 
 def word_f1(text: str, answers: Sequence[str]) -> float:
-    """F1 of the words of text and answer, normalised as for `exact_match` (SQuAD's F1); the best of the answers.
+    """Return F1 of the words of text and answer, as `exact_match` compares them (SQuAD's F1); the best of the answers.
 
     In scripts without spaces between words every letter counts as a word, as CMRC and DRCD count Chinese, and in
     Korean every syllable, as in KorQuAD.
     """
-    return max(_f1(*_compared(text, answer)) for answer in answers)
+    return max(_f1(*_comparable_words(text, answer)) for answer in answers)
 
 
 def _is_found(text: str, answer: str) -> bool:
@@ -58,20 +59,20 @@ def _is_found(text: str, answer: str) -> bool:
     )
 
 
-def _f1(said: Sequence[str], wanted: Sequence[str]) -> float:
-    if not said or not wanted:
-        return float(said == wanted)
-    common = sum((Counter(said) & Counter(wanted)).values())
-    return 2 * common / (len(said) + len(wanted))
+def _f1(predicted: Sequence[str], expected: Sequence[str]) -> float:
+    if not predicted or not expected:
+        return float(predicted == expected)
+    common = sum((Counter(predicted) & Counter(expected)).values())
+    return 2 * common / (len(predicted) + len(expected))
 
 
-def _compared(text: str, answer: str) -> tuple[list[str], list[str]]:
-    """What is compared of both: as little as leaves something of the answer."""
-    said, wanted = fold(text), fold(answer)
+def _comparable_words(text: str, answer: str) -> tuple[list[str], list[str]]:
+    """Return the words to compare: without articles and punctuation, if that leaves something of the answer."""
+    predicted, expected = fold(text), fold(answer)
     for parts in (_words_but_articles, _words):
-        if parts(wanted):
-            return parts(said), parts(wanted)
-    return words(said), words(wanted)
+        if parts(expected):
+            return parts(predicted), parts(expected)
+    return words(predicted), words(expected)
 
 
 def _words_but_articles(folded: str) -> list[str]:

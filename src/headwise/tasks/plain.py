@@ -1,4 +1,4 @@
-"""Tasks from a user's own files: documents with questions and answers, and texts whose continuation is predicted.
+"""Make tasks from a user's own files: documents with questions and answers, and texts to be predicted.
 
     file:MY.jsonl        one object per line: {"context": "...", "question": "...", "answers": ["..."]}, or several:
                          {"context": "...", "questions": [{"question": "...", "answers": ["..."]}, ...]};
@@ -26,7 +26,7 @@ EXAMPLE = '{"context": "...", "question": "Who ...?", "answers": ["Ada"], "metri
 
 
 def file_task(path: Path, length: int) -> Task:
-    """Documents with questions. Raises BadInput, naming the line."""
+    """Return a task of documents with questions. Raises BadInput, naming the line."""
     lines = [(n, line) for n, line in enumerate(read_text(path, newline="\n").split("\n"), start=1) if line.strip()]
     parsed = [_parse(line, f"{path}, line {number}") for number, line in lines]
     metrics = {metric for _, metric in parsed}
@@ -43,9 +43,10 @@ def file_task(path: Path, length: int) -> Task:
 
 
 def perplexity_task(path: Path, tokenizer: Any, length: int) -> Task:
-    """A text in pieces of `length` tokens, each with its continuation. Raises BadInput for one that is too short.
+    """Return a task of a text in pieces of `length` tokens, whose ends are predicted.
 
-    Pieces are the text's own tokens. Decoded and read again, each apart, they would be others where a word is cut.
+    Pieces are the text's own tokens. A piece that is decoded and tokenized again would differ where a word is cut.
+    Raises BadInput if the text is too short.
     """
     start, ids = text_ids(tokenizer, read_text(path))
     room = length - len(start)
@@ -68,29 +69,29 @@ def perplexity_task(path: Path, tokenizer: Any, length: int) -> Task:
 
 
 def _parse(line: str, where: str) -> tuple[Sample, str]:
-    """A sample and its metric."""
+    """Return a sample and its metric."""
     try:
-        found: Any = strict_json.loads(line, values=False)  # answers may hold any text: they are compared with
+        record: Any = strict_json.loads(line, values=False)  # answers may hold any text: they are compared with
     except ValueError as error:
         raise BadInput(f"{where} is no JSON ({error}); write {EXAMPLE}.") from error
-    if not isinstance(found, Mapping) or not _is_text(found.get("context")):
+    if not isinstance(record, Mapping) or not _is_text(record.get("context")):
         raise BadInput(f"{where} has no context; write {EXAMPLE}.")
-    asked = found.get("questions", [found])
-    metric, limit = found.get("metric", "contains"), found.get("max_new_tokens", MAX_NEW_TOKENS)
+    raw_questions = record.get("questions", [record])
+    metric, limit = record.get("metric", "contains"), record.get("max_new_tokens", MAX_NEW_TOKENS)
     if not isinstance(metric, str) or metric not in METRICS:
         raise BadInput(f"{where}: metric {shown(metric)} is not known; choose {', '.join(METRICS)}.")
     if type(limit) is not int or not 1 <= limit <= strict_json.MOST:
         raise BadInput(f"{where}: max_new_tokens={shown(limit)} must be a number of at least 1.")
-    if not isinstance(asked, list) or not asked:
+    if not isinstance(raw_questions, list) or not raw_questions:
         raise BadInput(f"{where} has no questions; write {EXAMPLE}.")
-    questions = tuple(_question(one, where) for one in asked)
-    for text in (found["context"], *(question.prompt for question in questions)):
+    questions = tuple(_question(raw, where) for raw in raw_questions)
+    for text in (record["context"], *(question.prompt for question in questions)):
         require_whole(text, where)
-    return Sample(context=found["context"], questions=questions, max_new_tokens=limit), metric
+    return Sample(context=record["context"], questions=questions, max_new_tokens=limit), metric
 
 
-def _question(found: Any, where: str) -> Question:
-    match found:
+def _question(raw: Any, where: str) -> Question:
+    match raw:
         case {"question": str(question), "answers": [*answers]} if question.strip() and answers:
             if all(_is_text(answer) for answer in answers):
                 return Question(prompt=question, answers=tuple(answers))

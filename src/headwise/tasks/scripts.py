@@ -1,7 +1,6 @@
-"""Texts of any script made comparable: one form of every letter, its words, and where a word may end.
+"""Make texts of any script comparable: one form of every letter, words, and where a word may end.
 
-Imports no torch. Which script a character belongs to is said by its Unicode name, the only place where Python's own
-tables say it.
+Imports no torch. The Unicode name of a character says which script it belongs to; Python has no other table of that.
 """
 
 import re
@@ -12,7 +11,7 @@ _UNSPACED = (
     *("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "HENTAIGANA ", "BOPOMOFO ", "YI ", "TANGUT ", "NUSHU "),
     *("THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ", "TAI ", "NEW TAI LUE ", "JAVANESE ", "BALINESE "),
 )
-# What one keyboard writes straight another one writes curly, or in another length.
+# One keyboard writes these straight, another one curly, or in another length.
 _ALIKE = {
     **dict.fromkeys("‘’‚‛ʼ′´", "'"),  # noqa: RUF001
     **dict.fromkeys("“”„‟″", '"'),
@@ -23,11 +22,11 @@ _OTHER_VALUE = ("<super>", "<sub>")  # 10² is not 102
 
 
 def fold(text: str) -> str:
-    """Return the text in small letters, one space for all that separates, and one form for what is the same.
+    """Return the text in small letters, with single spaces, and one form for equal characters.
 
-    The same are a letter with an accent and both written apart, full and half width, ligatures and their letters, the
-    digits of all scripts, straight and curly quotes, long and short dashes. Characters that do not show are left out.
-    Superscripts, fractions and symbols stay what they are.
+    These are equal: a letter with an accent, in one character or two; full and half width; ligatures and their letters;
+    the digits of all scripts; straight and curly quotes; long and short dashes. Characters that do not show are left
+    out. Superscripts, fractions and symbols stay what they are.
     """
     text = unicodedata.normalize("NFC", "".join(map(_one_form, unicodedata.normalize("NFC", text))))
     small = text.casefold().replace("i\u0307", "i")  # a Turkish capital I keeps its dot
@@ -35,7 +34,7 @@ def fold(text: str) -> str:
 
 
 def without_gaps(folded: str) -> str:
-    """Leave out the spaces beside letters of scripts that need none, where they say nothing. 一 二 stay two numbers."""
+    """Return the text without spaces beside letters of scripts that need none. 一 二 stay two numbers."""
 
     def closed(match: re.Match[str]) -> str:
         beside = [is_unspaced(letter) for letter in match.groups()]
@@ -54,12 +53,12 @@ def words(folded: str) -> list[str]:
 
 
 def is_unspaced(letter: str) -> bool:
-    """Whether the letter is of a script that has no spaces between words."""
+    """Return whether the letter is of a script that has no spaces between words."""
     return unicodedata.name(letter, "").startswith(_UNSPACED)
 
 
 def may_begin(before: str, first: str) -> bool:
-    """Whether a phrase that begins with `first` is whole, with `before` in front of it (empty: nothing is)."""
+    """Return whether a phrase that begins with `first` is whole with `before` in front of it (empty: nothing is)."""
     if not before or not _is_of_word(before):
         return True
     if (before.isnumeric() and first.isnumeric()) or _is_mark(first):
@@ -68,7 +67,7 @@ def may_begin(before: str, first: str) -> bool:
 
 
 def may_end(phrase: str, after: str) -> bool:
-    """Whether the phrase is whole, with `after` behind it (empty: nothing is).
+    """Return whether the phrase is whole with `after` behind it (empty: nothing is).
 
     A mark belongs to the letter before it, and a number goes on in every numeral. (A name such as 张三 does not.)
     """

@@ -1,4 +1,4 @@
-"""Names of tasks, and the suites they are of. A new suite is a file, and a line in SUITES.
+"""The suites, and how the names of tasks are read. A new suite is a file, and a line in SUITES.
 
 A name is suite:task,task; or the suite alone, for all of its tasks; or file:MY.jsonl. Several follow each other after
 commas: mini-ruler:vt,cwe,ruler,file:my.jsonl. docs/evaluation.md says what each suite asks.
@@ -31,30 +31,34 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
 def parse_tasks(
     text: str, *, whole: Callable[[str], Sequence[str]] = lambda suite: SUITES[suite].names
 ) -> list[tuple[str, str]]:
-    """(suite, name) for every task that is named, each once; `whole` says what a suite's name alone stands for.
+    """Return (suite, name) for every task in a text such as "mini-ruler:vt,cwe,file:my.jsonl", each once.
 
-    Raises BadInput.
+    `whole` returns the names of a suite's tasks if the suite is named alone. Raises BadInput if a suite or task is
+    unknown, or none is named.
     """
-    found: list[tuple[str, str]] = []
+    tasks: list[tuple[str, str]] = []
     suite = ""
     for part in (part.strip() for part in text.split(",")):
-        head, colon, rest = part.partition(":")
+        head, colon, names = part.partition(":")
         if head in SUITES:
-            suite, part = head, rest.strip()
+            suite, part = head, names.strip()
             if not colon and SUITES[suite].names:
-                found += [(suite, name) for name in whole(suite)]
+                tasks += [(suite, name) for name in whole(suite)]
                 continue
         if not suite:
             raise BadInput(f"tasks={text!r}: {part!r} is no suite; choose {', '.join(SUITES)}, such as mini-ruler:vt.")
         if part:
-            found.append((suite, _known(suite, part)))
-    if not found:
+            tasks.append((suite, _require_known(suite, part)))
+    if not tasks:
         raise BadInput(f"tasks={text!r} names no task; write a suite ({', '.join(SUITES)}), or suite:task,task.")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(tasks))
 
 
 def with_data(suite: str, *, data_dir: Path | None, tell: Callable[[str], None]) -> list[str]:
-    """The tasks of a suite whose data are there, or are made; `tell` is told of the others. Raises BadInput."""
+    """Return the tasks of a suite that have their data. `tell` is called with a sentence about the others.
+
+    Raises BadInput if the folder does not exist.
+    """
     lacking = SUITES[suite].lacking(data_dir)
     if lacking:
         names = f"{suite}: {', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'}"
@@ -63,17 +67,28 @@ def with_data(suite: str, *, data_dir: Path | None, tell: Callable[[str], None])
 
 
 def make_tasks(named: Sequence[tuple[str, str]], tokenizer: Any, sizes: Sizes) -> list[Task]:
-    """The tasks, their data found and read. Raises BadInput."""
+    """Find and read the data of tasks, and return the tasks.
+
+    Parameters
+    ----------
+    named : (suite, name) of every task, as `parse_tasks` returns them.
+    sizes : how many samples, how long, and where data lie.
+
+    Raises
+    ------
+    BadInput
+        If data are missing or damaged, or a size does not suit the task.
+    """
     by_suite: dict[str, list[str]] = {}
     for suite, name in named:
         by_suite.setdefault(suite, []).append(name)
-    made = {
+    tasks = {
         task.name: task for suite, names in by_suite.items() for task in SUITES[suite].make(names, tokenizer, sizes)
     }
-    return list(made.values())
+    return list(tasks.values())
 
 
-def _known(suite: str, name: str) -> str:
+def _require_known(suite: str, name: str) -> str:
     known = SUITES[suite].names
     if known and name not in known:
         raise BadInput(f"unknown task {name!r} of {suite}; the tasks are {', '.join(known)}.")

@@ -1,4 +1,4 @@
-"""What a model is asked: a context, questions right after it, and how an answer is judged. Imports no torch.
+"""The parts of a task: a context, questions right after it, and how an answer is judged. Imports no torch.
 
 A `Suite` makes `Task`s; the evaluation (run.py) knows nothing else of them. A new suite is one file, and its line in
 suites.py.
@@ -16,11 +16,11 @@ PROTOCOLS = ("query-agnostic", "query-aware")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What is asked after the context."""
+    """A question after the context, and its answers."""
 
     prompt: str
-    answers: tuple[str, ...]  # what `Task.judge` compares an answer with
-    answer_prefix: str = ""  # how the model's own turn is made to begin, after a chat template's opening of it
+    answers: tuple[str, ...]  # `Task.judge` compares the model's answer with these
+    answer_prefix: str = ""  # the model's turn is made to begin with it, after the chat template's opening
     classes: tuple[str, ...] = ()  # all labels, where an answer is one of them
 
 
@@ -29,9 +29,9 @@ class Sample:
     """A context with questions that can each be asked right after it.
 
     `verbatim`: context and prompt follow each other as they are (official prompts); otherwise an empty line separates
-    them. `chat`: the tokenizer's chat template goes around them, if it has one. `continues`: the tokens of one text,
-    those of its context and those of how it goes on. The latter are predicted, and nothing is answered; context and
-    prompt only show these tokens as text.
+    them. `chat`: the tokenizer's chat template goes around them, if it has one. `continues`: the tokens of a context
+    and of the text that follows it. That text is predicted, and nothing is answered; context and prompt only show
+    these tokens as text.
     """
 
     context: str
@@ -44,7 +44,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """A named source of samples. `judge(prediction, question)` is in 0..1, 1 is right; None: nothing is answered."""
+    """A named source of samples. `judge(prediction, question)` is from 0 to 1 (right); None: nothing is answered."""
 
     name: str  # with its suite: mini-ruler:vt
     length: int  # tokens that its samples are made for, or cut to
@@ -55,7 +55,24 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """How many samples, how long, from which seed; where data lies that is not in the package."""
+    """How many samples each task has, how long, and from which seed.
+
+    Attributes
+    ----------
+    samples
+        How many samples each task has, at most.
+    length
+        Tokens of a sample.
+    seed
+        What samples are drawn from, from 0 on.
+    data_dir
+        The folder of data that are not in the package.
+
+    Raises
+    ------
+    BadInput
+        A number is out of range.
+    """
 
     samples: int
     length: int

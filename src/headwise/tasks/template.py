@@ -1,6 +1,6 @@
-"""A document and a question in a tokenizer's chat template: where the one ends, and what is the template's own.
+"""Render a document and a question in a tokenizer's chat template, and find the document's end.
 
-They are one message of the user's. Nothing is looked for in their text: a mark that is not in it is rendered with it.
+They are one message of the user's. The end is found by a mark that is not in their text and is rendered with it.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,17 @@ Writer = Callable[[str], str]  # a message in a template; `str` where there is n
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendered:
-    """A part of a conversation, as the template shows it: what is in the message, and what the template adds."""
+    """A part of a conversation, as the template shows it: the message's text, and what the template adds."""
 
     text: str
     own: str  # before the document, after the question
 
 
 def chat(tokenizer: Any) -> Writer:
-    """One message of the user's in the tokenizer's chat template, up to where the model's turn starts."""
+    """Return a function that writes a user's message in the chat template, up to where the model's turn starts.
+
+    It raises BadInput if the template refuses the message.
+    """
 
     def write(content: str) -> str:
         messages = [{"role": "user", "content": content}]
@@ -39,7 +42,7 @@ def chat(tokenizer: Any) -> Writer:
 
 
 def opening(write: Writer, document: str) -> Rendered:
-    """The conversation up to the document's end. Raises BadInput where the template does not show it as it is."""
+    """Return the conversation up to the document's end. Raises BadInput if the template does not show it as it is."""
     start, own = _split(write, document, "")[0], _split(write, "", "")[0]
     if not start.startswith(own):
         raise _altered()
@@ -47,9 +50,9 @@ def opening(write: Writer, document: str) -> Rendered:
 
 
 def ending(write: Writer, document: str, start: Rendered, question: str) -> Rendered:
-    """The rest of a conversation that starts so; the question brings along what separates it from the document.
+    """Return the rest of a conversation with this start. The question begins with its separator.
 
-    Raises BadInput where the template shows the two together otherwise than one by one.
+    Raises BadInput if the template shows document and question together otherwise than one by one.
     """
     end, own = _split(write, "", question)[1], _split(write, "", "")[1]
     if not end.endswith(own) or write(document + question) != start.own + start.text + end:
@@ -58,12 +61,12 @@ def ending(write: Writer, document: str, start: Rendered, question: str) -> Rend
 
 
 def _split(write: Writer, before: str, after: str) -> tuple[str, str]:
-    """What the template shows up to the end of `before`, and from the start of `after`."""
+    """Return what the template shows up to the end of `before`, and from the start of `after`."""
     mark = _mark(before + after)
     text = write(f"{before}{mark}{after}")
-    found = text.count(mark)
-    if found != 1:
-        times = f"{found} times" if found else "not at all"
+    count = text.count(mark)
+    if count != 1:
+        times = f"{count} times" if count else "not at all"
         raise BadInput(
             f"this tokenizer's chat template does not show the user's message once and as it is, but {times}: set "
             "another tokenizer.chat_template, or None to go without."
@@ -73,7 +76,7 @@ def _split(write: Writer, before: str, after: str) -> tuple[str, str]:
 
 
 def _mark(text: str) -> str:
-    """Digits that are not in the text, and that templates leave as they are: no space, no case, nothing to escape."""
+    """Return digits that are not in the text. Templates do not change digits."""
     while (mark := str(randbits(128)).zfill(39)) in text:
         pass
     return mark

@@ -1,4 +1,4 @@
-"""A document and questions from files. Imports no torch, so that a wrong file is told at once."""
+"""Read a document and questions from files. Imports no torch, so that a wrong file is refused at once."""
 
 import codecs
 from dataclasses import dataclass
@@ -46,13 +46,13 @@ class Asked:
 
 
 def bundled() -> tuple[str, list[Asked]]:
-    """The document and questions that come with the package."""
+    """Return the document and questions that come with the package."""
     folder = reference_path()
     return read_text(folder / "demo.txt"), read_questions(folder / "demo.jsonl")
 
 
 def read_text(path: Path, *, newline: str | None = None) -> str:
-    """A document, the ends of its lines as "\\n"; with newline="\\n" as they are.
+    """Read a document. Its lines end in "\\n"; with newline="\\n" they end as in the file.
 
     Raises BadInput if it cannot be read, is no text or is empty.
     """
@@ -60,7 +60,7 @@ def read_text(path: Path, *, newline: str | None = None) -> str:
         data = read_bytes(path, MOST_BYTES, "the document")
     except OSError as error:
         raise BadInput(f"cannot read the document {path}: {error.strerror}.") from error
-    text = _decoded(data, f"the document {path}")
+    text = _decode(data, f"the document {path}")
     if newline is None:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
@@ -68,60 +68,60 @@ def read_text(path: Path, *, newline: str | None = None) -> str:
     return text
 
 
-def _decoded(data: bytes, what: str) -> str:
-    """UTF-8 text. Raises BadInput for anything else, saying what it is."""
+def _decode(data: bytes, name: str) -> str:
+    """Decode UTF-8 text. Raises BadInput if it is anything else, and says what."""
     start = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip()
     for magic, kind in FORMATS.items():
         if start.startswith(magic):
-            raise BadInput(f"{what} is {kind}, not text; convert it to a text file (UTF-8) first.")
+            raise BadInput(f"{name} is {kind}, not text; convert it to a text file (UTF-8) first.")
     for mark, encoding in ENCODINGS.items():
         if data.startswith(mark):
-            raise BadInput(f"{what} is {encoding}, not UTF-8 text; save it as UTF-8 first.")
+            raise BadInput(f"{name} is {encoding}, not UTF-8 text; save it as UTF-8 first.")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{what} is not UTF-8 text (byte {error.start}); convert it to a text file.") from error
+        raise BadInput(f"{name} is not UTF-8 text (byte {error.start}); convert it to a text file.") from error
     if "\0" in text:
         raise BadInput(
-            f"{what} is not UTF-8 text: it has zero bytes, as binary files and UTF-16 have; convert it first."
+            f"{name} is not UTF-8 text: it has zero bytes, as binary files and UTF-16 have; convert it first."
         )
     return text
 
 
-def require_whole(text: str, what: str) -> None:
-    """Raise BadInput for half a character, which JSON and the command line let through: no tokenizer reads it."""
+def require_whole(text: str, name: str) -> None:
+    """Raise BadInput if a text holds half a character. JSON and the command line accept it; no tokenizer does."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadInput(
-            f"{what} holds half a character (a lone surrogate, character {error.start + 1}). Write the whole character."
+            f"{name} holds half a character (a lone surrogate, character {error.start + 1}). Write the whole character."
         ) from error
 
 
 def read_questions(path: Path) -> list[Asked]:
-    """Questions from JSON lines such as {"question": "Who ...?", "answers": ["Ada"]}; "answers" may be left out.
+    """Read questions from JSON lines such as {"question": "Who ...?", "answers": ["Ada"]}; "answers" are optional.
 
     Raises BadInput, naming the line.
     """
     try:
         data = read_bytes(path, MOST_BYTES, "the file of questions")
-        lines = _decoded(data, f"the file of questions {path}").split("\n")
+        lines = _decode(data, f"the file of questions {path}").split("\n")
     except OSError as error:
         raise BadInput(f"cannot read questions from {path}: {error}.") from error
-    asked = [_parse_question(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
-    if not asked:
+    questions = [_parse_question(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
+    if not questions:
         raise BadInput(f"{path} holds no questions.")
-    return asked
+    return questions
 
 
 def _parse_question(line: str, place: str) -> Asked:
     try:
-        found = strict_json.loads(line)
+        record = strict_json.loads(line)
     except ValueError:
-        found = None
-    match found:
+        record = None
+    match record:
         case {"question": str(question)} if question.strip():
-            answers = found.get("answers", [])
+            answers = record.get("answers", [])
             if isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers):
                 return Asked(question=question, answers=tuple(answers))
     raise BadInput(f"{place} is no question; write {_EXAMPLE} on one line.")

@@ -1,1 +1,1 @@
-"""`headwise bench`: speed and memory, next to the full cache; a verb a file, and what they share."""
+"""`headwise bench`: measure speed and memory, next to the full cache. Every verb has a file."""

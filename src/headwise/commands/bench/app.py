@@ -1,4 +1,4 @@
-"""`headwise bench`, put together: a verb a file."""
+"""Put the verbs of `headwise bench` together."""
 
 import typer
 
@@ -7,7 +7,7 @@ from headwise.commands.bench.generate import generate
 from headwise.commands.bench.memory import memory
 from headwise.commands.bench.prefill import prefill
 
-app = typer.Typer(help="Speed and memory, next to the full cache and to what memory allows, measured in the same run.")
+app = typer.Typer(help="Measure speed and memory, next to the full cache and to what memory allows, in the same run.")
 app.command("decode", epilog="Example: headwise bench decode --dtype bfloat16,float32 --keep 0.1,0.2 --json")(decode)
 app.command("prefill", epilog="Example: headwise bench prefill --methods lkv,snapkv --tokens 8192 --dtype float32")(
     prefill

@@ -1,10 +1,10 @@
-"""What `headwise bench generate` and `headwise bench memory` share: whole models, candidate by candidate."""
+"""Measure whole models, candidate by candidate, for `headwise bench generate` and `headwise bench memory`."""
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headwise.commands.bench.options import counted, device_named
+from headwise.commands.bench.options import parse_count, resolve_device
 from headwise.commands.bench.rows import Columns, print_rows
 from headwise.commands.console import progress_bar
 from headwise.files.terminal import numbers, size, split
@@ -40,7 +40,7 @@ def settings_for(
     threads: int | None,
     kvpress: Path | None,
 ) -> "list[Settings]":
-    """What is measured at every number of tokens. Raises BadInput."""
+    """Return settings for every number of tokens. Raises BadInput if one is wrong."""
     from headwise.bench.candidates import Settings, default_methods
 
     return [
@@ -53,29 +53,29 @@ def settings_for(
             new_tokens=new_tokens,
             batch=batch,
             dtype=dtype,
-            device=device_named(device),
+            device=resolve_device(device),
             threads=threads,
             kvpress=kvpress,
         )
-        for n in numbers(tokens, counted)
+        for n in numbers(tokens, parse_count)
     ]
 
 
 def measure(benchmark: str, settings: "list[Settings]", *, as_json: bool) -> None:
-    """Measure and print one context after the other, when all budgets are known to work."""
+    """Check all budgets, then measure one context after the other, and print the rows."""
     from headwise.bench.candidates import run
 
-    for of_context in settings:
-        of_context.require_budgets()
+    for setting in settings:
+        setting.require_budgets()
     rows = []
     with progress_bar("candidates") as progress:
-        for of_context in settings:
-            rows += run(benchmark, of_context, progress=progress)
+        for setting in settings:
+            rows += run(benchmark, setting, progress=progress)
     print_rows([asdict(row) for row in rows], _title(settings[0]), COLUMNS, as_json=as_json)
 
 
 def _title(settings: "Settings") -> str:
-    """What all contexts have in common."""
+    """Return what all contexts have in common."""
     shared = f"Keep {settings.keep:g}, {settings.dtype}, batch {settings.batch}"
     yardstick = "full = transformers' DynamicCache; peaks above the loaded model's"
     return f"{shared}; {yardstick}. Model: {settings.model}"

@@ -1,4 +1,4 @@
-"""`headwise bench decode`: one step of one layer, by every kernel."""
+"""`headwise bench decode`: measure one step of one layer, by every kernel."""
 
 from dataclasses import asdict
 from itertools import product
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headwise.commands.bench.options import KVPress, Rounds, Tokens, counted
+from headwise.commands.bench.options import KVPress, Rounds, Tokens, parse_count
 from headwise.commands.bench.rows import Columns, print_rows
 from headwise.commands.console import progress_bar
 from headwise.commands.options import AsJson
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Keeps = Annotated[str, typer.Option("--keep", "-k", help="Shares kept; comma-separated.")]
 Batches = Annotated[str, typer.Option(help="Sequences; comma-separated.")]
 Dtypes = Annotated[str, typer.Option(help="float32, bfloat16, float16; comma-separated.")]
-ThreadCounts = Annotated[str, typer.Option(help="Comma-separated.")]
+ThreadCounts = Annotated[str, typer.Option(help="Threads of PyTorch; comma-separated.")]
 Skewed = Annotated[bool, typer.Option(help="Some heads keep much more than others.")]
 
 TITLE = "One layer, one step: full = transformers' SDPA over the whole cache; floor = reading what must be read."
@@ -49,7 +49,7 @@ def decode(
     kvpress: KVPress = None,
     as_json: AsJson = False,
 ) -> None:
-    """One decoding step of one layer of Llama-3.1-8B on the CPU: every kernel, checked against float64 first."""
+    """Measure one decoding step of one layer of Llama-3.1-8B on the CPU: every kernel, checked against float64."""
     import torch
 
     from headwise.bench.decode import run
@@ -61,8 +61,8 @@ def decode(
         for done, settings in enumerate(grid):
             progress(done, len(grid), f"{settings.tokens} tokens, keep {settings.keep:g}, {settings.dtype}")
             rows += run(settings)
-    about = {"hardware": hardware(torch.device("cpu")), "versions": versions()}
-    print_rows([asdict(row) | about for row in rows], TITLE, COLUMNS, as_json=as_json)
+    machine = {"hardware": hardware(torch.device("cpu")), "versions": versions()}
+    print_rows([asdict(row) | machine for row in rows], TITLE, COLUMNS, as_json=as_json)
 
 
 def _grid(
@@ -75,16 +75,16 @@ def _grid(
     rounds: int,
     kvpress: Path | None,
 ) -> "list[Settings]":
-    """Every combination of what the lists say. Raises BadInput."""
+    """Return settings for every combination of the lists. Raises BadInput if one is wrong."""
     from headwise.bench.decode import Settings
 
     return [
         Settings(tokens=n, keep=k, batch=b, dtype=d, threads=t, skewed=skewed, rounds=rounds, kvpress=kvpress)
         for d, n, k, b, t in product(
             split(dtype),
-            numbers(tokens, counted),
+            numbers(tokens, parse_count),
             numbers(keep, float),
-            numbers(batch, counted),
-            numbers(threads, counted),
+            numbers(batch, parse_count),
+            numbers(threads, parse_count),
         )
     ]

@@ -1,4 +1,4 @@
-"""`headwise bench generate`: a whole model, reading and decoding."""
+"""`headwise bench generate`: measure a whole model, reading and decoding."""
 
 from typing import Annotated
 
@@ -26,7 +26,7 @@ def generate(
     kvpress: KVPress = None,
     as_json: AsJson = False,
 ) -> None:
-    """A whole model: reading, decoding and the memory of both, every candidate in a process of its own."""
+    """Measure a whole model: reading, decoding and the memory of both, every candidate in a process of its own."""
     settings = settings_for(
         model=model,
         layers=layers,

@@ -1,4 +1,4 @@
-"""`headwise bench memory`: the memory that is really held."""
+"""`headwise bench memory`: measure the memory that is really held."""
 
 from typing import Annotated
 
@@ -26,7 +26,7 @@ def memory(
     kvpress: KVPress = None,
     as_json: AsJson = False,
 ) -> None:
-    """Memory really held, over contexts: the peak of a process (of a GPU's allocator) against the bytes claimed."""
+    """Measure memory really held, over contexts: the peak of a process (of a GPU's allocator) against claimed bytes."""
     settings = settings_for(
         model=model,
         layers=layers,

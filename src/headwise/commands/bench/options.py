@@ -1,4 +1,4 @@
-"""Types of the options that several benchmarks have, and what is read from them."""
+"""Types of the options that several benchmarks have, and functions that parse them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,25 +14,27 @@ Model = Annotated[
 Layers = Annotated[int | None, typer.Option(min=1, max=MOST, help="Of a random model; left out: as many as it has.")]
 Keep = Annotated[float, typer.Option("--keep", "-k", help="Share kept.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Tokens = Annotated[str, typer.Option(help="Of context; comma-separated.")]
+Tokens = Annotated[str, typer.Option(help="Tokens of context; comma-separated.")]
 Batch = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences.")]
-Threads = Annotated[int | None, typer.Option(min=1, max=MOST, help="Of PyTorch on the CPU; left out: its default.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=MOST, help="Threads of PyTorch on the CPU; left out: its default.")
+]
 Rounds = Annotated[int, typer.Option(min=1, max=MOST, help="Runs of each candidate; the median counts.")]
 KVPress = Annotated[
     Path | None, typer.Option(help="The Python of an environment with kvpress: its head-wise path is measured too.")
 ]
 
 
-def counted(text: str) -> int:
-    """One of several numbers of an option. Raises ValueError, which `numbers` tells."""
+def parse_count(text: str) -> int:
+    """Parse one of several numbers of an option. Raises ValueError, from which `numbers` makes BadInput."""
     number = int(text)
     if number > MOST:
         raise ValueError(f"{text[:40]} is more than {MOST}")
     return number
 
 
-def device_named(name: str) -> str:
-    """The device that --device means on this machine. Raises BadInput."""
+def resolve_device(name: str) -> str:
+    """Return the device that --device means on this machine. Raises BadInput if there is none."""
     from headwise.models.loading import find_device
 
     return str(find_device(name))

@@ -1,4 +1,4 @@
-"""`headwise bench prefill`: what methods add to the reading of a context."""
+"""`headwise bench prefill`: measure what methods add to the reading of a context."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -12,8 +12,8 @@ from headwise.commands.bench.options import (
     Rounds,
     Threads,
     Tokens,
-    counted,
-    device_named,
+    parse_count,
+    resolve_device,
 )
 from headwise.commands.bench.rows import Columns, print_rows
 from headwise.commands.console import progress_bar
@@ -47,7 +47,7 @@ def prefill(
     rounds: Rounds = 5,
     as_json: AsJson = False,
 ) -> None:
-    """What methods add to the reading of a context, on any model: in turns with the full cache."""
+    """Measure what methods add to the reading of a context, on any model, in turns with the full cache."""
     from headwise.bench.prefill import Settings
 
     settings = [
@@ -59,24 +59,24 @@ def prefill(
             tokens=n,
             batch=batch,
             dtype=dtype,
-            device=device_named(device),
+            device=resolve_device(device),
             threads=threads,
             rounds=rounds,
         )
-        for n in numbers(tokens, counted)
+        for n in numbers(tokens, parse_count)
     ]
     title = f"Reading a context, {dtype}, keep {keep:g}; full = transformers' DynamicCache. Model: {model}"
     _measure(settings, title, as_json)
 
 
 def _measure(settings: "list[Settings]", title: str, as_json: bool) -> None:
-    """One context after the other, when all budgets are known to work."""
+    """Check all budgets, then measure one context after the other, and print the rows."""
     from headwise.bench.prefill import run
 
-    for of_context in settings:
-        of_context.require_budgets()
+    for setting in settings:
+        setting.require_budgets()
     rows = []
     with progress_bar("rounds") as progress:
-        for of_context in settings:
-            rows += run(of_context, progress=progress)
+        for setting in settings:
+            rows += run(setting, progress=progress)
     print_rows([asdict(row) for row in rows], title, COLUMNS, as_json=as_json)

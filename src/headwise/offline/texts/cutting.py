@@ -1,4 +1,4 @@
-"""Cutting a text at a sensible place, so that it has at most so many tokens; and what follows the cut."""
+"""Cut a text at a sensible place, so that it has at most so many tokens, and return what follows the cut."""
 
 import re
 from bisect import bisect_left
@@ -23,7 +23,7 @@ _WORD_END = re.compile(r"\s+")
 
 
 def passage(text: str, count: Count, length: int, ends: Sequence[int] | None = None) -> tuple[str, str]:
-    """The beginning of a text in at most `length` tokens, and what follows it.
+    """Return the beginning of a text in at most `length` tokens, and what follows it.
 
     With `ends` the text is cut at one of these characters, if the first of them leaves it short enough. A text that is
     used up by `length` tokens ends earlier, so that something follows.
@@ -32,12 +32,12 @@ def passage(text: str, count: Count, length: int, ends: Sequence[int] | None = N
     total = count(text)
     room = min(length, total - min(FOLLOWING, total // FOLLOWING_SHARE))
     end = cut(text, count, room, ends)
-    rest = text[end:]
-    return text[:end], rest[: cut(rest, count, FOLLOWING, [e - end for e in ends or () if e > end] or None)]
+    remainder = text[end:]
+    return text[:end], remainder[: cut(remainder, count, FOLLOWING, [e - end for e in ends or () if e > end] or None)]
 
 
 def cut(text: str, count: Count, room: int, ends: Sequence[int] | None = None) -> int:
-    """The character at which to cut: at one of `ends`, or after a paragraph, a line, a sentence, a word or a letter."""
+    """Return the character at which to cut: one of `ends`, or after a paragraph, line, sentence, word or letter."""
     if len(text) <= room * MOST_CHARACTERS and count(text) <= room:
         return len(text)
     text = text[: room * MOST_CHARACTERS]
@@ -52,21 +52,21 @@ def cut(text: str, count: Count, room: int, ends: Sequence[int] | None = None) -
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """Start and end of every sentence; a paragraph ends one too, and in what is laid out in lines, a line."""
-    found: list[tuple[int, int]] = []
+    """Return start and end of every sentence. A paragraph ends one too, and so does a line of a list."""
+    spans: list[tuple[int, int]] = []
     for start, end in _between(text, _PARAGRAPH_END):
         paragraph = text[start:end]
         stops = [0, *(match.end() for match in SENTENCE_END.finditer(paragraph)), len(paragraph)]
-        for first, last in pairwise(stops):
-            inner = paragraph[first:last]
+        for begin, stop in pairwise(stops):
+            inner = paragraph[begin:stop]
             if inner.strip():
                 lead = len(inner) - len(inner.lstrip())
-                found.append((start + first + lead, start + first + len(inner.rstrip())))
-    return found
+                spans.append((start + begin + lead, start + begin + len(inner.rstrip())))
+    return spans
 
 
 def paragraph_starts(text: str) -> list[int]:
-    """Where paragraphs start, the first one at 0."""
+    """Return where paragraphs start, the first one at 0."""
     return [start for start, _ in _between(text, _PARAGRAPH_END)]
 
 
@@ -77,7 +77,7 @@ def _between(text: str, separator: re.Pattern[str]) -> list[tuple[int, int]]:
 
 
 def _largest(ends: Sequence[int], text: str, count: Count, room: int) -> int:
-    """The last of the ends before which the text has at most `room` tokens, 0 if there is none."""
+    """Return the last of the ends before which the text has at most `room` tokens, 0 if there is none."""
     ends = [end for end in ends if end > 0]
     index = bisect_left(ends, True, key=lambda end: count(text[:end]) > room)
     return ends[index - 1] if index else 0

@@ -1,4 +1,4 @@
-"""Conversations: chats of a help desk, one after another, and an interview."""
+"""Draft conversations: chats of a help desk, one after another, and an interview."""
 
 from collections.abc import Iterator
 from random import Random
@@ -8,7 +8,7 @@ from headwise.offline.texts.document import Draft, Unit
 
 
 def dialogue(rng: Random) -> Draft:
-    """A transcript of chats, or an interview."""
+    """Draft a transcript of chats, or an interview."""
     return _chats(rng) if rng.random() < 0.5 else _interview(rng)
 
 
@@ -98,19 +98,20 @@ def _chats(rng: Random) -> Draft:
             yield Unit(text=f"{gap}Chat {number}, {facts['day']}, {facts['customer']}")
             gap = "\n\n"
             yield Unit(text=f"\n{agent}: {rng.choice(_GREETINGS).format(**facts)}")
-            said, asked = rng.choice(_PROBLEMS)
-            yield Unit(text=f"\n{customer}: {said.format(**facts)}", questions=(asked.format(**facts),))
-            for question, answer, asked in rng.sample(_ASKS, rng.randrange(2, 5)):
+            sentence, document_question = rng.choice(_PROBLEMS)
+            yield Unit(text=f"\n{customer}: {sentence.format(**facts)}", questions=(document_question.format(**facts),))
+            for question, answer, document_question in rng.sample(_ASKS, rng.randrange(2, 5)):
                 facts |= {name: _facts(rng)[name] for name in ("number", "town", "code")}
                 yield Unit(text=f"\n{agent}: {question}")
                 after = f"What does {agent} say after this? {answer.format(**facts)}"
-                yield Unit(text=f"\n{customer}: {answer.format(**facts)}", questions=(asked.format(**facts), after))
-            said, asked = rng.choice(_PROMISES)
-            yield Unit(text=f"\n{agent}: {said.format(**facts)}", questions=(asked.format(**facts),))
+                questions = (document_question.format(**facts), after)
+                yield Unit(text=f"\n{customer}: {answer.format(**facts)}", questions=questions)
+            sentence, document_question = rng.choice(_PROMISES)
+            yield Unit(text=f"\n{agent}: {sentence.format(**facts)}", questions=(document_question.format(**facts),))
             yield Unit(text=f"\n{customer}: {rng.choice(_THANKS)}")
             number += rng.randrange(1, 4)
 
-    whole = (
+    general = (
         "Summarise each chat in one sentence.",
         "What was promised, and to whom?",
         "List the customers and what they complain about.",
@@ -118,7 +119,7 @@ def _chats(rng: Random) -> Draft:
         "Which questions does the help desk ask?",
         "Quote the first thing that a customer says.",
     )
-    return Draft(domain="dialogue", units=units(), whole=whole)
+    return Draft(domain="dialogue", units=units(), general=general)
 
 
 _TURNS = (
@@ -166,13 +167,13 @@ def _interview(rng: Random) -> Draft:
             "name": rng.choice(words.FIRST),
         }
         question, answer = (text.format(**facts) for text in pair)
-        asked = (
+        questions = (
             f"How does {guest} answer this question? {question}",
             f"Quote the answer to: {question}",
             f"What is asked after this answer? {answer}",
         )
         yield Unit(text=f"\n\n{marks[0]}: {question}")
-        yield Unit(text=f"\n{marks[1]}: {answer}", questions=asked)
+        yield Unit(text=f"\n{marks[1]}: {answer}", questions=questions)
 
     def units() -> Iterator[Unit]:
         yield Unit(text=f"A conversation with {guest}, {trade}, recorded in {rng.choice(words.TOWNS)}.")
@@ -182,7 +183,7 @@ def _interview(rng: Random) -> Draft:
                 if rng.random() < 0.3:
                     yield from drawn(rng.choice(_FOLLOW_UPS))
 
-    whole = (
+    general = (
         f"Write a portrait of {guest} in five sentences.",
         "List the towns that are mentioned, and why.",
         f"Which people does {guest} mention?",
@@ -190,4 +191,4 @@ def _interview(rng: Random) -> Draft:
         "Write the next question and its answer.",
         "Quote the longest answer.",
     )
-    return Draft(domain="dialogue", units=units(), whole=whole)
+    return Draft(domain="dialogue", units=units(), general=general)

@@ -1,4 +1,4 @@
-"""Lists of examples of one kind, question and answer, where the next one is wanted."""
+"""Draft lists of examples of one kind, question and answer, where the next answer is asked for."""
 
 from collections.abc import Callable, Iterator
 from random import Random
@@ -10,25 +10,25 @@ _STYLES = (("Input: ", "\nOutput: "), ("Q: ", "\nA: "), ("", "\n-> "), ("Text: "
 
 
 def few_shot(rng: Random) -> Draft:
-    """Examples of a kind that is drawn; a few questions give the next input."""
+    """Draft examples of a random kind. A few questions give the next input."""
     kind = rng.choice(_KINDS)
     opening, between = rng.choice(_STYLES)
 
     def units() -> Iterator[Unit]:
         number = 0
         while True:
-            given, answer = kind(rng)
-            asked = (
-                f"Which answer does this example have? {given}",
-                f"Copy the example that comes after this one: {given}",
-                f"Which other examples have the answer of this one? {given}",
+            text, answer = kind(rng)
+            questions = (
+                f"Which answer does this example have? {text}",
+                f"Copy the example that comes after this one: {text}",
+                f"Which other examples have the answer of this one? {text}",
             )
-            yield Unit(text=f"{chr(10) * 2 * (number > 0)}{opening}{given}{between}{answer}", questions=asked)
+            yield Unit(text=f"{chr(10) * 2 * (number > 0)}{opening}{text}{between}{answer}", questions=questions)
             number += 1
 
     nexts = [f"{opening}{kind(rng)[0]}{between}".strip() for _ in range(3)]
-    whole = (*nexts, *nexts, "Write three more examples of the same kind.", "By which rule do answers follow?")
-    return Draft(domain="few-shot", units=units(), whole=whole)
+    general = (*nexts, *nexts, "Write three more examples of the same kind.", "By which rule do answers follow?")
+    return Draft(domain="few-shot", units=units(), general=general)
 
 
 def _date(rng: Random) -> tuple[str, str]:
@@ -50,9 +50,9 @@ _BLAME = ("broke after a week", "is far too loud", "came with a cracked lid", "n
 
 def _review(rng: Random) -> tuple[str, str]:
     good = rng.random() < 0.5
-    said = rng.choice(_PRAISE if good else _BLAME)
+    opinion = rng.choice(_PRAISE if good else _BLAME)
     ending = rng.choice(["", f" My sister in {rng.choice(words.TOWNS)} says the same.", f" I paid {words.money(rng)}."])
-    return f"The {rng.choice(words.PRODUCTS)} {said}.{ending}", "positive" if good else "negative"
+    return f"The {rng.choice(words.PRODUCTS)} {opinion}.{ending}", "positive" if good else "negative"
 
 
 def _topic(rng: Random) -> tuple[str, str]:

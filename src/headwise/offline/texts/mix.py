@@ -30,22 +30,22 @@ _DRAFTS = {"records": records, "table": table, "dialogue": dialogue, "few-shot":
 
 
 def natural(count: Count, number: int, lengths: Sequence[int], seed: int, split: str) -> list[Example]:
-    """`number` examples, their contexts of `lengths` tokens in turn, at most. More begin with the same ones as fewer.
+    """Return `number` examples, their contexts of `lengths` tokens in turn, at most.
 
-    `split` is "calibration" or "train"; their sources and seeds are different. Raises BadInput where this Python has no
-    sources of its library.
+    A larger `number` begins with the same examples. `split` is "calibration" or "train"; their sources and seeds are
+    different. Raises BadInput if this Python has no sources of its library.
     """
-    made: list[Example] = []
+    examples: list[Example] = []
     nth: Counter[str] = Counter()
     for place in range(number):
         domain = ORDER[place % len(ORDER)]
-        made.append(_make(domain, nth[domain], count, lengths[place % len(lengths)], seed, split))
+        examples.append(_make(domain, nth[domain], count, lengths[place % len(lengths)], seed, split))
         nth[domain] += 1
-    return made
+    return examples
 
 
 def _make(domain: str, number: int, count: Count, length: int, seed: int, split: str) -> Example:
-    """The nth example of a domain."""
+    """Make the nth example of a domain."""
     if domain == "prose":
         return prose(number, count, length, seed, split)
     if domain == "code":

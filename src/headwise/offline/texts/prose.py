@@ -1,4 +1,4 @@
-"""English prose: the reference manual and long docstrings. Code: the modules of the standard library.
+"""Take prose from the reference manual and long docstrings, and code from the modules of the standard library.
 
 A passage starts at a paragraph of a document and goes on, where the document ends, in the next one.
 """
@@ -27,7 +27,7 @@ Documents = Sequence[Callable[[], Sequence[str]]]  # each read when it is needed
 
 
 def prose(number: int, count: Count, length: int, seed: int, split: str) -> Example:
-    """A passage of the manual, or of docstrings."""
+    """Return a passage of the manual, or of docstrings."""
     documents = _manual(split) if number % 2 else _docstrings(split)
     text = _stretch(documents, number // 2, length, f"{split} prose {number % 2} {seed}")
     context, following = passage(text, count, length)
@@ -36,7 +36,7 @@ def prose(number: int, count: Count, length: int, seed: int, split: str) -> Exam
 
 
 def code(number: int, count: Count, length: int, seed: int, split: str) -> Example:
-    """A passage of a module."""
+    """Return a passage of a module."""
     text = _stretch(_modules(split), number, length, f"{split} code {seed}")
     context, following = passage(text, count, length)
     questions = about_code(context, Random(f"{split} code questions {number} {seed}"))
@@ -44,78 +44,79 @@ def code(number: int, count: Count, length: int, seed: int, split: str) -> Examp
 
 
 def paragraphs(number: int, length: int, seed: int, split: str) -> list[str]:
-    """Paragraphs of the manual that are prose and not long, to strew facts in."""
+    """Return paragraphs of the manual that are prose and not long, to strew facts in."""
     text = _stretch(_manual(split), number, 3 * length, f"{split} filler {seed}")
     starts = paragraph_starts(text)
-    found = (text[a:b].strip("\n") for a, b in zip(starts, [*starts[1:], len(text)], strict=True))
-    return [one for one in found if _FILLER[0] <= len(one) <= _FILLER[1] and _PLAIN_LINE.match(one)]
+    stripped = (text[a:b].strip("\n") for a, b in zip(starts, [*starts[1:], len(text)], strict=True))
+    shortest, longest = _FILLER
+    return [part for part in stripped if shortest <= len(part) <= longest and _PLAIN_LINE.match(part)]
 
 
 def _stretch(documents: Documents, number: int, length: int, seed: str) -> str:
-    """Text enough for a context and what follows it: number n starts in the nth part, and later on in other places."""
+    """Return enough text for a context and what follows it. Number n starts in the nth part, later in other places."""
     needed = (length + FOLLOWING) * _MOST_CHARACTERS
     order = list(range(len(documents)))
     Random(seed).shuffle(order)
     parts: list[str] = []
-    for at in order:
-        parts += documents[at]()
+    for index in order:
+        parts += documents[index]()
         if sum(map(len, parts[number + 1 :])) >= needed:
             break
     if not parts:
         raise BadInput("this Python comes without the sources of its library: give texts of your own with --data.")
     turn, place = divmod(number, len(parts))
-    first = _from_inside(parts[place], turn, length, f"{seed} {place}")
-    return "\n\n".join([first, *parts[place + 1 :], *parts[:place]])[:needed]
+    beginning = _from_inside(parts[place], turn, length, f"{seed} {place}")
+    return "\n\n".join([beginning, *parts[place + 1 :], *parts[:place]])[:needed]
 
 
 def _from_inside(text: str, turn: int, length: int, seed: str) -> str:
-    """From a paragraph on that leaves enough after it, another one in every turn."""
+    """Return the text from a paragraph on that leaves enough after it, another one in every turn."""
     step = (length + FOLLOWING) * _CHARACTERS
     free = max(1, len(text) - step)
-    wanted = (Random(seed).randrange(free) + turn * step) % free
-    return text[max(start for start in paragraph_starts(text) if start <= wanted) :]
+    target = (Random(seed).randrange(free) + turn * step) % free
+    return text[max(start for start in paragraph_starts(text) if start <= target) :]
 
 
 @cache
 def _manual(split: str) -> Documents:
-    def of(text: str) -> Callable[[], Sequence[str]]:
+    def reader(text: str) -> Callable[[], Sequence[str]]:
         return cache(lambda: [*sources.own_parts(_unwrapped(text), split)])
 
-    return [of(text) for text in sources.manual(split).values()]
+    return [reader(text) for text in sources.manual(split).values()]
 
 
 @cache
 def _docstrings(split: str) -> Documents:
-    def of(path: Path) -> Callable[[], Sequence[str]]:
+    def reader(path: Path) -> Callable[[], Sequence[str]]:
         return cache(lambda: [*sources.own_parts(_documentation(path), split)])
 
-    return [of(path) for path in (*sources.standard_files(split), *sources.package_files(split))]
+    return [reader(path) for path in (*sources.standard_files(split), *sources.package_files(split))]
 
 
 @cache
 def _modules(split: str) -> Documents:
-    def of(path: Path) -> Callable[[], Sequence[str]]:
+    def reader(path: Path) -> Callable[[], Sequence[str]]:
         return cache(lambda: [*sources.own_parts(sources.read(path), split)])
 
-    return [of(path) for path in sources.standard_files(split)]
+    return [reader(path) for path in sources.standard_files(split)]
 
 
 def _documentation(path: Path) -> str:
-    """The long docstrings of a module, in the order of the file, each under a heading; empty where they are few."""
+    """Return the long docstrings of a module in the order of the file, each under a heading; empty if they are few."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(ast.parse(sources.read(path))) if isinstance(node, documented)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    found: list[str] = []
+    parts: list[str] = []
     for node in nodes:
         text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
         if len(text) >= _DOCSTRING:
-            found += [f"## {getattr(node, 'name', path.stem)}", _unwrapped(text)]
-    joined = "\n\n".join(found)
+            parts += [f"## {getattr(node, 'name', path.stem)}", _unwrapped(text)]
+    joined = "\n\n".join(parts)
     return joined if len(joined) >= sources.SHORTEST else ""
 
 
 def _unwrapped(text: str) -> str:
-    """Paragraphs whose lines were broken to a width become one line each; lists, code and tables stay as they are."""
+    """Join the lines of paragraphs that were broken to a width. Lists, code and tables stay as they are."""
     return "\n\n".join(map(_one_line, re.split(r"\n[^\S\n]*\n\s*?(?=[^\S\n]*\S)", text)))
 
 

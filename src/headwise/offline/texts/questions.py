@@ -1,4 +1,4 @@
-"""Questions for any text, so that answering them all takes all of it: quote, go on, look up, list, summarise.
+"""Make questions for any text, which together need all of it: quote, go on, look up, list, summarise.
 
 They quote the text and ask in English. In scripts without spaces a sentence is named by its first letters instead of
 its first words. Code has questions of its own.
@@ -70,57 +70,57 @@ _UNSPACED = 14  # letters of a word on average; in a script without spaces they 
 
 
 def about_text(text: str, rng: Random) -> tuple[str, ...]:
-    """Questions about prose in any script. None about a text that says the same everywhere."""
+    """Return questions about prose in any script; none about a text that says the same everywhere."""
     spans = sentence_spans(text)
     of_places: list[tuple[str, ...]] = []
     for number, (start, end) in enumerate(spans):
         opening = _opening(text, start, end)
         if opening:
             before, after = _NOT_FIRST * (number > 0), _NOT_LAST * (number + 1 < len(spans))
-            of_places.append(tuple(one.format(opening=opening) for one in _ANY + before + after * 2))
+            of_places.append(tuple(template.format(opening=opening) for template in _ANY + before + after * 2))
     terms = [(rng.choice(_ABOUT).format(term=term),) for term in _terms(text, rng)]
     return choose(rng, of_places, [*_WHOLE[:3], *(question for (question,) in terms), *_WHOLE[3:]])
 
 
 def about_code(text: str, rng: Random) -> tuple[str, ...]:
-    """Questions about source code."""
+    """Return questions about source code."""
     lines = [line.strip() for line in text.split("\n")]
     once = Counter(lines)
     of_places: list[tuple[str, ...]] = []
     for number, line in enumerate(lines):
-        found = _DEFINED.match(line)
-        if found:
-            of_places.append(tuple(one.format(name=found[1]) for one in _CODE_NAME))
+        definition = _DEFINED.match(line)
+        if definition:
+            of_places.append(tuple(template.format(name=definition[1]) for template in _CODE_NAME))
         elif len(line) >= _FEWEST_LETTERS and once[line] == 1 and 0 < number < len(lines) - 1:
-            of_places.append(tuple(one.format(line=line) for one in _CODE_LINE))
+            of_places.append(tuple(template.format(line=line) for template in _CODE_LINE))
     return choose(rng, of_places, _CODE_WHOLE)
 
 
 def looks_like_code(text: str) -> bool:
-    """Whether most lines of a text end or begin as lines of code do."""
+    """Return whether most lines of a text end or begin as lines of code do."""
     lines = [line for line in text.split("\n") if line.strip()]
     return sum(bool(_CODE.search(line)) for line in lines) > len(lines) * _CODE_SHARE
 
 
 def _opening(text: str, start: int, end: int) -> str:
-    """The first words of a sentence, as many as name no other place of the text; empty where there are none."""
+    """Return the first words of a sentence, as many as name no other place of the text; empty if there are none."""
     line_end = text.find("\n", start, end)
-    first = text[start : end if line_end < 0 else line_end]
-    words = [match.end() for match in _WORD.finditer(first)]
-    spaced = len(first) < _UNSPACED * len(words)
+    first_line = text[start : end if line_end < 0 else line_end]
+    words = [match.end() for match in _WORD.finditer(first_line)]
+    spaced = len(first_line) < _UNSPACED * len(words)
     stops = words[_FEWEST_WORDS - 1 : _MOST_WORDS] if spaced else range(_FEWEST_LETTERS // 2, _MOST_LETTERS, 2)
     for stop in stops:
         if (
             stop * (2 - spaced) >= _FEWEST_LETTERS
             and stop <= min(_MOST_LETTERS, end - start - 1)
-            and text.count(first[:stop]) == 1
+            and text.count(first_line[:stop]) == 1
         ):
-            return first[:stop] if stop <= len(first) else ""
+            return first_line[:stop] if stop <= len(first_line) else ""
     return ""
 
 
 def _terms(text: str, rng: Random) -> list[str]:
-    """Words that the text uses a few times."""
+    """Return words that the text uses a few times."""
     counts = Counter(match[0] for match in _TERM.finditer(text))
     often = sorted(word for word, number in counts.items() if 2 <= number <= 6)
     return rng.sample(often, min(3, len(often)))

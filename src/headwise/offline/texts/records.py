@@ -1,4 +1,4 @@
-"""Tables, JSON records, log lines and lists of settings: every record has facts that can be looked up."""
+"""Draft tables, JSON records, log lines and lists of settings: every record has facts that can be looked up."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -13,17 +13,17 @@ Fields = dict[str, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Kind:
-    """A kind of record: how one is made, which field names it, and questions on all records by the fields they need."""
+    """A kind of record: how one is made, which field names it, and general questions by the fields they need."""
 
     make: Callable[[Random], Fields]
     key: str
     person: str
-    whole: Mapping[str, tuple[str, ...]]
+    general: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Records:
-    """Records of one document: those of a kind, with some of its fields."""
+    """The records of one document: all of one kind, with some of its fields."""
 
     rng: Random
     kind: _Kind
@@ -38,35 +38,35 @@ class _Records:
                 yield {name: fields[name] for name in self.shown}
 
     @property
-    def whole(self) -> tuple[str, ...]:
-        """Questions on all of them."""
-        found = [question for name in self.shown for question in self.kind.whole.get(name, ())]
-        return (*found, "Add the next record in the same format.")
+    def general(self) -> tuple[str, ...]:
+        """Questions on all records."""
+        questions = [question for name in self.shown for question in self.kind.general.get(name, ())]
+        return (*questions, "Add the next record in the same format.")
 
-    def asked(self, fields: Fields) -> tuple[str, ...]:
-        """Questions on one of them."""
+    def questions(self, fields: Fields) -> tuple[str, ...]:
+        """Return questions on one record."""
         key, person = self.kind.key, self.kind.person
         name = f"{key} {fields[key]}"
-        looked_up = [f'What does the record of {name} say under "{other}"?' for other in self.shown if other != key]
+        looked_up = [f'What does the record of {name} say under "{field}"?' for field in self.shown if field != key]
         backwards = [f"Which {key} belongs to {fields[person]}? Copy the record."] if person in fields else []
         return (*looked_up, *backwards, f"Copy the record of {name} and the one after it.")
 
 
 def table(rng: Random) -> Draft:
-    """Orders or staff, as CSV or Markdown."""
-    drawn = _drawn(rng)
-    return Draft(domain="table", units=rng.choice([_csv, _markdown])(drawn), whole=drawn.whole)
+    """Draft orders or staff, as CSV or Markdown."""
+    rows = _draw_rows(rng)
+    return Draft(domain="table", units=rng.choice([_csv, _markdown])(rows), general=rows.general)
 
 
 def records(rng: Random) -> Draft:
-    """JSON, settings, or a log."""
+    """Draft JSON, settings, or a log."""
     if rng.random() < 1 / 3:
-        return Draft(domain="records", units=_log(rng), whole=_OF_LOGS)
-    drawn = _drawn(rng)
-    return Draft(domain="records", units=rng.choice([_json_array, _json_lines, _settings])(drawn), whole=drawn.whole)
+        return Draft(domain="records", units=_log(rng), general=_OF_LOGS)
+    rows = _draw_rows(rng)
+    return Draft(domain="records", units=rng.choice([_json_array, _json_lines, _settings])(rows), general=rows.general)
 
 
-def _drawn(rng: Random) -> _Records:
+def _draw_rows(rng: Random) -> _Records:
     kind = rng.choice(_KINDS)
     names = [name for name in kind.make(rng) if name != kind.key]
     dropped = set(rng.sample(names, rng.randrange(3)))
@@ -103,7 +103,7 @@ _KINDS = (
         make=_order,
         key="order",
         person="customer",
-        whole={
+        general={
             "state": ("Which orders were cancelled? List their numbers.", "How many orders were shipped?"),
             "town": ("List the towns that orders went to, each once.",),
             "date": ("Which order is the oldest?",),
@@ -114,7 +114,7 @@ _KINDS = (
         make=_employee,
         key="badge",
         person="name",
-        whole={
+        general={
             "team": ("Which badges belong to logistics? List them.", "Which teams are there? Name each once."),
             "start": ("How many people started before 2010?", "Which badge was given out first?"),
             "salary": ("Which badge has the highest salary?",),
@@ -131,37 +131,37 @@ _OF_LOGS = (
 )
 
 
-def _csv(drawn: _Records) -> Iterator[Unit]:
-    mark = drawn.rng.choice([",", ";", "\t"])
-    for number, fields in enumerate(drawn):
+def _csv(rows: _Records) -> Iterator[Unit]:
+    mark = rows.rng.choice([",", ";", "\t"])
+    for number, fields in enumerate(rows):
         head = "\n" if number else mark.join(fields) + "\n"
-        yield Unit(text=head + mark.join(fields.values()), questions=drawn.asked(fields))
+        yield Unit(text=head + mark.join(fields.values()), questions=rows.questions(fields))
 
 
-def _markdown(drawn: _Records) -> Iterator[Unit]:
-    for number, fields in enumerate(drawn):
+def _markdown(rows: _Records) -> Iterator[Unit]:
+    for number, fields in enumerate(rows):
         head = "" if number else f"| {' | '.join(fields)} |\n|{'---|' * len(fields)}"
-        yield Unit(text=f"{head}\n| {' | '.join(fields.values())} |", questions=drawn.asked(fields))
+        yield Unit(text=f"{head}\n| {' | '.join(fields.values())} |", questions=rows.questions(fields))
 
 
-def _json_array(drawn: _Records) -> Iterator[Unit]:
-    for number, fields in enumerate(drawn):
+def _json_array(rows: _Records) -> Iterator[Unit]:
+    for number, fields in enumerate(rows):
         body = ",\n".join(f'    "{name}": {json.dumps(value)}' for name, value in fields.items())
-        yield Unit(text=f"{',' if number else '['}\n  {{\n{body}\n  }}", questions=drawn.asked(fields))
+        yield Unit(text=f"{',' if number else '['}\n  {{\n{body}\n  }}", questions=rows.questions(fields))
 
 
-def _json_lines(drawn: _Records) -> Iterator[Unit]:
-    for number, fields in enumerate(drawn):
-        yield Unit(text="\n" * (number > 0) + json.dumps(fields), questions=drawn.asked(fields))
+def _json_lines(rows: _Records) -> Iterator[Unit]:
+    for number, fields in enumerate(rows):
+        yield Unit(text="\n" * (number > 0) + json.dumps(fields), questions=rows.questions(fields))
 
 
-def _settings(drawn: _Records) -> Iterator[Unit]:
-    """Sections of key = value, or of key: value."""
-    opening, between, indent = drawn.rng.choice([("[{}]", " = ", ""), ("{}:", ": ", "  ")])
-    for number, fields in enumerate(drawn):
-        (key, named), *others = fields.items()
-        lines = [opening.format(f"{key} {named}"), *(f"{indent}{name}{between}{value}" for name, value in others)]
-        yield Unit(text="\n\n" * (number > 0) + "\n".join(lines), questions=drawn.asked(fields))
+def _settings(rows: _Records) -> Iterator[Unit]:
+    """Yield sections of key = value, or of key: value."""
+    opening, between, indent = rows.rng.choice([("[{}]", " = ", ""), ("{}:", ": ", "  ")])
+    for number, fields in enumerate(rows):
+        (key, named), *other_fields = fields.items()
+        lines = [opening.format(f"{key} {named}"), *(f"{indent}{name}{between}{value}" for name, value in other_fields)]
+        yield Unit(text="\n\n" * (number > 0) + "\n".join(lines), questions=rows.questions(fields))
 
 
 _EVENTS: Mapping[str, tuple[str, str, str]] = {
@@ -200,6 +200,6 @@ def _log(rng: Random) -> Iterator[Unit]:
         second = min(second + rng.randrange(1, 90), 86_399)
         clock = f"{second // 3600:02d}:{second // 60 % 60:02d}:{second % 60:02d}"
         line = f"{day} {clock} {host} {service}[{rng.randrange(100, 999)}] {level}: {message.format(**facts)}"
-        asked = (question.format(**facts), f"What was logged right after this? {message.format(**facts)}")
-        yield Unit(text="\n" * (number > 0) + line, questions=asked)
+        questions = (question.format(**facts), f"What was logged right after this? {message.format(**facts)}")
+        yield Unit(text="\n" * (number > 0) + line, questions=questions)
         number += 1

@@ -1,4 +1,4 @@
-"""Documents that must be searched: facts strewn in prose, keys alike, several values of a key, steps to follow, counts.
+"""Draft documents that must be searched: strewn facts, similar keys, several values of a key, steps, counts.
 
 The wordings are our own and not those of a benchmark: what is measured with RULER stays a test of transfer.
 """
@@ -11,7 +11,7 @@ from headwise.offline.texts.document import Draft, Unit
 
 
 def retrieval(rng: Random, number: int, filler: Sequence[str]) -> Draft:
-    """One of the kinds, in turn; `filler` are paragraphs to strew facts in."""
+    """Draft one of the kinds, in turn. `filler` are paragraphs to strew facts in."""
     kind = (_strewn, _alike, _visits, _handed_on, _settings, _votes, _serials)[number % 7]
     return kind(rng, filler)
 
@@ -40,29 +40,29 @@ def _facts(rng: Random) -> dict[str, str]:
 
 
 def _strewn(rng: Random, filler: Sequence[str]) -> Draft:
-    """Remarks between the paragraphs of a text on something else."""
+    """Draft remarks between the paragraphs of a text on something else."""
 
     def units() -> Iterator[Unit]:
-        asked: set[str] = set()
+        asked_before: set[str] = set()
         for number, paragraph in enumerate(filler):
             yield Unit(text="\n\n" * (number > 0) + paragraph)
             statement, question = rng.choice(_FACTS)
             facts = _facts(rng)
             question = question.format(**facts)
-            if question not in asked:
-                asked.add(question)
+            if question not in asked_before:
+                asked_before.add(question)
                 yield Unit(text=f"\n\n{statement.format(**facts)}", questions=(question,) * 2)
 
-    whole = (
+    general = (
         "Some remarks do not belong to the text around them. List them all.",
         "What is the text about, apart from the remarks on people, codes and places?",
         "Which numbers are mentioned in remarks, and what do they stand for?",
     )
-    return Draft(domain="retrieval", units=units(), whole=whole)
+    return Draft(domain="retrieval", units=units(), general=general)
 
 
 def _alike(rng: Random, filler: Sequence[str]) -> Draft:
-    """Keys that differ in one sign."""
+    """Draft keys that differ in one sign."""
     letters = words.code(rng)[:2]
     style = rng.choice(["Shelf {key} holds {value}.", "{key}: {value}", "In crate {key} there are {value}."])
 
@@ -70,20 +70,20 @@ def _alike(rng: Random, filler: Sequence[str]) -> Draft:
         keys = [f"{letters}-{number}" for number in rng.sample(range(1000, 10_000), 9_000)]
         for number, key in enumerate(keys):
             value = f"{rng.randrange(2, 900)} kg of {rng.choice(words.GOODS)} from {rng.choice(words.TOWNS)}"
-            asked = (
+            questions = (
                 f"What is at {key}?",
                 f"What is listed right after {key}?",
                 f"Where do the goods at {key} come from?",
             )
-            yield Unit(text="\n" * (number > 0) + style.format(key=key, value=value), questions=asked)
+            yield Unit(text="\n" * (number > 0) + style.format(key=key, value=value), questions=questions)
 
     goods = rng.choice(words.GOODS)
-    whole = (f"Which places hold {goods}? List them all.", f"How many entries are about {goods}?", "Repeat the list.")
-    return Draft(domain="retrieval", units=units(), whole=whole)
+    general = (f"Which places hold {goods}? List them all.", f"How many entries are about {goods}?", "Repeat the list.")
+    return Draft(domain="retrieval", units=units(), general=general)
 
 
 def _visits(rng: Random, filler: Sequence[str]) -> Draft:
-    """Several values of each key: where somebody went, over the years."""
+    """Draft several values of each key: where somebody went, over the years."""
     people = list(dict.fromkeys(words.person(rng) for _ in range(7)))
 
     def units() -> Iterator[Unit]:
@@ -91,25 +91,25 @@ def _visits(rng: Random, filler: Sequence[str]) -> Draft:
         while True:
             who, town, year = rng.choice(people), rng.choice(words.TOWNS), rng.randrange(1961, 2024)
             how = rng.choice(["went to", "spent the summer in", "gave a talk in", "worked in", "was seen in"])
-            asked = (
+            questions = (
                 f"Name all places that {who} has been to.",
                 f"What did {who} do in {town}, and in which year?",
                 f"Who else has been to {town}?",
             )
             gap = rng.choice([" ", " ", "\n\n"]) if number else ""
-            yield Unit(text=f"{gap}In {year} {who} {how} {town}.", questions=asked)
+            yield Unit(text=f"{gap}In {year} {who} {how} {town}.", questions=questions)
             number += 1
 
-    whole = (
+    general = (
         "Who is named most often?",
         "List every person with the towns of that person.",
         "Which year comes up last?",
     )
-    return Draft(domain="retrieval", units=units(), whole=whole)
+    return Draft(domain="retrieval", units=units(), general=general)
 
 
 def _handed_on(rng: Random, filler: Sequence[str]) -> Draft:
-    """Things that are handed on: who has them in the end takes every step."""
+    """Draft things that are handed on: every step is needed to know who has them in the end."""
     things = rng.sample(words.PRODUCTS, 5)
     holders = {thing: words.person(rng) for thing in things}
 
@@ -120,54 +120,55 @@ def _handed_on(rng: Random, filler: Sequence[str]) -> Draft:
             thing, new = rng.choice(things), words.person(rng)
             old, holders[thing] = holders[thing], new
             how = rng.choice(["{old} gave the {thing} to {new}.", "{new} borrowed the {thing} from {old}."])
-            asked = (
+            questions = (
                 f"Who has the {thing} at the end?",
                 f"Through whose hands did the {thing} go, in order?",
                 f"What did {old} do with the {thing}?",
                 f"Who had the {thing} before {new}?",
             )
-            yield Unit(text=" " + how.format(old=old, new=new, thing=thing), questions=asked)
+            yield Unit(text=" " + how.format(old=old, new=new, thing=thing), questions=questions)
             if rng.random() < 1 / 6:
                 yield Unit(text=f"\n\n{next(paragraphs, 'Then came a break.')}\n\nThen it went on.")
 
-    whole = (
+    general = (
         "Who has which thing at the end?",
         "List all people who gave something away.",
         "Which thing moved most often?",
     )
-    return Draft(domain="retrieval", units=units(), whole=whole)
+    return Draft(domain="retrieval", units=units(), general=general)
 
 
 def _settings(rng: Random, filler: Sequence[str]) -> Draft:
-    """Values that are taken from others, plus or minus something: each takes a few steps back."""
-    names = [f"{team}_{what}" for team in words.TEAMS for what in ("quota", "limit", "rate", "share", "delay", "bonus")]
+    """Draft values that are taken from others, plus or minus something: each needs a few steps back."""
+    quantities = ("quota", "limit", "rate", "share", "delay", "bonus")
+    names = [f"{team}_{quantity}" for team in words.TEAMS for quantity in quantities]
     rng.shuffle(names)
 
     def units() -> Iterator[Unit]:
-        known: list[str] = []
+        defined: list[str] = []
         for number in range(10_000):
             name = names[number] if number < len(names) else f"{names[number % len(names)]}_{number // len(names) + 1}"
-            old = rng.choice(known[-9:]) if known else ""
-            if known and rng.random() < 0.75:
+            base = rng.choice(defined[-9:]) if defined else ""
+            if defined and rng.random() < 0.75:
                 step = rng.choice(["", f" plus {rng.randrange(1, 20)}", f" minus {rng.randrange(1, 20)}"])
-                said = rng.choice(["{name} is the same as {old}{step}.", "For {name}, take {old}{step}."])
-                line = said.format(name=name, old=old, step=step)
+                template = rng.choice(["{name} is the same as {old}{step}.", "For {name}, take {old}{step}."])
+                line = template.format(name=name, old=base, step=step)
             else:
                 line = f"Set {name} to {rng.randrange(20, 400)}."
-            known.append(name)
-            asked = (
+            defined.append(name)
+            questions = (
                 f"What is the value of {name}? Work it out step by step.",
                 f"Which line defines {name}?",
                 f"Which settings depend on {name}?",
             )
-            yield Unit(text="\n" * (number > 0) + line, questions=asked)
+            yield Unit(text="\n" * (number > 0) + line, questions=questions)
 
-    whole = ("Which settings are given a number of their own?", "Name three settings with the same value.", "Go on.")
-    return Draft(domain="retrieval", units=units(), whole=whole)
+    general = ("Which settings are given a number of their own?", "Name three settings with the same value.", "Go on.")
+    return Draft(domain="retrieval", units=units(), general=general)
 
 
 def _votes(rng: Random, filler: Sequence[str]) -> Draft:
-    """Ballots, in which a few goods come up more often than others."""
+    """Draft ballots, in which a few goods come up more often than others."""
     goods = rng.sample(words.GOODS, 12)
     weights = [1 / (place + 1) for place in range(len(goods))]
     style = rng.choice(["{who} voted for {what}.", "{who}: {what}", "Ballot of {who}: {what}."])
@@ -175,47 +176,47 @@ def _votes(rng: Random, filler: Sequence[str]) -> Draft:
     def units() -> Iterator[Unit]:
         number = 0
         while True:
-            who, (what,) = words.person(rng), rng.choices(goods, weights)
-            asked = (
+            who, (vote,) = words.person(rng), rng.choices(goods, weights)
+            questions = (
                 f"What did {who} vote for?",
                 f"Whose vote comes right after that of {who}?",
-                f"Who voted for {what}?",
+                f"Who voted for {vote}?",
             )
-            yield Unit(text="\n" * (number > 0) + style.format(who=who, what=what), questions=asked)
+            yield Unit(text="\n" * (number > 0) + style.format(who=who, what=vote), questions=questions)
             number += 1
 
-    whole = (
+    general = (
         "Which three got the most votes?",
         f"How many votes did {goods[0]} get?",
         f"Did {goods[1]} or {goods[2]} get more votes?",
         "Count the votes of each.",
     )
-    return Draft(domain="retrieval", units=units(), whole=whole)
+    return Draft(domain="retrieval", units=units(), general=general)
 
 
 def _serials(rng: Random, filler: Sequence[str]) -> Draft:
-    """Long numbers and to whom they belong, with a text in between."""
+    """Draft long numbers and to whom they belong, with a text in between."""
 
     def units() -> Iterator[Unit]:
         paragraphs = iter(filler)
         number = 0
         while True:
-            who, serial, other = words.person(rng), words.serial(rng), words.serial(rng)
-            line = f"Ticket {serial} was opened by {who} and replaces ticket {other}."
-            asked = (
+            who, serial, replaced = words.person(rng), words.serial(rng), words.serial(rng)
+            line = f"Ticket {serial} was opened by {who} and replaces ticket {replaced}."
+            questions = (
                 f"Who opened ticket {serial}?",
                 f"Which ticket did {who} open?",
                 f"Which ticket was replaced by {serial}?",
-                f"Which ticket replaces {other}?",
+                f"Which ticket replaces {replaced}?",
             )
-            yield Unit(text="\n" * (number > 0) + line, questions=asked)
+            yield Unit(text="\n" * (number > 0) + line, questions=questions)
             number += 1
             if number % 5 == 0:
                 yield Unit(text=f"\n\n{next(paragraphs, 'Later that day:')}\n")
 
-    whole = (
+    general = (
         "List all tickets that were opened.",
         "Who opened the first ticket, and who the last?",
         "Go on with the list.",
     )
-    return Draft(domain="retrieval", units=units(), whole=whole)
+    return Draft(domain="retrieval", units=units(), general=general)

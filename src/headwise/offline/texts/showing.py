@@ -1,4 +1,4 @@
-"""Examples for the eye: how many of each domain, and one of them with its middle left out."""
+"""Show examples to a reader: how many there are of each domain, and one of them with its middle left out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ _SHOWN = 600  # characters of a context, at its start and at its end
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Total:
-    """What there is of a domain. Tokens are those of its contexts."""
+    """Counts of one domain. Tokens are those of its contexts."""
 
     domain: str
     contexts: int
@@ -23,12 +23,12 @@ class Total:
 
 
 def totals(examples: Sequence[Example], count: Count) -> list[Total]:
-    """A row for each domain, in the order in which they come."""
-    found: list[Total] = []
+    """Return a row for each domain, in the order in which they come."""
+    rows: list[Total] = []
     for domain in dict.fromkeys(example.domain for example in examples):
         of_domain = [example for example in examples if example.domain == domain]
         tokens = [count(example.context) for example in of_domain]
-        found.append(
+        rows.append(
             Total(
                 domain=domain,
                 contexts=len(tokens),
@@ -39,13 +39,13 @@ def totals(examples: Sequence[Example], count: Count) -> list[Total]:
                 questions=sum(len(example.questions) for example in of_domain),
             )
         )
-    return found
+    return rows
 
 
-def told(example: Example, count: Count, *, full: bool) -> str:
-    """An example as a reader sees it."""
+def render(example: Example, count: Count, *, full: bool) -> str:
+    """Return an example as a text for a reader. `full`: show all of it."""
     context = example.context if full else _shortened(example.context)
-    asked = [f"  ? {question}" for question in example.questions] or ["  none: the model's own continuation"]
+    questions = [f"  ? {question}" for question in example.questions] or ["  none: the model's own continuation"]
     return "\n".join(
         [
             f"--- {example.domain}: context, {count(example.context)} tokens",
@@ -53,7 +53,7 @@ def told(example: Example, count: Count, *, full: bool) -> str:
             f"--- follows, {count(example.following)} tokens",
             example.following.strip("\n") if full else _shortened(example.following.strip("\n")),
             f"--- questions, {len(example.questions)}",
-            *asked,
+            *questions,
             "",
         ]
     )

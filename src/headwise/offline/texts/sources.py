@@ -1,4 +1,4 @@
-"""Source files that are on every machine which runs headwise: the standard library, and what headwise itself needs.
+"""Find source files on every machine that runs headwise: the standard library, and what headwise itself needs.
 
 Nothing is imported to be read, but for Python's reference manual, which is data. A file belongs to one split, by its
 name. Files repeat each other (licences, the same sentence in two docstrings): what the split "train" has in common with
@@ -33,7 +33,7 @@ _WORD = re.compile(r"\w+")
 
 @cache
 def manual(split: str) -> dict[str, str]:
-    """The sections of Python's reference manual, by name."""
+    """Return the sections of Python's reference manual, by name."""
     from pydoc_data.topics import topics
 
     return {name: text for name, text in sorted(topics.items()) if _split_of(name) == split and len(text) >= SHORTEST}
@@ -41,32 +41,32 @@ def manual(split: str) -> dict[str, str]:
 
 @cache
 def standard_files(split: str) -> tuple[Path, ...]:
-    """Modules of the standard library."""
+    """Return the modules of the standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     return tuple(path for folder in _STANDARD for path in _files(root / folder, root, split))
 
 
 @cache
 def package_files(split: str) -> tuple[Path, ...]:
-    """Modules of the packages that headwise needs."""
-    found: list[Path] = []
+    """Return modules of the packages that headwise needs. Raises BadInput if one is not installed."""
+    paths: list[Path] = []
     for package, folders in _PACKAGES.items():
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise BadInput(f"the package {package}, which headwise needs, is not installed: install headwise again.")
         root = Path(spec.submodule_search_locations[0])
-        found += [path for folder in folders for path in _files(root / folder, root.parent, split)]
-    return tuple(found)
+        paths += [path for folder in folders for path in _files(root / folder, root.parent, split)]
+    return tuple(paths)
 
 
 @cache
 def read(path: Path) -> str:
-    """A source file, the ends of its lines as "\\n"."""
+    """Read a source file, the ends of its lines as "\\n"."""
     return path.read_text(encoding="utf-8", errors="replace")
 
 
 def own_parts(text: str, split: str) -> Iterator[str]:
-    """The parts of a document that belong to its split, from one paragraph's start to another one's end."""
+    """Yield the parts of a document that belong to its split, from one paragraph's start to another one's end."""
     if split == SPLITS[0]:
         yield text
         return
@@ -81,7 +81,7 @@ def own_parts(text: str, split: str) -> Iterator[str]:
 
 
 def _shared(text: str, taken: frozenset[int]) -> Iterator[tuple[int, int]]:
-    """Start and end of every span of SPAN words that is taken."""
+    """Yield start and end of every span of SPAN words that is taken."""
     words = list(_WORD.finditer(text))
     for place, span in enumerate(_spans([word[0] for word in words])):
         if span in taken:
@@ -99,7 +99,7 @@ def _spans(words: list[str]) -> Iterator[int]:
 
 
 def _files(folder: Path, root: Path, split: str) -> list[Path]:
-    """The files of a folder that are neither tiny nor huge, and of this split."""
+    """Return the files of a folder that are neither tiny nor huge, and of this split."""
     return [
         path
         for path in sorted(folder.glob("*.py"))

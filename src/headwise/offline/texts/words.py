@@ -67,26 +67,26 @@ DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 
 def person(rng: Random) -> str:
-    """A first and a last name."""
+    """Return a first and a last name."""
     return f"{rng.choice(FIRST)} {rng.choice(LAST)}"
 
 
 def code(rng: Random) -> str:
-    """Letters and digits, such as KX-4821."""
+    """Return letters and digits, such as KX-4821."""
     letters = "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(2))
     return f"{letters}-{rng.randrange(1000, 10000)}"
 
 
 def serial(rng: Random) -> str:
-    """Like the beginning of a UUID: 7f3a90c1-44be-9d02."""
+    """Return the beginning of a UUID, such as 7f3a90c1-44be-9d02."""
     return f"{rng.randrange(16**8):08x}-{rng.randrange(16**4):04x}-{rng.randrange(16**4):04x}"
 
 
 def date(rng: Random) -> str:
-    """Such as 2021-07-14."""
+    """Return a date, such as 2021-07-14."""
     return f"{rng.randrange(1998, 2025)}-{rng.randrange(1, 13):02d}-{rng.randrange(1, 29):02d}"
 
 
 def money(rng: Random) -> str:
-    """Such as 184.50."""
+    """Return an amount, such as 184.50."""
     return f"{rng.randrange(3, 900)}.{rng.choice(('00', '50', '90', '95', '25'))}"

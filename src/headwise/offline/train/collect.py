@@ -1,4 +1,4 @@
-"""Samples of all contexts for LKV-T's first stage, each in a file of its own: a killed run goes on, processes share."""
+"""Collect samples for LKV-T's first stage, one file per context: a killed run goes on, and processes share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
@@ -20,7 +20,7 @@ from headwise.offline.calibration import Example
 from headwise.offline.train.fit import FitSettings, Sampled, sample
 from headwise.shapes import ModelShape
 
-_AGAIN = "Remove it, and it is made again."
+_ADVICE = "Remove it, and it is made again."
 
 
 def collect(
@@ -32,9 +32,10 @@ def collect(
     processes: Processes,
     progress: Callable[[int, int, str], None],
 ) -> list[Sampled]:
-    """Read every example and its futures, those of this process; then all samples, in the order of the examples.
+    """Sample the examples of this process, and return the samples of all examples, in their order.
 
-    A file is taken up by any run that would make the same: steps, weights of futures, and other examples do not matter.
+    Any run that would make the same file uses it: steps, weights of futures, and other examples do not matter. Raises
+    BadInput if a file is damaged.
     """
     if processes.rank == 0:
         parts.make()
@@ -53,8 +54,8 @@ def collect(
     return [_read(file, run, view(model).shape) for file in files]
 
 
-def _write(file: Path, found: Sampled, run: str) -> None:
-    write_tensors(file, "part", {field.name: getattr(found, field.name) for field in fields(found)}, {"run": run})
+def _write(file: Path, sampled: Sampled, run: str) -> None:
+    write_tensors(file, "part", {field.name: getattr(sampled, field.name) for field in fields(sampled)}, {"run": run})
 
 
 def _read(file: Path, run: str, shape: ModelShape) -> Sampled:
@@ -69,5 +70,5 @@ def _read(file: Path, run: str, shape: ModelShape) -> Sampled:
     }
     with opened(file, "part") as part:
         if part.metadata.get("run") != run:
-            raise BadInput(f"{file} is damaged: it is not of this run. {_AGAIN}")
-        return Sampled(**part.read(Schema(table=table, advice=_AGAIN)))
+            raise BadInput(f"{file} is damaged: it is not of this run. {_ADVICE}")
+        return Sampled(**part.read(Schema(table=table, advice=_ADVICE)))

@@ -1,4 +1,4 @@
-"""LKV-T's first stage: every head learns to predict what attention its entries will be paid (futures.py).
+"""The first stage of LKV-T: every head learns to predict the attention that its entries will get (futures.py).
 
 A regression, so it takes a minute where distillation takes hours: a context is read, its futures are read after it, and
 of some entries, drawn at random, features and target are kept. The model is not needed any more then.
@@ -36,8 +36,8 @@ JUDGED = 0.15  # keep at which held-out contexts are judged
 class FitSettings:
     """How scores learn to predict attention.
 
-    A query of the text that follows counts `following_weight` times, one of a question or its answer `answer_weight`
-    times, one of the repetition once. A context is repeated in pieces of `piece` tokens.
+    A query of the text that follows counts `following_weight` times, a query of a question or its answer counts
+    `answer_weight` times, a query of the repetition once. A context is repeated in pieces of `piece` tokens.
     """
 
     steps: int = 1000
@@ -55,9 +55,9 @@ class FitSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampled:
-    """Some entries of one context, the same in every head, and the squared attention each kind of future pays them.
+    """Some entries of one context, the same in every head, and the squared attention that each kind of future pays.
 
-    Squares are summed over queries. Kinds are kept apart, so that their weights can be changed without the model.
+    Squares are summed over queries. Kinds of futures are apart, so that weights can change without the model.
     """
 
     features: Float[Tensor, "heads entries width"]  # float16
@@ -67,7 +67,7 @@ class Sampled:
     summary: Float[Tensor, " of_context"]
 
     def targets(self, settings: FitSettings) -> Float[Tensor, "heads entries"]:
-        """What scores learn: the logarithm of the root of the weighted sum."""
+        """Return what scores learn: the logarithm of the root of the weighted sum."""
         paid = self.again + settings.following_weight * self.following + settings.answer_weight * self.answers
         return (paid + LEAST**2).log() / 2
 
@@ -76,22 +76,22 @@ class Sampled:
 def sample(
     model: PreTrainedModel, tokenizer: object, example: Example, settings: FitSettings, generator: torch.Generator
 ) -> Sampled:
-    """Read a context and its futures."""
+    """Read a context and its futures, and return some of its entries."""
     context, questions = encode(tokenizer, example, device=model.device)
     reading, shape = read(model, context, []), view(model).shape
     futures = futures_of(model, tokenizer, example, context, questions, reading.whole, settings)
     tokens = context.shape[1]
     chosen = torch.randperm(tokens, generator=generator, dtype=torch.int64, device="cpu")[: settings.entries].sort()
-    at = chosen.values.to(model.device)
+    places = chosen.values.to(model.device)
     positions = torch.arange(tokens, device=model.device, dtype=torch.int64)[None]
     features = []
     for layer in range(len(shape.layers)):
         keys, values = states_of(reading.whole, layer)
-        found = entry_features(keys[None], values[None], positions, view(model).rotary(layer))
-        features.append(found[0][:, at].half())
+        layer_features = entry_features(keys[None], values[None], positions, view(model).rotary(layer))
+        features.append(layer_features[0][:, places].half())
     first, everything = reading.first, torch.ones_like(positions, dtype=torch.bool)
     again, following, answered = (
-        attention_paid(model, reading.whole, kind).flatten(0, 1)[:, at].cpu() for kind in futures
+        attention_paid(model, reading.whole, kind).flatten(0, 1)[:, places].cpu() for kind in futures
     )
     return Sampled(
         features=torch.cat(features).cpu(),
@@ -111,10 +111,10 @@ def futures_of(
     whole: RaggedCache,
     settings: FitSettings,
 ) -> tuple[list[Int[Tensor, " _"]], list[Int[Tensor, " _"]], list[Int[Tensor, " _"]]]:
-    """The context once more, in pieces; its text's next tokens; questions with the model's answers."""
+    """Return the context once more in pieces, the tokens that follow it, and questions with the model's answers."""
 
-    def ids(found: Sequence[int]) -> Int[Tensor, " _"]:
-        return torch.tensor(found, dtype=torch.int64, device=context.device)
+    def ids(tokens: Sequence[int]) -> Int[Tensor, " _"]:
+        return torch.tensor(tokens, dtype=torch.int64, device=context.device)
 
     instruction = ids(instruction_ids(tokenizer))
     again = [torch.cat([instruction, piece]) for piece in context[0].split(settings.piece)]
@@ -122,16 +122,16 @@ def futures_of(
     if example.following:
         following.append(ids(following_ids(tokenizer, example.following)[: settings.following]))
     if settings.questions and example.questions:
-        asked = questions[: settings.questions]
-        said = answers(model, whole, asked, steps=settings.answer_tokens)
-        answered += [torch.cat([question, answer]) for question, answer in zip(asked, said, strict=True)]
+        questions = questions[: settings.questions]
+        answer_ids = answers(model, whole, questions, steps=settings.answer_tokens)
+        answered += [torch.cat(pair) for pair in zip(questions, answer_ids, strict=True)]
     return again, following, answered
 
 
 def instruction_ids(tokenizer: Any) -> list[int]:
-    """Tokens that ask for a repetition; none where the tokenizer lacks the words, as that of the bundled model does."""
-    found = tokenizer(f"\n\n{INSTRUCTION}\n\n", add_special_tokens=False)["input_ids"]
-    return [] if tokenizer.unk_token_id in found else found
+    """Return tokens that ask for a repetition; none if the tokenizer lacks the words, as the bundled one does."""
+    ids = tokenizer(f"\n\n{INSTRUCTION}\n\n", add_special_tokens=False)["input_ids"]
+    return [] if tokenizer.unk_token_id in ids else ids
 
 
 def fit(
@@ -141,11 +141,11 @@ def fit(
     settings: FitSettings,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> list[dict[str, Any]]:
-    """Fit the scores to the targets, with squared errors; how it went."""
+    """Fit the scores to the targets by squared errors, and return a log: a row every 50 steps."""
     history: list[dict[str, Any]] = []
     device = scores.weight_in.device
-    features = torch.cat([one.features for one in samples], dim=1)
-    targets = torch.cat([one.targets(settings) for one in samples], dim=1)
+    features = torch.cat([context_sample.features for context_sample in samples], dim=1)
+    targets = torch.cat([context_sample.targets(settings) for context_sample in samples], dim=1)
     draw = torch.Generator().manual_seed(settings.seed)
     with torch.no_grad():
         scores.bias_out.copy_(targets.mean(-1).view_as(scores.bias_out))
@@ -153,8 +153,8 @@ def fit(
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
-        at = torch.randint(targets.shape[1], (BATCH,), generator=draw, dtype=torch.int64, device="cpu")
-        error = predicted(scores, features[:, at].to(device)) - targets[:, at].to(device)
+        batch = torch.randint(targets.shape[1], (BATCH,), generator=draw, dtype=torch.int64, device="cpu")
+        error = predicted(scores, features[:, batch].to(device)) - targets[:, batch].to(device)
         optimizer.zero_grad()
         error.square().mean().backward()
         optimizer.step()
@@ -166,27 +166,27 @@ def fit(
 
 
 def predicted(scores: EntryScores, features: Float[Tensor, "heads entries width"]) -> Float[Tensor, "heads entries"]:
-    """Scores of all heads."""
+    """Return the scores of all heads."""
     inner = features.float() @ scores.weight_in.flatten(0, 1) + scores.bias_in.flatten(0, 1)
-    found = torch.einsum("hnf,hf->hn", functional.gelu(inner), scores.weight_out.flatten(0, 1))
-    return found + scores.bias_out.flatten()[:, None]
+    outputs = torch.einsum("hnf,hf->hn", functional.gelu(inner), scores.weight_out.flatten(0, 1))
+    return outputs + scores.bias_out.flatten()[:, None]
 
 
 @torch.no_grad()
 def quality(scores: EntryScores, held_out: Sequence[Sampled], settings: FitSettings) -> tuple[float, float]:
-    """Share of the targets' variance that is explained, and of the best entries of all heads that are found."""
+    """Return the share of the targets' variance that is explained, and of the best entries that are chosen."""
     explained, shared = [], []
-    for one in held_out:
-        found = predicted(scores, one.features.to(scores.bias_out.device)).cpu()
-        targets = one.targets(settings)
-        explained.append(1 - float((found - targets).square().mean() / targets.var(correction=0)))
-        best, chosen = (_best(values, JUDGED) for values in (targets, found))
+    for context_sample in held_out:
+        predictions = predicted(scores, context_sample.features.to(scores.bias_out.device)).cpu()
+        targets = context_sample.targets(settings)
+        explained.append(1 - float((predictions - targets).square().mean() / targets.var(correction=0)))
+        best, chosen = (_best(values, JUDGED) for values in (targets, predictions))
         shared.append(float((best & chosen).sum() / best.sum()))
     return fmean(explained), fmean(shared)
 
 
 def _best(values: Float[Tensor, "heads entries"], keep: float) -> Bool[Tensor, "heads entries"]:
-    """The entries that a contest of all heads keeps."""
+    """Return the entries that a contest of all heads keeps."""
     chosen = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
     chosen[values.flatten().topk(max(1, round(keep * values.numel()))).indices] = True
     return chosen.view_as(values)
@@ -194,10 +194,10 @@ def _best(values: Float[Tensor, "heads entries"], keep: float) -> Bool[Tensor, "
 
 @torch.no_grad()
 def fit_budgets(budgets: HeadBudgets, scores: EntryScores, samples: Sequence[Sampled]) -> None:
-    """Budgets that know no document: each head's mean share of a contest of all heads, over contexts."""
+    """Set the budgets to each head's mean share of a contest of all heads, over contexts."""
     shares = torch.zeros_like(budgets.start, device="cpu")
-    for one in samples:
-        found = predicted(scores, one.features.to(scores.bias_out.device)).cpu()
-        shares += torch.stack([_best(found, keep).float().mean(-1) for keep in KNOTS], dim=-1) / len(samples)
+    for context_sample in samples:
+        predictions = predicted(scores, context_sample.features.to(scores.bias_out.device)).cpu()
+        shares += torch.stack([_best(predictions, keep).float().mean(-1) for keep in KNOTS], dim=-1) / len(samples)
     budgets.start_from(shares.to(budgets.start.device))
-    budgets.get_used_to(torch.stack([one.summary for one in samples]).to(budgets.start.device))
+    budgets.get_used_to(torch.stack([context_sample.summary for context_sample in samples]).to(budgets.start.device))

@@ -1,4 +1,4 @@
-"""LKV's training as a verb: from a model and texts to a Gates file; resumes what a killed run left."""
+"""Train gates (LKV) from a model and texts, and write a Gates file. A killed run goes on where it was."""
 
 import json
 import os
@@ -37,7 +37,7 @@ from headwise.offline.train.warm import warm_budgets, warm_scores
 
 Part = Literal["lkv", "lkv-h", "lkv-t"]
 SAVE_EVERY = 100  # steps
-_SHOWN = 0.15  # the keep whose budgets progress tells of
+_SHOWN_KEEP = 0.15  # the keep whose budgets progress tells of
 POOL = 4 * 2**30  # bytes of lessons that are kept in memory; others are made anew each time
 
 _RESTART = "remove it to train from the beginning."
@@ -49,7 +49,7 @@ _STATE: Mapping[str, strict_json.Check] = {
 
 
 class Lessons(Sequence[Lesson]):
-    """Lessons made when they are needed, and kept while there is room."""
+    """Lessons that are made when they are needed, and kept while there is room (bytes)."""
 
     def __init__(self, make: Callable[[int], Lesson], number: int, room: int = POOL):
         self.make, self.number, self.room = make, number, room
@@ -63,7 +63,7 @@ class Lessons(Sequence[Lesson]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(self.number))]
+            return [self[i] for i in range(*index.indices(self.number))]
         if index not in self.kept:
             lesson = self.make(index)
             if lesson.nbytes > self.room:
@@ -85,12 +85,28 @@ def train(
     processes: Processes | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> None:
-    """Train gates and write them to `out`, with a log in OUT.log.jsonl.
+    """Train gates (LKV, arXiv 2605.06676), and write them to `out` and a log to OUT.log.jsonl.
 
-    `part`: "lkv" trains budgets and scores, "lkv-h" budgets for a fixed `scorer`, "lkv-t" scores with equal budgets.
-    Every tenth example is kept for validation; the gates with the best validation loss are written. Several `processes`
-    share the contexts of a step, and `out`; other runs are kept out. Raises BadInput before anything is trained, also
-    where `out` cannot be written, and WriteFailed.
+    Every tenth example is kept for validation; the gates with the best validation loss are written. A killed run goes
+    on where it was.
+
+    Parameters
+    ----------
+    examples : what `load_examples` returns; 10 or more.
+    out : the file to write.
+    part : "lkv" trains budgets and scores, "lkv-h" budgets for a fixed `scorer`, "lkv-t" scores with equal budgets.
+    scorer : the name of the fixed scorer; for "lkv-h" only.
+    settings : how gates are trained; None: the defaults.
+    processes : share the contexts of a step, and `out`. Other runs are kept out.
+    progress : is called with (steps done, steps in all, how it goes).
+
+    Raises
+    ------
+    BadInput
+        Before any work, if a setting is out of range, there are too few examples, one does not fit the model, or `out`
+        cannot be written.
+    WriteFailed
+        If the disk refuses a file.
     """
     processes = processes or Processes()
     for path in written(out):
@@ -101,7 +117,7 @@ def train(
 
 
 def written(out: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
-    """What training writes: gates, log, and the state that a killed run goes on from."""
+    """Return the paths that training writes: gates, log, and the state that a killed run goes on from."""
     name = os.fspath(out)
     return Path(name), Path(f"{name}.log.jsonl"), Path(f"{name}.state")
 
@@ -117,12 +133,12 @@ def _train(
     processes: Processes,
     progress: Callable[[int, int, str], None],
 ) -> None:
-    seen, (_, log, kept) = view(model), written(out)
+    model_view, (_, log, kept) = view(model), written(out)
     fixed = _fixed_scorer(part, scorer)
     if fixed is not None:
-        fixed, settings = _resolved(fixed, seen, settings)
-    taught, held_out = [e for n, e in enumerate(examples) if n % 10 != 9], examples[9::10]
-    _require(model, tokenizer, examples, settings, taught)
+        fixed, settings = _resolve(fixed, model_view, settings)
+    training, held_out = [e for n, e in enumerate(examples) if n % 10 != 9], examples[9::10]
+    _require(model, tokenizer, examples, settings, training)
     _require_log(log)
     processes.require_equal_shares(settings.contexts_per_step)
     enable(model)
@@ -131,11 +147,11 @@ def _train(
     fitted = scores is not None and settings.fit.steps > 0
     history = _fit(model, tokenizer, examples, Parts(out, "gates"), scores, budgets, settings, processes, progress)
     if not fitted or settings.warm_steps or settings.steps:
-        lessons = Lessons(_maker(model, tokenizer, taught, settings, fixed), len(taught))
+        lessons = Lessons(_lesson_maker(model, tokenizer, training, settings, fixed), len(training))
         trainer = Trainer(
             model=model, lessons=lessons, settings=settings, budgets=budgets, scores=scores, processes=processes
         )
-        make = _maker(model, tokenizer, held_out, settings, fixed)
+        make = _lesson_maker(model, tokenizer, held_out, settings, fixed)
         history += _distil(trainer, make, len(held_out), _State(kept, trainer, run), fitted, progress)
     if processes.rank == 0:
         gates = Gates(
@@ -149,7 +165,7 @@ def _train(
 
 
 def _save(gates: Gates, history: Sequence[Mapping[str, Any]], out: str | os.PathLike[str]) -> None:
-    """Write the log and the gates; what a killed run would go on from is no longer needed."""
+    """Write the log and the gates. Remove what a killed run would go on from."""
     _, log, kept = written(out)
     write_bytes(log, "".join(json.dumps(row) + "\n" for row in history).encode())
     gates.save(out)
@@ -159,33 +175,33 @@ def _save(gates: Gates, history: Sequence[Mapping[str, Any]], out: str | os.Path
         remove_leftovers(path)
 
 
-def _maker(
+def _lesson_maker(
     model: PreTrainedModel,
     tokenizer: Any,
     examples: Sequence[Example],
     settings: Settings,
     fixed: AbstractScorer | None,
 ) -> Callable[[int], Lesson]:
-    """Makes the lesson of the example at a place."""
-    return lambda at: prepare(model, tokenizer, examples[at], settings, fixed)
+    """Return a function that makes the lesson of the example of an index."""
+    return lambda index: prepare(model, tokenizer, examples[index], settings, fixed)
 
 
 def _fingerprint(
     model: PreTrainedModel, examples: Sequence[Example], settings: Settings, part: Part, scorer: str | None
 ) -> str:
-    """Of all that decides what a run makes."""
+    """Return the fingerprint of all that decides what a run makes."""
     data = fingerprint(repr([asdict(e) for e in examples]))
     return fingerprint(model_fingerprint(model), data, repr((asdict(settings), part, scorer)))
 
 
-def _resolved(fixed: AbstractScorer, seen: ModelView, settings: Settings) -> tuple[AbstractScorer, Settings]:
-    """The scorer for this model, and settings with the protected tokens that inference will have."""
-    fixed = fixed.resolve(seen.shape, seen.config_hash)
+def _resolve(fixed: AbstractScorer, model_view: ModelView, settings: Settings) -> tuple[AbstractScorer, Settings]:
+    """Return the scorer for this model, and settings with the protected tokens that inference will have."""
+    fixed = fixed.resolve(model_view.shape, model_view.config_hash)
     return fixed, replace(settings, sink=max(settings.sink, fixed.sink), window=max(settings.window, fixed.window))
 
 
 def _modules(model: PreTrainedModel, part: Part, seed: int) -> tuple[HeadBudgets | None, EntryScores | None]:
-    """Budgets and scores of a part, untrained, on the model's device."""
+    """Return untrained budgets and scores of a part, on the model's device."""
     torch.manual_seed(seed)
     shape = view(model).shape
     budgets = HeadBudgets(shape.num_heads, summary_width(shape)).to(model.device) if part != "lkv-t" else None
@@ -221,21 +237,21 @@ def _fit(
     processes: Processes,
     progress: Callable[[int, int, str], None],
 ) -> list[dict[str, Any]]:
-    """The first stage, if there is one: scores that predict attention, and budgets for them.
+    """Do the first stage, if it has steps: fit scores that predict attention, and budgets for them. Return the log.
 
-    Every process ends with the same.
+    Every process ends with the same scores.
     """
     if scores is None or not settings.fit.steps:
         return []
     samples = collect(model, tokenizer, examples, parts, settings.fit, processes, progress)
-    taught, held_out = [s for n, s in enumerate(samples) if n % 10 != 9], samples[9::10]
-    history = fit(scores, taught, held_out, settings.fit, progress) if processes.rank == 0 else []
+    training, held_out = [s for n, s in enumerate(samples) if n % 10 != 9], samples[9::10]
+    history = fit(scores, training, held_out, settings.fit, progress) if processes.rank == 0 else []
     with torch.no_grad():
         for parameter in scores.parameters():  # on GPUs sums differ between processes
-            found = parameter if processes.rank == 0 else torch.zeros_like(parameter)
-            parameter.copy_(processes.sum(found.clone()))
+            values = parameter if processes.rank == 0 else torch.zeros_like(parameter)
+            parameter.copy_(processes.sum(values.clone()))
     if budgets is not None:
-        fit_budgets(budgets, scores, taught)
+        fit_budgets(budgets, scores, training)
     return history
 
 
@@ -247,7 +263,7 @@ def _distil(
     fitted: bool,
     progress: Callable[[int, int, str], None],
 ) -> list[dict[str, Any]]:
-    """The other stages: every head alone, LU-KV's budgets, then both jointly; resumes what a killed run left."""
+    """Do the other stages: every head alone, LU-KV's budgets, then both jointly. Return the log."""
     settings, main, tests = trainer.settings, trainer.processes.rank == 0, Lessons(make, number_held_out)
     start = state.restore()
     if start is None:
@@ -263,19 +279,19 @@ def _distil(
         loss, agree = trainer.step(number)
         state.log.append({"step": number, "loss": loss, "agreement": agree})
         if (number + 1) % SAVE_EVERY == 0 or number + 1 == settings.steps:
-            found, agree_held_out = trainer.validate(tests)
-            state.log[-1] |= {"validation": found, "validation_agreement": agree_held_out}
-            if found < state.best_loss:
-                state.best_loss, state.best = found, [mean.clone() for mean in trainer.mean]
+            validation_loss, agree_held_out = trainer.validate(tests)
+            state.log[-1] |= {"validation": validation_loss, "validation_agreement": agree_held_out}
+            if validation_loss < state.best_loss:
+                state.best_loss, state.best = validation_loss, [mean.clone() for mean in trainer.mean]
             if main:
                 state.save(number + 1)
-        progress(number + 1, settings.steps, _told(loss, agree, trainer, state))
+        progress(number + 1, settings.steps, _progress_text(loss, agree, trainer, state))
     trainer.put(state.best)
     return state.log
 
 
 def _begin(trainer: Trainer, fitted: bool, progress: Callable[[int, int, str], None]) -> None:
-    """Where joint training starts."""
+    """Do the stages before joint training."""
     settings, scores, budgets = trainer.settings, trainer.scores, trainer.budgets
 
     def report(number: int, change: float) -> None:
@@ -288,7 +304,7 @@ def _begin(trainer: Trainer, fitted: bool, progress: Callable[[int, int, str], N
 
 
 class _State:
-    """What a resumed run needs: gates, their average, the best so far, the optimizer, the log."""
+    """The file that a resumed run needs: gates, their average, the best so far, the optimizer, the log."""
 
     def __init__(self, path: Path, trainer: Trainer, run: str):
         self.path, self.trainer, self.run = path, trainer, run
@@ -307,7 +323,10 @@ class _State:
         write_tensors(self.path, "training", tensors, metadata)
 
     def restore(self) -> int | None:
-        """Steps already done; None if there is no state, or it is of another run."""
+        """Read the file, and return the steps already done; None if there is no file, or it is of another run.
+
+        Raises BadInput if it is damaged.
+        """
         if not self.path.is_file():
             return None
         place = f"{self.path}: the state"
@@ -338,15 +357,15 @@ class _State:
         return metadata["done"]
 
     def _require_log(self, log: Sequence[Mapping[str, float]], done: int) -> None:
-        """Raise BadInput unless the log says what validation found, and no more steps are done than there are."""
+        """Raise BadInput unless the log has a validation, and no more steps are done than there are."""
         validated = [row for row in log if "validation" in row]
         if done > self.trainer.settings.steps or not validated or "validation_agreement" not in validated[-1]:
             raise BadInput(f"{self.path}: the state is damaged: {done} steps, {len(log)} rows of its log; {_RESTART}")
 
-    def _schema(self, found: Collection[str]) -> Schema:
-        """What the file must hold: the optimizer is there as soon as it has made a step."""
+    def _schema(self, names: Collection[str]) -> Schema:
+        """Return what the file must hold: the optimizer's tensors are there as soon as it has made a step."""
         table: dict[str, Numbers] = {}
-        started = any(name.startswith("optimizer.") for name in found)
+        started = any(name.startswith("optimizer.") for name in names)
         for n, parameter in enumerate(self.trainer.parameters()):
             numbers = Numbers(shape=tuple(parameter.shape))
             table |= {f"{group}.{n}": numbers for group in ("now", "mean", "best")}
@@ -361,13 +380,14 @@ class _State:
 
 
 @torch.no_grad()
-def _told(loss: float, agree: float, trainer: Trainer, state: _State) -> str:
-    """Of a step: how it went, what validation found last, and how unlike heads are."""
-    found = trainer.fractions(_SHOWN)
+def _progress_text(loss: float, agree: float, trainer: Trainer, state: _State) -> str:
+    """Return how a step went, the last validation, and how different heads are, as a line."""
+    fractions = trainer.fractions(_SHOWN_KEEP)
     validation = next(row["validation_agreement"] for row in reversed(state.log) if "validation" in row)
+    low, high = float(fractions.min()), float(fractions.max())
     return (
-        f"loss {loss:.3f}, agreement {agree:.3f} (held out {validation:.3f}), heads keep {float(found.min()):.3f} to "
-        f"{float(found.max()):.3f} at {_SHOWN}"
+        f"loss {loss:.3f}, agreement {agree:.3f} (held out {validation:.3f}), "
+        f"heads keep {low:.3f} to {high:.3f} at {_SHOWN_KEEP}"
     )
 
 
@@ -378,12 +398,12 @@ def _fixed_scorer(part: Part, scorer: str | None) -> AbstractScorer | None:
         return None
     if scorer is None:
         raise BadInput("budgets alone (lkv-h) are trained for a fixed scorer: name one, such as keydiff.")
-    found = Method.parse(f"{scorer}+uniform").scorer
-    if not can_watch(found):
+    fixed = Method.parse(f"{scorer}+uniform").scorer
+    if not can_watch(fixed):
         raise BadInput(
             f"{scorer} cannot be trained with: it reads the context twice, or its scores depend on the keep."
         )
-    return found
+    return fixed
 
 
 def _require(
@@ -391,7 +411,7 @@ def _require(
     tokenizer: Any,
     examples: Sequence[Example],
     settings: Settings,
-    taught: Sequence[Example],
+    training: Sequence[Example],
 ) -> None:
     if not 0 <= settings.seed < 2**63:
         raise BadInput("the seed is out of range: choose one from 0 to 2**63 - 1.")
@@ -399,12 +419,12 @@ def _require(
     numbers = {name: getattr(settings, name) for name in ("contexts_per_step", "questions", "answer_tokens")}
     stages = {"fit steps": settings.fit.steps, "warm_steps": settings.warm_steps, "steps": settings.steps}
     if min(stages.values()) < 0 or max(stages.values()) == 0:
-        said = ", ".join(f"{name}={value}" for name, value in stages.items())
-        raise BadInput(f"{said}: 0 leaves a stage out, and at least one must have steps.")
+        listed = ", ".join(f"{name}={value}" for name, value in stages.items())
+        raise BadInput(f"{listed}: 0 leaves a stage out, and at least one must have steps.")
     if not (0 < low <= high < 1 and min(numbers.values()) > 0):
-        said = ", ".join(f"{name}={value}" for name, value in numbers.items())
-        raise BadInput(f"{said} and keeps={low, high}: at least 1 of each, and keeps in (0, 1).")
-    if len(examples) < 10 or len(taught) < settings.contexts_per_step:
+        listed = ", ".join(f"{name}={value}" for name, value in numbers.items())
+        raise BadInput(f"{listed} and keeps={low, high}: at least 1 of each, and keeps in (0, 1).")
+    if len(examples) < 10 or len(training) < settings.contexts_per_step:
         raise BadInput(
             f"{len(examples)} examples are too few: every tenth is kept for validation, and a step takes "
             f"{settings.contexts_per_step} contexts; give 10 or more."
@@ -427,14 +447,14 @@ def _require(
 
 
 def _require_log(log: Path) -> None:
-    """Raise BadInput for a file that no training has written: it would be lost."""
+    """Raise BadInput if the file is no log of a training: it would be lost."""
     if not log.exists():
         return
     try:
         with log.open("rb") as file:
-            first = file.readline()
-        if first:
-            float(json.loads(first)["step"])
+            line = file.readline()
+        if line:
+            float(json.loads(line)["step"])
     except OSError as error:
         raise BadInput(f"cannot read {log}: {reason(error)}. Move it away, or name another --out.") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -1,9 +1,9 @@
-"""The student: the model itself on a wholly kept context of which every head sees the entries it keeps, and no others.
+"""The student: the model itself on a full context, of which every head sees only the entries that it keeps.
 
-Everything kept is the teacher. The context's keys and values are constants; of all that a gradient could reach only
-what is kept is asked for, and for that the derivative would say little: an entry that holds all of a head's attention
-has a derivative of nearly zero, and so has every entry where the answer is right. So `Kept` learns the whole effect of
-the other choice instead: with Z the sum of exponentials that a query sees, l the entry's logit, and o the output,
+The student that keeps everything is the teacher. The context's keys and values are constants. The only gradient is that
+of the choice what to keep, and a derivative would say little there: an entry that holds all of a head's attention has a
+derivative of nearly zero, and so has every entry where the answer is right. So `Kept` gets the whole effect of the
+other choice instead. With Z the sum of exponentials that a query sees, l the entry's logit, and o the output,
 
     keeping an evicted entry   o <- o + exp(l) / (Z + exp(l)) (v - o)
     evicting a kept entry      o <- o - exp(l) / (Z - exp(l)) (v - o)
@@ -28,12 +28,12 @@ from headwise.models.attention import tag
 from headwise.models.families import given
 
 _LARGEST = 30.0  # of a logarithm before it is raised
-_LEAST_REST = 1e-3  # of the attention: what is left when an entry is evicted that has all of it
+_MIN_REMAINING = 1e-3  # of the attention: what is left when an entry is evicted that has all of it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Heard:
-    """What the attention of one layer was given after the context, and what it made of it; float32."""
+class AttentionRecord:
+    """Inputs and output of one layer's attention after the context; float32."""
 
     query: Float[Tensor, "questions kv_heads group new head_dim"]  # scaled
     keys: Float[Tensor, "questions kv_heads new head_dim"]
@@ -43,10 +43,10 @@ class Heard:
 
 @dataclass(kw_only=True)
 class Kept:
-    """What every head keeps of a context, [layers, kv_heads, context]; the gradient of `mask` is an effect of choices.
+    """What every head keeps of a context. The gradient of `mask` is the effect of the choices.
 
-    Of a loss: by how much it rises if the entry is kept rather than evicted, in first order. With `squared()`: the
-    square of that, taken question by question.
+    It is the rise of the loss if the entry is kept rather than evicted, in first order. With `squared()` it is the
+    square of that, question by question.
     """
 
     mask: Float[Tensor, "layers kv_heads context"]
@@ -54,12 +54,12 @@ class Kept:
 
     @classmethod
     def of(cls, choice: Bool[Tensor, "layers kv_heads context"]) -> "Kept":
-        """A choice whose effects can be asked for."""
+        """Return a choice whose effects are the gradient of its mask."""
         return cls(mask=choice.float().requires_grad_())
 
     @contextmanager
     def squared(self) -> Iterator[None]:
-        """While it lasts, gradients are squared effects."""
+        """Make gradients squared effects while this context lasts."""
         self.square = True
         try:
             yield
@@ -68,18 +68,24 @@ class Kept:
 
 
 class StudentLayer(CacheLayerMixin):
-    """One layer: a constant context of which some is kept, then the new tokens, whose graph is kept."""
+    """A cache layer: a constant context of which some is kept, then the new tokens, through which gradients flow."""
 
     is_sliding = False
     is_compileable = False
     frozen = True
 
     def __init__(
-        self, keys: Tensor, values: Tensor, kept: Kept | None, heard: list[Heard] | None, layer: int, seen: int
+        self,
+        keys: Tensor,
+        values: Tensor,
+        kept: Kept | None,
+        records: list[AttentionRecord] | None,
+        layer: int,
+        num_context: int,
     ):
         super().__init__()
-        self.heard = heard
-        self.context_keys, self.context_values, self.kept, self.layer, self.seen = keys, values, kept, layer, seen
+        self.context_keys, self.context_values, self.kept, self.records = keys, values, kept, records
+        self.layer, self.num_context = layer, num_context
         self.own = keys.new_empty(0), values.new_empty(0)  # of the new tokens, once they have come
         self.is_initialized = True
 
@@ -92,10 +98,10 @@ class StudentLayer(CacheLayerMixin):
         return tag(key_states, self), value_states
 
     def get_seq_length(self) -> int:
-        return self.seen
+        return self.num_context
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, self.seen
+        return query_length, self.num_context
 
     def get_max_length(self) -> int:
         return -1
@@ -112,11 +118,11 @@ class StudentLayer(CacheLayerMixin):
         scaling: float,
         position_ids: Tensor | None,
     ) -> Tensor:
-        """What `attend` makes, as the model expects it."""
+        """Return the output of `attend`, as the model expects it."""
         return self.attend(query, mask, scaling).transpose(1, 2).contiguous()
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """Attention [B, Hq, T, D] over what is kept and the new tokens; recomputed in the backward pass."""
+        """Return the attention output [B, Hq, T, D] over kept and new tokens; recomputed in the backward pass."""
         (batch, _, new, dim), dtype = query.shape, query.dtype
         heads = len(self.context_keys)
         mask = (
@@ -125,8 +131,8 @@ class StudentLayer(CacheLayerMixin):
         query = query.float().reshape(batch, heads, -1, new, dim) * scaling
         own = self.own[0].float(), self.own[1].float()
         out = kept_attention(query, (self.context_keys, self.context_values), own, mask, self.kept)
-        if self.heard is not None:
-            self.heard.append(Heard(query=query, keys=own[0], values=own[1], out=out))
+        if self.records is not None:
+            self.records.append(AttentionRecord(query=query, keys=own[0], values=own[1], out=out))
         return out.reshape(batch, -1, new, dim).to(dtype)
 
 
@@ -137,7 +143,7 @@ def kept_attention(
     mask: Float[Tensor, "kv_heads context"],
     kept: Kept | None,
 ) -> Float[Tensor, "questions kv_heads group new head_dim"]:
-    """Softmax attention over kept context and new tokens; the "gradient" of the mask is an effect, see `Kept`."""
+    """Return softmax attention over kept context and new tokens. The mask's "gradient" is an effect, see `Kept`."""
     states = (*(state.float() for state in context), *own)
     out: Tensor = _KeptAttention.apply(query, *states, mask.float(), kept)  # pyright: ignore[reportAssignmentType]
     return out
@@ -158,7 +164,7 @@ class _KeptAttention(torch.autograd.Function):
         kept: Kept | None,
     ) -> Tensor:
         context, own = _relative_logits(query, context_keys, keys, mask)
-        out = torch.einsum("bhgtn,hnd->bhgtd", context.exp().where(_seen(mask), 0), context_values)
+        out = torch.einsum("bhgtn,hnd->bhgtd", context.exp().where(_visible(mask), 0), context_values)
         out = out + torch.einsum("bhgts,bhsd->bhgtd", own.exp(), values)
         ctx.save_for_backward(query, context_keys, context_values, keys, values, mask, out)
         ctx.kept = kept
@@ -172,12 +178,12 @@ class _KeptAttention(torch.autograd.Function):
         share, own = context.clamp(max=_LARGEST).exp(), own.exp()  # exp(l) / Z, also of what is not seen
         mean = (gradient * out).sum(-1, keepdim=True)
         pull = torch.einsum("bhgtd,hnd->bhgtn", gradient, context_values) - mean  # gradient . (v - o)
-        rest = torch.where(_seen(mask), (1 - share).clamp(min=_LEAST_REST), 1 + share)
-        effect = (share / rest * pull).sum((2, 3))
+        remaining = torch.where(_visible(mask), (1 - share).clamp(min=_MIN_REMAINING), 1 + share)
+        effect = (share / remaining * pull).sum((2, 3))
         effect = (effect.square() if ctx.kept is not None and ctx.kept.square else effect).sum(0)
         if not any(ctx.needs_input_grad[:5]):
             return None, None, None, None, None, effect, None
-        by_context = torch.where(_seen(mask), share * pull, 0)
+        by_context = torch.where(_visible(mask), share * pull, 0)
         by_own = own * (torch.einsum("bhgtd,bhsd->bhgts", gradient, values) - mean)
         towards_query = torch.einsum("bhgtn,hnd->bhgtd", by_context, context_keys)
         towards_query = towards_query + torch.einsum("bhgts,bhsd->bhgtd", by_own, keys)
@@ -186,17 +192,17 @@ class _KeptAttention(torch.autograd.Function):
         return towards_query, None, None, towards_keys, towards_values, effect, None
 
 
-def _seen(mask: Tensor) -> Bool[Tensor, "kv_heads 1 1 context"]:
+def _visible(mask: Tensor) -> Bool[Tensor, "kv_heads 1 1 context"]:
     return mask[:, None, None] > 0
 
 
 def _relative_logits(query: Tensor, context_keys: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits at all of the context and at the new tokens, less the log-sum-exp over what is seen."""
+    """Return logits at all of the context and at the new tokens, less the log-sum-exp over what is visible."""
     context = torch.einsum("bhgtd,hnd->bhgtn", query, context_keys)
     later = torch.ones(keys.shape[2], keys.shape[2], dtype=torch.bool, device=keys.device).triu(1)
     own = torch.einsum("bhgtd,bhsd->bhgts", query, keys).masked_fill(later, -torch.inf)
-    whole = torch.cat([context.where(_seen(mask), -torch.inf), own], dim=-1).logsumexp(-1, keepdim=True)
-    return context - whole, own - whole
+    total = torch.cat([context.where(_visible(mask), -torch.inf), own], dim=-1).logsumexp(-1, keepdim=True)
+    return context - total, own - total
 
 
 def student_logits(
@@ -204,33 +210,36 @@ def student_logits(
     whole: RaggedCache,
     ids: Int[Tensor, "rows new"],
     kept: Kept | None,
-    heard: list[Heard] | None = None,
+    records: list[AttentionRecord] | None = None,
 ) -> Float[Tensor, "rows new vocabulary"]:
-    """Logits at every one of `ids` [rows, new] that follow the context, padded on the right; None: the teacher's.
+    """Return logits at every one of `ids`, which follow the context and are padded on the right.
 
-    What the attention of every layer was given is appended to `heard`.
+    If `kept` is None, they are the teacher's. A record of every layer's attention is appended to `records`.
     """
 
-    def layer(at: int, keys: Tensor, values: Tensor, seen: int) -> StudentLayer:
-        return StudentLayer(keys, values, kept, heard, at, seen)
+    def layer(index: int, keys: Tensor, values: Tensor, num_context: int) -> StudentLayer:
+        return StudentLayer(keys, values, kept, records, index, num_context)
 
     cache = student_cache(whole, len(ids), layer)
-    seen = whole.get_seq_length()
-    positions = torch.arange(seen, seen + ids.shape[1], device=ids.device, dtype=torch.int64).expand(len(ids), -1)
+    num_context = whole.get_seq_length()
+    stop = num_context + ids.shape[1]
+    positions = torch.arange(num_context, stop, device=ids.device, dtype=torch.int64).expand(len(ids), -1)
     return model(input_ids=ids, position_ids=positions, **given(model, cache)).logits
 
 
 def student_cache(whole: RaggedCache, rows: int, make: Callable[[int, Tensor, Tensor, int], StudentLayer]) -> Cache:
-    """As `whole.fork(rows)`, but with layers that `make` makes of number, keys [kv_heads, context, head_dim], values
-    and context length; sliding-window layers are transformers' own."""
+    """Return `whole.fork(rows)` with layers of `make`; sliding-window layers are transformers' own.
+
+    `make` is given number, keys [kv_heads, context, head_dim], values and context length.
+    """
     cache = whole.fork(copies=rows)
     ragged = iter(range(len(whole.ragged_layers)))
-    seen, compressible = whole.get_seq_length(), set(map(id, cache.ragged_layers))
+    num_context, compressible = whole.get_seq_length(), set(map(id, cache.ragged_layers))
     layers: list[Any] = []
     for layer in cache.layers:
         if id(layer) not in compressible:
             layers.append(layer)
             continue
-        at = next(ragged)
-        layers.append(make(at, *states_of(whole, at), seen))
+        index = next(ragged)
+        layers.append(make(index, *states_of(whole, index), num_context))
     return Cache(layers=layers)

@@ -1,4 +1,4 @@
-"""What every entry is worth: by how much the student would be further from its teacher without it.
+"""Estimate what every entry is worth: by how much the student would be further from its teacher without it.
 
 The student sees a hard selection, as inference will. Distance is the mean squared difference of its logits from the
 teacher's, on the answers and a little on everything after the context, in units of the teacher's own spread: 0 is the
@@ -8,8 +8,8 @@ an answer is right.) For a change of attention outputs by d, with logits y and t
     |y + J d - y*|^2 = |y - y*|^2 + 2 (y - y*) . J d + |J d|^2
 
 The second term is a gradient times d. The third is E (r . J d)^2 for random r of unit covariance, so one r and one more
-backward pass estimate it for every entry at once. It is what tells a head not to give up what the answer rests on:
-where the student is right the second term is nearly zero. Whatever is not linear in J is left out.
+backward pass estimate it for every entry at once. The third term keeps the entries that an answer rests on: where the
+student is right, the second one is nearly zero. Terms that are not linear in J are left out.
 """
 
 from dataclasses import dataclass
@@ -20,19 +20,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.cache.cache import RaggedCache
-from headwise.offline.train.student import Heard, Kept, student_logits
+from headwise.offline.train.student import AttentionRecord, Kept, student_logits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Teaching:
-    """What the teacher says after a context: tokens, and its logits (centred) with the weight each position has."""
+    """The teacher's answers after a context: tokens, and its logits (centred) with the weight of each position."""
 
     ids: Int[Tensor, "questions new"]  # question and answer, padded on the right
     answer: Bool[Tensor, "questions new"]  # positions whose prediction is part of the answer
     weight: Float[Tensor, "questions new"]
     logits: Float[Tensor, "questions new vocabulary"]
     spread: float  # weighted sum of squares of the logits
-    heard: tuple[Heard, ...]  # what the attention of every layer was given
+    records: tuple[AttentionRecord, ...]  # of every layer
 
     @classmethod
     @torch.no_grad()
@@ -45,24 +45,27 @@ class Teaching:
         real: Bool[Tensor, "questions new"],
         rest_weight: float,
     ) -> "Teaching":
-        """Ask the full cache. `real` are the positions that predict a token of the text; others do not count."""
+        """Ask the full cache. `real` are the positions that predict a token of the text; others do not count.
+
+        `rest_weight` is the weight of all of these together; the positions of answers have 1 more.
+        """
         weight = answer.float() / answer.sum() + rest_weight * real.float() / real.sum()
-        heard: list[Heard] = []
-        logits = _centred(student_logits(model, whole, ids, None, heard))
+        records: list[AttentionRecord] = []
+        logits = _centred(student_logits(model, whole, ids, None, records))
         spread = float((weight[..., None] * logits.square()).sum())
         spread = max(spread, 1e-30)
-        return cls(ids=ids, answer=answer, weight=weight, logits=logits, spread=spread, heard=tuple(heard))
+        return cls(ids=ids, answer=answer, weight=weight, logits=logits, spread=spread, records=tuple(records))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is large."""
-        parts = [self.logits, *(t for layer in self.heard for t in (layer.query, layer.keys, layer.values, layer.out))]
-        return sum(part.nbytes for part in parts)
+        """Bytes of the logits and records."""
+        states = (state for r in self.records for state in (r.query, r.keys, r.values, r.out))
+        return self.logits.nbytes + sum(state.nbytes for state in states)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
-    """How well a selection did, and what each entry was worth to it."""
+    """How near a student came with a selection, and what each entry was worth to it."""
 
     loss: float
     agreement: float  # share of answer tokens on which student and teacher agree
@@ -76,7 +79,10 @@ def judge(
     choice: Bool[Tensor, "layers kv_heads context"],
     draw: torch.Generator | None = None,
 ) -> Judgement:
-    """Let a student answer with what a selection keeps. Values are found if there is a generator (on the CPU) for r."""
+    """Judge a student that answers with what a selection keeps.
+
+    Values are estimated if there is a generator (on the CPU) for r.
+    """
     kept = Kept.of(choice)
     with torch.set_grad_enabled(draw is not None):
         logits = _centred(student_logits(model, whole, teaching.ids, kept))
@@ -90,15 +96,15 @@ def judge(
 
 
 def values_of(loss: Float[Tensor, ""], projected: Float[Tensor, ""], kept: Kept) -> Float[Tensor, "layers kv_heads n"]:
-    """Values from a loss |y - y*|^2 and a projection r . y."""
-    (first,) = torch.autograd.grad(loss, kept.mask, retain_graph=True)
+    """Return the values of entries from a loss |y - y*|^2 and a projection r . y."""
+    (first_order,) = torch.autograd.grad(loss, kept.mask, retain_graph=True)
     with kept.squared():
-        (second,) = torch.autograd.grad(projected, kept.mask)
+        (second_order,) = torch.autograd.grad(projected, kept.mask)
     # Keeping instead of evicting changes the loss by first + second; evicting instead of keeping by second - first.
-    return torch.where(kept.mask > 0, second - first, -second - first).detach()
+    return torch.where(kept.mask > 0, second_order - first_order, -second_order - first_order).detach()
 
 
 def _centred(logits: Tensor) -> Tensor:
-    """A shift that is the same for all tokens says nothing."""
+    """Subtract the mean: a shift that is the same for all tokens changes no prediction."""
     logits = logits.float()
     return logits - logits.mean(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Where LKV's training starts: scores that every head learned by itself, budgets that LU-KV solves for those scores.
+"""Start LKV's training: every head learns its scores by itself, and LU-KV solves budgets for those scores.
 
 From a start at random the joint training often ends with heads that have lost entries they need: the value of a budget
 is seen at its edge only. LU-KV's curves see all of a head. So the scores first learn, head by head and without a pass
@@ -37,7 +37,7 @@ from headwise.offline.train.values import values_of
 from headwise.offline.watch import decode
 
 PROFILED = 32  # lessons whose curves the first budgets are solved from
-WARM = 500_000  # number of the first step, beyond those of the joint training: random draws differ
+WARM_NUMBER = 500_000  # number of the first step, beyond those of the joint training: random draws differ
 
 
 def warm_scores(
@@ -50,7 +50,7 @@ def warm_scores(
     """Teach every head by itself which entries its output rests on, at any count."""
     optimizer = torch.optim.AdamW(scores.parameters(), lr=3 * settings.lr_scores, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(settings.warm_steps):
-        number = WARM + step
+        number = WARM_NUMBER + step
         draw = torch.Generator().manual_seed((settings.seed * 1_000_003 + number) % 2**63)
         chosen = torch.randint(
             len(lessons), (settings.contexts_per_step,), generator=draw, dtype=torch.int64, device="cpu"
@@ -74,9 +74,9 @@ def warm_scores(
 def alone_step(
     lesson: Lesson, scores: EntryScores, settings: Settings, draw: torch.Generator
 ) -> tuple[Float[Tensor, ""], float]:
-    """What a gradient step should lower, and the change of what heads write, as a share of its spread (mean of heads).
+    """Return what a gradient step should lower, and the change of the heads' outputs in units of their spread.
 
-    Every head keeps some share of the context at random; it sees the teacher's queries.
+    Every head keeps a random share of the context, and sees the teacher's queries.
     """
     ranked = with_protection(lesson_scores(lesson, raw_scores(lesson, scores)), settings.sink, settings.window)
     layers, heads, tokens = ranked.shape
@@ -87,34 +87,34 @@ def alone_step(
     counts = counts.round().long().clamp(min(settings.sink + settings.window + 1, tokens), tokens).to(ranked.device)
     kept = Kept.of(hard_choice(ranked.detach(), counts))
     weight = lesson.teaching.weight
-    asked = torch.randint(len(weight), (settings.warm_questions,), generator=draw, dtype=torch.int64, device="cpu").to(
-        weight.device
-    )
-    lost, projected = [], []
+    size = (settings.warm_questions,)
+    questions = torch.randint(len(weight), size, generator=draw, dtype=torch.int64, device="cpu").to(weight.device)
+    losses, projected = [], []
     for layer in range(layers):
-        change, spread = _written(lesson, layer, asked, kept)  # [questions, H, T, hidden], [H]
-        share = (weight[asked] / weight[asked].sum())[:, None]
+        change, spread = _output_changes(lesson, layer, questions, kept)  # [questions, H, T, hidden], [H]
+        share = (weight[questions] / weight[questions].sum())[:, None]
         scale = (share / spread[:, None]).sqrt()[..., None]  # [questions, H, T, 1]
         random = torch.randn(change.shape, generator=draw, dtype=torch.float32, device="cpu").to(change.device)
-        lost.append((scale * change).square().sum())
+        losses.append((scale * change).square().sum())
         projected.append((scale * random * change).sum())
-    loss = torch.stack(lost).sum()
+    loss = torch.stack(losses).sum()
     values = values_of(loss, torch.stack(projected).sum(), kept)
     shares = soft_topk(ranked, counts.to(ranked), settings.temperature)
     return -(values * shares).sum() / (layers * heads), float(loss.detach()) / (layers * heads)
 
 
-def _written(
-    lesson: Lesson, layer: int, asked: Int[Tensor, " some"], kept: Kept
+def _output_changes(
+    lesson: Lesson, layer: int, questions: Int[Tensor, " some"], kept: Kept
 ) -> tuple[Float[Tensor, "some kv_heads new hidden"], Float[Tensor, " kv_heads"]]:
-    """What keeping less changes in what KV heads write after some questions; spread of what they write after all."""
-    context, given = states_of(lesson.whole, layer), lesson.teaching.heard[layer]
+    """Return the change of what KV heads write after some questions, and the spread of what they write after all."""
+    context, record = states_of(lesson.whole, layer), lesson.teaching.records[layer]
     weight_out = lesson.whole.view.output_weight(layer).detach().float().unflatten(0, (len(context[0]), -1))
-    out = kept_attention(given.query[asked], context, (given.keys[asked], given.values[asked]), kept.mask[layer], kept)
-    whole = torch.einsum("bhgtd,hgdo->bhto", given.out, weight_out)
+    own = record.keys[questions], record.values[questions]
+    out = kept_attention(record.query[questions], context, own, kept.mask[layer], kept)
+    full = torch.einsum("bhgtd,hgdo->bhto", record.out, weight_out)
     share = (lesson.teaching.weight / lesson.teaching.weight.sum())[:, None, :, None]
-    spread = (share * (whole - (share * whole).sum((0, 2), keepdim=True)).square()).sum((0, 2, 3))
-    return torch.einsum("bhgtd,hgdo->bhto", out, weight_out) - whole[asked], spread.clamp(min=1e-12)
+    spread = (share * (full - (share * full).sum((0, 2), keepdim=True)).square()).sum((0, 2, 3))
+    return torch.einsum("bhgtd,hgdo->bhto", out, weight_out) - full[questions], spread.clamp(min=1e-12)
 
 
 def warm_budgets(
@@ -125,14 +125,15 @@ def warm_budgets(
     settings: Settings,
     processes: Processes,
 ) -> None:
-    """Solve budgets for the scores as LU-KV does, and have the budget network begin with them."""
+    """Solve budgets for the scores as LU-KV does, and start the budget network from them."""
     protected = settings.sink + settings.window
     curve = _mean_curve(model, lessons[:PROFILED], scores, settings, processes).flatten(0, 1)
-    first, rest = curve[:, :protected], concave_hulls(curve[:, protected:])
+    protected_part, hulls = curve[:, :protected], concave_hulls(curve[:, protected:])
     tokens = max(lesson.features.shape[2] for lesson in lessons[:PROFILED])
-    counts = [lukv_counts(first, rest, tokens, protected, round(keep * tokens * len(first)), 1) for keep in KNOTS]
+    totals = [round(keep * tokens * len(curve)) for keep in KNOTS]
+    counts = [lukv_counts(protected_part, hulls, tokens, protected, total, 1) for total in totals]
     budgets.start_from(torch.stack(counts, dim=-1).float() / tokens)
-    summaries = [lessons[at].summary for at in processes.share(len(lessons))]
+    summaries = [lessons[index].summary for index in processes.share(len(lessons))]
     processes.catch_up()
     budgets.get_used_to(processes.gather(summaries, len(lessons), budgets.usual[0]))
 
@@ -145,16 +146,16 @@ def _mean_curve(
     settings: Settings,
     processes: Processes,
 ) -> Float[Tensor, "layers kv_heads steps"]:
-    """LU-KV's curve of the scores, every lesson counting the same; on the CPU."""
+    """Return LU-KV's curve of the scores on the CPU, every lesson counting the same."""
     shape = view(model).shape
     # Whole also where a process has no lesson.
     total = torch.zeros(
         len(shape.layers), shape.kv_heads, settings.sink + settings.window + RANKS, dtype=torch.float32, device="cpu"
     )
-    for lesson in (lessons[at] for at in processes.share(len(lessons))):
-        found = lesson.fixed_scores if scores is None else raw_scores(lesson, scores)
-        assert found is not None
-        order = keeping_order(found, settings.sink, settings.window)
+    for lesson in (lessons[index] for index in processes.share(len(lessons))):
+        ranked = lesson.fixed_scores if scores is None else raw_scores(lesson, scores)
+        assert ranked is not None
+        order = keeping_order(ranked, settings.sink, settings.window)
         loss = OutputLoss(lesson.whole, order, settings.sink + settings.window)
         for _ in decode(model, lesson.whole, lesson.questions, [loss], steps=settings.answer_tokens):
             pass

@@ -1,6 +1,6 @@
-"""What is drawn: lines and their axes, and of a Summary quality against measured bytes. The numbers only.
+"""Make charts: lines and their axes, and quality against measured bytes of a Summary. The numbers only.
 
-svg.py draws them on the page, picture.py as a picture. Both tell many lines apart by colour, dash and marker at once.
+svg.py draws them on the page, picture.py as a picture. Both give many lines different colours, dashes and markers.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ COLOURS, DASHES, MARKERS = 6, 4, 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """A setting: its share of the bytes, and its quality, in percent where that is a share. Or a measured time."""
+    """A setting: its share of the bytes, and its quality (in percent, or perplexity). Or a measured time."""
 
     label: str  # what it is, but for its line
     x: float
@@ -33,7 +33,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """A method. Its number says how it is drawn, the same in all charts of a model. A thin one was not measured."""
+    """A method. Its number says how it is drawn, the same in all charts of a model. A thin line was not measured."""
 
     method: str
     number: int
@@ -59,9 +59,9 @@ class Chart:
 
     @property
     def named(self) -> tuple[Line, ...]:
-        """Lines that have a name of their own: of those with the same number the first."""
-        first = {line.number: line for line in reversed(self.lines)}
-        return tuple(line for line in self.lines if first[line.number] is line)
+        """The first line of every number; only these show their names."""
+        first_by_number = {line.number: line for line in reversed(self.lines)}
+        return tuple(line for line in self.lines if first_by_number[line.number] is line)
 
     @property
     def banded(self) -> bool:
@@ -70,7 +70,7 @@ class Chart:
 
     @property
     def x_range(self) -> tuple[float, float]:
-        """A little more than the points take."""
+        """Ends of the horizontal axis: a little more than the points take."""
         xs = [point.x for line in self.lines for point in line.points]
         low, high = min(xs), max(xs)
         if self.logarithmic:
@@ -80,7 +80,7 @@ class Chart:
 
     @property
     def logarithmic(self) -> bool:
-        """Whether the horizontal axis is: keeps are usually halved."""
+        """Whether the horizontal axis is logarithmic: keeps are often halved."""
         if self.loglog:
             return True
         xs = [point.x for line in self.lines for point in line.points]
@@ -88,10 +88,10 @@ class Chart:
 
     @property
     def y_range(self) -> tuple[float, float]:
-        """A little more than the points and their intervals take."""
-        found = [point.y for line in self.lines for point in line.points]
-        found += [self.full] if self.full else []
-        ys = [end for one in found for end in (one.value, one.low, one.high) if end is not None]
+        """Ends of the vertical axis: a little more than the points and their intervals take."""
+        estimates = [point.y for line in self.lines for point in line.points]
+        estimates += [self.full] if self.full else []
+        ys = [end for estimate in estimates for end in (estimate.value, estimate.low, estimate.high) if end is not None]
         if self.loglog:
             return min(ys) / 1.15, max(ys) * 1.15
         margin = 0.04 * (max(ys) - min(ys)) or 0.05 * abs(max(ys)) or 1.0
@@ -99,7 +99,7 @@ class Chart:
 
     @property
     def x_ticks(self) -> list[float]:
-        """What the horizontal axis is labelled with: the points' own values, if few and both logarithmic."""
+        """Labels of the horizontal axis: the points' own values, if they are few and both axes are logarithmic."""
         xs = sorted({point.x for line in self.lines for point in line.points})
         if self.loglog and len(xs) <= TICKS:
             return xs
@@ -107,15 +107,15 @@ class Chart:
 
     @property
     def y_ticks(self) -> list[float]:
-        """What the vertical axis is labelled with."""
+        """Labels of the vertical axis."""
         return log_ticks(*self.y_range) if self.loglog else ticks(*self.y_range)
 
     def x_share(self, value: float) -> float:
-        """Where on the horizontal axis a value is, from 0 to 1."""
+        """Return where on the horizontal axis a value is, from 0 to 1."""
         return _share(value, self.x_range, self.logarithmic)
 
     def y_share(self, value: float) -> float:
-        """Where on the vertical axis a value is, from 0 to 1."""
+        """Return where on the vertical axis a value is, from 0 to 1."""
         return _share(value, self.y_range, self.loglog)
 
 
@@ -126,9 +126,9 @@ def _share(value: float, ends: tuple[float, float], logarithmic: bool) -> float:
 
 
 def charts(summary: Summary) -> list[Chart]:
-    """Mean score, the same of the full cache's, and mean perplexity: those that are known."""
+    """Return charts of the mean score, its share of the full cache's, and mean perplexity, of those that are known."""
     scored, predicted = summary.scored, summary.predicted
-    found = [
+    drawn = [
         Chart(
             title=f"Mean score {_over(scored)}, %",
             unit="%",
@@ -148,7 +148,7 @@ def charts(summary: Summary) -> list[Chart]:
             full=_of_full_cache(summary, attrgetter("perplexity"), 1.0),
         ),
     ]
-    return [chart for chart in found if chart.lines]
+    return [chart for chart in drawn if chart.lines]
 
 
 def _over(tasks: Sequence[Task]) -> str:
@@ -156,21 +156,21 @@ def _over(tasks: Sequence[Task]) -> str:
 
 
 def _of_full_cache(summary: Summary, get: Measure, factor: float) -> Estimate | None:
-    found = get(summary.full) if summary.full else None
-    return found.times(factor) if found else None
+    estimate = get(summary.full) if summary.full else None
+    return estimate.times(factor) if estimate else None
 
 
 def _lines(summary: Summary, tasks: Sequence[Task], get: Measure, factor: float) -> tuple[Line, ...]:
-    """From the highest to the lowest."""
+    """Return the lines of all methods, from the highest to the lowest."""
     lines = []
     for number, method in enumerate(summary.methods):
         points = []
         for setting in (Setting(method, keep) for keep in summary.keeps):
-            found = get(summary.overall[setting]) if setting in summary.overall else None
-            if found:
+            estimate = get(summary.overall[setting]) if setting in summary.overall else None
+            if estimate:
                 x = 100 * summary.kv_fraction(setting, tasks)
                 label = f"keep {setting.keep}, {x:.3g}% of the bytes"
-                points.append(Point(label=label, x=x, y=found.times(factor)))
+                points.append(Point(label=label, x=x, y=estimate.times(factor)))
         if points:
             points.sort(key=lambda point: point.x)
             lines.append(Line(method=method, number=number, points=tuple(points)))
@@ -178,7 +178,7 @@ def _lines(summary: Summary, tasks: Sequence[Task], get: Measure, factor: float)
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers within a range, at most so many."""
+    """Return round numbers within a range, at most so many."""
     rough = (high - low) / most
     power = 10.0 ** floor(log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
@@ -186,9 +186,9 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 of every decade within a range; in a short one other round numbers, in a long one powers of ten."""
+    """Return 1, 2 and 5 of every decade within a range; other round numbers if it is short, powers of ten if long."""
     powers = [10.0**decade for decade in range(floor(log10(low)), ceil(log10(high)) + 1)]
-    found = [digit * power for power in powers for digit in (1, 2, 5) if low <= digit * power <= high]
-    if len(found) < 2:
+    values = [digit * power for power in powers for digit in (1, 2, 5) if low <= digit * power <= high]
+    if len(values) < 2:
         return ticks(low, high)
-    return found if len(found) <= TICKS else [power for power in powers if low <= power <= high]
+    return values if len(values) <= TICKS else [power for power in powers if low <= power <= high]

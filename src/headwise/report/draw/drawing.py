@@ -1,4 +1,4 @@
-"""What the pages of budgets and gates have in common: their style, maps of layers and heads, and the file."""
+"""Draw the common parts of pages of budgets and gates: style, maps of layers and heads, and the file."""
 
 import os
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def require_ratio(ratio: float) -> None:
 
 
 def write_page(path: str | os.PathLike[str], make: Callable[[], Figure]) -> None:
-    """Write a page as .png, .svg or .pdf, at once or not at all. Raises BadInput, WriteFailed."""
+    """Write a page as .png, .svg or .pdf, at once or not at all. Raises BadInput or WriteFailed."""
     out = Path(path)
     if out.suffix.lower() not in FORMATS:
         raise BadInput(f"{out}: a plot is a {', '.join(FORMATS)} file; name one.")
@@ -50,7 +50,7 @@ def write_page(path: str | os.PathLike[str], make: Callable[[], Figure]) -> None
 
 
 def map_height(layers: int) -> float:
-    """Inches that a map of so many layers takes, its scale and title included."""
+    """Return the height in inches of a map of so many layers, with its scale and title."""
     return float(np.clip(0.32 * layers, 1.8, 7.5)) + 1.3
 
 
@@ -60,12 +60,12 @@ def draw_map(
     layers: tuple[int, ...],
     values: Float[np.ndarray, "layers kv_heads"],
     title: str,
-    most: float,
+    largest: float,
 ) -> None:
-    """Layers down, heads across; the numbers are written in where there is room."""
-    most = max(most, 1e-3)  # nothing at all would have no scale
+    """Draw a map, layers down and heads across. The numbers are written in where there is room."""
+    largest = max(largest, 1e-3)  # nothing at all would have no scale
     axes.set_facecolor("#dddddd")
-    image = axes.imshow(values, cmap="magma_r", vmin=0, vmax=most, aspect="auto", interpolation="nearest")
+    image = axes.imshow(values, cmap="magma_r", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
     axes.set(title=title, xlabel="KV head", ylabel="layer")
     rows, columns = (range(0, size, -(-size // 20)) for size in values.shape)
     axes.set_yticks(rows, [str(layers[row]) for row in rows])
@@ -76,13 +76,13 @@ def draw_map(
     bar = figure.colorbar(image, ax=axes, location="bottom", format=percent(), ticks=ticks, aspect=30, pad=0.02)
     bar.outline.set_visible(False)
     if max(values.shape) <= WRITTEN:
-        decimals = 0 if most > 0.1 else 1 if most > 0.01 else 2
+        decimals = 0 if largest > 0.1 else 1 if largest > 0.01 else 2
         for (row, column), value in np.ndenumerate(np.nan_to_num(values, nan=-1)):
             text = f"{100 * value:.{decimals}f}" if value >= 0 else ""
-            colour = "white" if value > 0.5 * most else "black"
+            colour = "white" if value > 0.5 * largest else "black"
             axes.text(column, row, text, color=colour, ha="center", va="center", fontsize=8)
 
 
 def percent() -> FuncFormatter:
-    """Ticks of a share."""
+    """Return the format of ticks of a share."""
     return FuncFormatter(lambda value, _: f"{100 * value:.3g}%")

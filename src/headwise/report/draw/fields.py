@@ -31,12 +31,12 @@ ADVICE = "remove it, or evaluate into a new folder."
 
 
 def versions(value: Any) -> dict[str, str]:
-    """Of libraries, by name."""
+    """Return versions of libraries, by name. Raises an error if a value is none."""
     return {text(name): text(str(version)) for name, version in mapping(value).items()}
 
 
 def model_shape(value: Any) -> ModelShape:
-    """Sizes of a model."""
+    """Return the sizes of a model."""
     sizes = {name: value[name] for name in ("num_layers", "kv_heads", "query_heads", "head_dim")}
     return ModelShape(**sizes, layers=list_of(size)(value["layers"]))
 
@@ -51,16 +51,16 @@ def _entries(value: Any) -> np.ndarray:
 
 
 def _by_head(value: Any) -> dict[tuple[int, int], list[int]]:
-    """Indices of tokens by layer, among those that can be compressed, and head, from "layer,head"."""
-    found: dict[tuple[int, int], list[int]] = {}
+    """Return indices of tokens by layer (among those that can be compressed) and head, from "layer,head"."""
+    indices_of: dict[tuple[int, int], list[int]] = {}
     for name, indices in value.items():
         layer, head = map(int, name.split(","))
         if name != f"{layer},{head}":
             raise ValueError
-        found[size(layer), size(head)] = list(list_of(size)(indices))
-    if not found:
+        indices_of[size(layer), size(head)] = list(list_of(size)(indices))
+    if not indices_of:
         raise ValueError
-    return dict(sorted(found.items()))
+    return dict(sorted(indices_of.items()))
 
 
 RUN: Mapping[str, Check] = {
@@ -86,7 +86,7 @@ RECORD: Mapping[str, Check] = {
 
 
 def _pieces(value: Any) -> tuple[str, ...]:
-    """Texts of tokens, which may be half a character each; that is shown as a question mark."""
+    """Return texts of tokens. Half a character is shown as a question mark."""
     if not isinstance(value, list):
         raise TypeError
     return tuple(str.encode(piece, errors="replace").decode() for piece in value)

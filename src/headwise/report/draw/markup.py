@@ -11,7 +11,7 @@ NONE = "-"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """What stands in one place of a table."""
+    """One cell of a table."""
 
     text: str = NONE
     margin: str = ""  # the interval, or that it is unknown
@@ -22,7 +22,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Rows under names, methods mostly."""
+    """A table whose rows have names, which are mostly methods."""
 
     title: str
     columns: tuple[str, ...]
@@ -30,13 +30,13 @@ class Table:
     first: str = "method"  # what the rows' names are
 
     def markdown(self) -> str:
-        """With the title as a heading."""
+        """Return the table as Markdown, with its title as a heading."""
         head = f"| {plain(self.first)} | {' | '.join(map(plain, self.columns))} |\n|---|{'---:|' * len(self.columns)}"
         rows = [f"| {plain(name)} | {' | '.join(map(_markdown, entries))} |" for name, entries in self.rows]
         return "\n".join([f"### {plain(self.title)}", "", head, *rows, ""])
 
     def html(self, numbers: Mapping[str, int] | None = None) -> str:
-        """In a box of its own, which scrolls; `numbers` are those of the lines that are drawn of the rows."""
+        """Return the table as HTML, in a box that scrolls. `numbers` are those of the charts' lines, by row name."""
         head = "".join(f'<th scope="col">{escape(column)}</th>' for column in self.columns)
         rows = "".join(
             f'<tr{_data(name, numbers or {})}><th scope="row" title="{escape(name)}">{escape(name)}</th>'
@@ -50,7 +50,7 @@ class Table:
 
 
 def plain(text: str) -> str:
-    """As it is, in Markdown: where a bar would end the column, a tag would be one, and a bracket starts a link."""
+    """Return a text escaped for Markdown: a bar would end the column, and a bracket starts a link."""
     return re.sub(r"[\\`\[|]", r"\\\g<0>", escape(" ".join(text.split()), quote=False))
 
 

@@ -1,4 +1,4 @@
-"""A report's charts as a picture, for a paper or a README. Needs matplotlib: results.py does without this module."""
+"""Draw a report's charts as a picture, for a paper or a README. Needs matplotlib; results.py can do without it."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -35,23 +35,23 @@ WIDTH, HEIGHT, AROUND, LABEL = 6.4, 3.0, 0.9, 0.16  # inches: a chart with label
 
 
 def draw(charts: Mapping[str, Sequence[Chart]]) -> bytes:
-    """A PNG: models down, charts across."""
-    rows = {name: found for name, found in charts.items() if found}
+    """Return a PNG: models down, charts across."""
+    rows = {name: row for name, row in charts.items() if row}
     columns = max(map(len, rows.values()), default=1)
-    heights = [max(HEIGHT, LABEL * len(found[0].lines)) for found in rows.values()]
+    heights = [max(HEIGHT, LABEL * len(row[0].lines)) for row in rows.values()]
     with matplotlib.rc_context(STYLE):
         size = columns * WIDTH, sum(heights) + AROUND * len(heights) or HEIGHT
         figure = Figure(figsize=size, layout="constrained")
         ratios = [height + AROUND for height in heights]
         if not rows:
             figure.text(0.5, 0.5, "There is no curve to draw; see the tables.", ha="center")
-        for at, (name, found) in enumerate(rows.items()):
-            part = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=ratios)[at, 0]
+        for index, (name, row) in enumerate(rows.items()):
+            part = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=ratios)[index, 0]
             part.suptitle(fill(name, int(14 * size[0])), fontsize=10, fontweight="bold", x=0.01, ha="left")
             grid = part.subplots(1, columns, squeeze=False)[0]
-            for axes, chart in zip(grid, found, strict=False):
-                _chart(axes, chart, LABEL / heights[at])
-            for axes in grid[len(found) :]:
+            for axes, chart in zip(grid, row, strict=False):
+                _chart(axes, chart, LABEL / heights[index])
+            for axes in grid[len(row) :]:
                 axes.set_visible(False)
         file = BytesIO()
         figure.savefig(file, format="png", dpi=130, facecolor="white")
@@ -85,33 +85,33 @@ def _line(axes: Axes, line: Line, banded: bool) -> None:
         return
     style = {"color": COLOURS[colour], "linestyle": DASHES[dash], "marker": MARKERS[marker]}
     axes.plot(x, y, **style, linewidth=1.4, markersize=4.5)
-    known = [(p.x, p.y.low, p.y.high) for p in line.points if p.y.low is not None and p.y.high is not None]
-    if len(known) == 1:
-        axes.vlines(*known[0], color=COLOURS[colour], alpha=0.5, linewidth=1.2)
-    elif banded and known:
-        at, low, high = zip(*known, strict=True)
-        axes.fill_between(at, low, high, color=COLOURS[colour], alpha=0.14, linewidth=0)
+    intervals = [(p.x, p.y.low, p.y.high) for p in line.points if p.y.low is not None and p.y.high is not None]
+    if len(intervals) == 1:
+        axes.vlines(*intervals[0], color=COLOURS[colour], alpha=0.5, linewidth=1.2)
+    elif banded and intervals:
+        xs, low, high = zip(*intervals, strict=True)
+        axes.fill_between(xs, low, high, color=COLOURS[colour], alpha=0.14, linewidth=0)
 
 
 def _labels(axes: Axes, chart: Chart, pitch: float) -> None:
-    """Names at one end of the lines, the one where they are further apart, and moved apart where they would meet."""
-    left, right = ([chart.y_share(line.points[at].y.value) for line in chart.named] for at in (0, -1))
-    first = bool(np.ptp(left) >= np.ptp(right))
-    at, align = (0, "right") if first else (-1, "left")
-    room = _make_room(axes, chart, left=first)
-    edge = room - 0.02 if first else 1.02 - room
-    lines = sorted(chart.named, key=lambda line: line.points[at].y.value)
-    wanted = np.array([chart.y_share(line.points[at].y.value) for line in lines])
-    for line, place in zip(lines, apart(wanted, pitch), strict=True):
-        end, colour = line.points[at], COLOURS[line.style[0]]
+    """Write names at the end of the lines where these are further apart, and move names apart where they meet."""
+    left, right = ([chart.y_share(line.points[index].y.value) for line in chart.named] for index in (0, -1))
+    on_left = bool(np.ptp(left) >= np.ptp(right))
+    index, align = (0, "right") if on_left else (-1, "left")
+    room = _make_room(axes, chart, left=on_left)
+    edge = room - 0.02 if on_left else 1.02 - room
+    lines = sorted(chart.named, key=lambda line: line.points[index].y.value)
+    targets = np.array([chart.y_share(line.points[index].y.value) for line in lines])
+    for line, place in zip(lines, apart(targets, pitch), strict=True):
+        end, colour = line.points[index], COLOURS[line.style[0]]
         arrow = {"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4}
-        arrow |= {"relpos": (float(first), 0.5)}
+        arrow |= {"relpos": (float(on_left), 0.5)}
         style = {"color": colour, "fontsize": 8, "va": "center", "ha": align, "arrowprops": arrow}
         axes.annotate(_short(line.method), (end.x, end.y.value), (edge, place), textcoords="axes fraction", **style)
 
 
 def _make_room(axes: Axes, chart: Chart, *, left: bool) -> float:
-    """Room for names beside the lines: its share of the axis."""
+    """Make room for names beside the lines, and return its share of the axis."""
     letters = max(len(_short(line.method)) for line in chart.named)
     share = min(0.45, 0.065 * (letters + 4) / WIDTH)
     low, high = np.log(chart.x_range) if chart.logarithmic else np.array(chart.x_range)
@@ -125,15 +125,15 @@ def _short(method: str) -> str:
     return shorten(method, 34, placeholder="…") if " " in method else method[:34]
 
 
-def apart(wanted: Float[np.ndarray, " labels"], gap: float) -> Float[np.ndarray, " labels"]:
-    """Places within 0..1, at least a gap from one to the next, as close to the wanted ones as that allows.
+def apart(targets: Float[np.ndarray, " labels"], gap: float) -> Float[np.ndarray, " labels"]:
+    """Return places within 0..1, at least a gap from one to the next, as close to the targets as that allows.
 
-    Wanted places ascend. Those that are too close move away from their middle, together with whom they then meet.
+    Targets ascend. Those that are too close move away from their middle, with all others that they then meet.
     """
-    groups: list[list[float]] = []  # of labels that touch: where each would have the group begin
-    for at, place in enumerate(wanted):
-        groups.append([place - at * gap])
+    groups: list[list[float]] = []  # of labels that touch: where the group begins if a label is at its target
+    for index, place in enumerate(targets):
+        groups.append([place - index * gap])
         while len(groups) > 1 and fmean(groups[-2]) >= fmean(groups[-1]):
             groups[-2:] = [groups[-2] + groups[-1]]
     starts = np.repeat([fmean(group) for group in groups], [len(group) for group in groups])
-    return starts.clip(gap / 2, max(gap / 2, 1 - (len(wanted) - 0.5) * gap)) + gap * np.arange(len(wanted))
+    return starts.clip(gap / 2, max(gap / 2, 1 - (len(targets) - 0.5) * gap)) + gap * np.arange(len(targets))

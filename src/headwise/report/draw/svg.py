@@ -1,6 +1,6 @@
-"""Charts as inline SVG: colours are the page's variables, so that they follow its light or dark theme.
+"""Draw charts as inline SVG. Colours are the page's variables, so that they follow its light or dark theme.
 
-What belongs to a line carries `data-m`, by which the page's script singles it out.
+All elements of a line carry `data-m`, by which the page's script singles it out.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ MARKERS = (
 
 
 class _Place:
-    """Where on the drawing a value is."""
+    """Places of values on the drawing."""
 
     def __init__(self, chart: Chart):
         self.chart = chart
@@ -35,7 +35,7 @@ class _Place:
 
 
 def draw(chart: Chart) -> str:
-    """A figure with its title."""
+    """Return a figure with its title."""
     place = _Place(chart)
     lines = "".join(_line(line, place, chart.unit) for line in reversed(chart.lines))  # the best on top
     banded = " banded" if chart.banded else ""
@@ -47,7 +47,7 @@ def draw(chart: Chart) -> str:
 
 
 def legend(lines: Sequence[Line]) -> str:
-    """A button for every line."""
+    """Return a button for every line."""
     return "".join(
         f'<button type="button" data-m="{line.number}" aria-pressed="false">'
         f'<svg viewBox="0 0 40 14" aria-hidden="true"><path class="line {_stroke(line)}" d="M1 7H39"/>'
@@ -85,7 +85,7 @@ def _full(full: Estimate | None, place: _Place) -> str:
 
 
 def _label(full: Estimate | None, place: _Place) -> str:
-    """On top of the lines, or it could not be read."""
+    """Return the label of the full cache. It is on top of the lines, or nobody could read it."""
     if full is None:
         return ""
     y = place.y(full.value)
@@ -93,9 +93,10 @@ def _label(full: Estimate | None, place: _Place) -> str:
 
 
 def _line(line: Line, place: _Place, unit: str) -> str:
-    at = [(place.x(point.x), place.y(point.y.value)) for point in line.points]
-    path = "M" + "L".join(f"{x} {y}" for x, y in at)
-    marks = "".join(_mark(line, x, y, _said(line, point, unit)) for (x, y), point in zip(at, line.points, strict=True))
+    positions = [(place.x(point.x), place.y(point.y.value)) for point in line.points]
+    path = "M" + "L".join(f"{x} {y}" for x, y in positions)
+    tips = [_tip(line, point, unit) for point in line.points]
+    marks = "".join(_mark(line, x, y, tip) for (x, y), tip in zip(positions, tips, strict=True))
     return (
         f'<g class="m" data-m="{line.number}">{_band(line, place)}<path class="hit" d="{path}">'
         f'<title>{escape(line.method)}</title></path><path class="line {_stroke(line)}" d="{path}"/>{marks}</g>'
@@ -103,26 +104,26 @@ def _line(line: Line, place: _Place, unit: str) -> str:
 
 
 def _band(line: Line, place: _Place) -> str:
-    """The interval; of a single point a whisker."""
+    """Return the intervals of a line as a band, or as whiskers if there is a single point."""
     ends = [(place.x(p.x), p.y.low, p.y.high) for p in line.points]
-    known = [(x, place.y(low), place.y(high)) for x, low, high in ends if low is not None and high is not None]
-    if len(known) < 2:
-        return "".join(f'<path class="whisker {_stroke(line)}" d="M{x} {low}V{high}"/>' for x, low, high in known)
-    there = "L".join(f"{x} {high}" for x, _, high in known)
-    back = "L".join(f"{x} {low}" for x, low, _ in reversed(known))
+    bounds = [(x, place.y(low), place.y(high)) for x, low, high in ends if low is not None and high is not None]
+    if len(bounds) < 2:
+        return "".join(f'<path class="whisker {_stroke(line)}" d="M{x} {low}V{high}"/>' for x, low, high in bounds)
+    there = "L".join(f"{x} {high}" for x, _, high in bounds)
+    back = "L".join(f"{x} {low}" for x, low, _ in reversed(bounds))
     return f'<path class="band {_stroke(line)}" d="M{there}L{back}z"/>'
 
 
-def _said(line: Line, point: Point, unit: str) -> str:
+def _tip(line: Line, point: Point, unit: str) -> str:
     interval = "" if point.y.low is None else f" ({point.y.low:.4g} to {point.y.high:.4g})"
     return f"{line.method}, {point.label}: {point.y.value:.4g}{interval} {unit}"
 
 
-def _mark(line: Line, x: str, y: str, said: str = "") -> str:
+def _mark(line: Line, x: str, y: str, tip: str = "") -> str:
     if line.thin:
         return ""
     colour, _, marker = line.style
-    title = f"<title>{escape(said)}</title>" if said else ""
+    title = f"<title>{escape(tip)}</title>" if tip else ""
     return f'<g transform="translate({x} {y})"><path class="mark c{colour}" d="{MARKERS[marker]}">{title}</path></g>'
 
 

@@ -1,4 +1,4 @@
-"""Web pages from templates that lie beside the modules which fill them."""
+"""Fill templates of web pages, which lie beside the modules that use them."""
 
 import re
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from headwise.files.terminal import shown
 
 
 def filled(package: str, name: str, parts: Mapping[str, str]) -> str:
-    """A package's template with every {{name}} replaced; the parts themselves are left as they are."""
+    """Return a package's template with every {{name}} replaced by its part."""
     template = (files(package) / name).read_text(encoding="utf-8")
     return shown(re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template), lines=True)
 
 
-def told(facts: Mapping[str, str], command: str) -> str:
-    """How something was measured."""
-    rows = "".join(f"<dt>{name}</dt><dd>{escape(said)}</dd>" for name, said in facts.items())
+def facts_html(facts: Mapping[str, str], command: str) -> str:
+    """Return HTML that says how something was measured."""
+    rows = "".join(f"<dt>{name}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items())
     return f"<dl>{rows}</dl><pre>{escape(command)}</pre>"

@@ -1,6 +1,6 @@
-"""A Budget as one page: what every head keeps, the curves it was solved from, and where its scorer errs.
+"""Draw a Budget as one page: what every head keeps, the curves it was solved from, and where its scorer errs.
 
-Drawn for `headwise inspect --plot`. First the numbers, then the drawing.
+For `headwise inspect --plot`. First the numbers, then the drawing.
 """
 
 import os
@@ -34,13 +34,13 @@ NO_CURVES = "No curves: this budget was imported or averaged,\nnot solved from c
 
 
 def kept_at(budget: Budget, ratio: float) -> Float[np.ndarray, "layers kv_heads"]:
-    """Kept fractions at one ratio. Raises BadInput unless it is within (0, 1)."""
+    """Return kept fractions at one ratio. Raises BadInput unless it is within (0, 1)."""
     require_ratio(ratio)
     return budget.at(budget.ratios.new_tensor([ratio]))[0].double().numpy()
 
 
 def retained(budget: Budget, name: str) -> Float[np.ndarray, "heads points"]:
-    """Utility that every head retains, by one curve of the evidence.
+    """Return the utility that every head retains, by one curve of the evidence.
 
     Points are equal shares of the tokens that are not protected, from none of them to all. The first is what the
     protected tokens retain; in a long context those are a negligible part of what is kept.
@@ -51,13 +51,13 @@ def retained(budget: Budget, name: str) -> Float[np.ndarray, "heads points"]:
 
 
 def hull_edges(budget: Budget, head: int) -> tuple[Float[np.ndarray, " edges"], Float[np.ndarray, " edges"]]:
-    """Corners of a head's hull, the one in the file: kept fraction, and utility gained beyond the protected tokens."""
+    """Return the corners of a head's hull in the file: kept fraction, and utility beyond the protected tokens."""
     width, slope = (budget.hull[name][head].double().numpy() for name in ("width", "slope"))
     return np.pad(width.cumsum(), (1, 0)), np.pad((width * slope).cumsum(), (1, 0))
 
 
 def at_fraction(curves: Float[np.ndarray, "heads points"], kept: Float[np.ndarray, " heads"]) -> np.ndarray:
-    """The curves' values at one fraction each, [heads]."""
+    """Return the curves' values at one fraction each, [heads]."""
     grid = np.linspace(0, 1, curves.shape[1])
     return np.array([np.interp(fraction, grid, curve) for fraction, curve in zip(kept, curves, strict=True)])
 
@@ -65,28 +65,30 @@ def at_fraction(curves: Float[np.ndarray, "heads points"], kept: Float[np.ndarra
 def missed(
     budget: Budget, kept: Float[np.ndarray, "layers kv_heads"]
 ) -> tuple[Float[np.ndarray, "layers kv_heads"], Float[np.ndarray, "layers kv_heads"]]:
-    """Importance that the scorer's order misses and the oracle's would retain, each head keeping its own fraction.
+    """Return the importance that the scorer's order misses and an ideal order would retain, at the heads' fractions.
 
-    First as a share of the head's importance, then as a share of the model's: a head that matters little can miss much.
+    The first array is a share of the head's importance, the second a share of the model's.
     """
     ideal, scorer = retained(budget, "ideal"), retained(budget, "scorer")
     gap = (at_fraction(ideal, kept.flatten()) - at_fraction(scorer, kept.flatten())).clip(min=0)  # rounding
-    return _parts(gap, ideal[:, -1]).reshape(kept.shape), _parts(gap, ideal[:, -1].sum()).reshape(kept.shape)
+    return _shares(gap, ideal[:, -1]).reshape(kept.shape), _shares(gap, ideal[:, -1].sum()).reshape(kept.shape)
 
 
-def chosen(kept: Float[np.ndarray, " heads"], utility: Float[np.ndarray, " heads"]) -> Int[np.ndarray, " panels"]:
-    """Heads to draw: half with the largest budgets, half with the smallest, of equal ones those of more utility."""
-    most, least = np.lexsort((-utility, -kept)), np.lexsort((-utility, kept))
+def heads_to_draw(
+    kept: Float[np.ndarray, " heads"], utility: Float[np.ndarray, " heads"]
+) -> Int[np.ndarray, " panels"]:
+    """Return heads to draw: half with the largest budgets, half with the smallest, and most utility among equals."""
+    by_most, by_least = np.lexsort((-utility, -kept)), np.lexsort((-utility, kept))
     half = min(PANELS, len(kept)) // 2
-    first = most[: min(PANELS, len(kept)) - half]
-    last = least[~np.isin(least, first)][:half]
-    return np.concatenate([first, last])
+    largest = by_most[: min(PANELS, len(kept)) - half]
+    smallest = by_least[~np.isin(by_least, largest)][:half]
+    return np.concatenate([largest, smallest])
 
 
-def _parts(some: np.ndarray, whole: np.ndarray | float) -> np.ndarray:
-    """Shares; of nothing there is no part."""
-    whole = np.broadcast_to(whole, some.shape)
-    return np.divide(some, whole, out=np.zeros_like(some), where=whole > 0)
+def _shares(parts: np.ndarray, total: np.ndarray | float) -> np.ndarray:
+    """Return shares of a total, 0 where that is 0."""
+    total = np.broadcast_to(total, parts.shape)
+    return np.divide(parts, total, out=np.zeros_like(parts), where=total > 0)
 
 
 def plot(budget: Budget, path: str | os.PathLike[str], *, ratio: float = 0.15) -> None:
@@ -118,28 +120,30 @@ def _page(budget: Budget, kept: Float[np.ndarray, "layers kv_heads"], ratio: flo
             np.nanmax(of_model, initial=0),
         ),
     }
-    for axes, (heading, (values, most)) in zip(top.subplots(1, 3), maps.items(), strict=True):
-        draw_map(top, axes, origin.shape.layers, values, heading, most)
+    for axes, (heading, (values, largest)) in zip(top.subplots(1, 3), maps.items(), strict=True):
+        draw_map(top, axes, origin.shape.layers, values, heading, largest)
     _curves(bottom, budget, kept, ratio)
     figure.supxlabel(NOTES.format(sink=origin.sink, window=origin.window, loss=origin.loss), x=0.01, ha="left")
     return figure
 
 
 def _curves(figure: SubFigure, budget: Budget, kept: Float[np.ndarray, "layers kv_heads"], ratio: float) -> None:
-    """Curve, hull and budget of some heads, of each its own utility."""
+    """Draw curve, hull and budget of some heads, as shares of their own utility."""
     curves, shape, fractions = retained(budget, "curve"), budget.origin.shape, kept.flatten()
-    whole = curves[:, -1]
-    panels, share = chosen(fractions, whole), _parts(whole, whole.sum())
+    totals = curves[:, -1]
+    panels, share = heads_to_draw(fractions, totals), _shares(totals, totals.sum())
     columns = min(3, len(panels))
     grid = figure.subplots(-(-len(panels) // columns), columns, sharex=True, sharey=True, squeeze=False)
     for axes, head in zip(grid.flat, panels, strict=False):
         layer, column = divmod(int(head), shape.kv_heads)
         x, gained = hull_edges(budget, int(head))
         points = np.linspace(0, 1, curves.shape[1])
-        at, scale = at_fraction(curves[[head]], fractions[[head]]), whole[head]
-        axes.plot(x, _parts(curves[head, 0] + gained, scale), color=BLUE, linewidth=3.5, alpha=0.45, label="its hull")
-        axes.plot(points, _parts(curves[head], scale), color="black", linewidth=0.9, label="measured")
-        axes.plot(fractions[head], _parts(at, scale), "o", color=ORANGE, label=f"budget at {ratio:.4g}", clip_on=False)
+        value, scale = at_fraction(curves[[head]], fractions[[head]]), totals[head]
+        axes.plot(x, _shares(curves[head, 0] + gained, scale), color=BLUE, linewidth=3.5, alpha=0.45, label="its hull")
+        axes.plot(points, _shares(curves[head], scale), color="black", linewidth=0.9, label="measured")
+        axes.plot(
+            fractions[head], _shares(value, scale), "o", color=ORANGE, label=f"budget at {ratio:.4g}", clip_on=False
+        )
         axes.set_title(f"layer {shape.layers[layer]}, head {column}: {share[head]:.1%} of all utility")
         axes.xaxis.set_major_formatter(percent())
         axes.yaxis.set_major_formatter(percent())

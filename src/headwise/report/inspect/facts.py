@@ -1,4 +1,4 @@
-"""What a file is, in plain values: its header, of budgets and gates what heads keep, of gates also their parts."""
+"""Read what a file is, in plain values: its header, what heads keep, and which parts gates have."""
 
 import os
 from typing import Any
@@ -7,26 +7,26 @@ from headwise.artifacts.budget import Budget
 from headwise.artifacts.gates import Gates
 from headwise.artifacts.tensors import FORMAT_VERSIONS, describe
 
-KEEPS = (0.03, 0.0625, 0.15, 0.3)  # at which budgets are told
+KEEPS = (0.03, 0.0625, 0.15, 0.3)  # at which budgets are shown
 
 
 def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """As `describe`; of gates also `parts`, and of all that has budgets `budgets`: keep to fractions by layer and head.
+    """Return what `describe` says of a file, the `parts` of gates, and `budgets`: keep to fractions [layers, kv_heads].
 
     Raises ArtifactMismatch if headwise did not write the file, BadInput if it is missing or damaged.
     """
-    found = describe(path)
-    kind, version = found.get("kind"), found.get("format_version")
+    header = describe(path)
+    kind, version = header.get("kind"), header.get("format_version")
     if kind not in ("budget", "gates") or version != FORMAT_VERSIONS[kind]:
-        return found
+        return header
     if kind == "budget":
         budget = Budget.load(path)
         kept = {str(keep): budget.at(budget.ratios.new_tensor([keep]))[0].tolist() for keep in KEEPS}
-        return {**found, "budgets": kept}
+        return {**header, "budgets": kept}
     gates = Gates.load(path)
     parts = {"budgets (LKV-H)": gates.budgets, "scores (LKV-T)": gates.scores}
-    found = {"kind": "gates", "parts": [name for name, part in parts.items() if part is not None], **found}
+    header = {"kind": "gates", "parts": [name for name, part in parts.items() if part is not None], **header}
     if gates.budgets is not None:
         heads = gates.origin.shape.kv_heads
-        found["budgets"] = {str(keep): gates.fractions(keep).unflatten(0, (-1, heads)).tolist() for keep in KEEPS}
-    return found
+        header["budgets"] = {str(keep): gates.fractions(keep).unflatten(0, (-1, heads)).tolist() for keep in KEEPS}
+    return header

@@ -1,6 +1,6 @@
-"""Gates as one page: what every head keeps, another file's budgets beside it, and how training went.
+"""Draw gates as one page: what every head keeps, another file's budgets beside it, and how training went.
 
-Drawn for `headwise inspect --plot`. First the numbers, then the drawing.
+For `headwise inspect --plot`. First the numbers, then the drawing.
 """
 
 import os
@@ -40,7 +40,7 @@ CURVES_NOTE = "Every step of training draws its own keep, so its numbers scatter
 
 
 def log_of(path: str | os.PathLike[str]) -> list[Row]:
-    """What training logged beside the gates; empty if there is no log. Raises BadInput, naming the line."""
+    """Read the log of a training beside the gates; empty if there is none. Raises BadInput, naming the line."""
     log = Path(f"{os.fspath(path)}.log.jsonl")
     if not log.is_file():
         return []
@@ -53,38 +53,38 @@ def log_of(path: str | os.PathLike[str]) -> list[Row]:
 
 def _row(line: str, place: str) -> Row:
     try:
-        found = strict_json.mapping(strict_json.loads(line, values=False))  # a loss may have become NaN
-        row = {name: float(value) for name, value in found.items()}
+        fields = strict_json.mapping(strict_json.loads(line, values=False))  # a loss may have become NaN
+        row = {name: float(value) for name, value in fields.items()}
         return {**row, "step": row["step"]}
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise BadInput(f"{place} is no line of a training log; move the log away to draw the gates alone.") from error
 
 
 def series(log: Sequence[Row], name: str) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
-    """Steps done, and one of the log's values after them, where it was measured."""
+    """Return the steps at which one of the log's values was measured, and the values."""
     rows = [(row["step"] + 1, row[name]) for row in log if name in row]
     return np.array([step for step, _ in rows], dtype=float), np.array([value for _, value in rows], dtype=float)
 
 
 def smoothed(steps: Float[np.ndarray, " points"], values: Float[np.ndarray, " points"]) -> Float[np.ndarray, "4 means"]:
-    """Steps, means, and values below which a tenth and nine tenths lie, of as many neighbours as leave MEANS apart."""
+    """Return steps, means, and the 10% and 90% quantiles of a moving window, so wide that MEANS of them fit."""
     if not len(steps):
         return np.empty((4, 0))
     width = max(1, len(steps) // MEANS)
-    at, near = (np.lib.stride_tricks.sliding_window_view(numbers, width) for numbers in (steps, values))
-    return np.array([at.mean(-1), near.mean(-1), *np.quantile(near, [0.1, 0.9], axis=-1)])
+    centres, windows = (np.lib.stride_tricks.sliding_window_view(numbers, width) for numbers in (steps, values))
+    return np.array([centres.mean(-1), windows.mean(-1), *np.quantile(windows, [0.1, 0.9], axis=-1)])
 
 
 def budgets_at(path: str | os.PathLike[str], gates: Gates, ratio: float) -> tuple[str, Fractions]:
-    """Of another file, budget or gates, for the model of `gates`: what it is, and its fractions at a ratio.
+    """Return what another file is, and its fractions [layers, kv_heads] at a ratio. It may be a budget or gates.
 
-    Raises ArtifactMismatch for another model or kind, BadInput.
+    Raises ArtifactMismatch if it is of another kind, or for another model than `gates`; BadInput if it is damaged.
     """
     shape, config_hash = gates.origin.shape, gates.origin.config_hash
     if describe(path).get("kind") == "gates":
-        other = Gates.load(path)
-        other.require(shape, config_hash)
-        return _kind(other), fractions(other, ratio, path)
+        other_gates = Gates.load(path)
+        other_gates.require(shape, config_hash)
+        return _kind(other_gates), fractions(other_gates, ratio, path)
     budget = Budget.load(path)
     budget.require(shape, config_hash)
     kept = budget.at(torch.tensor([ratio], dtype=torch.float64, device="cpu"))[0]
@@ -93,7 +93,7 @@ def budgets_at(path: str | os.PathLike[str], gates: Gates, ratio: float) -> tupl
 
 
 def fractions(gates: Gates, ratio: float, path: str | os.PathLike[str]) -> Fractions:
-    """What every head keeps, by layer. Raises BadInput for gates without budgets."""
+    """Return what every head keeps. Raises BadInput if the gates have no budgets."""
     if gates.budgets is None:
         raise BadInput(f"{path} holds scores only: there are no budgets to draw.")
     return gates.fractions(ratio).unflatten(0, (-1, gates.origin.shape.kv_heads)).double().numpy()
@@ -132,13 +132,13 @@ def _page(gates: Gates, maps: dict[str, Fractions], log: Sequence[Row], ratio: f
     height = max(map_height(len(layers)) if maps else 0, CURVES_HEIGHT if log else 0) + 1
     width = sum(widths) + 0.4
     figure = Figure(figsize=(width, height), layout="constrained")
-    said = f", {ratio:.4g} of the KV cache kept" if maps else ""
-    title = fill(f"{gates.origin.model or 'model unknown'}{said}", int(8 * width), break_on_hyphens=False)
+    keep_text = f", {ratio:.4g} of the KV cache kept" if maps else ""
+    title = fill(f"{gates.origin.model or 'model unknown'}{keep_text}", int(8 * width), break_on_hyphens=False)
     figure.suptitle(title, fontweight="bold")
     parts = figure.subfigures(1, len(widths), squeeze=False, width_ratios=widths)[0]
-    most = max((float(kept.max()) for kept in maps.values()), default=0.0)
+    largest = max((float(kept.max()) for kept in maps.values()), default=0.0)
     for part, (title, kept) in zip(parts, maps.items(), strict=False):
-        draw_map(part, part.subplots(), layers, kept, title, most)
+        draw_map(part, part.subplots(), layers, kept, title, largest)
     if log:
         _curves(parts[-1], log)
     notes = [MAPS_NOTE] * (len(maps) > 1) + [CURVES_NOTE] * bool(log)
@@ -147,13 +147,13 @@ def _page(gates: Gates, maps: dict[str, Fractions], log: Sequence[Row], ratio: f
 
 
 def _curves(figure: SubFigure, log: Sequence[Row]) -> None:
-    """Loss above, agreement below, by steps of joint training."""
+    """Draw loss above, agreement below, by steps of joint training."""
     loss, agreement = figure.subplots(2, 1, sharex=True)
     _curve(loss, log, "loss", "validation")
     _curve(agreement, log, "agreement", "validation_agreement")
-    steps, found = series(log, "validation")
+    steps, losses = series(log, "validation")
     if len(steps):
-        best = steps[int(np.nanargmin(found))] if np.isfinite(found).any() else steps[0]
+        best = steps[int(np.nanargmin(losses))] if np.isfinite(losses).any() else steps[0]
         loss.axvline(best, color="#999999", linewidth=0.8, linestyle=":", label="gates in the file", zorder=0)
         agreement.axvline(best, color="#999999", linewidth=0.8, linestyle=":", zorder=0)
     loss.set(title="Loss: unexplained share of the full cache's logits")
@@ -165,8 +165,8 @@ def _curves(figure: SubFigure, log: Sequence[Row]) -> None:
 
 def _curve(axes: Axes, log: Sequence[Row], name: str, validation: str) -> None:
     steps, values = series(log, name)
-    at, mean, low, high = smoothed(steps, values)
+    centres, mean, low, high = smoothed(steps, values)
     width = max(1, len(steps) // MEANS)
-    axes.plot(at, mean, color=BLUE, linewidth=1.6, label=f"training, mean of {width} steps")
-    axes.fill_between(at, low, high, color=BLUE, alpha=0.15, linewidth=0, label="the middle 8 of 10 of them")
+    axes.plot(centres, mean, color=BLUE, linewidth=1.6, label=f"training, mean of {width} steps")
+    axes.fill_between(centres, low, high, color=BLUE, alpha=0.15, linewidth=0, label="the middle 8 of 10 of them")
     axes.plot(*series(log, validation), "o-", color=ORANGE, markersize=4, linewidth=1.4, label="validation")

@@ -1,7 +1,7 @@
-"""A saved cache as a web page: the words of its document, coloured by how many heads keep them.
+"""Draw a saved cache as a web page: the words of its document, coloured by how many heads keep them.
 
-Drawn for `headwise inspect --plot`. The page is one file that needs nothing else, for any browser, light and dark. What
-every head keeps is one bit per token in it; the page's script counts them for the heads that are chosen.
+For `headwise inspect --plot`. The page is one file that needs nothing else, for any browser, light and dark. It holds
+one bit per head and token; its script counts the bits of the heads that a reader chooses.
 """
 
 import base64
@@ -45,18 +45,18 @@ class KeptTokens:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "KeptTokens":
-        """From what `RaggedCache.save` wrote. Raises ArtifactMismatch, BadInput for a batch or a damaged file."""
+        """Read what `RaggedCache.save` wrote. Raises ArtifactMismatch, or BadInput if it is a batch or damaged."""
         with opened(path, "cache") as file:
             saved = read(file)
-        found, metadata = saved.layers, saved.metadata
-        layers = tuple(layer for layer, states in found.items() if "positions" in states)
+        layer_states, metadata = saved.layers, saved.metadata
+        layers = tuple(layer for layer, states in layer_states.items() if "positions" in states)
         if not layers:
             raise BadInput(f"{path} is damaged: it holds no kept positions; compress the context again.")
-        tails = [found[i]["tail_keys"].shape[2] for i in layers if "tail_keys" in found[i]]
+        tails = [layer_states[i]["tail_keys"].shape[2] for i in layers if "tail_keys" in layer_states[i]]
         tokens = metadata["seen"] - max(tails, default=0)
-        if tokens * sum(found[i]["lengths"].numel() for i in layers) > LARGEST:
+        if tokens * sum(layer_states[i]["lengths"].numel() for i in layers) > LARGEST:
             raise BadInput(f"{path} says that it saw {metadata['seen']} tokens, which are too many for a map.")
-        kept = np.stack([_mask(found[i]["positions"], found[i]["lengths"], tokens, path) for i in layers])
+        kept = np.stack([_mask(layer_states[i]["positions"], layer_states[i]["lengths"], tokens, path) for i in layers])
         return cls(
             kept=kept,
             layers=layers,
@@ -66,9 +66,9 @@ class KeptTokens:
         )
 
 
-def _method(found: Mapping[str, Any], path: str | os.PathLike[str]) -> str:
-    """Scorer and allocator, as the classes are called."""
-    match found:
+def _method(method: Mapping[str, Any], path: str | os.PathLike[str]) -> str:
+    """Return the names of scorer and allocator, as the classes are called."""
+    match method:
         case {"scorer": {"name": str(scorer)}, "allocator": {"name": str(allocator)}}:
             return f"{scorer}+{allocator}"
     raise BadInput(f"{path} is damaged: it does not name its method; compress the context again.")
@@ -88,29 +88,30 @@ def _mask(
     return kept.numpy()
 
 
-def tokenizer_for(found: KeptTokens, model: str | None) -> Any:
-    """The tokenizer of the model that the user names, or else that of the cache's model, if it lies in a folder here.
+def tokenizer_for(kept_tokens: KeptTokens, model: str | None) -> Any:
+    """Load the tokenizer of the model that the user names, or else of the cache's model, if that is a folder here.
 
-    A name in a file is somebody else's word: nothing is fetched for it. Raises BadInput.
+    Somebody else may have written the name in a file: nothing is fetched for it. Raises BadInput if there is none.
     """
     if model is not None:
         return load_tokenizer(model)
-    if not found.model:
+    if not kept_tokens.model:
         raise BadInput("the cache does not say which model made it: name one with --model, for its tokenizer.")
     # A path that starts so names another machine on Windows, which would be asked.
-    if found.model == REFERENCE or (not found.model.startswith((r"\\", "//")) and Path(found.model).is_dir()):
-        return load_tokenizer(found.model)
+    name = kept_tokens.model
+    if name == REFERENCE or (not name.startswith((r"\\", "//")) and Path(name).is_dir()):
+        return load_tokenizer(name)
     raise BadInput(
-        f"the cache is of the model {found.model!r}, which is no folder here, and nothing is fetched for a name in a "
-        "file: name the model with --model, for its tokenizer."
+        f"the cache is of the model {name!r}, which is no folder here, and nothing is fetched for a name in a file: "
+        "name the model with --model, for its tokenizer."
     )
 
 
-def pieces(tokenizer: Any, text: str, found: KeptTokens) -> list[tuple[str, str]]:
-    """The text before every token of the context (spaces, mostly), and the token's own.
+def pieces(tokenizer: Any, text: str, kept_tokens: KeptTokens) -> list[tuple[str, str]]:
+    """Return the text before every token of the context (spaces, mostly), and the token's own text.
 
     The context is the document as it is, or in the tokenizer's chat template, up to the document's end.
-    Raises ArtifactMismatch if it is neither, BadInput for a tokenizer that cannot say where its tokens are.
+    Raises ArtifactMismatch if it is neither, BadInput if the tokenizer cannot say where its tokens are.
     """
     if not tokenizer.is_fast:
         raise BadInput(
@@ -118,39 +119,39 @@ def pieces(tokenizer: Any, text: str, found: KeptTokens) -> list[tuple[str, str]
         )
     for source, ids, offsets in _codings(tokenizer, text):
         closed = bool(ids) and ids[-1] == tokenizer.eos_token_id  # some tokenizers close every text
-        for known in (ids, ids[:-1]) if closed else (ids,):
-            if _is_context(known, found):
-                return list(_pieces(tokenizer, source, known, offsets))
+        for candidate in (ids, ids[:-1]) if closed else (ids,):
+            if _is_context(candidate, kept_tokens):
+                return list(_pieces(tokenizer, source, candidate, offsets))
     raise ArtifactMismatch(
-        f"the document is not what was compressed: {found.kept.shape[-1]} tokens of other text, or of another "
+        f"the document is not what was compressed: {kept_tokens.kept.shape[-1]} tokens of other text, or of another "
         "tokenizer. Give the very file with --context, and the model with --model."
     )
 
 
 def _codings(tokenizer: Any, text: str) -> Iterator[Coding]:
-    """What the context may be: the document alone, or in the template, each with control tokens in it or as text."""
+    """Yield what the context may be: the document alone or in the template, with control tokens or as plain text."""
     for options in ({}, {"split_special_tokens": True}):
-        yield _coded(tokenizer, text, add_special_tokens=True, **options)
-        yield _coded(tokenizer, text, add_special_tokens=False, **options)
+        yield _encode(tokenizer, text, add_special_tokens=True, **options)
+        yield _encode(tokenizer, text, add_special_tokens=False, **options)
     if getattr(tokenizer, "chat_template", None) is not None:
         start = template.opening(template.chat(tokenizer), text)
-        yield _coded(tokenizer, start.own + start.text, add_special_tokens=False)
-        own, ids, offsets = _coded(tokenizer, start.own, add_special_tokens=False)
-        inner = _coded(tokenizer, start.text, add_special_tokens=False, split_special_tokens=True)
-        moved = [(len(own) + at, len(own) + to) for at, to in inner[2]]
+        yield _encode(tokenizer, start.own + start.text, add_special_tokens=False)
+        own, ids, offsets = _encode(tokenizer, start.own, add_special_tokens=False)
+        inner = _encode(tokenizer, start.text, add_special_tokens=False, split_special_tokens=True)
+        moved = [(len(own) + begin, len(own) + end) for begin, end in inner[2]]
         yield own + inner[0], ids + inner[1], offsets + moved
 
 
-def _coded(tokenizer: Any, text: str, **options: bool) -> Coding:
-    found = tokenizer(text, return_offsets_mapping=True, **options)
-    return text, found["input_ids"], found["offset_mapping"]
+def _encode(tokenizer: Any, text: str, **options: bool) -> Coding:
+    encoding = tokenizer(text, return_offsets_mapping=True, **options)
+    return text, encoding["input_ids"], encoding["offset_mapping"]
 
 
-def _is_context(ids: Sequence[int], found: KeptTokens) -> bool:
-    if len(ids) != found.kept.shape[-1]:
+def _is_context(ids: Sequence[int], kept_tokens: KeptTokens) -> bool:
+    if len(ids) != kept_tokens.kept.shape[-1]:
         return False
     tokens = torch.tensor([ids], dtype=torch.int64, device="cpu")
-    return found.tokens_fingerprint in (None, tokens_fingerprint(tokens, torch.ones_like(tokens)))
+    return kept_tokens.tokens_fingerprint in (None, tokens_fingerprint(tokens, torch.ones_like(tokens)))
 
 
 def _pieces(
@@ -171,35 +172,35 @@ def plot(
 ) -> None:
     """Write the page of a saved cache as .html, at once or not at all.
 
-    `text` is the document that was compressed, `context` its file's name; `model` has the tokenizer, left out: the one
-    that the cache names, if it is in a folder. Raises BadInput, ArtifactMismatch, WriteFailed.
+    `text` is the document that was compressed, `context` its file's name. `model` has the tokenizer; None is the model
+    that the cache names, if it is in a folder. Raises BadInput, ArtifactMismatch or WriteFailed.
     """
     target = Path(out)
     if target.suffix.lower() not in FORMATS:
         raise BadInput(f"{target}: the map of a cache is a web page; name an .html file.")
     require_file(target, inputs=[path])
-    found = KeptTokens.load(path)
-    words = pieces(tokenizer_for(found, model), text, found)
-    write_bytes(target, page(found, words, context.name).encode(errors="replace"))  # half a character is no text
+    kept_tokens = KeptTokens.load(path)
+    words = pieces(tokenizer_for(kept_tokens, model), text, kept_tokens)
+    write_bytes(target, page(kept_tokens, words, context.name).encode(errors="replace"))  # half a character is no text
 
 
-def page(found: KeptTokens, words: Sequence[tuple[str, str]], document: str) -> str:
-    """The page of a context."""
-    layers, heads, tokens = found.kept.shape
+def page(kept_tokens: KeptTokens, words: Sequence[tuple[str, str]], document: str) -> str:
+    """Return the page of a context."""
+    layers, heads, tokens = kept_tokens.kept.shape
     data = {
-        "layers": found.layers,
+        "layers": kept_tokens.layers,
         "heads": heads,
         "tokens": tokens,
-        "kept": base64.b64encode(np.packbits(found.kept, axis=-1).tobytes()).decode(),
+        "kept": base64.b64encode(np.packbits(kept_tokens.kept, axis=-1).tobytes()).decode(),
     }
-    share = f"{found.kept.mean():.1%} of {tokens:,} tokens x {layers} layers x {heads} KV heads"
-    model = Path(found.model).name if Path(found.model).is_absolute() else found.model
+    share = f"{kept_tokens.kept.mean():.1%} of {tokens:,} tokens x {layers} layers x {heads} KV heads"
+    model = Path(kept_tokens.model).name if Path(kept_tokens.model).is_absolute() else kept_tokens.model
     parts = {
         "title": escape(f"{document}: what every head keeps"),
-        "subtitle": escape(f"{model or 'model unknown'}, {found.name}: {share}"),
-        "layers": _options(found.layers, "layer"),
+        "subtitle": escape(f"{model or 'model unknown'}, {kept_tokens.name}: {share}"),
+        "layers": _options(kept_tokens.layers, "layer"),
         "heads": _options(range(heads), "KV head"),
-        "table": _table(found),
+        "table": _table(kept_tokens),
         "text": "".join(f"{escape(before)}{_element(token)}" for before, token in words),
         "data": json.dumps(data),
     }
@@ -207,23 +208,23 @@ def page(found: KeptTokens, words: Sequence[tuple[str, str]], document: str) -> 
 
 
 def _element(token: str) -> str:
-    """Blank tokens, and those that share a character with the one before, show as a dot."""
+    """Return the HTML of a token. One that is blank, or shares a character with the one before, is a dot."""
     return f"<i>{escape(token)}</i>" if token.strip() else f'<i class="b">·</i>{token}'
 
 
 def _options(numbers: Sequence[int], name: str) -> str:
-    return "".join(f'<option value="{at}">{name} {number}</option>' for at, number in enumerate(numbers))
+    return "".join(f'<option value="{index}">{name} {number}</option>' for index, number in enumerate(numbers))
 
 
-def _table(found: KeptTokens) -> str:
-    """Kept entries of every head, layers down."""
-    counts = found.kept.sum(-1)
-    shades = np.ceil(SHADES * np.sqrt(counts / found.kept.shape[-1])).astype(int)
+def _table(kept_tokens: KeptTokens) -> str:
+    """Return a table of the kept entries of every head, layers down."""
+    counts = kept_tokens.kept.sum(-1)
+    shades = np.ceil(SHADES * np.sqrt(counts / kept_tokens.kept.shape[-1])).astype(int)
     head = "".join(f'<th scope="col">{head}</th>' for head in range(counts.shape[1]))
     rows = [
         f'<tr><th scope="row">{layer}</th>'
         + "".join(f'<td class="s{shade}">{count}</td>' for count, shade in zip(*row, strict=True))
         + "</tr>"
-        for layer, *row in zip(found.layers, counts.tolist(), shades.tolist(), strict=True)
+        for layer, *row in zip(kept_tokens.layers, counts.tolist(), shades.tolist(), strict=True)
     ]
     return f'<thead><tr><th scope="col">layer</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'

@@ -1,4 +1,4 @@
-"""A setting on one task, or over several: its quality, what it costs, and what every head keeps.
+"""The quality and cost of a setting on one task or over several, and what every head keeps.
 
 Made from records.py's records and statistics.py's means; summary.py puts them together.
 """
@@ -17,7 +17,7 @@ from headwise.report.quality.statistics import Estimate, Means, Setting
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """A task at one length; `label` is its name as far as it tells it from the others."""
+    """A task at one length. `label` is the part of its name that no other task has."""
 
     name: str
     length: int
@@ -42,7 +42,7 @@ class Cost:
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> "Cost":
-        """What one setting costs in one task."""
+        """Return what one setting costs in one task."""
         bytes_of = ("kv_bytes", "full_kv_bytes", "sliding_kv_bytes", "peak_kv_bytes", "context_tokens")
         return cls(
             **{name: fmean(getattr(record, name) for record in records) for name in bytes_of},
@@ -55,16 +55,16 @@ class Cost:
 
     @classmethod
     def mean(cls, costs: Sequence["Cost"]) -> "Cost":
-        """Over tasks, each counting the same."""
+        """Return the mean over tasks, each counting the same."""
         steps = [cost.step_ms for cost in costs if cost.step_ms is not None]
-        others = [field.name for field in fields(cls) if field.name != "step_ms"]
-        means = {name: fmean(getattr(cost, name) for cost in costs) for name in others}
+        names = [field.name for field in fields(cls) if field.name != "step_ms"]
+        means = {name: fmean(getattr(cost, name) for cost in costs) for name in names}
         return cls(**means, step_ms=fmean(steps) if steps else None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Cell:
-    """A setting on one task."""
+    """The results of a setting on one task."""
 
     samples: int
     quality: Estimate  # mean score, or perplexity
@@ -76,7 +76,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Overall:
-    """A setting over all tasks; None where it lacks some of them."""
+    """The results of a setting over all tasks; None where it lacks some of them."""
 
     score: Estimate | None
     of_full: Estimate | None  # the score as a fraction of the full cache's
@@ -90,14 +90,14 @@ class Overall:
 def cells_of(
     task: Task, records: Iterable[Record], settings: Sequence[Setting], means: Mapping[str, Means]
 ) -> dict[Setting, Cell]:
-    """What the settings did on one task; those without a record are left out."""
+    """Return the results of the settings on one task; those without a record are left out."""
     grouped: dict[Setting, list[Record]] = defaultdict(list)
     for record in records:
         grouped[Setting(record.method, record.keep)].append(record)
     estimates = {name: means[name].estimates() for name in ("nll" if task.perplexity else "score", "kl", "agreement")}
     cells = {}
-    for at, setting in enumerate(settings):
-        quality, kl, agreement = (found[at] for found in estimates.values())
+    for index, setting in enumerate(settings):
+        quality, kl, agreement = (by_setting[index] for by_setting in estimates.values())
         if quality is not None:
             cells[setting] = Cell(
                 samples=len(grouped[setting]),
@@ -110,10 +110,10 @@ def cells_of(
     return cells
 
 
-def mean_kept(found: Sequence[Float[np.ndarray, "layers kv_heads"]]) -> Float[np.ndarray, "layers kv_heads"]:
-    """Over those that are known: short records of all samples but a task's first do not tell. 0 if none is."""
-    known = [kept for kept in found if not np.isnan(kept).any()]
-    return np.mean(known, axis=0) if known else np.zeros_like(found[0])
+def mean_kept(maps: Sequence[Float[np.ndarray, "layers kv_heads"]]) -> Float[np.ndarray, "layers kv_heads"]:
+    """Return the mean of the maps that are known, 0 if none is. Short records have a task's first map only."""
+    known = [kept for kept in maps if not np.isnan(kept).any()]
+    return np.mean(known, axis=0) if known else np.zeros_like(maps[0])
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -1,4 +1,4 @@
-"""What a reader must know to judge a report's numbers: what is amiss with them, and how they were made."""
+"""Write what a reader must know to judge a report's numbers: what may be wrong, and how they were made."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ NAMED = 8  # of several, so many are named
 
 
 def warnings(summary: Summary) -> list[str]:
-    """What may be wrong with the numbers."""
+    """Return what may be wrong with the numbers."""
     return [*_missing(summary), *_mixed(summary)]
 
 
 def explanations(summary: Summary) -> list[str]:
-    """What always holds."""
-    costs = [one.cost for one in summary.overall.values()]
+    """Return notes that always hold."""
+    costs = [overall.cost for overall in summary.overall.values()]
     sliding = max(cost.sliding_kv_bytes / cost.full_kv_bytes for cost in costs)
     left_whole = f" Sliding-window layers are left whole: {sliding:.1%} of the full cache." if sliding else ""
     return [
@@ -39,47 +39,47 @@ def explanations(summary: Summary) -> list[str]:
 
 
 def _yardstick(summary: Summary) -> list[str]:
-    """What the oracle is, where it was evaluated."""
-    told = (
+    """Return what the oracle is, if it was evaluated."""
+    text = (
         f"{ORACLE} is no method that could be used, but a yardstick: it was shown the questions and the full cache's "
         "answers, and keeps the entries that these look at most. It says what can be reached at a keep."
     )
-    return [told] * (ORACLE in summary.methods)
+    return [text] * (ORACLE in summary.methods)
 
 
 def _missing(summary: Summary) -> list[str]:
-    found, meant = [], {*summary.scored, *summary.predicted}
-    if left_out := [task.label for task in summary.tasks if task not in meant]:
-        found.append(f"Not every method has {_some(left_out)}: means are over the other tasks.")
-    without = [of for of, one in summary.overall.items() if one.score is None and one.perplexity is None]
+    lines, averaged = [], {*summary.scored, *summary.predicted}
+    if left_out := [task.label for task in summary.tasks if task not in averaged]:
+        lines.append(f"Not every method has {_first_names(left_out)}: means are over the other tasks.")
+    without = [setting for setting, mean in summary.overall.items() if mean.score is None and mean.perplexity is None]
     if lacking := [f"{setting.method} at keep {setting.keep}" for setting in without]:
-        found.append(f"No mean, for some of its tasks are missing: {_some(lacking)}.")
+        lines.append(f"No mean, for some of its tasks are missing: {_first_names(lacking)}.")
     if partial := [task.label for task in summary.tasks if _uneven(summary, task)]:
-        found.append(f"Not all methods have the same number of samples on {_some(partial)}.")
+        lines.append(f"Not all methods have the same number of samples on {_first_names(partial)}.")
     if summary.full is None:
-        found.append(f"The full cache (method {FULL}) was not evaluated: nothing says what its score would be.")
+        lines.append(f"The full cache (method {FULL}) was not evaluated: nothing says what its score would be.")
     if not summary.methods:
-        found.append("No method but the full cache has been evaluated yet.")
-    return found
+        lines.append("No method but the full cache has been evaluated yet.")
+    return lines
 
 
-def _some(names: Sequence[str]) -> str:
-    """The first of them."""
+def _first_names(names: Sequence[str]) -> str:
+    """Return the first of the names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 
 
 def _uneven(summary: Summary, task: Task) -> bool:
-    return len({cell.samples for (_, of), cell in summary.cells.items() if of == task}) > 1
+    return len({cell.samples for (_, cell_task), cell in summary.cells.items() if cell_task == task}) > 1
 
 
 def _mixed(summary: Summary) -> list[str]:
-    found = []
+    lines = []
     machines = dict.fromkeys(f"{run.hardware} ({run.device})" for run in summary.section.runs)
     if len(machines) > 1:
-        found.append(f"Times come from different machines and do not compare: {'; '.join(machines)}.")
+        lines.append(f"Times come from different machines and do not compare: {'; '.join(machines)}.")
     versions = {tuple(sorted(record.versions.items())) for record in summary.section.records}
     if len(versions) > 1:
-        said = "; ".join(", ".join(map(" ".join, of)) for of in sorted(versions))
-        found.append(f"Records come from different versions: {said}.")
-    return found
+        listed = "; ".join(", ".join(map(" ".join, pairs)) for pairs in sorted(versions))
+        lines.append(f"Records come from different versions: {listed}.")
+    return lines

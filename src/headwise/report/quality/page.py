@@ -1,7 +1,7 @@
-"""The report as one web page that needs nothing else: for any browser and width, light and dark.
+"""Write the report as one web page that needs nothing else: for any browser and width, light and dark.
 
-What can be written beforehand is; the page's script singles out methods and keeps, and colours the maps of heads and
-of tokens from the numbers that it is given.
+Most of it is plain HTML. The page's script singles out methods and keeps, and colours the maps of heads and of tokens
+from numbers in the page.
 """
 
 import base64
@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from headwise.report.draw import svg
 from headwise.report.draw.charts import charts
-from headwise.report.draw.template import filled, told
+from headwise.report.draw.template import facts_html, filled
 from headwise.report.quality import tables
 from headwise.report.quality.notes import explanations, warnings
 from headwise.report.quality.records import Run, TokenMap
@@ -28,16 +28,16 @@ SCALE = (0, 0.05, 0.15, 0.3, 0.6, 1)  # shares in the legend of the maps: a shad
 
 
 def page(summaries: Mapping[str, Summary], duplicates: int) -> str:
-    """The page of all sections, by their names."""
+    """Return the page of all sections, by their names."""
     models = ", ".join(dict.fromkeys(summary.section.identity.model for summary in summaries.values()))
     records = sum(len(summary.section.records) for summary in summaries.values())
     dropped = f" {duplicates:,} that repeat a sample at the same method and keep are left out." if duplicates else ""
-    links = "".join(f'<a href="#s{at}">{escape(name)}</a>' for at, name in enumerate(summaries))
+    links = "".join(f'<a href="#s{index}">{escape(name)}</a>' for index, name in enumerate(summaries))
     parts = {
         "title": escape(f"{models}: quality from a smaller KV cache"),
         "subtitle": escape(f"{records:,} records of headwise eval.{dropped}"),
         "links": f"<nav>{links}</nav>" if len(summaries) > 1 else "",
-        "sections": "".join(_section(at, *found) for at, found in enumerate(summaries.items())),
+        "sections": "".join(_section(index, *named) for index, named in enumerate(summaries.items())),
         "data": _json([_data(summary) for summary in summaries.values()]),
     }
     return filled("headwise.report.draw", "page.html", parts)
@@ -48,7 +48,8 @@ def _section(number: int, name: str, summary: Summary) -> str:
     lines = max((chart.lines for chart in drawn), key=len, default=())
     numbers = {line.method: line.number for line in lines}
     fidelity = "".join(table.html(numbers) for table in tables.fidelity(summary))
-    buttons = (f'<button type="button" value="{at}">{escape(keep)}</button>' for at, keep in enumerate(summary.keeps))
+    keeps = enumerate(map(escape, summary.keeps))
+    buttons = (f'<button type="button" value="{index}">{keep}</button>' for index, keep in keeps)
     parts = {
         "number": str(number),
         "name": escape(name),
@@ -58,9 +59,9 @@ def _section(number: int, name: str, summary: Summary) -> str:
         "charts": "".join(map(svg.draw, drawn)),
         "legend": svg.legend(lines),
         "keeps": "".join(buttons),
-        "quality": _at_keeps([tables.quality(summary, keep).html(numbers) for keep in summary.keeps]),
+        "quality": _keep_blocks([tables.quality(summary, keep).html(numbers) for keep in summary.keeps]),
         "scale": "".join(f'<span style="left:{sqrt(share):.1%}">{share:.0%}</span>' for share in SCALE),
-        "cost": _at_keeps([tables.cost(summary, keep).html(numbers) for keep in summary.keeps]),
+        "cost": _keep_blocks([tables.cost(summary, keep).html(numbers) for keep in summary.keeps]),
         "fidelity": f"<h3>Fidelity</h3>{fidelity}" if fidelity else "",
         "tokens": filled("headwise.report.quality", "tokens.html", {}) if summary.section.maps else "",
         "notes": "".join(f"<li>{escape(note)}</li>" for note in explanations(summary)),
@@ -68,21 +69,21 @@ def _section(number: int, name: str, summary: Summary) -> str:
     return filled("headwise.report.quality", "section.html", parts)
 
 
-def _at_keeps(blocks: Sequence[str]) -> str:
-    """One of them is shown at a time."""
-    return "".join(f'<div data-keep="{at}">{block}</div>' for at, block in enumerate(blocks))
+def _keep_blocks(blocks: Sequence[str]) -> str:
+    """Return one block for every keep; the page shows one at a time."""
+    return "".join(f'<div data-keep="{index}">{block}</div>' for index, block in enumerate(blocks))
 
 
 def _runs(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         return _run(runs[0])
-    said = (
+    headings = (
         f"{run.started or run.model}, seed {run.seed}, {len(run.tasks)} tasks, {len(run.methods)} methods"
         for run in runs
     )
     return "".join(
-        f"<details{' open' * (at == 0)}><summary>{escape(text)}</summary>{_run(run)}</details>"
-        for at, (run, text) in enumerate(zip(runs, said, strict=True))
+        f"<details{' open' * (index == 0)}><summary>{escape(text)}</summary>{_run(run)}</details>"
+        for index, (run, text) in enumerate(zip(runs, headings, strict=True))
     )
 
 
@@ -99,14 +100,14 @@ def _run(run: Run) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         "configuration": run.config_hash or "not known",
     }
-    return told(facts, run.command)
+    return facts_html(facts, run.command)
 
 
 def _data(summary: Summary) -> dict[str, Any]:
-    """What the script draws: kept shares by method and keep, and the maps of tokens."""
+    """Return what the script draws: kept shares by method and keep, and the maps of tokens."""
     budgets = {method: [_share(summary, Setting(method, keep)) for keep in summary.keeps] for method in summary.methods}
     contexts = {(x.task, x.index, x.tokens): f"{x.task}, sample {x.index}" for x in summary.section.maps}
-    order = {context: at for at, context in enumerate(contexts)}
+    order = {context: index for index, context in enumerate(contexts)}
     shape = summary.section.runs[0].shape
     return {
         "layers": shape.layers,
@@ -118,7 +119,7 @@ def _data(summary: Summary) -> dict[str, Any]:
 
 
 def _spaced(tokens: Sequence[str]) -> Sequence[str]:
-    """Tokens that some tokenizers, asked for one at a time, decode without the space before them."""
+    """Return tokens with a space before them, where the tokenizer decodes single tokens without it."""
     return tokens if any(token[:1] == " " for token in tokens) else [f" {token}" for token in tokens]
 
 
@@ -129,11 +130,11 @@ def _share(summary: Summary, setting: Setting) -> str | None:
     return _base64((EXACT * kept.clip(0, 1)).round().astype("<u2"))
 
 
-def _map(found: TokenMap) -> dict[str, Any]:
+def _map(token_map: TokenMap) -> dict[str, Any]:
     return {
-        "name": f"{found.method}, keep {found.keep}",
-        "heads": found.heads,
-        "kept": _base64(np.packbits(found.kept, axis=-1)),
+        "name": f"{token_map.method}, keep {token_map.keep}",
+        "heads": token_map.heads,
+        "kept": _base64(np.packbits(token_map.kept, axis=-1)),
     }
 
 
@@ -142,5 +143,5 @@ def _base64(values: np.ndarray) -> str:
 
 
 def _json(value: Any) -> str:
-    """For a script element, which ends at the first tag that says so, whatever is around it."""
+    """Return JSON for a script element, without the character that could end the element."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")

@@ -1,4 +1,4 @@
-"""What `headwise eval --out DIR` has written, read and merged: runs, their records, maps of kept tokens.
+"""Read and merge what `headwise eval --out DIR` has written: runs, their records, maps of kept tokens.
 
 The first step of `headwise report`; statistics.py goes on from here. No torch: a report needs the files only.
 """
@@ -20,7 +20,7 @@ from headwise.shapes import ModelShape
 
 FORMAT = 1
 FULL = "full"  # the method that keeps everything: the yardstick
-ORACLE = "oracle"  # another one: it has seen the questions and the answers
+ORACLE = "oracle"  # another yardstick: it has seen the questions and the answers
 NO_METHODS = (FULL, ORACLE)
 RUN = "run.json"
 LARGEST_MAP = 2**26  # tokens times heads; those that are written have 2048 tokens at most
@@ -29,7 +29,7 @@ RECORDS, MAPS = "records*.jsonl", "maps*.jsonl"  # one of each, but while severa
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One call of `headwise eval`: what was asked of what, where."""
+    """One call of `headwise eval`: its model, tasks, methods and settings, and the machine."""
 
     model: str
     config_hash: str | None
@@ -92,7 +92,7 @@ class TokenMap:
 
 
 class Identity(NamedTuple):
-    """What results must share to be compared."""
+    """Results can be compared if they share all of this."""
 
     model: str
     config_hash: str | None
@@ -112,7 +112,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Results:
-    """Everything of all folders, by section; of what occurs twice the first."""
+    """Everything of all folders, by section. If a record occurs twice, the first one counts."""
 
     sections: tuple[Section, ...]
     duplicates: int  # records left out
@@ -127,18 +127,19 @@ class _Merged:
     maps: dict[tuple[Any, ...], TokenMap] = field(default_factory=dict)
 
     def add(self, run: Run, record: Record) -> bool:
-        """Whether it is new."""
+        """Add a record, and return whether it is new."""
         if not self.runs or self.runs[-1] is not run:
             self.runs.append(run)
         key = (record.task, record.index, record.seed, record.length, record.method, record.keep)
         return self.records.setdefault(key, record) is record
 
-    def add_map(self, found: TokenMap) -> None:
-        self.maps.setdefault((found.task, found.index, found.method, found.keep, found.tokens), found)
+    def add_map(self, token_map: TokenMap) -> None:
+        key = (token_map.task, token_map.index, token_map.method, token_map.keep, token_map.tokens)
+        self.maps.setdefault(key, token_map)
 
 
 def load(folders: Sequence[Path]) -> Results:
-    """Read and merge folders. Raises BadInput for what is missing, empty or damaged, naming file and line."""
+    """Read and merge folders. Raises BadInput if a file is missing, empty or damaged, naming file and line."""
     if not folders:
         raise BadInput("no folder is named; name some that 'headwise eval --out DIR' has written.")
     merged: dict[Identity, _Merged] = {}
@@ -152,8 +153,8 @@ def load(folders: Sequence[Path]) -> Results:
         if empty:
             raise BadInput(f"{folder} holds no record: give 'headwise eval' time to write some, or leave it out.")
         identity = Identity(run.model, run.config_hash, run.dtype, run.protocol)
-        for found in _maps(folder, run):
-            merged.setdefault(identity, _Merged()).add_map(found)
+        for token_map in _maps(folder, run):
+            merged.setdefault(identity, _Merged()).add_map(token_map)
     sections = [
         Section(
             identity=identity,
@@ -178,8 +179,8 @@ def _run(folder: Path) -> Run:
         raise BadInput(f"{path} is damaged ({error}); evaluate into a new folder.") from error
     if isinstance(raw, dict):
         if raw.get("format") != FORMAT:
-            found = raw.get("format")
-            raise BadInput(f"{path} is of format {shown(found)}, expected {FORMAT}: use the headwise that wrote it.")
+            version = shown(raw.get("format"))
+            raise BadInput(f"{path} is of format {version}, expected {FORMAT}: use the headwise that wrote it.")
         raw = {"started": None, **raw}
     return Run(**strict_json.checked(raw, fields.RUN, str(path), fields.ADVICE))
 
@@ -187,12 +188,12 @@ def _run(folder: Path) -> Run:
 def _records(folder: Path, run: Run) -> Iterator[Record]:
     expected = (len(run.shape.layers), run.shape.kv_heads)
     for place, raw in _lines(folder, RECORDS):
-        found = strict_json.checked(raw, fields.RECORD, place, fields.ADVICE)
-        if found["versions"] == run.versions:
-            found["versions"] = run.versions  # one for thousands of records
-        if not found["kept"].size:
-            found["kept"] = np.full(expected, np.nan, dtype=np.float32)  # a short record
-        record = Record(**found)
+        values = strict_json.checked(raw, fields.RECORD, place, fields.ADVICE)
+        if values["versions"] == run.versions:
+            values["versions"] = run.versions  # one for thousands of records
+        if not values["kept"].size:
+            values["kept"] = np.full(expected, np.nan, dtype=np.float32)  # a short record
+        record = Record(**values)
         if record.kept.shape != expected:
             raise BadInput(f"{place}: 'kept' has shape {record.kept.shape}; by {RUN} it must be {expected}.")
         if record.score is None and record.nll is None:
@@ -203,8 +204,8 @@ def _records(folder: Path, run: Run) -> Iterator[Record]:
 def _maps(folder: Path, run: Run) -> Iterator[TokenMap]:
     layers = run.shape.layers
     for place, raw in _lines(folder, MAPS):
-        found = strict_json.checked(raw, fields.TOKEN_MAP, place, fields.ADVICE)
-        by_head, tokens = found.pop("kept"), len(found["tokens"])
+        values = strict_json.checked(raw, fields.TOKEN_MAP, place, fields.ADVICE)
+        by_head, tokens = values.pop("kept"), len(values["tokens"])
         if len(by_head) * tokens > LARGEST_MAP:
             raise BadInput(f"{place} maps {tokens} tokens of {len(by_head)} heads, which is no map; {fields.ADVICE}")
         kept = np.zeros((len(by_head), tokens), dtype=bool)
@@ -213,22 +214,22 @@ def _maps(folder: Path, run: Run) -> Iterator[TokenMap]:
                 raise BadInput(f"{place}: head {layer},{head} is none of the model's, or keeps more than the context.")
             row[indices] = True
         heads = tuple((layers[layer], head) for layer, head in by_head)
-        yield TokenMap(**found, heads=heads, kept=kept)
+        yield TokenMap(**values, heads=heads, kept=kept)
 
 
 def _lines(folder: Path, names: str) -> Iterator[tuple[str, Any]]:
-    """Place and content of every line; a last one that a killed run has left half-written is passed over."""
+    """Yield place and content of every line, but for a last one that a killed run left half-written."""
     for path in sorted(folder.glob(names)):
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 place = f"{path}, line {number}"
                 try:
-                    found = strict_json.loads(line, values=False) if line.strip() else None
+                    content = strict_json.loads(line, values=False) if line.strip() else None
                 except ValueError as error:
                     if not line.endswith(b"\n"):
                         break
                     raise BadInput(
                         f"{place} is damaged ({error}); remove it, or evaluate into a new folder."
                     ) from error
-                if found is not None:
-                    yield place, found
+                if content is not None:
+                    yield place, content

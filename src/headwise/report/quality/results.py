@@ -1,6 +1,7 @@
-"""`headwise report`: folders of `headwise eval` in, a web page, a table, a summary and a picture out.
+"""Write a report: folders of `headwise eval` in, a web page, a table, a summary and a picture out.
 
-records.py reads, summary.py counts, page.py, picture.py and this module write. Files of `headwise bench`: see speed.py.
+records.py reads, summary.py counts, page.py, picture.py and this module write. For files of `headwise bench`, see
+speed.py.
 """
 
 import csv
@@ -31,21 +32,22 @@ FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")  # the last four: as wide as Chi
 
 
 def write_report(sources: Sequence[Path], out: Path, *, tell: Callable[[str], None] = lambda text: None) -> list[Path]:
-    """Write the page `out` (.html), and beside it the same as .csv, .md and .png. Returns their paths, the page first.
+    """Write the page `out` (.html), and beside it the same as .csv, .md and .png. Return their paths, the page first.
 
     Sources are folders of `headwise eval`, or files of `headwise bench`. All files are written, or none. Only the .png
-    needs matplotlib: where that is missing it is left out, and `tell` is told so. Raises BadInput for sources of both
-    kinds or written by something else, for damaged or missing records, and for a page that cannot be written there.
-    Raises WriteFailed where the system fails.
+    needs matplotlib: without it the .png is left out, and `tell` is called with a sentence that says so.
+
+    Raises BadInput if sources are of both kinds, were written by something else, or are damaged, and if the page cannot
+    be written there. Raises WriteFailed if the system fails.
     """
     paths = _paths(out, sources)
-    if _measured(sources):
+    if _are_benchmarks(sources):
         sections = benchmarks.load(sources)
         texts = [speed.page(sections), as_csv(speed.rows(sections)), speed.markdown(sections)]
-        drawn = speed.drawn(sections)
+        drawn = speed.charts_by_name(sections)
     else:
         results = load(sources)
-        summaries = named(results)
+        summaries = summaries_by_name(results)
         texts = [page(summaries, results.duplicates), table(summaries), markdown(summaries, results.duplicates)]
         drawn = {name: charts(summary) for name, summary in summaries.items()}
     contents = [text.encode(errors="replace") for text in texts]  # half a character is no text
@@ -61,24 +63,24 @@ def write_report(sources: Sequence[Path], out: Path, *, tell: Callable[[str], No
     return paths
 
 
-def named(results: Results) -> dict[str, Summary]:
-    """Summaries of all sections, each under a name that no other has."""
-    found = {}
+def summaries_by_name(results: Results) -> dict[str, Summary]:
+    """Return summaries of all sections, each under a name that no other has."""
+    summaries = {}
     for section in results.sections:
         model, config_hash, dtype, protocol = section.identity
         name = f"{model}, {dtype}, {protocol}"
         alike = [x for x in results.sections if x.identity._replace(config_hash=config_hash) == section.identity]
-        found[f"{name}, configuration {config_hash}" if len(alike) > 1 else name] = summarise(section)
-    return found
+        summaries[f"{name}, configuration {config_hash}" if len(alike) > 1 else name] = summarise(section)
+    return summaries
 
 
 def table(summaries: Mapping[str, Summary]) -> str:
-    """As CSV: a row for every method, keep and task."""
+    """Return CSV with a row for every method, keep and task."""
     return as_csv(_row(summary, *key, cell) for summary in summaries.values() for key, cell in summary.cells.items())
 
 
 def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    """With all columns that any row has. No cell is a formula to a spreadsheet."""
+    """Return CSV with all columns that any row has. No cell is a formula to a spreadsheet."""
     rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
     file = io.StringIO()
@@ -89,7 +91,7 @@ def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """Text that a spreadsheet would take for a formula starts with an apostrophe; numbers stay as they are."""
+    """Return a value for CSV. A text that a spreadsheet would take for a formula gets an apostrophe."""
     if not isinstance(value, str):
         return value
     text = shown(value)
@@ -123,7 +125,7 @@ def _row(summary: Summary, setting: Setting, task: Task, cell: Cell) -> dict[str
 
 
 def markdown(summaries: Mapping[str, Summary], duplicates: int) -> str:
-    """What was run, the best, and the tables."""
+    """Return Markdown: what was run, the best methods, and the tables."""
     lines = ["# headwise eval", ""]
     if duplicates:
         lines += [f"{duplicates:,} records that repeat a sample at the same method and keep are left out.", ""]
@@ -132,17 +134,17 @@ def markdown(summaries: Mapping[str, Summary], duplicates: int) -> str:
         for run in summary.section.runs:
             versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
             when = f"{run.started}, " if run.started else ""
-            said = f"{when}{run.hardware} ({run.device}), {run.samples} samples, seed {run.seed}; {versions}"
-            lines += [plain(said), "", f"    {' '.join(run.command.split())}", ""]
-        found = [tables.headline(summary), *(tables.quality(summary, keep) for keep in summary.keeps)]
-        found += [*tables.fidelity(summary), *(tables.cost(summary, keep) for keep in summary.keeps)]
-        lines += [one.markdown() for one in found]
+            facts = f"{when}{run.hardware} ({run.device}), {run.samples} samples, seed {run.seed}; {versions}"
+            lines += [plain(facts), "", f"    {' '.join(run.command.split())}", ""]
+        blocks = [tables.headline(summary), *(tables.quality(summary, keep) for keep in summary.keeps)]
+        blocks += [*tables.fidelity(summary), *(tables.cost(summary, keep) for keep in summary.keeps)]
+        lines += [block.markdown() for block in blocks]
         lines += [*(f"- {plain(note)}" for note in explanations(summary)), ""]
     return shown("\n".join(lines), lines=True)
 
 
-def _measured(sources: Sequence[Path]) -> bool:
-    """Whether these are files of `headwise bench`."""
+def _are_benchmarks(sources: Sequence[Path]) -> bool:
+    """Return whether these are files of `headwise bench`. Raises BadInput if only some are files."""
     files = [path for path in sources if not path.is_dir() and (path.exists() or path.suffix == ".json")]
     if files and len(files) < len(sources):
         raise BadInput(
@@ -153,7 +155,7 @@ def _measured(sources: Sequence[Path]) -> bool:
 
 
 def _paths(out: Path, sources: Sequence[Path]) -> list[Path]:
-    """The page's and those beside it, where all of them can be."""
+    """Return the paths of the page and the files beside it. Raises BadInput if one cannot be written."""
     if out.suffix.lower() not in FORMATS:
         raise BadInput(f"{out}: a report is a web page; name an .html file.")
     paths = [out, *(out.with_suffix(suffix) for suffix in BESIDE)]

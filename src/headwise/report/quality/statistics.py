@@ -1,4 +1,4 @@
-"""Means of records, and how sure they are: every task counts the same, intervals are honest for few samples, too.
+"""Compute means of records and their intervals: every task counts the same, and few samples have wide intervals.
 
 A setting is a method at a keep. Of one task its value is the mean over the samples; over several tasks, the mean of
 the tasks' means. Intervals hold 95% of the means of reweighted samples, reweighted within each task (Rubin's Bayesian
@@ -47,11 +47,11 @@ class Estimate:
     high: float | None = None
 
     def exp(self) -> "Estimate":
-        """A perplexity, from nats per token."""
+        """Return the perplexity of nats per token."""
         return self._each(exp)
 
     def times(self, factor: float) -> "Estimate":
-        """In another unit."""
+        """Return the estimate in another unit."""
         return self._each(lambda value: factor * value)
 
     def _each(self, change: Callable[[float], float]) -> "Estimate":
@@ -63,23 +63,23 @@ class Estimate:
 class Means:
     """One measure of all settings: means, and those of every reweighting."""
 
-    mean: Float[np.ndarray, " settings"]  # not a number where there are no samples
+    mean: Float[np.ndarray, " settings"]  # NaN where there are no samples
     resampled: Float[np.ndarray, "resamples settings"]
 
     @property
     def known(self) -> Bool[np.ndarray, " settings"]:
-        """Which settings have the measure at all."""
+        """Whether each setting has the measure."""
         return ~np.isnan(self.mean)
 
     def estimates(self) -> list[Estimate | None]:
-        """With intervals; None for settings that lack the measure."""
+        """Return means with intervals; None for settings that lack the measure."""
         low, high = np.percentile(self.resampled, PERCENTILES, axis=0)
-        return [_estimate(*found) for found in zip(self.mean, low, high, strict=True)]
+        return [_estimate(*numbers) for numbers in zip(self.mean, low, high, strict=True)]
 
-    def over(self, other: "Means") -> "Means":
-        """The ratio to other means of the same samples."""
+    def over(self, reference: "Means") -> "Means":
+        """Return the ratio to other means of the same samples."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            mean, resampled = self.mean / other.mean, self.resampled / other.resampled
+            mean, resampled = self.mean / reference.mean, self.resampled / reference.resampled
         return Means(
             mean=np.where(np.isfinite(mean), mean, np.nan),
             resampled=np.where(np.isfinite(resampled), resampled, np.nan),
@@ -89,19 +89,19 @@ class Means:
 def bootstrap(
     values: Mapping[str, Float[np.ndarray, "settings samples"]], generator: np.random.Generator
 ) -> dict[str, Means]:
-    """Means of the measures of one task. All of them see the same weights; a missing value is not a number."""
+    """Return the means of the measures of one task. All of them see the same weights; a missing value is NaN."""
     samples = next(iter(values.values())).shape[1]
     shares = np.append(np.ones(samples), np.full(len(IMAGINED), 1 / len(IMAGINED)))
     drawn = generator.standard_gamma(shares, size=(RESAMPLES, len(shares)))
     own, imagined = drawn[:, :samples], drawn[:, samples:]
     return {
-        name: _bounded(found, own, imagined, BOUNDED[name]) if name in BOUNDED else _unbounded(found, own)
-        for name, found in values.items()
+        name: _bounded(array, own, imagined, BOUNDED[name]) if name in BOUNDED else _unbounded(array, own)
+        for name, array in values.items()
     }
 
 
 def interval(scores: Sequence[float]) -> Estimate | None:
-    """Mean and interval of one setting's scores on one task; None without a score."""
+    """Return the mean and interval of one setting's scores on one task; None without a score."""
     generator = np.random.default_rng(SEED)
     return bootstrap({"score": np.array([scores], dtype=float)}, generator)["score"].estimates()[0] if scores else None
 
@@ -118,7 +118,7 @@ def _bounded(
 
 
 def _unbounded(values: Float[np.ndarray, "settings samples"], own: Float[np.ndarray, "resamples samples"]) -> Means:
-    """Not below 0. The weights give a normal distribution's quantiles; t's are as much larger as few samples need."""
+    """Return means of a measure that has no upper end, resampled with the quantiles of Student's t, not below 0."""
     mean, filled, present = _present(values)
     number = present.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):  # no sample, or a single one
@@ -129,7 +129,7 @@ def _unbounded(values: Float[np.ndarray, "settings samples"], own: Float[np.ndar
 
 
 def _present(values: Float[np.ndarray, "settings samples"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means, values with 0 where one is missing, and 1 where there is one."""
+    """Return means, the values with 0 for missing ones, and 1 where there is a value."""
     present = ~np.isnan(values)
     filled = np.where(present, values, 0.0)
     with np.errstate(invalid="ignore"):  # no sample at all: 0 / 0
@@ -137,7 +137,7 @@ def _present(values: Float[np.ndarray, "settings samples"]) -> tuple[np.ndarray,
 
 
 def mean_of_tasks(tasks: Sequence[Means]) -> Means:
-    """Every task counts the same; a setting that lacks one of them has no mean."""
+    """Return the mean over tasks, each counting the same; a setting that lacks one of them has no mean."""
     return Means(
         mean=np.mean([task.mean for task in tasks], axis=0),
         resampled=np.mean([task.resampled for task in tasks], axis=0),
@@ -145,7 +145,7 @@ def mean_of_tasks(tasks: Sequence[Means]) -> Means:
 
 
 def _estimate(mean: float, low: float, high: float) -> Estimate | None:
-    """The interval holds the mean: the imagined sample moves it away from an end of the scale."""
+    """Return an estimate whose interval holds the mean: the imagined sample could move it off an end of the scale."""
     if isnan(mean):
         return None
     if not (isfinite(low) and isfinite(high)):
@@ -156,10 +156,11 @@ def _estimate(mean: float, low: float, high: float) -> Estimate | None:
 def values_of(
     records: Iterable[Record], settings: Sequence[Setting]
 ) -> dict[str, Float[np.ndarray, "settings samples"]]:
-    """Measures of one task's records by setting and sample, and the two that compare with the full cache."""
+    """Return the measures of one task's records by setting and sample, and two that compare with the full cache."""
     records = list(records)
-    columns = {sample: at for at, sample in enumerate(sorted({(record.seed, record.index) for record in records}))}
-    rows = {setting: at for at, setting in enumerate(settings)}
+    samples = sorted({(record.seed, record.index) for record in records})
+    columns = {sample: index for index, sample in enumerate(samples)}
+    rows = {setting: index for index, setting in enumerate(settings)}
     values = {name: np.full((len(rows), len(columns)), np.nan) for name in MEASURES}
     for record in records:
         row, column = rows[Setting(record.method, record.keep)], columns[record.seed, record.index]
@@ -167,7 +168,8 @@ def values_of(
             values[name][row, column] = np.nan if value is None else value
     full = [row for setting, row in rows.items() if setting.method == FULL]
     yardstick = values["score"][full[0]] if full else np.full(len(columns), np.nan)
-    score, whole = np.broadcast_arrays(values["score"], yardstick)
-    missing = np.isnan(score) | np.isnan(whole)
-    values |= {name: np.where(missing, np.nan, of) for name, of in zip(PAIRED, (score, whole), strict=True)}
+    score, full_score = np.broadcast_arrays(values["score"], yardstick)
+    missing = np.isnan(score) | np.isnan(full_score)
+    pair = zip(PAIRED, (score, full_score), strict=True)
+    values |= {name: np.where(missing, np.nan, array) for name, array in pair}
     return values

@@ -1,4 +1,4 @@
-"""All that a report tells of one model: every setting on every task, and over the tasks.
+"""Summarise all that a report shows of one model: every setting on every task, and over the tasks.
 
 Made from records.py's sections with statistics.py and cells.py; tables.py, charts.py and page.py show it.
 """
@@ -42,20 +42,20 @@ class Summary:
 
     @property
     def full(self) -> Overall | None:
-        """The yardstick."""
-        return next((found for setting, found in self.overall.items() if setting.method == FULL), None)
+        """The full cache's results; None if it was not evaluated."""
+        return next((overall for setting, overall in self.overall.items() if setting.method == FULL), None)
 
     def settings(self, keep: str) -> list[Setting]:
-        """The full cache, then every method at this keep."""
+        """Return the full cache, then every method at this keep."""
         return [setting for setting in self.overall if setting.method == FULL or setting.keep == keep]
 
     def kv_fraction(self, setting: Setting, tasks: Sequence[Task]) -> float:
-        """Measured bytes over the full cache's; every task counts the same."""
+        """Return measured bytes over the full cache's; every task counts the same."""
         return fmean(self.cells[setting, task].cost.kv_fraction for task in tasks)
 
 
 def summarise(section: Section) -> Summary:
-    """Means and intervals of all there is in a section. The same records give the same numbers."""
+    """Return means and intervals of all records of a section. The same records give the same numbers."""
     settings, grouped = _settings(section.records), _grouped(section.records)
     generator = np.random.default_rng(SEED)
     means = {task: bootstrap(values_of(records, settings), generator) for task, records in grouped.items()}
@@ -81,7 +81,7 @@ def summarise(section: Section) -> Summary:
 
 
 def _keeps(records: Sequence[Record]) -> list[str]:
-    """By measured bytes: a keep may be a fraction, a number of tokens or bytes."""
+    """Return keeps in the order of measured bytes: a keep may be a fraction, a number of tokens or bytes."""
     fractions: dict[str, list[float]] = defaultdict(list)
     for record in records:
         if record.method != FULL:
@@ -90,31 +90,31 @@ def _keeps(records: Sequence[Record]) -> list[str]:
 
 
 def _settings(records: Sequence[Record]) -> list[Setting]:
-    """The full cache first, then methods as they come, each from its fewest bytes to its most."""
-    found = dict.fromkeys(Setting(record.method, record.keep) for record in records)
-    methods = {method: at for at, method in enumerate(dict.fromkeys(setting.method for setting in found))}
-    keeps = {keep: at for at, keep in enumerate(_keeps(records))}
-    return sorted(found, key=lambda s: (s.method != FULL, methods[s.method], keeps.get(s.keep, -1)))
+    """Return the full cache first, then methods as they come, each from its fewest bytes to its most."""
+    settings = dict.fromkeys(Setting(record.method, record.keep) for record in records)
+    methods = {method: index for index, method in enumerate(dict.fromkeys(setting.method for setting in settings))}
+    keeps = {keep: index for index, keep in enumerate(_keeps(records))}
+    return sorted(settings, key=lambda s: (s.method != FULL, methods[s.method], keeps.get(s.keep, -1)))
 
 
 def _grouped(records: Sequence[Record]) -> dict[Task, list[Record]]:
-    """Records by task and length, in the order in which they come."""
+    """Return records by task and length, in the order in which they come."""
     grouped: dict[tuple[str, int], list[Record]] = defaultdict(list)
     for record in records:
         grouped[record.task, record.length].append(record)
     names = [name for name, _ in grouped]
     suites = {name.partition(":")[0] if ":" in name else None for name in names}
     tasks = {}
-    for (name, length), found in grouped.items():
+    for (name, length), of_task in grouped.items():
         short = name.partition(":")[2] if len(suites) == 1 and None not in suites else name
         label = short if names.count(name) == 1 else f"{short} ({length})"
-        perplexity = all(record.score is None for record in found)
-        tasks[Task(name=name, length=length, label=label, perplexity=perplexity)] = found
+        perplexity = all(record.score is None for record in of_task)
+        tasks[Task(name=name, length=length, label=label, perplexity=perplexity)] = of_task
     return tasks
 
 
 def _shared(tasks: Sequence[Task], settings: Sequence[Setting], cells: Cells) -> tuple[Task, ...]:
-    """Tasks that every method has, so that means over them compare; all of them where there is no such task."""
+    """Return tasks that every method has, so that means over them compare; all tasks if there is no such task."""
     methods = {setting.method for setting in settings}
 
     def complete(task: Task) -> bool:
@@ -130,22 +130,22 @@ def _overall(
         name: _estimates(tasks, [means[task][name] for task in tasks], settings) for name, tasks in tasks_of.items()
     }
     scored = tasks_of["score"]
-    paired, whole = ([means[task][name] for task in scored] for name in ("paired", "yardstick"))
-    of_full = mean_of_tasks(paired).over(mean_of_tasks(whole)).estimates() if scored else [None] * len(settings)
-    every = _shared(tuple(means), settings, cells)
+    paired, yardstick = ([means[task][name] for task in scored] for name in ("paired", "yardstick"))
+    of_full = mean_of_tasks(paired).over(mean_of_tasks(yardstick)).estimates() if scored else [None] * len(settings)
+    common_tasks = _shared(tuple(means), settings, cells)
     overall = {}
-    for at, setting in enumerate(settings):
-        had = [cell for (of, _), cell in cells.items() if of == setting]
-        if not had:
+    for index, setting in enumerate(settings):
+        own_cells = [cell for (cell_setting, _), cell in cells.items() if cell_setting == setting]
+        if not own_cells:
             continue
-        common = [cells[setting, task] for task in every if (setting, task) in cells] or had
-        nll = over["nll"][at]
+        common = [cells[setting, task] for task in common_tasks if (setting, task) in cells] or own_cells
+        nll = over["nll"][index]
         overall[setting] = Overall(
-            score=over["score"][at],
-            of_full=_exactly(of_full[at]) if setting.method == FULL else of_full[at],
+            score=over["score"][index],
+            of_full=_without_interval(of_full[index]) if setting.method == FULL else of_full[index],
             perplexity=nll and nll.exp(),
-            kl=over["kl"][at],
-            agreement=over["agreement"][at],
+            kl=over["kl"][index],
+            agreement=over["agreement"][index],
             cost=Cost.mean([cell.cost for cell in common]),
             kept=mean_kept([cell.kept for cell in common]),
         )
@@ -156,6 +156,6 @@ def _estimates(tasks: Sequence[Task], means: Sequence[Means], settings: Sequence
     return mean_of_tasks(means).estimates() if tasks else [None] * len(settings)
 
 
-def _exactly(found: Estimate | None) -> Estimate | None:
-    """The full cache's share of its own score is certain."""
-    return found and Estimate(value=found.value)
+def _without_interval(estimate: Estimate | None) -> Estimate | None:
+    """Return the value alone: the full cache's share of its own score is certain."""
+    return estimate and Estimate(value=estimate.value)

@@ -1,4 +1,4 @@
-"""What the tables of a report say: the best, quality, fidelity, cost.
+"""Make the tables of a report: the best methods, quality, fidelity, cost.
 
 Made from a Summary; results.py writes them as Markdown, page.py puts them on the page.
 """
@@ -25,17 +25,17 @@ class Style:
     decimals: int
     low: bool = False
 
-    def entry(self, found: Estimate) -> Entry:
-        """Value and interval."""
-        ends = [self._written(end) for end in (found.low, found.high) if end is not None]
-        return Entry(text=self._written(found.value), margin=" to ".join(ends) or NONE)
+    def entry(self, estimate: Estimate) -> Entry:
+        """Return value and interval as a table's entry."""
+        ends = [self._written(end) for end in (estimate.low, estimate.high) if end is not None]
+        return Entry(text=self._written(estimate.value), margin=" to ".join(ends) or NONE)
 
     def _written(self, value: float) -> str:
         return f"{self.factor * value:.{self.decimals}f}"
 
-    def best(self, found: Sequence[Estimate]) -> Estimate | None:
-        """The best of some."""
-        return (min if self.low else max)(found, key=attrgetter("value"), default=None)
+    def best(self, estimates: Sequence[Estimate]) -> Estimate | None:
+        """Return the best of some; None if there is none."""
+        return (min if self.low else max)(estimates, key=attrgetter("value"), default=None)
 
 
 PERCENT = Style(factor=100.0, decimals=1)
@@ -44,16 +44,16 @@ DIVERGENCE = Style(decimals=3, low=True)
 
 
 def headline(summary: Summary) -> Table:
-    """The best method at every keep, by its mean."""
+    """Return the best method at every keep, by its mean."""
     score: Measure = attrgetter("score" if summary.scored else "perplexity")
     style, rows = PERCENT if summary.scored else PERPLEXITY, []
     for keep in summary.keeps:
         methods = [setting for setting in summary.settings(keep) if setting.method not in NO_METHODS]
-        found = {setting: known for setting in methods if (known := score(summary.overall[setting]))}
-        best = style.best([*found.values()])
+        estimates = {setting: estimate for setting in methods if (estimate := score(summary.overall[setting]))}
+        best = style.best([*estimates.values()])
         if best is None:
             continue
-        winners = [setting for setting, known in found.items() if known.value == best.value]
+        winners = [setting for setting, estimate in estimates.items() if estimate.value == best.value]
         names = ", ".join(setting.method for setting in winners[:NAMED])
         more = f" and {len(winners) - NAMED} more" if len(winners) > NAMED else ""
         fraction = summary.kv_fraction(winners[0], summary.scored or summary.predicted)
@@ -65,18 +65,18 @@ def headline(summary: Summary) -> Table:
 
 
 def quality(summary: Summary, keep: str) -> Table:
-    """Methods by tasks at one keep, the full cache for comparison."""
+    """Return methods by tasks at one keep, with the full cache for comparison."""
     settings = summary.settings(keep)
     overall = [summary.overall[setting] for setting in settings]
-    columns = {"KV bytes, %": [Entry(text=f"{100 * found.cost.kv_fraction:.1f}") for found in overall]}
+    columns = {"KV bytes, %": [Entry(text=f"{100 * result.cost.kv_fraction:.1f}") for result in overall]}
     if len(summary.scored) > 1:
-        columns[f"mean of {len(summary.scored)}"] = _entries([one.score for one in overall], settings, PERCENT)
+        columns[f"mean of {len(summary.scored)}"] = _entries([result.score for result in overall], settings, PERCENT)
     if summary.full and summary.full.of_full:
-        whole, *shares = _entries([one.of_full for one in overall], settings, PERCENT)
-        columns["of full, %"] = [replace(whole, margin=""), *shares]
+        full_share, *shares = _entries([result.of_full for result in overall], settings, PERCENT)
+        columns["of full, %"] = [replace(full_share, margin=""), *shares]
     if len(summary.predicted) > 1:
         heading = f"mean of {len(summary.predicted)}, perplexity ↓"
-        columns[heading] = _entries([one.perplexity for one in overall], settings, PERPLEXITY)
+        columns[heading] = _entries([result.perplexity for result in overall], settings, PERPLEXITY)
     for task in summary.tasks:
         cells = [summary.cells.get((setting, task)) for setting in settings]
         style, heading = (PERPLEXITY, f"{task.label} ↓") if task.perplexity else (PERCENT, task.label)
@@ -85,7 +85,7 @@ def quality(summary: Summary, keep: str) -> Table:
 
 
 def fidelity(summary: Summary) -> list[Table]:
-    """How close predictions are to the full cache's, where that was measured."""
+    """Return how close predictions are to the full cache's, if that was measured."""
     agreement, divergence, tables = "Tokens of the full cache's answers", "KL divergence from the full cache", []
     for title, get, style in (
         (f"{agreement} that are predicted too, %", attrgetter("agreement"), PERCENT),
@@ -94,31 +94,31 @@ def fidelity(summary: Summary) -> list[Table]:
         columns = {}
         for keep in summary.keeps:
             settings = [Setting(method, keep) for method in summary.methods]
-            found = [get(summary.overall[setting]) if setting in summary.overall else None for setting in settings]
-            if any(found):
-                columns[f"keep {keep}"] = _entries(found, settings, style)
+            estimates = [get(summary.overall[setting]) if setting in summary.overall else None for setting in settings]
+            if any(estimates):
+                columns[f"keep {keep}"] = _entries(estimates, settings, style)
         if columns:
             tables.append(_table(title, [Setting(method, "") for method in summary.methods], columns))
     return tables
 
 
 def cost(summary: Summary, keep: str) -> Table:
-    """Measured memory and time at one keep, with bars."""
+    """Return measured memory and time at one keep, with bars."""
     settings = summary.settings(keep)
-    found = [summary.overall[setting].cost for setting in settings]
-    most = max(max(one.peak_kv_bytes, one.kv_bytes) for one in found)
+    costs = [summary.overall[setting].cost for setting in settings]
+    most = max(max(each.peak_kv_bytes, each.kv_bytes) for each in costs)
     columns = {
-        "KV cache": _bars([one.kv_bytes for one in found], size, most),
-        "peak while reading": _bars([one.peak_kv_bytes for one in found], size, most),
-        "decoding step, ms": _bars([one.step_ms for one in found], "{:.2f}".format),
-        "prefill, s": _bars([one.prefill_seconds for one in found], "{:.3g}".format),
-        "prefill shared by": [Entry(text=f"{one.prefill_shared_by:.3g}") for one in found],
+        "KV cache": _bars([each.kv_bytes for each in costs], size, most),
+        "peak while reading": _bars([each.peak_kv_bytes for each in costs], size, most),
+        "decoding step, ms": _bars([each.step_ms for each in costs], "{:.2f}".format),
+        "prefill, s": _bars([each.prefill_seconds for each in costs], "{:.3g}".format),
+        "prefill shared by": [Entry(text=f"{each.prefill_shared_by:.3g}") for each in costs],
     }
     return _table(f"Memory and time at keep {keep}", settings, columns)
 
 
 def size(number: int | float) -> str:
-    """Bytes, as MiB or whatever fits."""
+    """Return bytes as a text, in MiB or whatever fits."""
     unit = 0
     while abs(number) >= 1000 and unit < 4:
         number, unit = number / 1024, unit + 1
@@ -138,29 +138,30 @@ def _row_name(setting: Setting) -> str:
     return f"{ORACLE} (sees the answers)" if setting.method == ORACLE else setting.method
 
 
-def _bars(values: Sequence[float | None], say: Callable[[float], str], most: float = 0.0) -> list[Entry]:
-    most = most or max((value for value in values if value), default=1.0)
-    return [Entry() if value is None else Entry(text=say(value), share=value / most) for value in values]
+def _bars(values: Sequence[float | None], say: Callable[[float], str], largest: float = 0.0) -> list[Entry]:
+    largest = largest or max((value for value in values if value), default=1.0)
+    return [Entry() if value is None else Entry(text=say(value), share=value / largest) for value in values]
 
 
-def _entries(found: Sequence[Estimate | None], settings: Sequence[Setting], style: Style) -> list[Entry]:
-    """The best of several methods is marked, and whose interval overlaps its own; yardsticks are no methods."""
-    methods = [one for one, setting in zip(found, settings, strict=True) if one and setting.method not in NO_METHODS]
+def _entries(estimates: Sequence[Estimate | None], settings: Sequence[Setting], style: Style) -> list[Entry]:
+    """Return entries. The best method is marked, and those whose interval overlaps its own; yardsticks are not."""
+    is_method = [setting.method not in NO_METHODS for setting in settings]
+    methods = [estimate for estimate, own in zip(estimates, is_method, strict=True) if estimate and own]
     best = style.best(methods) if len(methods) > 1 else None
     return [
-        _marked(style.entry(one), one, best if setting.method not in NO_METHODS else None) if one else Entry()
-        for one, setting in zip(found, settings, strict=True)
+        _marked(style.entry(estimate), estimate, best if own else None) if estimate else Entry()
+        for estimate, own in zip(estimates, is_method, strict=True)
     ]
 
 
-def _marked(entry: Entry, found: Estimate, best: Estimate | None) -> Entry:
+def _marked(entry: Entry, estimate: Estimate, best: Estimate | None) -> Entry:
     if best is None:
         return entry
-    wins = found.value == best.value
-    return replace(entry, best=wins, close=not wins and _overlap(found, best))
+    wins = estimate.value == best.value
+    return replace(entry, best=wins, close=not wins and _overlap(estimate, best))
 
 
-def _overlap(one: Estimate, other: Estimate) -> bool:
-    if one.low is None or one.high is None or other.low is None or other.high is None:
+def _overlap(left: Estimate, right: Estimate) -> bool:
+    if left.low is None or left.high is None or right.low is None or right.high is None:
         return False
-    return one.low <= other.high and other.low <= one.high
+    return left.low <= right.high and right.low <= left.high

@@ -1,4 +1,4 @@
-"""What `headwise bench ... --json` has written, read: rows, by benchmark and machine.
+"""Read what `headwise bench ... --json` has written: rows, by benchmark and machine.
 
 The first step of `headwise report` of such files; curves.py and speed.py go on from here.
 """
@@ -34,7 +34,7 @@ DEFAULTS: Mapping[str, Row] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """One benchmark on one machine: what can be compared."""
+    """One benchmark on one machine. Its rows can be compared."""
 
     benchmark: str
     hardware: str
@@ -42,32 +42,34 @@ class Section:
 
     @property
     def name(self) -> str:
-        """Which no other section has."""
+        """A name that no other section has."""
         return f"{TITLES[self.benchmark]}: {self.hardware}"
 
     @property
     def versions(self) -> list[str]:
-        """All that were used."""
-        return list(dict.fromkeys(said_versions(row) for row in self.rows))
+        """All versions that were used."""
+        return list(dict.fromkeys(versions_text(row) for row in self.rows))
 
     @property
     def commands(self) -> list[str]:
-        """All that were run."""
+        """All commands that were run."""
         return list(dict.fromkeys(row["command"] for row in self.rows))
 
 
-def said_versions(row: Row) -> str:
-    """In one line."""
+def versions_text(row: Row) -> str:
+    """Return the versions of a row in one line."""
     return ", ".join(f"{name} {version}" for name, version in row["versions"].items())
 
 
 def load(files: Sequence[Path]) -> list[Section]:
-    """Read files. Raises BadInput for what is missing, empty or damaged, naming file and row."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    """Read files. Raises BadInput if one is missing, empty or damaged, naming file and row."""
+    rows_by_section: dict[tuple[str, str], list[Row]] = {}
     for path in dict.fromkeys(files):
         for row in _rows(path):
-            found.setdefault((row["benchmark"], row["hardware"]), []).append(row)
-    return [Section(benchmark=name, hardware=where, rows=tuple(rows)) for (name, where), rows in found.items()]
+            rows_by_section.setdefault((row["benchmark"], row["hardware"]), []).append(row)
+    return [
+        Section(benchmark=name, hardware=where, rows=tuple(rows)) for (name, where), rows in rows_by_section.items()
+    ]
 
 
 def _rows(path: Path) -> list[Row]:
@@ -80,17 +82,17 @@ def _rows(path: Path) -> list[Row]:
         raise BadInput(f"{path} is damaged ({error}); {ADVICE}") from error
     if not isinstance(raw, list) or not raw:
         raise BadInput(f"{path} holds no list of rows; {expected}")
-    return [_row(one, f"{path}, row {number}") for number, one in enumerate(raw, start=1)]
+    return [_row(row, f"{path}, row {number}") for number, row in enumerate(raw, start=1)]
 
 
 def _row(raw: Any, place: str) -> Row:
     if isinstance(raw, dict):
         raw = {"benchmark": "decode", **raw}  # once the only one
-    benchmark = checked(raw, {"benchmark": _known}, place, ADVICE)["benchmark"]
+    benchmark = checked(raw, {"benchmark": _benchmark_name}, place, ADVICE)["benchmark"]
     return checked({**DEFAULTS[benchmark], **raw}, BENCHMARKS[benchmark], place, ADVICE)
 
 
-def _known(benchmark: Any) -> str:
+def _benchmark_name(benchmark: Any) -> str:
     if strict_json.text(benchmark) not in BENCHMARKS:
         raise ValueError
     return benchmark

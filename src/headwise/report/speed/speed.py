@@ -12,9 +12,9 @@ from headwise.report.draw import svg
 from headwise.report.draw.charts import Chart
 from headwise.report.draw.fields import BENCHMARKS
 from headwise.report.draw.markup import NONE, Entry, Table, plain
-from headwise.report.draw.template import filled, told
+from headwise.report.draw.template import facts_html, filled
 from headwise.report.quality.tables import size
-from headwise.report.speed.benchmarks import Row, Section, said_versions
+from headwise.report.speed.benchmarks import Row, Section, versions_text
 from headwise.report.speed.curves import curves, heads, name_of, numbers_of
 
 TITLE = "Speed and memory, by headwise bench"
@@ -84,12 +84,12 @@ NOTES = {
 
 
 def rows(sections: Sequence[Section]) -> list[Row]:
-    """All rows, flat."""
-    return [{**row, "versions": said_versions(row)} for section in sections for row in section.rows]
+    """Return the rows of all sections, for a CSV file."""
+    return [{**row, "versions": versions_text(row)} for section in sections for row in section.rows]
 
 
 def table(section: Section) -> Table:
-    """A line for every row."""
+    """Return a table with a line for every row."""
     shown = [name for name in COLUMNS if name in BENCHMARKS[section.benchmark]]
     return Table(
         title=f"headwise bench {section.benchmark}",
@@ -103,13 +103,13 @@ def _entry(row: Row, name: str) -> Entry:
     return Entry(text=NONE if row[name] is None else COLUMNS[name][1](row[name]))
 
 
-def drawn(sections: Sequence[Section]) -> dict[str, list[Chart]]:
-    """Charts of all sections, for the picture."""
-    return {f"{one.name}; {name}": charts for one in sections for name, charts in curves(one).items()}
+def charts_by_name(sections: Sequence[Section]) -> dict[str, list[Chart]]:
+    """Return the charts of all sections, for the picture."""
+    return {f"{section.name}; {name}": charts for section in sections for name, charts in curves(section).items()}
 
 
 def markdown(sections: Sequence[Section]) -> str:
-    """What was run, and the tables."""
+    """Return Markdown: what was run, and the tables."""
     lines = [f"# {TITLE}", ""]
     for section in sections:
         lines += [f"## {plain(section.name)}", "", *(f"{plain(versions)}\n" for versions in section.versions)]
@@ -119,29 +119,29 @@ def markdown(sections: Sequence[Section]) -> str:
 
 
 def page(sections: Sequence[Section]) -> str:
-    """One web page that needs nothing else."""
+    """Return one web page that needs nothing else."""
     number = sum(len(section.rows) for section in sections)
-    links = "".join(f'<a href="#s{at}">{escape(section.name)}</a>' for at, section in enumerate(sections))
+    links = "".join(f'<a href="#s{index}">{escape(section.name)}</a>' for index, section in enumerate(sections))
     parts = {
         "title": TITLE,
         "subtitle": f"{number:,} row{'s' * (number > 1)} of headwise bench.",
         "links": f"<nav>{links}</nav>" if len(sections) > 1 else "",
-        "sections": "".join(_section(at, section) for at, section in enumerate(sections)),
+        "sections": "".join(_section(index, section) for index, section in enumerate(sections)),
         "data": "[]",
     }
     return filled("headwise.report.draw", "page.html", parts)
 
 
-def _section(at: int, section: Section) -> str:
-    found, numbers = curves(section), numbers_of(section.rows)
+def _section(index: int, section: Section) -> str:
+    by_name, numbers = curves(section), numbers_of(section.rows)
     facts = {"hardware": section.hardware, "versions": "; ".join(section.versions)}
     parts = {
-        "number": str(at),
+        "number": str(index),
         "name": escape(section.name),
-        "facts": told(facts, "\n".join(section.commands)),
-        "charts": "".join(f"<h3>{escape(name)}</h3>{_charts(charts)}" for name, charts in found.items()),
-        "point": POINT if found else "",
-        "table": table(section).html(numbers if found else {}),
+        "facts": facts_html(facts, "\n".join(section.commands)),
+        "charts": "".join(f"<h3>{escape(name)}</h3>{_charts(charts)}" for name, charts in by_name.items()),
+        "point": POINT if by_name else "",
+        "table": table(section).html(numbers if by_name else {}),
         "notes": "".join(f"<li>{escape(note)}</li>" for note in NOTES[section.benchmark]),
     }
     return filled("headwise.report.speed", "speed.html", parts)

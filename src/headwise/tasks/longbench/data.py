@@ -1,6 +1,6 @@
-"""LongBench's 21 datasets and the 13 of LongBench-E: how each is asked and judged, and its rows, from files.
+"""Read LongBench's 21 datasets and the 13 of LongBench-E from files, and say how each is asked and judged.
 
-Names, answer lengths and metrics are those of https://github.com/THUDM/LongBench, whose paper `longbench.py` names. The
+Names, answer lengths and metrics are those of https://github.com/THUDM/LongBench, whose paper suite.py names. The
 rows come from a folder, or from the official archive on the Hugging Face hub. That is fetched as a file: the library
 `datasets` no longer loads it, since version 4 dropped data sets that are read by a script.
 """
@@ -28,7 +28,7 @@ _FORMAT = '{"input": "...", "context": "...", "answers": ["..."], "length": 12, 
 class Dataset:
     """How a dataset is asked and judged."""
 
-    metric: str  # a name in longbench_metrics.METRICS
+    metric: str  # a name in metrics.METRICS
     max_new_tokens: int
     chat: bool = True  # few-shot examples and code are to be continued, not replied to
     first_line: bool = False  # all that is judged of an answer
@@ -76,7 +76,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """Where a row is: those of all datasets are too much to hold in memory."""
+    """The place of a row. The rows of all datasets are too many for memory."""
 
     path: Path
     number: int
@@ -84,11 +84,11 @@ class Line:
 
 
 def base_name(name: str) -> str:
-    """Return the name without LongBench-E's ending. Raises BadInput, naming the datasets there are."""
+    """Return the name without LongBench-E's ending. Raises BadInput if there is no such dataset."""
     base = name.removesuffix("_e") if name in LONGBENCH_E_NAMES else name
     if base not in LONGBENCH_TASKS:
-        known = ", ".join([*LONGBENCH_TASKS, *LONGBENCH_E_NAMES])
-        raise BadInput(f"LongBench has no dataset {name!r}; it has {known}.")
+        names = ", ".join([*LONGBENCH_TASKS, *LONGBENCH_E_NAMES])
+        raise BadInput(f"LongBench has no dataset {name!r}; it has {names}.")
     return base
 
 
@@ -100,39 +100,39 @@ def length_group(words: int) -> str:
 
 
 def load_rows(name: str, data_dir: Path | None = None) -> list[Row]:
-    """Return all rows of a dataset, in the order of its task's samples. Raises BadInput."""
+    """Return all rows of a dataset, in the order of its task's samples. Raises BadInput if one is damaged."""
     return [read_row(name, line) for line in find_rows([name], data_dir)[name]]
 
 
 def find_rows(names: Sequence[str], data_dir: Path | None) -> dict[str, list[Line]]:
     """Find each dataset's rows in `<name>.jsonl`, or else in all files that are not a dataset's own, in name order.
 
-    None for `data_dir` downloads the official files. Raises BadInput, also for any damaged row.
+    None for `data_dir` downloads the official files. Raises BadInput if a dataset has no rows, or a row is damaged.
     """
     folder = _download(names) if data_dir is None else data_dir
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder} with LongBench's files; unpack {_URL} and give its data folder.")
-    found: dict[str, list[Line]] = {name: [] for name in names}
+    lines_of: dict[str, list[Line]] = {name: [] for name in names}
     own = [name for name in names if (folder / f"{name}.jsonl").is_file()]
     for path in sorted(folder.glob("*.jsonl")):
         if path.stem in own:
-            found[path.stem] = [_checked(path.stem, line, content) for line, content in _scan(path)]
+            lines_of[path.stem] = [_checked(path.stem, line, content) for line, content in _scan(path)]
         elif path.stem not in LONGBENCH_TASKS and path.stem not in LONGBENCH_E_NAMES and len(own) < len(names):
             for line, content in _scan(path):
                 name = str(content.get("dataset"))
-                if name in found and name not in own:
-                    found[name].append(_checked(name, line, content))
-    for name, lines in found.items():
+                if name in lines_of and name not in own:
+                    lines_of[name].append(_checked(name, line, content))
+    for name, lines in lines_of.items():
         if not lines:
             raise BadInput(
                 f"{folder} has no rows of {name}. Put {name}.jsonl there, out of {_URL}, or any .jsonl file with lines "
                 f"{_FORMAT} whose dataset is {name!r}."
             )
-    return found
+    return lines_of
 
 
 def read_row(name: str, line: Line) -> Row:
-    """Read one row of a dataset. Raises BadInput."""
+    """Read one row of a dataset. Raises BadInput if it cannot be read, or is no row."""
     try:
         with line.path.open("rb") as file:
             file.seek(line.start)
@@ -174,19 +174,19 @@ def _parse(line: Line, text: bytes) -> dict[str, Any]:
 
 def _parse_row(name: str, line: Line, content: dict[str, Any]) -> Row:
     match content:
-        case {"input": str(asked), "context": str(context), "answers": [_, *_] as answers, "length": int(words)}:
+        case {"input": str(question), "context": str(context), "answers": [_, *_] as answers, "length": int(words)}:
             classes = content.get("all_classes") or []
             labelled = bool(classes) or LONGBENCH_TASKS[base_name(name)].metric != "classification"
             if context.strip() and _are_texts(answers) and _are_texts(classes) and labelled:
-                return Row(input=asked, context=context, answers=tuple(answers), words=words, classes=tuple(classes))
+                return Row(input=question, context=context, answers=tuple(answers), words=words, classes=tuple(classes))
     raise BadInput(
         f"{line.path}, line {line.number} is no row of {name}: a row reads {_FORMAT}, with a context, at least one "
         "answer, and all_classes a list where answers are classes."
     )
 
 
-def _are_texts(found: Any) -> bool:
-    return isinstance(found, list) and all(isinstance(text, str) for text in found)
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _download(names: Sequence[str]) -> Path:

@@ -1,4 +1,4 @@
-"""How LongBench judges an answer: the nine official metrics, each in 0..1.
+"""Judge answers as LongBench does: the nine official metrics, each from 0 to 1.
 
 Bai et al., "LongBench: A Bilingual, Multitask Benchmark for Long Context Understanding", arXiv:2308.14508; official
 code: https://github.com/THUDM/LongBench, LongBench/metrics.py. ROUGE and the Chinese word segmentation come from the
@@ -43,17 +43,17 @@ def find_metric(name: str) -> Metric:
 
 
 def qa_f1(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """F1 of the words in common, in any case, without punctuation and articles (SQuAD's)."""
+    """Return F1 of the words in common, in any case, without punctuation and articles (SQuAD's)."""
     return _f1(_bare_words(prediction), _bare_words(answer))
 
 
 def qa_f1_zh(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """F1 of jieba's words in common, in any case, without punctuation."""
+    """Return F1 of jieba's words in common, in any case, without punctuation."""
     return _f1(_bare_chinese_words(prediction), _bare_chinese_words(answer))
 
 
 def rouge(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """ROUGE-L, F measure; 0 where the library fails, as in the official code."""
+    """Return ROUGE-L's F measure; 0 if the library fails, as in the official code."""
     measure = _load("rouge").Rouge(metrics=["rouge-l"])
     try:
         return measure.get_scores([prediction], [answer], avg=True)["rouge-l"]["f"]
@@ -62,15 +62,15 @@ def rouge(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
 
 
 def rouge_zh(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """ROUGE-L, F measure, of jieba's words."""
+    """Return ROUGE-L's F measure of jieba's words."""
     return rouge(" ".join(_chinese_words(prediction)), " ".join(_chinese_words(answer)))
 
 
 def classification(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """1 over the number of classes that the prediction names, if the answer is among them.
+    """Return 1 over the number of classes that the prediction names, if the answer is one of them; else 0.
 
-    Classes that are a part of the answer's own name do not count, except, as in the official code, one that is named
-    right after another such class.
+    Classes that are a part of the answer's own name do not count, unless one is named right after another such class,
+    as in the official code.
     """
     named: list[str] = []
     after_dropped = False
@@ -82,23 +82,23 @@ def classification(prediction: str, answer: str, classes: Sequence[str] = ()) ->
 
 
 def retrieval(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """Share of the numbers in the prediction that are the paragraph's; the answer reads `Paragraph 3`."""
+    """Return the share of the numbers in the prediction that are the paragraph's; the answer reads `Paragraph 3`."""
     return count(prediction, _number_after("Paragraph ", answer))
 
 
 def retrieval_zh(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """Share of the numbers in the prediction that are the paragraph's; the answer reads `段落3`."""
+    """Return the share of the numbers in the prediction that are the paragraph's; the answer reads `段落3`."""
     return count(prediction, _number_after("段落", answer))
 
 
 def count(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """Share of the numbers in the prediction that are the answer."""
+    """Return the share of the numbers in the prediction that are the answer."""
     numbers = re.findall(r"\d+", prediction)
     return numbers.count(answer) / len(numbers) if numbers else 0.0
 
 
 def code_sim(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """Similarity of the prediction's first line of code and the answer, in whole hundredths."""
+    """Return the similarity of the prediction's first line of code and the answer, in whole hundredths."""
     lines = prediction.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in _NO_CODE)), "")
     if line and answer:
@@ -130,10 +130,10 @@ def _chinese_words(text: str) -> list[str]:
 
 
 def _number_after(word: str, answer: str) -> str:
-    found = re.search(rf"{word}(\d+)", answer)
-    if found is None:
+    match = re.search(rf"{word}(\d+)", answer)
+    if match is None:
         raise BadInput(f"the answer {answer!r} names no paragraph; it must hold {word!r} and a number.")
-    return found[1]
+    return match[1]
 
 
 @cache

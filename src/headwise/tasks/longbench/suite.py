@@ -1,14 +1,14 @@
-"""LongBench: 21 datasets of long documents, few-shot examples and code, in English and Chinese; and LongBench-E.
+"""Make the tasks of LongBench (21 datasets of documents, few-shot examples and code, English and Chinese) and its E.
 
 Bai et al., "LongBench: A Bilingual, Multitask Benchmark for Long Context Understanding", arXiv:2308.14508. Names,
 prompts, answer lengths and metrics are those of https://github.com/THUDM/LongBench (MIT licence, Copyright (c) 2023
-THU-KEG & Zhipu AI). longbench_prompts.json is its LongBench/config/dataset2prompt.json, word for word.
+THU-KEG & Zhipu AI). prompts.json is its LongBench/config/dataset2prompt.json, word for word.
 
-The official prompt is split right after its document (or its few-shot examples): what comes before is compressed, the
-rest is asked. An answer is judged as it is decoded, spaces included. Ours differs from the official code in two ways.
-`length` is all there is for chat template, prompt and answer, where the official maximum is the prompt's alone. And an
-answer to samsum may be empty, or go on after its first line; the official code wants one token and stops at the line's
-end. Both judge nothing but that line.
+The official prompt is split right after its document (or its few-shot examples): the first part is compressed, the rest
+is asked. An answer is judged as it is decoded, spaces included. Ours differs from the official code in two ways.
+`length` includes chat template, prompt and answer, where the official maximum is the prompt's alone. And an answer to
+samsum may be empty, or go on after its first line; the official code wants one token and stops at the line's end. Both
+judge that line only.
 """
 
 import json
@@ -52,9 +52,9 @@ def longbench_tasks(
 ) -> list[Task]:
     """Return a task for each dataset (`qasper`, or `qasper_e` of LongBench-E), with its first `num_samples` rows.
 
-    `length` is the most tokens that chat template, prompt and answer take, give or take the few that the text around a
-    cut is tokenized into. `data_dir` holds `<name>.jsonl`, or any .jsonl files whose lines name their "dataset"; None
-    downloads the official files. Raises BadInput, before any sample is made, for what is wrong with a file.
+    `length` is the most tokens that chat template, prompt and answer take; the text around a cut may take a few more or
+    less. `data_dir` holds `<name>.jsonl`, or any .jsonl files whose lines name their "dataset"; None downloads the
+    official files. Raises BadInput if a file is missing or damaged, before any sample is made.
     """
     if num_samples is not None and num_samples < 1:
         raise BadInput(f"num_samples={num_samples} must be at least 1, or None for all.")
@@ -74,7 +74,10 @@ def longbench_tasks(
 
 
 def render(name: str, row: Row) -> tuple[str, str]:
-    """Return the official prompt up to the end of the row's context, and the rest of it."""
+    """Return the official prompt up to the end of the row's context, and the rest of it.
+
+    Raises BadInput if nothing is asked.
+    """
     opening, ending = _prompts()[base_name(name)].split("{context}")
     prompt = ending.replace("{input}", row.input)
     if not prompt.strip():
@@ -85,23 +88,23 @@ def render(name: str, row: Row) -> tuple[str, str]:
 def cut_middle(tokenizer: Any, context: str, prompt: str, *, num_tokens: int) -> tuple[str, str]:
     """Return context and prompt of at most `num_tokens`, cut in the middle as in the official code.
 
-    The first and the last half of the tokens are decoded and joined. A tokenizer that does not give back all that it
-    read (upper case, spaces) leaves the prompt as it gives it back. Raises BadInput where there is no room for it.
+    The first and the last half of the tokens are decoded and joined. If the tokenizer loses something of a text (upper
+    case, spaces), the prompt is as the tokenizer decodes it. Raises BadInput if the prompt has no room.
     """
     ids = tokenizer(context + prompt)["input_ids"]
     if len(ids) <= num_tokens:
         return context, prompt
     half = num_tokens // 2
-    first, last = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[len(ids) - half :]))
-    asked = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    for ending in (prompt, tokenizer.decode(asked, skip_special_tokens=True)):
-        if ending.strip() and last.endswith(ending) and first.strip():
-            return first + last.removesuffix(ending), ending
-    lacking = 2 * (len(asked) - half) + 2
+    head, tail = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[len(ids) - half :]))
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    for ending in (prompt, tokenizer.decode(prompt_ids, skip_special_tokens=True)):
+        if ending.strip() and tail.endswith(ending) and head.strip():
+            return head + tail.removesuffix(ending), ending
+    lacking = 2 * (len(prompt_ids) - half) + 2
     advice = f"add {lacking} or more" if lacking > 0 else "or the tokenizer does not give back the text it reads"
     raise BadInput(
         f"the length is too short: of {len(ids)} tokens the last {half} are kept, and they do not hold the question, "
-        f"of {len(asked)} tokens, whole; {advice}."
+        f"of {len(prompt_ids)} tokens, whole; {advice}."
     )
 
 

@@ -1,4 +1,4 @@
-"""The words of the mini-RULER tasks: pools, sentence templates, filler prose. The tasks are in `mini_ruler.py`.
+"""The words of the mini-RULER tasks: pools, sentence templates, filler prose. The tasks are in suite.py.
 
 A lexicon knows how a fact is stated, asked for and answered, and how many tokens a text takes; it knows no task.
 `REFERENCE_LEXICON` is the one of the bundled reference model: lower-case English, a token per word or punctuation mark.
@@ -33,7 +33,7 @@ class Wording:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lexicon:
-    """Word pools and templates, enough to write every task of `mini_ruler.py` in one language and for one tokenizer."""
+    """Word pools and templates, enough to write every task of suite.py in one language and for one tokenizer."""
 
     name: str
     count_tokens: Callable[[str], int]  # special tokens not counted
@@ -53,20 +53,20 @@ class Lexicon:
     frequent_words: Wording
 
     def draw_keys(self, rng: np.random.Generator, count: int) -> list[str]:
-        """Draw `count` different keys, or raise BadInput where there are not so many."""
+        """Draw `count` different keys. Raises BadInput if there are not so many."""
         return _draw(rng, self.keys, count)
 
     def draw_listed_words(self, rng: np.random.Generator, count: int) -> list[str]:
-        """Draw `count` different words for a word list, or raise BadInput where there are not so many."""
+        """Draw `count` different words for a word list. Raises BadInput if there are not so many."""
         return _draw(rng, self.listed_words, count)
 
     def draw_values(self, rng: np.random.Generator, count: int) -> list[str]:
-        """Draw `count` different values; their first words repeat only once all the pool has been used."""
-        first, *rest = self.value_parts
+        """Draw `count` different values. Their first words repeat only after all the pool has been used."""
+        first_pool, *other_pools = self.value_parts
         values: dict[str, None] = {}  # a set that remembers the order
         while len(values) < count:
-            for start in rng.permutation(len(first)):
-                words = [first[start], *(pool[rng.integers(len(pool))] for pool in rest)]
+            for start in rng.permutation(len(first_pool)):
+                words = [first_pool[start], *(pool[rng.integers(len(pool))] for pool in other_pools)]
                 values[" ".join(words)] = None
         return list(values)[:count]
 

@@ -1,4 +1,4 @@
-"""The mini-RULER tasks: seeded documents with questions, and how an answer is scored.
+"""Generate the mini-RULER tasks: seeded documents with questions, and how an answer is scored.
 
 The task types are those of RULER (Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language
 Models?", arXiv:2404.06654). Ours differ in three ways: a document carries many questions, written without knowing which
@@ -39,7 +39,7 @@ WORDS_PER_LISTED_SENTENCE = 9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What is asked after the document."""
+    """A question after the document, and its answers."""
 
     prompt: str
     answers: tuple[str, ...]  # phrases that a right answer contains, in any order
@@ -58,7 +58,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """Statements to place in a document in any order, what can be asked about them, and the keys decoys may name."""
+    """Statements to place in a document in any order, questions about them, and the keys that decoys may name."""
 
     statements: tuple[str, ...]
     questions: tuple[Question, ...]
@@ -67,7 +67,7 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A context and everything that can be asked about it, in random order."""
+    """A context and all questions about it, in random order."""
 
     context: str
     questions: tuple[Question, ...]
@@ -96,11 +96,11 @@ def generate(
     split: str = "evaluation",
     num_questions: int | None = None,
 ) -> Sample:
-    """Write sample `index` of a task.
+    """Generate sample `index` of a task.
 
     `length` is the most tokens that special tokens, context, one question and its ideal answer take together. The
-    context is the same for any `num_questions`, and fewer questions are the first ones of more. Raises BadInput for an
-    unknown task or split, a length too short for the task, or more questions than the context can answer.
+    context is the same for any `num_questions`; a smaller number gives the first of the same questions. Raises BadInput
+    if the task or split is unknown, the length is too short, or the context cannot answer so many questions.
     """
     rng = seeded_generator(split, task=task, length=length, seed=seed, index=index)
     document = find_task(task).write(lexicon, rng, length)
@@ -117,14 +117,17 @@ def generate(
 
 
 def find_task(name: str) -> Task:
-    """Return a task by its name, or raise BadInput naming those there are."""
+    """Return a task by its name. Raises BadInput if there is none."""
     if name not in TASKS:
         raise BadInput(f"unknown task {name!r}; the tasks are {', '.join(TASKS)}")
     return TASKS[name]
 
 
 def seeded_generator(split: str, *, task: str, length: int, seed: int, index: int) -> np.random.Generator:
-    """Return the random generator of one sample; see the module's docstring for why splits cannot overlap."""
+    """Return the random generator of one sample. Raises BadInput if the split is unknown.
+
+    The module's docstring says why splits cannot overlap.
+    """
     if split not in SPLITS:
         raise BadInput(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
     return np.random.default_rng((SPLITS.index(split), zlib.crc32(task.encode()), length, seed, index))
@@ -136,7 +139,7 @@ def score(prediction: str, question: Question) -> float:
 
 
 def lookup_facts(lexicon: Lexicon, rng: np.random.Generator, keys: Sequence[str]) -> Facts:
-    """Records of one value per key, and one question for each."""
+    """Make records of one value per key, and one question for each."""
     records = list(zip(keys, lexicon.draw_values(rng, len(keys)), strict=True))
     return Facts(
         statements=_state(lexicon.lookup, records),
@@ -146,18 +149,18 @@ def lookup_facts(lexicon: Lexicon, rng: np.random.Generator, keys: Sequence[str]
 
 
 def several_lookups_facts(lexicon: Lexicon, rng: np.random.Generator, keys: Sequence[str]) -> Facts:
-    """Records of one value per key, and questions that each ask for several keys."""
+    """Make records of one value per key, and questions that each ask for several keys."""
     records = list(zip(keys, lexicon.draw_values(rng, len(keys)), strict=True))
-    asked = [rng.permutation(len(keys))[:NUM_KEYS_PER_QUERY] for _ in keys]
+    choices = [rng.permutation(len(keys))[:NUM_KEYS_PER_QUERY] for _ in keys]
     return Facts(
         statements=_state(lexicon.several_lookups, records),
-        questions=tuple(_question(lexicon.several_lookups, [records[i] for i in choice]) for choice in asked),
+        questions=tuple(_question(lexicon.several_lookups, [records[i] for i in choice]) for choice in choices),
         keys=tuple(keys),
     )
 
 
 def listing_facts(lexicon: Lexicon, rng: np.random.Generator, keys: Sequence[str]) -> Facts:
-    """Keys of several values each, with other records under the same keys as distraction."""
+    """Make keys of several values each, with other records under the same keys as distraction."""
     values = lexicon.draw_values(rng, len(keys) * NUM_VALUES_PER_LISTING)
     listed = [(key, value) for n, key in enumerate(keys) for value in values[n :: len(keys)]]
     distracting = zip(keys, lexicon.draw_values(rng, len(keys)), strict=True)
@@ -169,7 +172,7 @@ def listing_facts(lexicon: Lexicon, rng: np.random.Generator, keys: Sequence[str
 
 
 def chain_facts(lexicon: Lexicon, names: Sequence[str]) -> Facts:
-    """Chains in which every name leads to the next; a question gives the first name and wants all the others."""
+    """Make chains in which every name leads to the next. A question gives the first name and asks for all others."""
     num_chains = len(names) // (NUM_HOPS + 1)
     chains = [list(itertools.pairwise(names[n::num_chains])) for n in range(num_chains)]
     return Facts(
@@ -180,7 +183,7 @@ def chain_facts(lexicon: Lexicon, names: Sequence[str]) -> Facts:
 
 
 def hide(lexicon: Lexicon, rng: np.random.Generator, facts: Sequence[Facts], length: int) -> Document:
-    """Place facts among filler and decoys; raise BadInput where `length` has no room for all the statements."""
+    """Place facts among filler and decoys. Raises BadInput if `length` has no room for all the statements."""
     statements = [statement for part in facts for statement in part.statements]
     questions = [question for part in facts for question in part.questions]
     keys = [key for part in facts for key in part.keys]
@@ -247,7 +250,7 @@ def _write_single(lexicon: Lexicon, rng: np.random.Generator, length: int) -> Do
 
 
 def _write_multikey(lexicon: Lexicon, rng: np.random.Generator, length: int) -> Document:
-    keys = lexicon.draw_keys(rng, _at_most(8, length // 16))
+    keys = lexicon.draw_keys(rng, _from_one_to(8, length // 16))
     return hide(lexicon, rng, [lookup_facts(lexicon, rng, keys)], length)
 
 
@@ -265,22 +268,22 @@ def _write_dense(lexicon: Lexicon, rng: np.random.Generator, length: int) -> Doc
 
 
 def _write_multivalue(lexicon: Lexicon, rng: np.random.Generator, length: int) -> Document:
-    keys = lexicon.draw_keys(rng, _at_most(4, length // 128))
+    keys = lexicon.draw_keys(rng, _from_one_to(4, length // 128))
     return hide(lexicon, rng, [listing_facts(lexicon, rng, keys)], length)
 
 
 def _write_multiquery(lexicon: Lexicon, rng: np.random.Generator, length: int) -> Document:
-    keys = lexicon.draw_keys(rng, max(NUM_KEYS_PER_QUERY, _at_most(8, length // 16)))
+    keys = lexicon.draw_keys(rng, max(NUM_KEYS_PER_QUERY, _from_one_to(8, length // 16)))
     return hide(lexicon, rng, [several_lookups_facts(lexicon, rng, keys)], length)
 
 
 def _write_chains(lexicon: Lexicon, rng: np.random.Generator, length: int) -> Document:
-    names = lexicon.draw_keys(rng, _at_most(4, length // 64) * (NUM_HOPS + 1))
+    names = lexicon.draw_keys(rng, _from_one_to(4, length // 64) * (NUM_HOPS + 1))
     return hide(lexicon, rng, [chain_facts(lexicon, names)], length)
 
 
-def _at_most(most: int, fitting: int) -> int:
-    return max(1, min(most, fitting))
+def _from_one_to(limit: int, fitting: int) -> int:
+    return max(1, min(limit, fitting))
 
 
 def _write_common_words(lexicon: Lexicon, rng: np.random.Generator, length: int) -> Document:
@@ -289,8 +292,8 @@ def _write_common_words(lexicon: Lexicon, rng: np.random.Generator, length: int)
 
     def make_list(num_words: int) -> list[str]:
         repeats = max(2, round(COMMON_WORD_SHARE * num_words))
-        rest = num_words - repeats * len(common)
-        return common * repeats + np.resize(uncommon, rest).tolist()
+        num_uncommon = num_words - repeats * len(common)
+        return common * repeats + np.resize(uncommon, num_uncommon).tolist()
 
     return _write_word_list(lexicon, rng, length, lexicon.common_words, common, make_list)
 

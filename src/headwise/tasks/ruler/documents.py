@@ -1,4 +1,4 @@
-"""RULER's questions about documents: SQuAD for qa_1 and HotpotQA for qa_2, read from files."""
+"""Make RULER's questions about documents: SQuAD for qa_1 and HotpotQA for qa_2, read from files."""
 
 import math
 import re
@@ -25,8 +25,8 @@ FILES = {  # of a data folder, the first that is there
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """A question, the documents that hold its answer, and all on its subject; documents by their number."""
+class DocumentQuestion:
+    """A question, the numbers of the documents that hold its answer, and of all documents on its subject."""
 
     question: str
     answers: tuple[str, ...]
@@ -35,7 +35,7 @@ class Asked:
 
     @property
     def related(self) -> tuple[int, ...]:
-        """Those on the subject that do not hold the answer."""
+        """Documents on the subject that do not hold the answer."""
         return tuple(number for number in self.subject if number not in self.documents)
 
 
@@ -44,7 +44,7 @@ class Corpus:
     """Documents and questions about them."""
 
     documents: tuple[str, ...]
-    asked: tuple[Asked, ...]
+    questions: tuple[DocumentQuestion, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,16 +56,16 @@ class QuestionAnswering(Family):
     any_answer_counts: ClassVar[bool] = True
 
     def has_data(self, data_dir: Path | None) -> bool:
-        """Whether the folder holds its file. Raises BadInput where there is no such folder."""
+        """Return whether the folder holds its file. Raises BadInput if there is no such folder."""
         return first_file(data_dir, FILES[self.dataset]) is not None
 
     def prepare(self, setting: Setting) -> Prepared:
         corpus = load_squad(setting.data_dir) if self.dataset == "squad" else load_hotpotqa(setting.data_dir)
-        return Prepared(draft=partial(_draft_documents, corpus), most_samples=len(corpus.asked))
+        return Prepared(draft=partial(_draft_documents, corpus), most_samples=len(corpus.questions))
 
 
 def load_squad(data_dir: Path | None) -> Corpus:
-    """Read SQuAD for qa_1. Questions without an answer are left out, as RULER does."""
+    """Read SQuAD for qa_1, without questions that have no answer, as RULER does. Raises BadInput if it is missing."""
     advice = (
         "put SQuAD's dev-v2.0.json (https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json) "
         "into the data folder as squad.json"
@@ -74,7 +74,7 @@ def load_squad(data_dir: Path | None) -> Corpus:
 
 
 def load_hotpotqa(data_dir: Path | None) -> Corpus:
-    """Read HotpotQA in its distractor setting for qa_2."""
+    """Read HotpotQA in its distractor setting for qa_2. Raises BadInput if it is missing."""
     advice = (
         "put HotpotQA's hotpot_dev_distractor_v1.json "
         "(http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json) into the data folder as hotpotqa.json"
@@ -84,22 +84,22 @@ def load_hotpotqa(data_dir: Path | None) -> Corpus:
 
 def _draft_documents(corpus: Corpus, index: int) -> Draft:
     """Take documents one by one, and then words of one more."""
-    asked = corpus.asked[index]
+    question = corpus.questions[index]
 
     def write_cut(num_whole: int, rng: np.random.Generator, num_words: int) -> Prompt:
-        return _write_documents(corpus, asked, rng, num_whole, num_words)
+        return _write_documents(corpus, question, rng, num_whole, num_words)
 
     return Draft(
-        write=partial(_write_documents, corpus, asked),
-        fewest=len(asked.documents),
+        write=partial(_write_documents, corpus, question),
+        fewest=len(question.documents),
         then=lambda size: Draft(write=partial(write_cut, size), fewest=0),
     )
 
 
 def _write_documents(
-    corpus: Corpus, asked: Asked, rng: np.random.Generator, num_whole: int, num_words_more: int = 0
+    corpus: Corpus, question: DocumentQuestion, rng: np.random.Generator, num_whole: int, num_words_more: int = 0
 ) -> Prompt:
-    order = _order_documents(corpus, asked, rng)
+    order = _order_documents(corpus, question, rng)
     num_documents = num_whole + (num_words_more > 0)
     rounds = math.ceil(num_documents / len(order))
     documents = [corpus.documents[number] for number in (order * rounds)[:num_documents]]
@@ -110,17 +110,17 @@ def _write_documents(
     numbered = (f"Document {n}:\n{document}" for n, document in enumerate(shuffled, start=1))
     return Prompt(
         context=f"{INSTRUCTION}\n\nThe following are given documents.\n\n" + "\n\n".join(numbered),
-        question=f"\n\n{INSTRUCTION}\n\nQuestion: {asked.question}",
+        question=f"\n\n{INSTRUCTION}\n\nQuestion: {question.question}",
         answer_prefix=" Answer:",
-        answers=asked.answers,
+        answers=question.answers,
     )
 
 
-def _order_documents(corpus: Corpus, asked: Asked, rng: np.random.Generator) -> list[int]:
+def _order_documents(corpus: Corpus, question: DocumentQuestion, rng: np.random.Generator) -> list[int]:
     """Order all documents by when they are taken: the needed ones, those on the same subject, the others."""
-    related = asked.related
-    others = np.setdiff1d(np.arange(len(corpus.documents)), [*asked.documents, *related])
-    return [*asked.documents, *rng.permutation(related).astype(int).tolist(), *rng.permutation(others).tolist()]
+    related = question.related
+    unrelated = np.setdiff1d(np.arange(len(corpus.documents)), [*question.documents, *related])
+    return [*question.documents, *rng.permutation(related).astype(int).tolist(), *rng.permutation(unrelated).tolist()]
 
 
 def _first_words(text: str, num_words: int) -> str:
@@ -135,30 +135,32 @@ def _load_corpus(
     if path is None:
         where = "no data folder is given" if data_dir is None else f"{data_dir} has no such file"
         raise BadInput(f"{task} needs questions and documents, and {where}; {advice}.")
-    found = read_json(path)
+    content = read_json(path)
     try:
-        corpus = parse(found)
+        corpus = parse(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path} is damaged ({type(error).__name__}: {error!s:.200}); {advice}.") from error
-    if not corpus.asked or not corpus.documents:
+    if not corpus.questions or not corpus.documents:
         raise BadInput(f"{path} holds no questions with documents; {advice}.")
     return corpus
 
 
-def _parse_squad(found: Any) -> Corpus:
-    articles = [article["paragraphs"] for article in found["data"]]
+def _parse_squad(content: Any) -> Corpus:
+    articles = [article["paragraphs"] for article in content["data"]]
     documents, number = _number(paragraph["context"] for article in articles for paragraph in article)
-    asked = []
+    questions = []
     for article in articles:
         numbers = tuple(dict.fromkeys(number[paragraph["context"]] for paragraph in article))
         for paragraph in article:
-            own = number[paragraph["context"]]
-            asked += [
-                Asked(question=str(qa["question"]), answers=_texts(qa), documents=(own,), subject=numbers)
+            document = number[paragraph["context"]]
+            questions += [
+                DocumentQuestion(
+                    question=str(qa["question"]), answers=_texts(qa), documents=(document,), subject=numbers
+                )
                 for qa in paragraph["qas"]
                 if not qa.get("is_impossible", False) and _texts(qa)
             ]
-    return Corpus(documents=documents, asked=tuple(asked))
+    return Corpus(documents=documents, questions=tuple(questions))
 
 
 def _texts(qa: Mapping[str, Any]) -> tuple[str, ...]:
@@ -166,18 +168,18 @@ def _texts(qa: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(answer["text"]) for answer in qa["answers"]))
 
 
-def _parse_hotpotqa(found: Any) -> Corpus:
-    contexts = [[f"{title}\n{''.join(sentences)}" for title, sentences in _paragraphs(entry)] for entry in found]
+def _parse_hotpotqa(content: Any) -> Corpus:
+    contexts = [[f"{title}\n{''.join(sentences)}" for title, sentences in _paragraphs(entry)] for entry in content]
     documents, number = _number(document for context in contexts for document in context)
-    asked = tuple(
-        Asked(
+    questions = tuple(
+        DocumentQuestion(
             question=str(entry["question"]),
             answers=(str(entry["answer"]),),
             documents=tuple(dict.fromkeys(number[document] for document in context)),
         )
-        for entry, context in zip(found, contexts, strict=True)
+        for entry, context in zip(content, contexts, strict=True)
     )
-    return Corpus(documents=documents, asked=asked)
+    return Corpus(documents=documents, questions=questions)
 
 
 def _paragraphs(entry: Mapping[str, Any]) -> list[tuple[str, list[str]]]:

@@ -1,4 +1,4 @@
-"""Making a RULER prompt as long as asked: a draft can be written in any size, and the largest that fits is taken."""
+"""Make RULER prompts of a given length: a draft can be written in any size, and the largest that fits is taken."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,11 +10,11 @@ import numpy as np
 
 from headwise.errors import BadInput
 
-LARGEST_GAP = 0.02  # of the length; a draft that stays further below it goes on in another way
+LARGEST_GAP = 0.02  # of the length; a draft that leaves more of it goes on in another way
 NUM_GAPS_IGNORED = 500  # a gap of this part of the length is not worth another tokenization
 NUM_GUESSES = 8
 MOST_UNITS_PER_TOKEN = 2
-TOKENS_PER_UNIT = 256  # before any is known: the first try must not be much too long
+TOKENS_PER_UNIT = 256  # before any size was tried: the first try must not be much too long
 
 CountTokens = Callable[[str], int]
 
@@ -30,11 +30,11 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """Everything the model reads before it generates."""
+        """Everything that the model reads before it generates."""
         return self.context + self.question + self.answer_prefix
 
     def after(self, example: str) -> "Prompt":
-        """Put an example in front."""
+        """Return the prompt with an example in front."""
         return replace(self, context=example + self.context)
 
 
@@ -45,8 +45,8 @@ Write = Callable[[np.random.Generator, int], Prompt]
 class Draft:
     """A prompt whose size is open: `write(rng, size)` draws everything anew.
 
-    So a sample depends on its size and seed only, never on the sizes tried before. Where the largest one leaves a gap,
-    `then(size)` is the draft to go on with.
+    So a sample depends on its size and seed only, never on the sizes that were tried. If the largest one leaves a gap,
+    `then(size)` is the draft to go on with. `fewest` and `most` are sizes.
     """
 
     write: Write
@@ -81,11 +81,11 @@ class Family(ABC):
 
     @abstractmethod
     def prepare(self, setting: Setting) -> Prepared:
-        """Read the sources. Raises BadInput where one is missing or damaged."""
+        """Read the sources. Raises BadInput if one is missing or damaged."""
 
 
 def fill(draft: Draft, new_rng: Callable[[], np.random.Generator], setting: Setting, reserved: int) -> Prompt:
-    """Write the longest prompt that leaves `reserved` of the length's tokens free; BadInput where none does."""
+    """Write the longest prompt that leaves `reserved` of the length's tokens free. Raises BadInput if none does."""
     room = setting.length - reserved
     slack = setting.length // NUM_GAPS_IGNORED
 
@@ -103,10 +103,10 @@ def fill(draft: Draft, new_rng: Callable[[], np.random.Generator], setting: Sett
 def largest(
     count: Callable[[int], int], *, room: int, slack: int, fewest: int, most: int | None = None
 ) -> tuple[int, int]:
-    """Find the largest size of at most `room` tokens, and its tokens; `fewest` where even that is larger.
+    """Find the largest size of at most `room` tokens, and its tokens. Even `fewest` may be larger than `room`.
 
-    Ends early at a size that leaves at most `slack` tokens. Tokens grow nearly in proportion to the size, so a few
-    guesses do; halving is for where they do not.
+    It ends early at a size that leaves at most `slack` tokens. Tokens grow nearly in proportion to the size, so a few
+    guesses are enough; otherwise it goes on by halving.
     """
     size, num_tokens = fewest, count(fewest)
     too_large = fewest + room * MOST_UNITS_PER_TOKEN if most is None else most + 1
@@ -117,11 +117,11 @@ def largest(
             size + int((room - num_tokens) / tokens_per_unit) if num_tries < NUM_GUESSES else (size + too_large) // 2
         )
         guess = min(max(guess, size + 1), too_large - 1)
-        found = count(guess)
-        tokens_per_unit = max(1, found - num_tokens) / (guess - size)
+        guess_tokens = count(guess)
+        tokens_per_unit = max(1, guess_tokens - num_tokens) / (guess - size)
         num_tries += 1
-        if found <= room:
-            size, num_tokens = guess, found
+        if guess_tokens <= room:
+            size, num_tokens = guess, guess_tokens
         else:
             too_large = guess
     return size, num_tokens

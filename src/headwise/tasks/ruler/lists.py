@@ -1,4 +1,4 @@
-"""RULER's word lists: the most frequent words of a numbered list, of cwe, and of a coded text, of fwe."""
+"""Make RULER's word lists: the most frequent words of a numbered list (cwe) and of a coded text (fwe)."""
 
 import math
 import string
@@ -64,15 +64,15 @@ class CommonWords(Family):
         rng: np.random.Generator,
         size: int,
     ) -> Prompt:
-        """Write a list of `size` different words, of the plain ones, or of `more` where those do not suffice."""
+        """Write a list of `size` different words, of the plain ones, or of `more` if these are too few."""
         shuffled = [plain[i] for i in rng.permutation(len(plain))]
-        shown, left = shuffled[: sizes.example_words], shuffled[sizes.example_words :]
-        listed = left[:size] if more is None else [more[i] for i in rng.permutation(len(more))[:size]]
-        example = self._one(rng, shown, sizes.example_common, sizes.example_uncommon)
-        prompt = self._one(rng, listed, sizes.common, sizes.uncommon)
+        shown, remaining = shuffled[: sizes.example_words], shuffled[sizes.example_words :]
+        listed = remaining[:size] if more is None else [more[i] for i in rng.permutation(len(more))[:size]]
+        example = self._list_prompt(rng, shown, sizes.example_common, sizes.example_uncommon)
+        prompt = self._list_prompt(rng, listed, sizes.common, sizes.uncommon)
         return prompt.after(f"{example.text} {_enumerate(example.answers)}\n")
 
-    def _one(self, rng: np.random.Generator, words: list[str], common: int, uncommon: int) -> Prompt:
+    def _list_prompt(self, rng: np.random.Generator, words: list[str], common: int, uncommon: int) -> Prompt:
         """Write a prompt without an example."""
         answers = words[: self.num_cw]
         listed = [*answers * common, *words[self.num_cw :] * uncommon]

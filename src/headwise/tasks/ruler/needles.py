@@ -1,4 +1,4 @@
-"""RULER's haystacks: sentences among noise, essays or each other, of niah; assignments among noise, of vt."""
+"""Make RULER's haystacks: sentences among noise, essays or each other (niah), and assignments among noise (vt)."""
 
 import string
 import uuid
@@ -31,10 +31,10 @@ class _Draws:
         """Draw keys or values that were not drawn before and that a text does not contain."""
         drawn = []
         while len(drawn) < count:
-            one = self._draw(kind)
-            if one not in self.taken and one not in absent_from:
-                self.taken.add(one)
-                drawn.append(one)
+            candidate = self._draw(kind)
+            if candidate not in self.taken and candidate not in absent_from:
+                self.taken.add(candidate)
+                drawn.append(candidate)
         return drawn
 
     def _draw(self, kind: Kind) -> str:
@@ -62,7 +62,7 @@ class Needles(Family):
 
     @property
     def num_keys(self) -> int:
-        """Each asked key needs to be there."""
+        """Number of keys in the haystack: each asked key must be there."""
         return max(self.num_needle_k, self.num_needle_q)
 
     def prepare(self, setting: Setting) -> Prepared:
@@ -78,13 +78,13 @@ class Needles(Family):
         values = draw.different(self.type_needle_v, self.num_keys * self.num_needle_v, absent_from=text)
         of_key = [values[start : start + self.num_needle_v] for start in range(0, len(values), self.num_needle_v)]
         needles = [self._needle(key, value) for key, owned in zip(keys, of_key, strict=True) for value in owned]
-        asked = rng.choice(self.num_keys, self.num_needle_q, replace=False)
+        queried = rng.choice(self.num_keys, self.num_needle_q, replace=False)
         shuffled = [needles[i] for i in rng.permutation(len(needles))]
         if essays:
             context = _among_sentences(rng, essays.first_words(size), shuffled)
         else:
             context = "\n".join(_among_lines(rng, self._lines(draw, size), shuffled))
-        return self._prompt(context, [keys[i] for i in asked], tuple(value for i in asked for value in of_key[i]))
+        return self._prompt(context, [keys[i] for i in queried], tuple(value for i in queried for value in of_key[i]))
 
     def _needle(self, key: str, value: str) -> str:
         return f"One of the special magic {self.type_needle_v} for {key} is: {value}."
@@ -99,11 +99,11 @@ class Needles(Family):
     def _prompt(self, context: str, keys: Sequence[str], values: tuple[str, ...]) -> Prompt:
         query = f"{', '.join(keys[:-1])}, and {keys[-1]}" if len(keys) > 1 else keys[0]
         if len(values) == 1:
-            kind, some, are_all, are = self.type_needle_v.removesuffix("s"), "A", "is", "is"
+            kind, article, are_all, are = self.type_needle_v.removesuffix("s"), "A", "is", "is"
         else:
-            kind, some, are_all, are = self.type_needle_v, "Some", "are all", "are"
+            kind, article, are_all, are = self.type_needle_v, "Some", "are all", "are"
         return Prompt(
-            context=f"{some} special magic {kind} {are} hidden within the following text. Make sure to memorize it. "
+            context=f"{article} special magic {kind} {are} hidden within the following text. Make sure to memorize it. "
             f"I will quiz you about the {kind} afterwards.\n{context}",
             question=f"\nWhat {are_all} the special magic {kind} for {query} mentioned in the provided text?",
             answer_prefix=f" The special magic {kind} for {query} mentioned in the provided text {are}",
@@ -124,7 +124,8 @@ class VariableTracking(Family):
 
         def count(size: int) -> int:
             rng = np.random.default_rng(0)
-            return setting.count_tokens(self._one(rng, size, name_length=3, values=["12345"] * self.num_chains).text)
+            values = ["12345"] * self.num_chains
+            return setting.count_tokens(self._chain_prompt(rng, size, name_length=3, values=values).text)
 
         example_size, _ = largest(count, room=EXAMPLE_TOKENS, slack=0, fewest=fewest)
         draft = Draft(write=partial(self._write, example_size), fewest=fewest)
@@ -132,11 +133,11 @@ class VariableTracking(Family):
 
     def _write(self, example_size: int, rng: np.random.Generator, size: int) -> Prompt:
         values = _draw_values(rng, 2 * self.num_chains)
-        example = self._one(rng, example_size, name_length=3, values=values[: self.num_chains])
-        prompt = self._one(rng, size, name_length=5, values=values[self.num_chains :])
+        example = self._chain_prompt(rng, example_size, name_length=3, values=values[: self.num_chains])
+        prompt = self._chain_prompt(rng, size, name_length=5, values=values[self.num_chains :])
         return prompt.after(f"{example.text} {' '.join(example.answers)}\n\n")
 
-    def _one(self, rng: np.random.Generator, size: int, *, name_length: int, values: Sequence[str]) -> Prompt:
+    def _chain_prompt(self, rng: np.random.Generator, size: int, *, name_length: int, values: Sequence[str]) -> Prompt:
         """Write a prompt without an example; the first chain is asked for."""
         num_names = self.num_hops + 1
         names = draw_strings(rng, string.ascii_uppercase, name_length, num_names * self.num_chains)

@@ -1,14 +1,14 @@
-"""What RULER's prompts are made of: haystacks and words, from a folder of the user's or bundled.
+"""Read what RULER's prompts are made of: haystacks and words, from a folder of the user's or bundled.
 
 A data folder may hold, each under any of its names:
 
     PaulGrahamEssays.json or PaulGrahamEssays/*.txt   the essays of niah; without them a bundled text of ours
     english_words.json, words.zip or words/en         English words for long word lists; without them pairs of ours
-    squad.json, dev-v2.0.json, *squad*.json, xquad*   SQuAD, for qa_1; read in ruler_documents.py
-    hotpotqa.json or *hotpot*.json                    HotpotQA, for qa_2; read in ruler_documents.py
+    squad.json, dev-v2.0.json, *squad*.json, xquad*   SQuAD, for qa_1; read in documents.py
+    hotpotqa.json or *hotpot*.json                    HotpotQA, for qa_2; read in documents.py
 
-The bundled text is generated prose, easier to tell from a needle than an essay is. `haystack_name` says which of the
-two a prompt has: scores on one cannot be compared with scores on the other.
+The bundled text is generated prose, which differs more from a needle than an essay does. `haystack_name` says which of
+the two a prompt has: scores on one cannot be compared with scores on the other.
 """
 
 import re
@@ -43,7 +43,7 @@ _NO_SENTENCE_END = frozenset({"Mr", "Mrs", "Ms", "Dr", "St", "Prof", "Jr", "Sr",
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Essays:
-    """A text in sentences, read again from its beginning where it does not suffice."""
+    """A text in sentences. If it is too short, it is read again from its beginning."""
 
     text: str
     sentences: tuple[str, ...]
@@ -51,11 +51,11 @@ class Essays:
 
     def first_words(self, num_words: int) -> list[str]:
         """Return the first words, in sentences; the last one may be cut."""
-        rounds, rest = divmod(num_words, self.ends[-1])
-        whole = bisect_right(self.ends, rest)
-        num_left = rest - (self.ends[whole - 1] if whole else 0)
-        cut = [" ".join(self.sentences[whole].split()[:num_left])] if num_left else []
-        return [*self.sentences * rounds, *self.sentences[:whole], *cut]
+        rounds, remainder = divmod(num_words, self.ends[-1])
+        num_whole = bisect_right(self.ends, remainder)
+        num_left = remainder - (self.ends[num_whole - 1] if num_whole else 0)
+        cut = [" ".join(self.sentences[num_whole].split()[:num_left])] if num_left else []
+        return [*self.sentences * rounds, *self.sentences[:num_whole], *cut]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,12 +67,12 @@ class Words:
 
 
 def haystack_name(data_dir: Path | None) -> str:
-    """Say which text the essay haystacks are: "paul-graham" or "bundled"."""
+    """Return which text the essay haystacks are: "paul-graham" or "bundled"."""
     return "paul-graham" if _essay_files(data_dir) else "bundled"
 
 
 def load_essays(data_dir: Path | None) -> Essays:
-    """Read Paul Graham's essays, or write the bundled text where the folder has none."""
+    """Read Paul Graham's essays, or make the bundled text if the folder has none. Raises BadInput if they are empty."""
     texts = [_read_essay(path) for path in _essay_files(data_dir)]
     if not texts:
         return _bundled_essays()
@@ -83,7 +83,7 @@ def load_essays(data_dir: Path | None) -> Essays:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Split a text after `.`, `!` and `?`, where a capital letter or a digit follows; white space becomes one space."""
+    """Split a text after `.`, `!` and `?` if a capital letter or a digit follows. White space becomes one space."""
     text = " ".join(text.split())
     cuts = [match.end() for match in _SENTENCE_END.finditer(text) if not _is_abbreviation(text, match.start())]
     parts = (text[start:end].strip() for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True))
@@ -96,16 +96,16 @@ def load_words() -> Words:
 
 
 def load_more_words(data_dir: Path | None, words: Words) -> tuple[str, ...]:
-    """Read other English words than the bundled ones from the folder; pair the bundled ones where it has none."""
+    """Read English words other than the bundled ones from the folder, or pair the bundled ones if it has none."""
     path = first_file(data_dir, ("english_words.json", "words.zip", "words/en"))
     if path is None:
         return tuple(
-            f"{first}-{second}" for first in words.adjectives for second in words.nouns[::NOUNS_PER_PAIRED_NOUN]
+            f"{adjective}-{noun}" for adjective in words.adjectives for noun in words.nouns[::NOUNS_PER_PAIRED_NOUN]
         )
-    found = {word for word in _read_words(path) if _PLAIN_WORD.fullmatch(word)} - {*words.adjectives, *words.nouns}
-    if not found:
+    more_words = {word for word in _read_words(path) if _PLAIN_WORD.fullmatch(word)} - {*words.adjectives, *words.nouns}
+    if not more_words:
         raise BadInput(f"{path} holds no English words; put nltk's word list (words.zip) there, or remove the file.")
-    return tuple(sorted(found))
+    return tuple(sorted(more_words))
 
 
 def draw_strings(rng: np.random.Generator, alphabet: str, length: int, count: int) -> list[str]:
@@ -117,19 +117,19 @@ def draw_strings(rng: np.random.Generator, alphabet: str, length: int, count: in
 
 
 def first_file(data_dir: Path | None, patterns: Iterable[str]) -> Path | None:
-    """Return the first file of the first pattern that matches any. Raises BadInput where there is no such folder."""
+    """Return the first file of the first pattern that matches any. Raises BadInput if there is no such folder."""
     if data_dir is None:
         return None
     if not data_dir.is_dir():
         raise BadInput(f"there is no data folder {data_dir}.")
-    found = (path for pattern in patterns for path in sorted(data_dir.glob(pattern)) if path.is_file())
-    return next(found, None)
+    matches = (path for pattern in patterns for path in sorted(data_dir.glob(pattern)) if path.is_file())
+    return next(matches, None)
 
 
-def read_json(path: Path, most: int = MOST_BYTES) -> Any:
-    """Read a JSON file. Raises BadInput, also where it is damaged."""
+def read_json(path: Path, max_bytes: int = MOST_BYTES) -> Any:
+    """Read a JSON file. Raises BadInput if it cannot be read or is damaged."""
     try:
-        return strict_json.loads(_read(path, most))
+        return strict_json.loads(_read(path, max_bytes))
     except ValueError as error:
         raise BadInput(f"{path} is damaged, it is no JSON: {error}. Get it again.") from error
 
@@ -150,9 +150,9 @@ def _read_essay(path: Path) -> str:
     raise BadInput(f'{path} is not RULER\'s file of essays; it should hold {{"text": "..."}}.')
 
 
-def _read(path: Path, most: int = MOST_BYTES) -> str:
+def _read(path: Path, max_bytes: int = MOST_BYTES) -> str:
     try:
-        text = read_bytes(path, most).decode()
+        text = read_bytes(path, max_bytes).decode()
         return text.replace("\r\n", "\n").replace("\r", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path}: {error}.") from error
@@ -180,7 +180,7 @@ def _as_essays(sentences: Iterable[str]) -> Essays:
 
 
 def _is_abbreviation(text: str, stop: int) -> bool:
-    """Whether the mark at `stop` closes an abbreviation or an initial."""
+    """Return whether the mark at `stop` closes an abbreviation or an initial."""
     word = text[text.rfind(" ", 0, stop) + 1 : stop].lstrip("\"'([\u2018\u201c")
     return word in _NO_SENTENCE_END or (len(word) == 1 and word.isupper() and word != "I")
 
@@ -193,8 +193,8 @@ def _read_words(path: Path) -> list[str]:
     """Read a word list: RULER's JSON, nltk's archive, or the file in it."""
     match path.suffix:
         case ".json":
-            found = read_json(path, MOST_WORD_BYTES)
-            words = found.values() if isinstance(found, dict) else found
+            content = read_json(path, MOST_WORD_BYTES)
+            words = content.values() if isinstance(content, dict) else content
             return [word for word in words if isinstance(word, str)] if isinstance(words, Iterable) else []
         case ".zip":
             try:

@@ -1,9 +1,9 @@
-"""RULER: the thirteen official tasks, in their official wording, at the length of any tokenizer.
+"""Make RULER's thirteen official tasks, in their official wording, at the length of any tokenizer.
 
 Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?", arXiv:2404.06654. Names,
 parameters, templates, scores and the way a prompt is put together are those of github.com/NVIDIA/RULER (2025, where
 vt's answer prefix reads "assigned" instead of 2024's "assgined"). The essays are Paul Graham's only where the data
-folder has them, otherwise a bundled text: `ruler_sources.haystack_name` says which. Where ours differs:
+folder has them, otherwise a bundled text: `sources.haystack_name` says which. Where ours differs:
 
 - All draws of a sample come from its own generator, seeded by task, length, seed and index, so that a sample can be
   made alone. RULER draws all samples from one stream and shuffles each of them alike.
@@ -56,11 +56,12 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 def ruler_tasks(
     names: Sequence[str], *, tokenizer: Any, length: int, num_samples: int, seed: int, data_dir: Path | None
 ) -> list[Task]:
-    """Make tasks by their official names; `ruler_sources` says what `data_dir` may hold.
+    """Make tasks by their official names; sources.py says what `data_dir` may hold.
 
     `length` is the most tokens that special tokens, the prompt and the generated answer take together; a sample takes
-    at least 98% of it, or as many as its smallest unit allows. Raises BadInput for an unknown name, a source that is
-    missing or damaged, or more samples than there are questions; and, when a sample is made, for a length too short.
+    at least 98% of it, or as many as its smallest unit allows. Raises BadInput if a name is unknown, a source is
+    missing or damaged, or there are fewer questions than samples; and, when a sample is made, if the length is too
+    short.
     """
     for name in names:
         if name not in RULER_TASKS:
@@ -75,9 +76,9 @@ def ruler_tasks(
 
 
 def tasks_without_data(data_dir: Path | None) -> list[str]:
-    """Tasks that need a file which the folder does not hold: questions and their documents. Raises BadInput.
+    """Return the tasks that need a file of questions which the folder does not hold.
 
-    The essays and words of all other tasks are bundled.
+    The essays and words of all other tasks are bundled. Raises BadInput if the folder does not exist.
     """
     return [
         name
@@ -88,16 +89,16 @@ def tasks_without_data(data_dir: Path | None) -> list[str]:
 
 def match_all(prediction: str, question: Question) -> float:
     """Return the share of the answers that the prediction contains, in any case."""
-    found = _found(prediction, question)
-    return sum(found) / len(found)
+    matches = _matches(prediction, question)
+    return sum(matches) / len(matches)
 
 
 def match_part(prediction: str, question: Question) -> float:
     """Return 1 if the prediction contains any of the answers, in any case."""
-    return float(any(_found(prediction, question)))
+    return float(any(_matches(prediction, question)))
 
 
-def _found(prediction: str, question: Question) -> list[bool]:
+def _matches(prediction: str, question: Question) -> list[bool]:
     text = _CONTROL.sub("\n", prediction.strip()).strip().lower()
     return [answer.lower() in text for answer in question.answers]
 
