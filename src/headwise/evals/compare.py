@@ -64,20 +64,30 @@ def compare(
 
     Parameters
     ----------
-    context : the document.
-    asked : the questions, and their answers where they are known.
-    methods : names of methods; "full" is transformers' own cache, which is always measured.
-    keep : one or more keeps: fractions, tokens ("1024tok") or bytes ("2GiB").
-    max_new_tokens : tokens of an answer, at most.
-    protocol : "query-agnostic" compresses before any question is seen. "query-aware" compresses each question with
+    context
+        The document.
+    asked
+        The questions, and their answers where they are known.
+    methods
+        Names of methods; "full" is transformers' own cache, which is always measured.
+    keep
+        One or more keeps: fractions, tokens ("1024tok") or bytes ("2GiB").
+    max_new_tokens
+        Tokens of an answer, at most.
+    protocol
+        "query-agnostic" compresses before any question is seen. "query-aware" compresses each question with
         the document, and reads the document once per question.
-    prefill_chunk_size : tokens that are read in one forward pass; None: all.
-    split_special_tokens : see `tokenize`.
-    progress : is called with (pairs measured, pairs in all).
+    prefill_chunk_size
+        Tokens that are read in one forward pass; None: all.
+    split_special_tokens
+        See `tokenize`.
+    progress
+        Is called with (pairs measured, pairs in all).
 
     Returns
     -------
-    One row per method and keep, in the order given. A pair that is named twice has one row.
+    list of Comparison
+        One row per method and keep, in the order given. A pair that is named twice has one row.
 
     Raises
     ------

@@ -55,10 +55,14 @@ class HeadwiseLM(HFLM):
 
     Parameters
     ----------
-    method : a name, or "full", which is HFLM as it is.
-    keep : a fraction, tokens ("256tok") or bytes ("2GiB").
-    protocol : "query-aware" is the only one.
-    options : all that HFLM takes.
+    method
+        A name, or "full", which is HFLM as it is.
+    keep
+        A fraction, tokens ("256tok") or bytes ("2GiB").
+    protocol
+        "query-aware" is the only one.
+    options
+        All that HFLM takes.
 
     Raises
     ------

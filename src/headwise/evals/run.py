@@ -69,13 +69,20 @@ class Evaluation:
 
     Attributes
     ----------
-    tasks, methods, keeps : every method is measured at every keep on every sample of every task.
-    seed : what the samples were made with, from 0 on.
-    protocol : "query-agnostic" or "query-aware".
-    fidelity : whether KL and agreement are measured.
-    timed : how many samples of every task have single decoding steps timed.
-    rows : sequences that are decoded together, at most.
-    brief : whether records are short and no maps are made, for a folder that is kept in a repository.
+    tasks, methods, keeps
+        Every method is measured at every keep on every sample of every task.
+    seed
+        What the samples were made with, from 0 on.
+    protocol
+        "query-agnostic" or "query-aware".
+    fidelity
+        Whether KL and agreement are measured.
+    timed
+        How many samples of every task have single decoding steps timed.
+    rows
+        Sequences that are decoded together, at most.
+    brief
+        Whether records are short and no maps are made, for a folder that is kept in a repository.
 
     Raises
     ------
@@ -127,14 +134,19 @@ def evaluate(
 
     Parameters
     ----------
-    evaluation : what to measure.
-    folder : where records are written and read; None: nowhere.
-    processes : share the samples and the folder. The first one keeps other runs out of the folder.
-    progress : is called with (samples done, samples in all) of this process.
+    evaluation
+        What to measure.
+    folder
+        Where records are written and read; None: nowhere.
+    processes
+        Share the samples and the folder. The first one keeps other runs out of the folder.
+    progress
+        Is called with (samples done, samples in all) of this process.
 
     Returns
     -------
-    One record per sample, method and keep, in the order of the tasks and their samples.
+    list of Record
+        One per sample, method and keep, in the order of the tasks and their samples.
 
     Raises
     ------

@@ -75,18 +75,26 @@ def load_examples(
 
     Parameters
     ----------
-    source : a .jsonl, .txt or .md file, a folder of them, or "builtin[:N]".
-    max_positions : positions of the model, in tokens.
-    split : "calibration" or "train", from which builtin examples are made.
-    default : how many contexts are made or cut where `contexts` is None.
-    length : tokens of a context, at most; None: see `builtin`.
-    contexts : how many contexts there are, at most.
-    questions : "auto" also asks of texts that have no questions, a number asks at most so many of each context, "none"
+    source
+        A .jsonl, .txt or .md file, a folder of them, or "builtin[:N]".
+    max_positions
+        Positions of the model, in tokens.
+    split
+        "calibration" or "train", from which builtin examples are made.
+    default
+        How many contexts are made or cut where `contexts` is None.
+    length
+        Tokens of a context, at most; None: see `builtin`.
+    contexts
+        How many contexts there are, at most.
+    questions
+        "auto" also asks of texts that have no questions, a number asks at most so many of each context, "none"
         leaves the continuation of a context as the only future, None takes questions as they are.
 
     Returns
     -------
-    The examples, in the order of the files.
+    list of Example
+        In the order of the files.
 
     Raises
     ------

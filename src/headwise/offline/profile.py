@@ -65,13 +65,19 @@ class Settings:
 
     Attributes
     ----------
-    steps : tokens of an answer that are decoded.
-    sampling : how answers are decoded.
-    sink, window : first and last tokens that every head keeps first, more where the scorer protects more. How many of
+    steps
+        Tokens of an answer that are decoded.
+    sampling
+        How answers are decoded.
+    sink, window
+        First and last tokens that every head keeps first, more where the scorer protects more. How many of
         them a head gets is solved.
-    published : whether every question is solved by itself, too.
-    futures : what later queries come from, of FUTURES.
-    queries : how many evenly spread queries count, of every 1,024 tokens that are read as a future.
+    published
+        Whether every question is solved by itself, too.
+    futures
+        What later queries come from, of FUTURES.
+    queries
+        How many evenly spread queries count, of every 1,024 tokens that are read as a future.
 
     Raises
     ------
@@ -159,12 +165,18 @@ def profile(
 
     Parameters
     ----------
-    examples : what `load_examples` returns.
-    scorers : names of scorers.
-    out : the file to write.
-    settings : how losses are measured; None: the defaults.
-    processes : share the examples and `out`. Other runs are kept out.
-    progress : is called with (contexts done, contexts in all) of this process.
+    examples
+        What `load_examples` returns.
+    scorers
+        Names of scorers.
+    out
+        The file to write.
+    settings
+        How losses are measured; None: the defaults.
+    processes
+        Share the examples and `out`. Other runs are kept out.
+    progress
+        Is called with (contexts done, contexts in all) of this process.
 
     Raises
     ------

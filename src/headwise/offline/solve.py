@@ -49,16 +49,22 @@ def solve(
 
     Parameters
     ----------
-    profile : curves of the scorer, as `profile` measures them.
-    scorer : one of the profile's scorers.
-    ratios : keeps in (0, 1) at which kept fractions are tabulated.
-    domain_weights : how much each domain counts; None: as many contexts as it has.
-    loss : the curve that is solved: "output", "normalised" or "raw".
+    profile
+        Curves of the scorer, as `profile` measures them.
+    scorer
+        One of the profile's scorers.
+    ratios
+        Keeps in (0, 1) at which kept fractions are tabulated.
+    domain_weights
+        How much each domain counts; None: as many contexts as it has.
+    loss
+        The curve that is solved: "output", "normalised" or "raw".
 
     Returns
     -------
-    A Budget with hulls, which solve any keep exactly, and with kept fractions [ratios, layers, kv_heads] of a long
-    context, in which the protected tokens do not count.
+    Budget
+        It has hulls, which solve any keep exactly, and kept fractions [ratios, layers, kv_heads] of a long context, in
+        which the protected tokens do not count.
 
     Raises
     ------

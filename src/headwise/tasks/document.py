@@ -48,15 +48,20 @@ def prompt(
 
     Parameters
     ----------
-    document : the text to compress. It may be "" if a cache was loaded: questions do not depend on it.
-    questions : one question, or several.
-    device : where the tokens are.
-    split_special_tokens : whether the text of a control token stays text, see `tokenize`.
+    document
+        The text to compress. It may be "" if a cache was loaded: questions do not depend on it.
+    questions
+        One question, or several.
+    device
+        Where the tokens are.
+    split_special_tokens
+        Whether the text of a control token stays text, see `tokenize`.
 
     Returns
     -------
-    `context` [1, tokens] and `questions`, a tensor [tokens] each. A question follows the context directly, and ends
-    where the model's turn begins.
+    Tokens
+        `context` [1, tokens] and `questions`, a tensor [tokens] each. A question follows the context directly, and
+        ends where the model's turn begins.
 
     Raises
     ------

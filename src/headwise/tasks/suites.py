@@ -71,8 +71,10 @@ def make_tasks(named: Sequence[tuple[str, str]], tokenizer: Any, sizes: Sizes) -
 
     Parameters
     ----------
-    named : (suite, name) of every task, as `parse_tasks` returns them.
-    sizes : how many samples, how long, and where data lie.
+    named
+        (suite, name) of every task, as `parse_tasks` returns them.
+    sizes
+        How many samples, how long, and where data lie.
 
     Raises
     ------

@@ -92,13 +92,20 @@ def train(
 
     Parameters
     ----------
-    examples : what `load_examples` returns; 10 or more.
-    out : the file to write.
-    part : "lkv" trains budgets and scores, "lkv-h" budgets for a fixed `scorer`, "lkv-t" scores with equal budgets.
-    scorer : the name of the fixed scorer; for "lkv-h" only.
-    settings : how gates are trained; None: the defaults.
-    processes : share the contexts of a step, and `out`. Other runs are kept out.
-    progress : is called with (steps done, steps in all, how it goes).
+    examples
+        What `load_examples` returns; 10 or more.
+    out
+        The file to write.
+    part
+        "lkv" trains budgets and scores, "lkv-h" budgets for a fixed `scorer`, "lkv-t" scores with equal budgets.
+    scorer
+        The name of the fixed scorer; for "lkv-h" only.
+    settings
+        How gates are trained; None: the defaults.
+    processes
+        Share the contexts of a step, and `out`. Other runs are kept out.
+    progress
+        Is called with (steps done, steps in all, how it goes).
 
     Raises
     ------
