@@ -148,8 +148,8 @@ def forget(path: Path, methods: Sequence[str]) -> None:
     if not methods or not about.is_file():
         return
     known = json.loads(about.read_text())
-    for method in methods:
-        known["made_of"].pop(method, None)
+    known["made_of"] = {method: file for method, file in known["made_of"].items() if method not in methods}
+    known["latest"] = [pair for pair in known["latest"] if pair[0] not in methods]  # else the last sample would go
     write_bytes(about, json.dumps(known, indent=1).encode())
     lines = records.read_text().splitlines(keepends=True)
     write_bytes(records, "".join(line for line in lines if json.loads(line)["method"] not in methods).encode())

@@ -1,9 +1,11 @@
 """The recipes that download or run for hours: everything of them but that."""
 
 import hashlib
+import json
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -11,8 +13,11 @@ import pytest
 import typer
 
 from headwise import cli
+from headwise.evals.records import RECORDS, RUN, records_in
 from headwise.methods.names import require_names
+from headwise.models.loading import load
 from headwise.tasks.document import read_text
+from headwise.tasks.plain import perplexity_task
 
 ROOT = Path(__file__).parents[1]
 
@@ -120,3 +125,27 @@ def test_the_recipe_runs_documented_commands(tmp_path, monkeypatch, data):
     del lines[:]
     module.main()
     assert not {"profile", "train"} & {name for name, _ in lines}
+
+
+@pytest.mark.slow
+def test_only_the_method_that_was_made_anew_is_measured_again(tmp_path):
+    """Its records go, those of other methods stay, and the run that follows measures what is missing."""
+    module, folder = recipe("real_models"), tmp_path / "random" / "set" / "query-agnostic" / "text"
+    model, tokenizer = load("reference", dtype="float32")
+    text = tmp_path / "text.txt"
+    text.write_text("the old key . the slow palace . " * 100)
+    task = replace(perplexity_task(text, tokenizer, 100), num_samples=2)
+    chosen = module.Set(suite="books", length=100, methods=("full", "keydiff", "knorm"), keeps=("0.5",))
+
+    def measured():
+        module.run(model, tokenizer, task, chosen, "query-agnostic", folder, None)
+        return sorted(records_in(folder / RECORDS), key=lambda record: record.key)
+
+    before = measured()
+    module.forget(folder, ["knorm"])
+    assert [record for record in before if record.method != "knorm"] == sorted(
+        records_in(folder / RECORDS), key=lambda record: record.key
+    )
+    assert "knorm" not in json.loads((folder / RUN).read_text())["made_of"]
+    after = measured()
+    assert [(record.key, record.nll) for record in after] == [(record.key, record.nll) for record in before]
