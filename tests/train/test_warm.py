@@ -111,7 +111,7 @@ def test_budgets_start_as_lu_kv_s(taught, kind):
     scores = scatter(EntryScores(3, 2, 16)) if kind == "trained scores" else None
     budgets, (lesson,) = HeadBudgets(6, len(lessons[0].summary)), lessons
     warm_budgets(model, lessons, scores, budgets, QUICK, Processes())
-    found = lesson.fixed_scores if scores is None else raw_scores(lesson, scores)
+    (found,) = lesson.fixed if scores is None else (raw_scores(lesson, scores),)
     loss = OutputLoss(lesson.whole, keeping_order(found, 1, 3), 4)
     list(decode(model, lesson.whole, lesson.questions, [loss], steps=4))
     curve, tokens = loss.marginal().flatten(0, 1), lesson.features.shape[2]

@@ -12,7 +12,7 @@ def require_whole(whole: RaggedCache) -> None:
     layers = [layer.segments for layer in whole.frozen_layers]
     single = len(layers) == len(whole.ragged_layers) and all(segments.batch == 1 for segments in layers)
     if not single or any(len(set(segments.lengths)) > 1 for segments in layers):
-        raise BadInput("the importance of entries is measured on single context at a time, read and kept whole.")
+        raise BadInput("the importance of entries is measured on one context at a time, read and kept whole.")
 
 
 def states_of(

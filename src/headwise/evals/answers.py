@@ -19,7 +19,7 @@ from headwise.methods.method import Method
 from headwise.methods.names import require_names
 from headwise.methods.registry import FULL as FULL
 from headwise.methods.registry import ORACLE
-from headwise.models.families import given, view
+from headwise.models.families import end_tokens, given, view
 from headwise.tasks.document import Tokens
 
 TIMED_STEPS = 24
@@ -199,12 +199,6 @@ def answer_tokens(
 def as_texts(tokenizer: Any, answers: Sequence[Int[Tensor, " _"]]) -> list[str]:
     """Return the answers as texts without special tokens. Spaces around them stay: code begins with indentation."""
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
-
-
-def end_tokens(model: PreTrainedModel) -> list[int]:
-    """Return the ids of the tokens that end an answer of generate()."""
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    return [ends] if isinstance(ends, int) else list(ends or [])
 
 
 def _until_end(ids: Int[Tensor, " new"], ends: Sequence[int]) -> Int[Tensor, " _"]:

@@ -168,6 +168,12 @@ def given(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     return {_cache_argument(type(model)): cache}
 
 
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """Return the ids of the tokens that end an answer of generate()."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return [ends] if isinstance(ends, int) else list(ends or [])
+
+
 @lru_cache(maxsize=64)
 def _cache_argument(kind: type[PreTrainedModel]) -> str:
     return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"

@@ -26,7 +26,7 @@ from headwise.cache.cache import RaggedCache
 from headwise.cache.listener import Listener
 from headwise.cache.whole import require_whole, states_of
 from headwise.errors import BadInput
-from headwise.models.families import given
+from headwise.models.families import end_tokens, given
 
 QUERIES_AT_ONCE = 64  # that readers are given, at least, unless there are no more
 
@@ -280,7 +280,8 @@ def _decode(
     for row, question in enumerate(questions):
         ids[row, longest - len(question) :] = question
         mask[row, seen : seen + longest - len(question)] = 0
-    cache, ends = whole.fork(copies=len(questions)), _end_tokens(model, ids.device)
+    cache = whole.fork(copies=len(questions))
+    ends = torch.tensor(end_tokens(model), dtype=torch.int64, device=ids.device)
     cache.listen(recorder)
     if longest > 1:
         _forward(model, cache, ids[:, :-1], mask[:, :-1])
@@ -311,8 +312,3 @@ def _next(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Ten
         return logits.argmax(-1, keepdim=True)
     weights = (logits.float() / sampling.temperature).softmax(-1).cpu()
     return torch.multinomial(weights, 1, generator=generator).to(logits.device)
-
-
-def _end_tokens(model: PreTrainedModel, device: torch.device) -> Tensor:
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    return torch.tensor([ends] if isinstance(ends, int) else (ends or []), dtype=torch.long, device=device)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from headwise.errors import BadInput
 from headwise.interfaces import AbstractScorer, Chunk, Follow, Observation, Provenance, Replay, Statistics
-from headwise.methods.scores.attention import attention, token_ranks
+from headwise.methods.scores.attention import attention
 from headwise.methods.scores.window import SnapKV
+from headwise.methods.select import protected_mask
 
 INSTRUCTION = "Repeat the previous context exactly."
 _TOKEN_BLOCK = 1024  # values projected at once: the projection is hidden_size wide
@@ -79,7 +80,7 @@ class CriticalKV(AbstractScorer):
                 "that scores by attention, such as SnapKV."
             )
         scores = (base + self.epsilon) * projected_norms(observation.values, observation.output_weight)
-        pinned = _protected(observation.valid, self.sink, self.window).unsqueeze(1)
+        pinned = protected_mask(observation.valid, self.sink, self.window).unsqueeze(1)
         ranked = base.masked_fill(pinned, torch.inf).masked_fill(~observation.valid.unsqueeze(1), -torch.inf)
         ranks = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         size = self._first_stage_sizes(observation).view(-1, 1, 1)
@@ -207,11 +208,6 @@ def projected_norms(
         for block in values.float().split(_TOKEN_BLOCK, dim=2)
     ]
     return torch.cat(blocks, dim=-1)
-
-
-def _protected(valid: Bool[Tensor, "batch tokens"], sink: int, window: int) -> Bool[Tensor, "batch tokens"]:
-    ranks = token_ranks(valid)
-    return valid & ((ranks < sink) | (ranks >= valid.sum(-1, keepdim=True) - window))
 
 
 def _replay_columns(

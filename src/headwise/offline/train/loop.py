@@ -76,14 +76,13 @@ class Lesson:
     features: Float[Tensor, "layers kv_heads tokens width"]
     summary: Float[Tensor, " of_context"]
     questions: tuple[Int[Tensor, " _"], ...]
-    fixed_scores: Float[Tensor, "layers kv_heads tokens"] | None
+    fixed: tuple[Float[Tensor, "layers kv_heads tokens"], ...]  # scores of the fixed scorer, if there is one
     teaching: Teaching
 
     @property
     def nbytes(self) -> int:
         """Bytes that it keeps in memory."""
-        tensors = [self.features, self.fixed_scores]
-        return self.whole.nbytes + self.teaching.nbytes + sum(t.nbytes for t in tensors if t is not None)
+        return self.whole.nbytes + self.teaching.nbytes + sum(t.nbytes for t in (self.features, *self.fixed))
 
 
 @torch.no_grad()
@@ -117,7 +116,7 @@ def prepare(
         features=torch.stack(features),
         summary=context_summary(first.keys, first.values, positions, everything, first.rotary)[0],
         questions=questions,
-        fixed_scores=None if scorer is None else reading.scores[scorer][:, 0],
+        fixed=() if scorer is None else (reading.scores[scorer][:, 0],),
         teaching=Teaching.of(model, reading.whole, ids, (places >= starts) & real, real, settings.rest_weight),
     )
 
@@ -130,8 +129,8 @@ def raw_scores(lesson: Lesson, scores: EntryScores) -> Float[Tensor, "layers kv_
 def lesson_scores(lesson: Lesson, raw: Tensor | None) -> Float[Tensor, "layers kv_heads tokens"]:
     """Return raw scores in units of their spread, so that one temperature fits all heads. None: the fixed scores."""
     if raw is None:
-        assert lesson.fixed_scores is not None
-        rank = lesson.fixed_scores.argsort(dim=-1).argsort(dim=-1).float()
+        (fixed,) = lesson.fixed
+        rank = fixed.argsort(dim=-1).argsort(dim=-1).float()
         return torch.erfinv((2 * rank + 1) / rank.shape[-1] - 1) * math.sqrt(2)
     return (raw - raw.mean(-1, keepdim=True)) / (raw.std(-1, keepdim=True) + 1e-4)
 

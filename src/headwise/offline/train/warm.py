@@ -153,8 +153,7 @@ def _mean_curve(
         len(shape.layers), shape.kv_heads, settings.sink + settings.window + RANKS, dtype=torch.float32, device="cpu"
     )
     for lesson in (lessons[index] for index in processes.share(len(lessons))):
-        ranked = lesson.fixed_scores if scores is None else raw_scores(lesson, scores)
-        assert ranked is not None
+        (ranked,) = lesson.fixed if scores is None else (raw_scores(lesson, scores),)
         order = keeping_order(ranked, settings.sink, settings.window)
         loss = OutputLoss(lesson.whole, order, settings.sink + settings.window)
         for _ in decode(model, lesson.whole, lesson.questions, [loss], steps=settings.answer_tokens):
