@@ -11,10 +11,10 @@ from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder, SourceFileLoader
 from inspect import isgeneratorfunction
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from beartype import beartype
-from jaxtyping import jaxtyped
+from jaxtyping import AbstractArray, jaxtyped
 
 SAME_SIZES = jaxtyped("context")  # within it, an axis of one name has one size
 NAME = "@checked"  # no source can have it for something else
@@ -28,16 +28,18 @@ def checked(thing):
         return thing
     if isgeneratorfunction(thing):  # what it yields would be checked among the sizes of whoever asks
         return jaxtyped(thing, typechecker=beartype)
-    ready = None
+    ready, shaped = None, False
 
     @wraps(thing)
     def call(*args, **kwargs):
         __tracebackhide__ = True
-        nonlocal ready
+        nonlocal ready, shaped
         if ready is None:
             hints = {name: _resolved(hint, thing.__globals__) for name, hint in thing.__annotations__.items()}
             thing.__annotations__ = hints
-            ready = beartype(thing)
+            ready, shaped = beartype(thing), any(map(_shaped, hints.values()))
+        if not shaped:
+            return ready(*args, **kwargs)
         with SAME_SIZES:
             return ready(*args, **kwargs)
 
@@ -60,6 +62,11 @@ def _resolved(hint, names):
         return get_type_hints(holder, names, include_extras=True)["hint"]
     except NameError:
         return Any
+
+
+def _shaped(hint):
+    """Whether there is a shape anywhere in a hint."""
+    return (isinstance(hint, type) and issubclass(hint, AbstractArray)) or any(map(_shaped, get_args(hint)))
 
 
 class _Finder(MetaPathFinder):
