@@ -13,9 +13,10 @@ from importlib.machinery import PathFinder, SourceFileLoader
 from inspect import isgeneratorfunction
 from typing import Any, get_args, get_type_hints
 
-from beartype import beartype
-from jaxtyping import AbstractArray, jaxtyped
+from beartype import BeartypeConf, beartype
+from jaxtyping import AbstractArray, TypeCheckError, jaxtyped
 
+CHECKS = BeartypeConf(violation_type=TypeCheckError)  # as jaxtyping: a TypeError, which headwise may expect
 SAME_SIZES = jaxtyped("context")  # within it, an axis of one name has one size
 NAME = "@checked"  # no source can have it for something else
 
@@ -37,7 +38,7 @@ def checked(thing):
         if ready is None:
             hints = {name: _resolved(hint, thing.__globals__) for name, hint in thing.__annotations__.items()}
             thing.__annotations__ = hints
-            ready, shaped = beartype(thing), any(map(_shaped, hints.values()))
+            ready, shaped = beartype(conf=CHECKS)(thing), any(map(_shaped, hints.values()))
         if not shaped:
             return ready(*args, **kwargs)
         with SAME_SIZES:
