@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-llm quick style types units test docs wheel test-oldest test-lm-eval test-vllm fixtures clean
+.PHONY: demo demo-llm quick style types units test tests docs wheel test-oldest test-lm-eval test-vllm fixtures clean
 
 demo: $(VENV)/.installed  ## Install, then compare methods on the bundled model and document
 	$(BIN)/headwise compare --model reference --methods full,random,streaming,snapkv,keydiff,pyramidkv,adakv,expected+global,snapkv+lukv,keydiff+lukv,lkv --keep 0.15
@@ -28,7 +28,11 @@ types: $(VENV)/.tested  ## pyright
 units: $(VENV)/.tested  ## The quick tests: no process, no compiler
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quick
 
-test: style types  ## Everything: style, types, import rules, all tests on two cores
+test: $(VENV)/.tested  ## Everything: style, types, import rules, all tests on two cores
+	$(MAKE) --no-print-directory style
+	$(MAKE) --no-print-directory --jobs 2 types tests
+
+tests: $(VENV)/.tested  ## All tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
 
 docs: $(VENV)/.docs  ## The site, in site/: open site/index.html

@@ -8,9 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
+from checking import check_calls
 
-install_import_hook("headwise", "beartype.beartype")
+check_calls("headwise")
 
 torch.set_num_threads(1)
 

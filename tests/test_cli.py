@@ -18,6 +18,7 @@ import headwise
 from headwise import cli, kernels
 from headwise.artifacts.budget import Budget
 from headwise.artifacts.origin import Origin
+from headwise.bench import decode
 from headwise.commands.streaming import AnswerStreamer
 from headwise.errors import BadInput, BudgetInfeasible
 from headwise.methods.registry import ALIASES, ALLOCATORS, SCORERS
@@ -420,7 +421,10 @@ def test_build_kernels_says_where_the_library_is(run):
     assert found["path"] in succeed(run, "build-kernels")
 
 
-def test_bench_decode_prints_a_row_for_every_candidate_and_setting(run):
+def test_bench_decode_prints_a_row_for_every_candidate_and_setting(run, monkeypatch):
+    """How large a storage every candidate goes round does not matter here."""
+    copies = decode._copies
+    monkeypatch.setattr(decode, "_copies", lambda tensors, gigabytes: copies(tensors, gigabytes / 1000))
     line = "bench decode --tokens 1024 --dtype bfloat16 --keep 0.2,0.5 --rounds 1"
     rows = json.loads(succeed(run, f"{line} --json"))
     assert [(row["keep"], row["candidate"]) for row in rows[:3]] == [

@@ -2,7 +2,7 @@
 
 import ast
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from headwise.models import loading as models
 from headwise.offline.calibration import Example
 from headwise.offline.profile import Settings, profile
 from headwise.offline.solve import solve
+from headwise.offline.train.fit import FitSettings
 from headwise.offline.train.loop import Settings as Training
 from headwise.offline.train.run import train
 
@@ -35,6 +36,7 @@ EXAMPLES = [
         "all",
     )
 ]
+IDS = torch.randint(10, 300, (1, 130), generator=torch.Generator().manual_seed(0))
 SOURCE = Path(headwise.__file__).parent
 MAKERS = {
     *("arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn"),
@@ -102,6 +104,19 @@ def bundled_model():
     return models.load("reference")[0]
 
 
+@pytest.fixture(scope="module")
+def plain(loaded, tmp_path_factory):
+    """Files as they are made under torch's own defaults."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headwise.offline.train.warm.PROFILED", 1)
+        return make_files(loaded, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def kept_by_default(bundled_model):
+    return cache(partial(kept, bundled_model, IDS))
+
+
 def kept(model, ids, method):
     """What stays of a context, and the logits of a question."""
     with torch.no_grad():
@@ -113,26 +128,23 @@ def kept(model, ids, method):
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("method", [*SCORERS, "snapkv+pyramid", "adakv", "expected+global", "keydiff+lukv", "lkv"])
-def test_every_method_keeps_the_same_under_other_defaults(bundled_model, method, name):
-    ids = torch.randint(10, 300, (1, 130), generator=torch.Generator().manual_seed(0))
-    expected = kept(bundled_model, ids, method)
+def test_every_method_keeps_the_same_under_other_defaults(bundled_model, kept_by_default, method, name):
+    expected = kept_by_default(method)
     with defaults(**OTHERS[name]):
-        found = kept(bundled_model, ids, method)
+        found = kept(bundled_model, IDS, method)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
     torch.testing.assert_close(found[2], expected[2], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_files_are_the_same_under_other_defaults(loaded, tmp_path, monkeypatch, name):
+def test_files_are_the_same_under_other_defaults(loaded, plain, tmp_path, monkeypatch, name):
     """A profile, the budget solved from it, gates that were trained, a cache that was saved and loaded."""
     monkeypatch.setattr("headwise.offline.train.warm.PROFILED", 1)
-    for folder, chosen in (("plain", {}), ("other", OTHERS[name])):
-        (tmp_path / folder).mkdir()
-        with defaults(**chosen):
-            make_files(loaded, tmp_path / folder)
+    with defaults(**OTHERS[name]):
+        make_files(loaded, tmp_path)
     for file in ("profile", "budget", "gates", "cache"):
-        found, expected = (load_file(tmp_path / folder / file) for folder in ("other", "plain"))
+        found, expected = (load_file(folder / file) for folder in (tmp_path, plain))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected), file
 
@@ -142,8 +154,10 @@ def make_files(loaded, folder):
     model, _ = loaded
     profile(*loaded, EXAMPLES[:2], ["keydiff", "expected"], folder / "profile", settings=Settings(steps=2, window=3))
     solve(Profile.load(folder / "profile"), "keydiff").save(folder / "budget")
-    quick = replace(Training(), steps=2, warm_steps=2, contexts_per_step=2, questions=2, answer_tokens=3)
+    fit = FitSettings(steps=100, questions=2, answer_tokens=3)
+    quick = Training(fit=fit, steps=2, warm_steps=2, contexts_per_step=2, questions=2, answer_tokens=3)
     train(*loaded, EXAMPLES, folder / "gates", settings=quick)
     ids = torch.randint(3, 90, (1, 130), generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
     headwise.compress(model, ids, f"keydiff+lukv@{folder / 'budget'}", keep=0.4).save(folder / "saved")
     headwise.load(folder / "saved", model, input_ids=ids).save(folder / "cache")
+    return folder

@@ -12,7 +12,7 @@ import torch
 from families import random_ids, tiny_model
 from importance import entry_importance
 from killing import ended, forked, killed_at
-from launching import launch
+from launching import fork
 from random_gates import gates_file
 from ranks import Rank
 
@@ -465,10 +465,8 @@ def lines(path):
 def test_two_processes_give_what_one_gives(model_folders, whole, tmp_path):
     """Without a GPU accelerate once took both for the only one: each did all the work and wrote the file."""
     out = tmp_path / "p.safetensors"
-    command = (
-        f"-m headwise profile --model {model_folders['qwen3']} --data {lines(tmp_path / 'data.jsonl')} --out {out} "
-    )
-    said = launch(f"{command} --scorer keydiff,expected --steps 2 --sink 1 --window 3 --device cpu --json")
+    command = f"profile --model {model_folders['qwen3']} --data {lines(tmp_path / 'data.jsonl')} --out {out}"
+    said = fork(f"{command} --scorer keydiff,expected --steps 2 --sink 1 --window 3 --device cpu --json")
     assert json.loads(said) == {"profile": str(out), "contexts": 4, "scorers": ["keydiff", "expected"]}
     assert_same(Profile.load(out), whole[0])
     assert not out.with_name("p.safetensors.parts").exists()

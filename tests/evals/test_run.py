@@ -9,7 +9,7 @@ import torch
 from evaluated import evaluated, evaluation_of
 from families import tiny_model
 from folders import CHAT_TEMPLATE, word_tokenizer
-from launching import launch
+from launching import fork, launch
 from ranks import Rank
 
 from headwise.errors import BadInput, BudgetInfeasible
@@ -352,11 +352,9 @@ def test_processes_share_the_samples(model, whole, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(model_folders, tmp_path):
     for processes in (1, 2):
-        line = (
-            f"-m headwise eval --model {model_folders['base']} --tasks mini-ruler:vt,cwe --methods keydiff --keep 0.5 "
-        )
+        line = f"eval --model {model_folders['base']} --tasks mini-ruler:vt,cwe --methods keydiff --keep 0.5 "
         line += f"--samples 3 --length 160 --timed 0 --device cpu --json --out {tmp_path / str(processes)}"
-        said = json.loads(launch(line, processes))
+        said = json.loads(launch(f"-m headwise {line}") if processes > 1 else fork(line, processes))
         assert [(row["task"], row["samples"]) for row in said] == [("vt", 3), ("cwe", 3)]
     one, two = (RunFolder(tmp_path / name, {}).records() for name in "12")
     assert untimed(one) == untimed(two)

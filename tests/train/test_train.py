@@ -12,7 +12,7 @@ import file_kinds
 import pytest
 import torch
 from killing import ended, forked
-from launching import SHARDED, launch
+from launching import SHARDED, fork
 from random_gates import gates_file, gates_for
 
 import headwise
@@ -25,6 +25,7 @@ from headwise.models import loading as models
 from headwise.models.families import view
 from headwise.offline.calibration import Example, encode
 from headwise.offline.train import run as module
+from headwise.offline.train import warm
 from headwise.offline.train.fit import FitSettings
 from headwise.offline.train.loop import Settings, Trainer
 from headwise.offline.train.run import Lessons, train
@@ -42,11 +43,14 @@ EXAMPLES = [
 ]
 
 
+PROFILED = warm.PROFILED
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _short_start():
     """The first budgets are solved from one context."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headwise.offline.train.warm.PROFILED", 1)
+        patch.setattr(warm, "PROFILED", 1)
         yield
 
 
@@ -286,8 +290,9 @@ def lines(path):
     return path
 
 
-COMMAND = "train --model {folder} --data {data} --out {out} --steps 4 --warm-steps 2 --contexts-per-step 4 "
-COMMAND += "--questions 2 --answer-tokens 3 --keeps 0.1,0.4 --sink 1 --window 3 --seed 2 --device cpu --json"
+COMMAND = "train --model {folder} --data {data} --out {out} --fit-steps 100 --steps 4 --warm-steps 2 "
+COMMAND += "--contexts-per-step 4 --questions 2 --answer-tokens 3 --keeps 0.1,0.4 --sink 1 --window 3 --seed 2 "
+COMMAND += "--device cpu --json"
 
 
 def command_line(line, monkeypatch, capsys):
@@ -299,12 +304,13 @@ def command_line(line, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(model_folders, tmp_path):
+def test_two_processes_learn_what_one_learns(model_folders, tmp_path, monkeypatch):
     """Each with the whole model, or each with half of its weights."""
+    monkeypatch.setattr(warm, "PROFILED", PROFILED)
     data, outs = lines(tmp_path / "data.jsonl"), [tmp_path / f"{name}.safetensors" for name in ("one", "two", "halves")]
     for out, how in zip(outs, [(1,), (2,), (2, SHARDED)], strict=True):
         line = COMMAND.format(folder=model_folders["qwen3"], data=data, out=out)
-        said = json.loads(launch(f"-m headwise {line}", *how))
+        said = json.loads(fork(line, *how))
         assert said == {"gates": str(out), "log": f"{out}.log.jsonl", "steps": 4, "method": f"lkv@{out}"}
         assert not out.with_name(f"{out.name}.state").exists()
     for alone, *together in zip(*map(log_of, outs), strict=True):
