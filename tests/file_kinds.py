@@ -311,7 +311,7 @@ def read_results(path: Path) -> None:
         if name != path.name:
             (path.parent / name).write_bytes(make())
     found = records.load([path.parent])
-    summaries = results.named(found)
+    summaries = results.summaries_by_name(found)
     results.markdown(summaries, found.duplicates), page(summaries, found.duplicates)
 
 
@@ -324,7 +324,7 @@ EVALUATED = {
 
 def read_bench(path: Path) -> None:
     sections = benchmarks.load([path])
-    speed.page(sections), speed.markdown(sections), speed.drawn(sections)
+    speed.page(sections), speed.markdown(sections), speed.charts_by_name(sections)
 
 
 def read_log(path: Path) -> None:
