@@ -1,6 +1,6 @@
 """What a saved cache must hold, before anything is computed with it: kernels trust the numbers of rows that it says.
 
-store.py writes and loads the files; a map of kept tokens reads one without the model (report/kept.py).
+kept.py writes and loads the files; a map of kept tokens reads one without the model (report/inspect/kept.py).
 """
 
 import re
