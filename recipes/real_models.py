@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import BadInput, HeadwiseError
-from headwise.evals.records import RECORDS, RUN, RunFolder
+from headwise.evals.records import RUN, RunFolder
 from headwise.evals.run import Evaluation, evaluate, manifest
 from headwise.files.locks import SUFFIX, locked
 from headwise.files.writing import write_bytes
@@ -81,8 +81,7 @@ def main() -> None:
             for task in tasks_of(chosen, asked, tokenizer):
                 path = asked.out / asked.model.name / name / protocol / task.name.partition(":")[2]
                 try:
-                    forget(path, asked.again)
-                    run(model, tokenizer, task, chosen, protocol, path, asked.methods)
+                    run(model, tokenizer, task, chosen, protocol, path, asked.methods, asked.again)
                 except HeadwiseError as error:
                     print(f"{path}: {error}", file=sys.stderr)
                     failed = True
@@ -143,20 +142,33 @@ def books(path: Path, tokenizer: Any, length: int, samples: int) -> Task:
 
 
 def forget(path: Path, methods: Sequence[str]) -> None:
-    """Drop the records of methods whose files have been made anew, and what they were made of."""
-    about, records = path / RUN, path / RECORDS
+    """Drop the records of methods whose files have been made anew, and what they were made of.
+
+    Records go first: what is interrupted between the two is refused by the next run, and can be forgotten again.
+    """
+    about = path / RUN
     if not methods or not about.is_file():
         return
+    for records in sorted(path.glob("records*.jsonl")):
+        lines = [line for line in records.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = "".join(line for line in lines if json.loads(line)["method"] not in methods)
+        write_bytes(records, kept.encode())
     known = json.loads(about.read_text())
-    known["made_of"] = {method: file for method, file in known["made_of"].items() if method not in methods}
+    made_of = known.get("made_of", {})
+    known["made_of"] = {method: file for method, file in made_of.items() if method not in methods}
     known["latest"] = [pair for pair in known["latest"] if pair[0] not in methods]  # else the last sample would go
     write_bytes(about, json.dumps(known, indent=1).encode())
-    lines = records.read_text().splitlines(keepends=True)
-    write_bytes(records, "".join(line for line in lines if json.loads(line)["method"] not in methods).encode())
 
 
 def run(
-    model: Any, tokenizer: Any, task: Task, chosen: Set, protocol: str, path: Path, methods: Sequence[str] | None
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    chosen: Set,
+    protocol: str,
+    path: Path,
+    methods: Sequence[str] | None,
+    again: Sequence[str] = (),
 ) -> None:
     """Measure what a folder lacks, unless another process does."""
     evaluation = Evaluation(
@@ -176,6 +188,7 @@ def run(
         except BadInput:
             print(f"{path}: in work", file=sys.stderr)
             return
+        forget(path, again)
         start = time.perf_counter()
         told = manifest(model, path.parts[-4], evaluation, chosen.length, "python recipes/real_models.py")
         found = evaluate(model, tokenizer, evaluation, folder=RunFolder(path, told))

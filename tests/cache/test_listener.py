@@ -1,16 +1,18 @@
 """Listeners hear what passes through a cache's layers, and what they hear is what the scorers and kernels are given."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from families import random_ids, tiny_model
 
 import headwise
+from headwise import Method
 from headwise.cache.listener import Listener
-from headwise.errors import UnsupportedGeneration
+from headwise.errors import BadInput, UnsupportedGeneration
+from headwise.interfaces import AbstractScorer
 from headwise.methods.allocate import Uniform
-from headwise.methods.scores import KeyDiff, KVzip, SnapKV
+from headwise.methods.scores import H2O, KeyDiff, KVzip, SnapKV
 
 CONTEXT, KEEP = 60, 0.6
 
@@ -27,6 +29,9 @@ class Ear(Listener):
 
     def observed(self, scorer, observation):
         self.heard.append((scorer, observation))
+
+    def of(self, scorer):
+        return [observation for who, observation in self.heard if who == scorer]
 
     def attends(self, layer, query, tail_keys, tail_values, mask, scaling):
         self.steps.append((layer, query.clone(), tail_keys.clone(), tail_values.clone(), mask, scaling))
@@ -48,7 +53,7 @@ def test_every_scorer_is_told_of_every_layer_as_if_it_were_alone(model, context)
     layers = len(cache.ragged_layers)
     assert len(ear.heard) == 3 * layers
     alone = Ear()
-    headwise.compress(model, context, headwise.Method(scorer=window, allocator=Uniform()), keep=KEEP, listeners=[alone])
+    headwise.compress(model, context, Method(scorer=window, allocator=Uniform()), keep=KEEP, listeners=[alone])
     own = [observation for scorer, observation in ear.heard if scorer == window]
     for mine, other in zip(own, [observation for _, observation in alone.heard], strict=True):
         torch.testing.assert_close(window.score(mine), window.score(other))
@@ -64,13 +69,59 @@ def test_listeners_change_nothing(model, context):
     assert plain.kept == replace(twice.kept, peak_nbytes=plain.peak_nbytes)
 
 
+@pytest.mark.parametrize("method", ["h2o", "expected", "kvzip"])
+def test_a_second_reading_is_for_those_who_ask_for_it(model, context, method):
+    """Whoever scores by all queries must not count those that repeat the context."""
+    plain = headwise.compress(model, context, method, keep=KEEP)
+    ear = Ear(H2O(), KVzip())
+    heard = headwise.compress(model, context, method, keep=KEEP, listeners=[ear])
+    assert plain.kept == replace(heard.kept, peak_nbytes=plain.peak_nbytes)
+    alone = Ear(H2O())
+    headwise.compress(model, context, "knorm", keep=KEEP, listeners=[alone])
+    for mine, other in zip(ear.of(H2O()), alone.of(H2O()), strict=True):
+        torch.testing.assert_close(H2O().score(mine), H2O().score(other))
+
+
+def test_a_scorer_need_not_be_hashable(model, context):
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Weighted(AbstractScorer):
+        weights: list
+
+        def score(self, observation):
+            return observation.values.float().norm(dim=-1) * self.weights[0]
+
+    scorer, ear = Weighted(weights=[2.0]), Ear(Weighted(weights=[3.0]))
+    cache = headwise.compress(model, context, Method(scorer=scorer, allocator=Uniform()), keep=KEEP, listeners=[ear])
+    assert len(ear.of(ear.asked[0])) == len(cache.ragged_layers) == len(ear.of(scorer))
+
+
+def test_two_listeners_hear_their_own_scorers(model, context):
+    first, second = Ear(H2O()), Ear(KeyDiff())
+    headwise.compress(model, context, "knorm", keep=KEEP, listeners=[first, second])
+    assert {type(scorer).__name__ for scorer, _ in first.heard} == {"Knorm", "H2O"}
+    assert {type(scorer).__name__ for scorer, _ in second.heard} == {"Knorm", "KeyDiff"}
+
+
+def test_what_a_listener_cannot_hear_is_refused(model, context):
+    with pytest.raises(BadInput, match="in another way"):
+        headwise.compress(model, context, "kvzip", keep=KEEP, listeners=[Ear(KVzip(chunk_size=16))])
+    ear = Ear()
+    with pytest.raises(BadInput, match="already"):
+        headwise.compress(model, context, "knorm", keep=KEEP, listeners=[ear, ear])
+    cache = headwise.RaggedCache(model, "knorm", keep=KEEP, prompt_length=CONTEXT)
+    model(context[:, :20], past_key_values=cache, use_cache=True)
+    with pytest.raises(BadInput, match="before the context is read"):
+        cache.listen(Ear(KeyDiff()))
+    cache.listen(Ear())
+
+
 def test_a_second_reading_is_made_for_a_listener(model, context):
     ear = Ear(KVzip(chunk_size=16))
     headwise.compress(model, context, "knorm", keep=KEEP, listeners=[ear])
     scorer = ear.asked[0]
     scores = torch.stack([scorer.score(observation) for who, observation in ear.heard if who == scorer])
     alone = Ear()
-    headwise.compress(model, context, headwise.Method(scorer=scorer, allocator=Uniform()), keep=KEEP, listeners=[alone])
+    headwise.compress(model, context, Method(scorer=scorer, allocator=Uniform()), keep=KEEP, listeners=[alone])
     torch.testing.assert_close(scores, torch.stack([scorer.score(observation) for _, observation in alone.heard]))
 
 

@@ -166,12 +166,15 @@ class RaggedCache(Cache, PassAware):
         """Let `listener` hear what passes through the layers from now on. Forks do not take it along.
 
         Raises UnsupportedModel, UnsupportedGeneration where a scorer of the listener needs a second reading of the
-        context that it cannot have.
+        context that it cannot have; BadInput where it listens already, its scorers come after the context has begun, or
+        two scorers want different second readings.
         """
+        if any(listener is other for other in self.ragged_layers[0].listeners):
+            raise BadInput("this listener hears this cache already.")
         if self.prefill is not None and not self.compressed:
             for scorer in listener.scorers:
                 _require_replay(self.view, scorer, self._replays)
-            self.prefill.listeners.append(listener)
+            self.prefill.add_listener(listener)
         for layer in self.ragged_layers:
             layer.listeners = (*layer.listeners, listener)
 

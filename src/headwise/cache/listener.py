@@ -11,6 +11,9 @@ from headwise.interfaces import AbstractScorer, Observation
 class Listener:
     """Hears what passes through the layers of one cache, but not of its forks. Both methods do nothing by default.
 
+    It changes nothing of what is kept. A scorer of its own that needs a second reading makes all layers stay whole
+    until then. Scorers must be resolved for the model (`AbstractScorer.resolve`).
+
     Give it to `compress` to hear how a context is read, or to `RaggedCache.listen` to hear what comes after it.
     """
 

@@ -58,8 +58,9 @@ class _Trace:
     scaling: float = 1.0
 
     def add(self, chunk: Chunk) -> None:
-        """Take in a chunk. Queries of a second reading are not those of the context."""
-        self.statistics = self.scorer.accumulate(self.statistics, chunk)
+        """Take in a chunk. A second reading is for those who asked for it, and its queries are not the context's."""
+        if chunk.repeats is None or self.scorer.replay is not None:
+            self.statistics = self.scorer.accumulate(self.statistics, chunk)
         if chunk.repeats is None:
             self.queries = (_last((*self.queries, chunk.queries), self.scorer.query_window),)
             self.scaling = chunk.scaling
@@ -109,14 +110,28 @@ class Prefill:
 
     @property
     def scorers(self) -> list[AbstractScorer]:
-        """The method's, which decides, then those that only watch, for listeners."""
-        watching = (scorer for listener in self.listeners for scorer in listener.scorers)
-        return list(dict.fromkeys((self.method.scorer, *watching)))
+        """The method's, which decides, then those that only watch, for listeners; each once."""
+        scorers = [self.method.scorer]
+        for listener in self.listeners:
+            scorers += [scorer for scorer in listener.scorers if scorer not in scorers]
+        return scorers
 
     @property
     def replay(self) -> Replay | None:
-        """How the context must be read again, if any scorer asks for it. One at most does."""
+        """How the context must be read again, if any scorer asks for it; all that do ask for the same."""
         return next((scorer.replay for scorer in self.scorers if scorer.replay is not None), None)
+
+    def add_listener(self, listener: Listener) -> None:
+        """Let it hear the reading. Raises BadInput where its scorers come too late, or want another second reading."""
+        if self._piece and listener.scorers:
+            raise BadInput("a listener with scorers must be there before the context is read, for they need all of it.")
+        for scorer in listener.scorers:
+            if scorer.replay is not None and self.replay not in (None, scorer.replay):
+                raise BadInput(
+                    f"{type(scorer).__name__} wants the context repeated in another way than {self.replay}: listen to "
+                    "one of them at a time."
+                )
+        self.listeners.append(listener)
 
     def refuse_failed(self) -> NoReturn:
         """Raise UnsupportedGeneration: what was read is not whole, and cannot be read again."""
@@ -260,7 +275,8 @@ class Prefill:
             self.plan = self.plan.summarised(self.method, observations[0])
         for trace, observation in zip(traces, observations, strict=True):
             for listener in self.listeners:
-                listener.observed(trace.scorer, observation)
+                if trace.scorer is traces[0].scorer or trace.scorer in listener.scorers:
+                    listener.observed(trace.scorer, observation)
         return self.method.scorer.score(observations[0])
 
     def _observation(self, layer: FillingLayer, trace: _Trace) -> Observation:

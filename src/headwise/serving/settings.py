@@ -19,6 +19,7 @@ from headwise.cache.prefill import make_plan
 from headwise.errors import BadInput, UnsupportedModel
 from headwise.interfaces import StaticAllocator
 from headwise.methods.allocate import Global, learned_budgets
+from headwise.methods.allocate.unresolved import Shipped
 from headwise.methods.keep import MOST_TOKENS, Keep, parse_keep
 from headwise.methods.method import Method
 from headwise.methods.names import entries_of
@@ -147,7 +148,9 @@ def static_fractions(method: Method, keep: Keep, shape: ModelShape, tokens: int)
     """What every head keeps of a context of so many tokens. Raises BadInput where that depends on the context."""
     allocator = method.allocator
     if not isinstance(allocator, StaticAllocator):
-        raise BadInput(f"{type(allocator).__name__} counts by the scores of a prompt, so it cannot be planned with.")
+        unresolved = isinstance(allocator, Shipped)
+        reason = "must be resolved for a model first" if unresolved else "counts by the scores of a prompt"
+        raise BadInput(f"{type(allocator).__name__} cannot be planned with: it {reason}.")
     valid = torch.ones(1, tokens, dtype=torch.bool, device="cpu")
     plan = make_plan(
         method,
