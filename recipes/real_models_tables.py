@@ -7,11 +7,12 @@ the full cache does not answer says little about a method: means are over the ta
 """
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from headwise.report.quality.records import FULL, RUN, load
+from headwise.report.quality.records import FULL, RUN, Record, load
 from headwise.report.quality.statistics import Estimate, Setting
 from headwise.report.quality.summary import Summary, summarise
 
@@ -47,8 +48,19 @@ def pages(runs: Path) -> Iterator[str]:
         folders.items(), key=lambda item: (item[0][0], order.index(item[0][1]), item[0][2])
     ):
         sections = load(found).sections
-        assert len(sections) == 1, (model, name, protocol)
-        yield from section(summarise(sections[0]), f"{model}, {name}, {protocol}")
+        (whole,) = sections
+        methods = json.loads((found[0] / RUN).read_text(encoding="utf-8"))["methods"]
+        records = sorted(fully_measured(whole.records), key=lambda record: methods.index(record.method))
+        yield from section(summarise(replace(whole, records=records)), f"{model}, {name}, {protocol}")
+
+
+def fully_measured(records: Sequence[Record]) -> list[Record]:
+    """Those of samples that every method was measured on: means over other samples would not compare."""
+    pairs: dict[tuple[str, int], set[tuple[str, str]]] = {}
+    for record in records:
+        pairs.setdefault((record.task, record.index), set()).add((record.method, record.keep))
+    wanted = set().union(*pairs.values())
+    return [record for record in records if pairs[(record.task, record.index)] == wanted]
 
 
 def section(summary: Summary, title: str) -> Iterator[str]:
