@@ -59,11 +59,14 @@ def test_an_interrupt_is_a_line_and_code_130_and_loses_nothing(tmp_path):
     line = "eval --tasks mini-ruler:vt --methods keydiff --keep 0.3 --samples 400 --length 200 --timed 0"
     process = started(f"{line} --out {out}", stdout=subprocess.DEVNULL)
     until = time.monotonic() + 90
-    while not (out / "records.jsonl").exists():
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        while not (out / "records.jsonl").exists():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)  # which a process that was started in the background does not hear
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, err) == (130, b"headwise: interrupted.\n")
     assert sorted(path.name for path in out.iterdir()) == ["maps.jsonl", "records.jsonl", "run.json"]
     assert all(json.loads(line) for line in (out / "records.jsonl").read_text().split("\n")[:-1])
