@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections import namedtuple
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -151,3 +152,10 @@ def test_only_the_method_that_was_made_anew_is_measured_again(tmp_path):
     assert "knorm" not in json.loads((folder / RUN).read_text())["made_of"]
     after = measured()
     assert [(record.key, record.nll) for record in after] == [(record.key, record.nll) for record in before]
+
+
+def test_tables_are_of_samples_that_every_method_has():
+    module = recipe("real_models_tables")
+    record = namedtuple("record", "task index method keep")
+    whole = [record("t", 0, "full", "1"), record("t", 0, "lkv", "0.15")]
+    assert module.fully_measured([*whole, record("t", 1, "full", "1")]) == whole
