@@ -91,7 +91,8 @@ def _name(path):
 
 
 def _refuse_processes(event, arguments):
-    if event in STARTS:
+    fonts = event == "subprocess.Popen" and arguments[0] == "fc-list"  # matplotlib's, once on a machine
+    if event in STARTS and not fonts:
         raise AssertionError(f"{event} {arguments[:1]}: a test that starts a process has the marker `process`")
 
 

@@ -29,11 +29,9 @@ class Rotary(Protocol):
         self, states: Float[Tensor, "batch heads tokens head_dim"], positions: Int[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Undo the rotation of queries or keys (float32)."""
-        ...
 
     def mean_rotation(self, positions: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch head_dim head_dim"]:
         """The matrix R, averaged over `positions`, that turns a column vector x into its rotated self R x (float32)."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,18 +85,33 @@ class Replay:
     instruction: tuple[int, ...]  # token ids before those
 
 
-class AbstractScorer(ABC):
-    """Says which entries of a head matter. Subclasses are frozen dataclasses: their fields are the provenance."""
+class Part:
+    """What scorers and allocators share. Subclasses are frozen dataclasses: their fields are the provenance."""
 
     @property
     def sink(self) -> int:
-        """First tokens the method's paper always keeps."""
+        """First tokens that it always keeps, or that its counts take for granted: a method protects them."""
         return 0
 
     @property
     def window(self) -> int:
-        """Last tokens the method's paper always keeps."""
+        """Last tokens that it always keeps, or that its counts take for granted: a method protects them."""
         return 0
+
+    @property
+    def made_for(self) -> str:
+        """The model whose file it uses, by its name; empty where there is none."""
+        return ""
+
+    def provenance(self) -> Provenance:
+        """Name and parameters, as JSON-ready values."""
+        return {"name": type(self).__name__, **asdict(self)}  # pyright: ignore[reportArgumentType]
+
+
+class AbstractScorer(Part, ABC):
+    """Says which entries of a head matter."""
+
+    needs_budget: ClassVar[bool] = False  # whether scores depend on `Observation.totals`
 
     @property
     def query_window(self) -> int:
@@ -109,16 +122,6 @@ class AbstractScorer(ABC):
     def replay(self) -> Replay | None:
         """How the model shall read the context again before scores are asked for; None: not at all."""
         return None
-
-    @property
-    def needs_budget(self) -> bool:
-        """Whether scores depend on `Observation.totals`."""
-        return False
-
-    @property
-    def made_for(self) -> str:
-        """The model whose file it uses, by its name; empty where there is none."""
-        return ""
 
     def resolve(self, shape: ModelShape, config_hash: str) -> "AbstractScorer":
         """The scorer to use on this model. Raises ArtifactMismatch if it was made for another."""
@@ -135,10 +138,6 @@ class AbstractScorer(ABC):
     def accumulate(self, statistics: Statistics, chunk: Chunk) -> Statistics:
         """Fold one chunk into the statistics; the result must not depend on how the context was cut into chunks."""
         return statistics
-
-    def provenance(self) -> Provenance:
-        """Name and parameters, as JSON-ready values."""
-        return {"name": type(self).__name__, **asdict(self)}  # pyright: ignore[reportArgumentType]
 
     @abstractmethod
     def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
@@ -157,8 +156,8 @@ class Demand:
     summary: Float[Tensor, "batch width"] | None = None  # what the allocator's `summarise` said of the context
 
 
-class AbstractAllocator(ABC):
-    """Says how many entries every head keeps. Subclasses are frozen dataclasses: their fields are the provenance.
+class AbstractAllocator(Part, ABC):
+    """Says how many entries every head keeps.
 
     With scope "layer" it is asked as soon as a layer is done, and that layer's full K and V are freed before the next
     layer runs. With scope "model" it is asked once, at the end, with the scores of all layers.
@@ -167,25 +166,6 @@ class AbstractAllocator(ABC):
     scope: ClassVar[Scope] = "layer"
     # Whether every head keeps all protected tokens. If not, a head may keep fewer: see select.protection_order.
     keeps_protected: ClassVar[bool] = True
-
-    @property
-    def sink(self) -> int:
-        """First tokens that its counts take for granted; protected besides the scorer's."""
-        return 0
-
-    @property
-    def window(self) -> int:
-        """Last tokens that its counts take for granted; protected besides the scorer's."""
-        return 0
-
-    @property
-    def made_for(self) -> str:
-        """The model whose file it uses, by its name; empty where there is none."""
-        return ""
-
-    def provenance(self) -> Provenance:
-        """Name and parameters, as JSON-ready values."""
-        return {"name": type(self).__name__, **asdict(self)}  # pyright: ignore[reportArgumentType]
 
     def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> "AbstractAllocator":
         """The allocator to use with this scorer on this model. Raises ArtifactMismatch if it was made for others."""
@@ -217,12 +197,6 @@ class StaticAllocator(AbstractAllocator):
     def counts(self, demand: Demand) -> Int[Tensor, "layers batch kv_heads"]:
         """The whole table, on the CPU, protected entries included. It must hold what `allocate` promises."""
 
-    def allocate(
-        self,
-        scores: Float[Tensor, "layers batch kv_heads tokens"],
-        candidates: Bool[Tensor, "batch tokens"],
-        layers: Sequence[int],
-        demand: Demand,
-    ) -> Int[Tensor, "layers batch kv_heads"]:
+    def allocate(self, scores: Tensor, candidates: Tensor, layers: Sequence[int], demand: Demand) -> Tensor:
         """Their rows of the table, whatever the scores."""
         return self.counts(demand)[list(layers)].to(scores.device)

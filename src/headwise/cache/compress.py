@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.cache.cache import RaggedCache
-from headwise.cache.context import checked_mask, forward
+from headwise.cache.context import checked_mask, forward, require_filled
 from headwise.cache.kept import tokens_fingerprint
 from headwise.cache.listener import Listener
 from headwise.cache.replay import fitting, repeat
-from headwise.errors import BadInput, UnsupportedModel
+from headwise.errors import BadInput
 from headwise.methods.keep import Keep
 from headwise.methods.method import Method
 from headwise.methods.registry import AUTO
@@ -86,13 +86,9 @@ def compress(
     cache = RaggedCache(model_view, method, keep=keep, prompt_length=length, kernel=kernel, replays=True)
     for listener in listeners:
         cache.listen(listener)
-    _fill(cache, model_view, input_ids, mask, prefill_chunk_size or length, progress or _silent)
+    _fill(cache, model_view, input_ids, mask, prefill_chunk_size or length, progress or (lambda done, total: None))
     cache.tokens_fingerprint = tokens_fingerprint(input_ids, mask)
     return cache
-
-
-def _silent(done: int, total: int) -> None:
-    """Progress that nobody asked for."""
 
 
 def _fill(
@@ -110,16 +106,7 @@ def _fill(
     for start in range(0, length, size):
         stop = min(length, start + size)
         forward(model_view.model, input_ids[:, start:stop], mask[:, :stop], cache)
-        _require_filled(cache, stop)
+        require_filled(cache, stop)
         progress(stop, length * (2 if replay else 1))
     if replay is not None:
         repeat(model_view, input_ids, mask, cache, prefill, replay, progress)
-
-
-def _require_filled(cache: RaggedCache, tokens: int) -> None:
-    """Raise UnsupportedModel if the model did not put its keys and values into the cache that it was given."""
-    if cache.get_seq_length() != tokens:
-        raise UnsupportedModel(
-            f"the model was given {tokens} tokens and put {cache.get_seq_length()} into the cache: something around it "
-            "uses a cache of its own or adds tokens, as prefix and prompt tuning do. Use a model without that."
-        )

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.cache.cache import RaggedCache
-from headwise.errors import BadInput, ShapeMismatch
+from headwise.errors import BadInput, ShapeMismatch, UnsupportedModel
 from headwise.models.families import ModelView, given
 
 
@@ -23,6 +23,15 @@ def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: RaggedCach
         use_cache=True,
         logits_to_keep=1,
     )
+
+
+def require_filled(cache: RaggedCache, tokens: int) -> None:
+    """Raise UnsupportedModel if the model did not put its keys and values into the cache that it was given."""
+    if cache.get_seq_length() != tokens:
+        raise UnsupportedModel(
+            f"the model was given {tokens} tokens and put {cache.get_seq_length()} into the cache: something around it "
+            "uses a cache of its own or adds tokens, as prefix and prompt tuning do. Use a model without that."
+        )
 
 
 def checked_mask(

@@ -29,102 +29,67 @@ class Entry:
     served: bool = False
 
 
-def scorer(name: str) -> Callable[..., Any]:
-    """Makes a scorer of headwise.methods.scores, by the name of its class."""
-    return lambda: getattr(import_module("headwise.methods.scores"), name)()
+def scorer(name: str, summary: str, paper: str = "", *, served: bool = False) -> Entry:
+    """The line of a class of headwise.methods.scores."""
+    make = lambda: getattr(import_module("headwise.methods.scores"), name)()  # noqa: E731
+    return Entry(make=make, summary=summary, paper=paper, served=served)
 
 
-def allocator(name: str) -> Callable[..., Any]:
-    """Makes an allocator of headwise.methods.allocate, by the name of its class."""
-    return lambda: getattr(import_module("headwise.methods.allocate"), name)()
+def allocator(name: str, summary: str, paper: str = "", *, served: bool = False) -> Entry:
+    """The line of a class of headwise.methods.allocate."""
+    make = lambda: getattr(import_module("headwise.methods.allocate"), name)()  # noqa: E731
+    return Entry(make=make, summary=summary, paper=paper, served=served)
 
 
-def of_file(name: str) -> Callable[..., Any]:
-    """Makes what a file describes, by the name of a function of headwise.methods.of_files."""
-    return lambda *file: getattr(import_module("headwise.methods.of_files"), name)(*file)
+def of_file(name: str, summary: str, paper: str, *, file: Literal["optional", "needed"] = "optional") -> Entry:
+    """The line of what a file describes, made by a function of headwise.methods.of_files."""
+    make = lambda *file: getattr(import_module("headwise.methods.of_files"), name)(*file)  # noqa: E731
+    return Entry(make=make, summary=summary, paper=paper, file=file, served=True)
 
 
 SCORERS: Mapping[str, Entry] = MappingProxyType(
     {
-        "random": Entry(
-            make=scorer("Random"), summary="uniform random scores: the floor every method must beat", paper=""
+        "random": scorer("Random", "uniform random scores: the floor every method must beat"),
+        "streaming": scorer("Streaming", "first 4 tokens and the most recent ones", "2309.17453", served=True),
+        "knorm": scorer("Knorm", "small key norm", "2406.11430", served=True),
+        "keydiff": scorer("KeyDiff", "keys unlike the mean key", "2504.15364", served=True),
+        "snapkv": scorer("SnapKV", "attention of the last window of queries", "2404.14469", served=True),
+        "tova": scorer("TOVA", "attention of the last query", "2401.06104"),
+        "h2o": scorer("H2O", "attention accumulated over all queries", "2306.14048"),
+        "expected": scorer("ExpectedAttention", "attention expected from future queries", "2510.00636"),
+        "criticalkv": scorer("CriticalKV", "SnapKV weighted by what the value writes", "2502.03805"),
+        "kvzip": scorer("KVzip", "attention while the model repeats the context (2 passes)", "2505.23416"),
+        "kvzip-l2": scorer(
+            "KVzipL2", "as kvzip, by the sum of squared attention instead of the largest (2 passes)", "2505.23416"
         ),
-        "streaming": Entry(
-            make=scorer("Streaming"), summary="first 4 tokens and the most recent ones", paper="2309.17453", served=True
-        ),
-        "knorm": Entry(make=scorer("Knorm"), summary="small key norm", paper="2406.11430", served=True),
-        "keydiff": Entry(make=scorer("KeyDiff"), summary="keys unlike the mean key", paper="2504.15364", served=True),
-        "snapkv": Entry(
-            make=scorer("SnapKV"), summary="attention of the last window of queries", paper="2404.14469", served=True
-        ),
-        "tova": Entry(make=scorer("TOVA"), summary="attention of the last query", paper="2401.06104"),
-        "h2o": Entry(make=scorer("H2O"), summary="attention accumulated over all queries", paper="2306.14048"),
-        "expected": Entry(
-            make=scorer("ExpectedAttention"), summary="attention expected from future queries", paper="2510.00636"
-        ),
-        "criticalkv": Entry(
-            make=scorer("CriticalKV"), summary="SnapKV weighted by what the value writes", paper="2502.03805"
-        ),
-        "kvzip": Entry(
-            make=scorer("KVzip"), summary="attention while the model repeats the context (2 passes)", paper="2505.23416"
-        ),
-        "kvzip-l2": Entry(
-            make=scorer("KVzipL2"),
-            summary="as kvzip, by the sum of squared attention instead of the largest (2 passes)",
-            paper="2505.23416",
-        ),
-        "lkv-t": Entry(
-            make=of_file("learned_scores"),
-            summary="learned from keys and values: lkv-t@FILE, or lkv-t where gates are shipped",
-            paper="2605.06676",
-            file="optional",
-            served=True,
+        "lkv-t": of_file(
+            "learned_scores", "learned from keys and values: lkv-t@FILE, or lkv-t where gates are shipped", "2605.06676"
         ),
     }
 )
 
 ALLOCATORS: Mapping[str, Entry] = MappingProxyType(
     {
-        "uniform": Entry(make=allocator("Uniform"), summary="the same count for every head", paper="", served=True),
-        "pyramid": Entry(
-            make=allocator("Pyramid"),
-            summary="more for early layers, linearly less for late ones",
-            paper="2406.02069",
-            served=True,
+        "uniform": allocator("Uniform", "the same count for every head", served=True),
+        "pyramid": allocator(
+            "Pyramid", "more for early layers, linearly less for late ones", "2406.02069", served=True
         ),
-        "adakv": Entry(
-            make=allocator("AdaKV"), summary="heads of a layer compete with their scores", paper="2407.11550"
+        "adakv": allocator("AdaKV", "heads of a layer compete with their scores", "2407.11550"),
+        "global": allocator("Global", "all heads of all layers compete with their scores"),
+        "fixed": of_file("fixed", "per-head fractions from a Budget file: fixed@FILE", "2410.10819", file="needed"),
+        "lukv": of_file(
+            "solved",
+            "solved from a profile of the model and scorer: lukv@FILE, or lukv where a budget is shipped",
+            "2602.08585",
         ),
-        "global": Entry(
-            make=allocator("Global"), summary="all heads of all layers compete with their scores", paper=""
+        "lkv-h": of_file(
+            "learned_budgets", "learned budgets: lkv-h@FILE, or lkv-h where gates are shipped", "2605.06676"
         ),
-        "fixed": Entry(
-            make=of_file("fixed"),
-            summary="per-head fractions from a Budget file: fixed@FILE",
-            paper="2410.10819",
-            file="needed",
-            served=True,
-        ),
-        "lukv": Entry(
-            make=of_file("solved"),
-            summary="solved from a profile of the model and scorer: lukv@FILE, or lukv where a budget is shipped",
-            paper="2602.08585",
-            file="optional",
-            served=True,
-        ),
-        "lkv-h": Entry(
-            make=of_file("learned_budgets"),
-            summary="learned budgets: lkv-h@FILE, or lkv-h where gates are shipped",
-            paper="2605.06676",
-            file="optional",
-            served=True,
-        ),
-        "lkv-c": Entry(
-            make=of_file("contest"),
-            summary="learned scores of all heads compete; lkv-h where the file's scores do not compare",
-            paper="2605.06676",
-            file="optional",
-            served=True,  # with the budgets of lkv-h, which know no prompt
+        # served with the budgets of lkv-h, which know no prompt
+        "lkv-c": of_file(
+            "contest",
+            "learned scores of all heads compete; lkv-h where the file's scores do not compare",
+            "2605.06676",
         ),
     }
 )

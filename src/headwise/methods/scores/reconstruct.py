@@ -1,6 +1,7 @@
 """Scorers about what the model would lose: its attention's output (CriticalKV) or the context itself (KVzip)."""
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,6 +33,8 @@ class CriticalKV(AbstractScorer):
     (kvpress makes them equal), so smaller budgets keep the best of them.
     """
 
+    needs_budget: ClassVar[bool] = True  # half of it is the base's choice
+
     base: AbstractScorer = field(default_factory=SnapKV)
     first_stage: float = 0.5
     epsilon: float = 1e-4
@@ -56,11 +59,6 @@ class CriticalKV(AbstractScorer):
     def query_window(self) -> int:
         """The base's."""
         return self.base.query_window
-
-    @property
-    def needs_budget(self) -> bool:
-        """Yes: half of it is the base's choice."""
-        return True
 
     def provenance(self) -> Provenance:
         """Name and parameters, the base's under `base`."""
