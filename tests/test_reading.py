@@ -73,7 +73,7 @@ def a_plan(method):
     shape = headwise.RaggedCache(model, method, keep=0.5).view.shape
     valid, positions = torch.ones(1, 20, dtype=torch.bool), torch.arange(20)[None]
     keep = parse_keep(0.5)
-    return shape, make_plan(method, keep, shape=shape, entry_bytes=128, valid=valid, positions=positions)
+    return shape, make_plan(method, keep, shape=shape, itemsize=2, valid=valid, positions=positions)
 
 
 def test_scores_of_a_wrong_shape_are_refused():

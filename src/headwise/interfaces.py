@@ -29,9 +29,11 @@ class Rotary(Protocol):
         self, states: Float[Tensor, "batch heads tokens head_dim"], positions: Int[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Undo the rotation of queries or keys (float32)."""
+        ...
 
     def mean_rotation(self, positions: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch head_dim head_dim"]:
         """The matrix R, averaged over `positions`, that turns a column vector x into its rotated self R x (float32)."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

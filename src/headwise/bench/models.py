@@ -104,7 +104,7 @@ def require_budgets(
                 method_for(method, shape, hashed).for_model(shape, hashed),
                 parse_keep(keep),
                 shape=shape,
-                entry_bytes=shape.entry_bytes(getattr(torch, dtype).itemsize),
+                itemsize=getattr(torch, dtype).itemsize,
                 valid=valid,
                 positions=valid.cumsum(-1) - 1,
             )

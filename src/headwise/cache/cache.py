@@ -25,6 +25,7 @@ from headwise.cache.transcript import ADVICE, Transcript
 from headwise.errors import BadInput, UnsupportedGeneration, UnsupportedModel
 from headwise.interfaces import AbstractScorer
 from headwise.kernels import Kernel, get_kernel
+from headwise.kernels.quantised import NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method, for_model
 from headwise.models import attention
@@ -65,6 +66,8 @@ class RaggedCache(Cache, PassAware):
         pieces (`prefill_chunk_size`); a UserWarning says when it seems to be missing.
     kernel
         What decodes: "auto", or a name that `headwise doctor` lists.
+    entries
+        How kept entries are stored, see `compress`.
     replays
         Promise that the model will read the context again for scorers that ask for it (KVzip), as `compress` does and
         `generate` does not.
@@ -85,6 +88,7 @@ class RaggedCache(Cache, PassAware):
         keep: float | str | Keep,
         prompt_length: int | None = None,
         kernel: str = "auto",
+        entries: str = NATIVE,
         replays: bool = False,
     ):
         model_view, keep = view(model), parse_keep(keep)
@@ -92,16 +96,18 @@ class RaggedCache(Cache, PassAware):
         if prompt_length is not None and prompt_length < 1:
             raise BadInput(f"prompt_length={prompt_length} must be at least 1 token, or None: the first forward pass.")
         _require_replay(model_view, method.scorer, replays)
-        prefill = Prefill(view=model_view, method=method, keep=keep, prompt_length=prompt_length)
+        bits = parse_entries(entries)
+        prefill = Prefill(view=model_view, method=method, keep=keep, prompt_length=prompt_length, bits=bits)
         places = {layer: at for at, layer in enumerate(model_view.shape.layers)}
-        chosen, meter = get_kernel(kernel), Meter()
+        chosen, meter = get_kernel(kernel, quantised=bits is not None), Meter()
         layers = [
             FillingLayer(index=places[i], model_index=i, kernel=chosen, meter=meter, observer=prefill)
             if i in places
             else _sliding(model_view, i, meter)
             for i in range(model_view.shape.num_layers)
         ]
-        self._set_up(model_view, layers, meter, {"method": method.provenance(), "keep": str(keep)})
+        provenance = {"method": method.provenance(), "keep": str(keep), "entries": entries}
+        self._set_up(model_view, layers, meter, provenance)
         self.prefill = prefill
         self._replays = replays
         prefill.watch(self)
@@ -110,7 +116,9 @@ class RaggedCache(Cache, PassAware):
     def of(cls, model: PreTrainedModel | ModelView, kept: Kept, *, kernel: str | Kernel = "auto") -> "RaggedCache":
         """A cache that continues from what was kept. Raises UnsupportedModel, BadInput for an unknown kernel."""
         cache = cls.__new__(cls)
-        cache._continue(view(model), kept, get_kernel(kernel) if isinstance(kernel, str) else kernel)
+        quantised = any(segments.quantised for segments in kept.segments)
+        chosen = get_kernel(kernel, quantised=quantised) if isinstance(kernel, str) else kernel
+        cache._continue(view(model), kept, chosen)
         return cache
 
     def _continue(self, model_view: ModelView, kept: Kept, kernel: Kernel) -> None:
@@ -338,7 +346,7 @@ class RaggedCache(Cache, PassAware):
     def lengths(self) -> Int[Tensor, "layers batch kv_heads"]:
         """Kept entries of every head, for the contexts that were compressed."""
         self._require_compressed()
-        kept = [layer.segments.lengths for layer in self.frozen_layers]
+        kept = [layer.segments.kept for layer in self.frozen_layers]
         return torch.tensor(kept, dtype=torch.int64, device="cpu").view(len(kept), -1, self.view.shape.kv_heads)
 
     def positions(self, layer: int, row: int, head: int) -> Int[Tensor, " kept"]:
@@ -351,7 +359,7 @@ class RaggedCache(Cache, PassAware):
         segments = self.frozen_layers[layer].segments
         _require_index("row", row, segments.batch)
         _require_index("head", head, segments.kv_heads)
-        return segments.positions[segments.slice(row * segments.kv_heads + head)].long()
+        return segments.positions_of(row * segments.kv_heads + head).long()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the compressed cache, its tail included, for headwise.load. Raises UnsupportedGeneration, BadInput."""

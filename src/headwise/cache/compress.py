@@ -13,6 +13,7 @@ from headwise.cache.kept import tokens_fingerprint
 from headwise.cache.listener import Listener
 from headwise.cache.replay import fitting, repeat
 from headwise.errors import BadInput
+from headwise.kernels.quantised import NATIVE
 from headwise.methods.keep import Keep
 from headwise.methods.method import Method
 from headwise.methods.registry import AUTO
@@ -31,6 +32,7 @@ def compress(
     attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"] | None = None,
     prefill_chunk_size: int | None = None,
     kernel: str = "auto",
+    entries: str = NATIVE,
     progress: Progress | None = None,
     listeners: Sequence[Listener] = (),
 ) -> RaggedCache:
@@ -49,7 +51,8 @@ def compress(
         `scorer+allocator`, a short name, or a Method. "auto" is the default of this model; `cache.provenance` says
         which it was.
     keep
-        What is kept of all entries: a fraction (0.15), tokens per head ("1024tok") or bytes ("2GiB").
+        What is kept of all entries: a fraction (0.15), tokens per head ("1024tok"), or bytes ("2GiB"; "5%bytes" of what
+        all entries take in the model's dtype).
     attention_mask
         1 at tokens, 0 at padding. None: no padding.
     prefill_chunk_size
@@ -57,6 +60,9 @@ def compress(
         entries, but every layer stays whole until the last piece. None: all at once.
     kernel
         What decodes: "auto", or a name that `headwise doctor` lists.
+    entries
+        How kept entries are stored: "native" in the model's dtype, "int8", "k8v4" (keys in 8 bits, values in 4) or
+        "int4". Those of the first 4 tokens, and of what comes after the context, are always native.
     progress
         Called with (tokens read, tokens in all).
     listeners
@@ -83,7 +89,9 @@ def compress(
     if prefill_chunk_size is not None and prefill_chunk_size < 1:
         raise BadInput(f"prefill_chunk_size={prefill_chunk_size} must be at least 1 token, or None for all at once.")
     length = input_ids.shape[1]
-    cache = RaggedCache(model_view, method, keep=keep, prompt_length=length, kernel=kernel, replays=True)
+    cache = RaggedCache(
+        model_view, method, keep=keep, prompt_length=length, kernel=kernel, entries=entries, replays=True
+    )
     for listener in listeners:
         cache.listen(listener)
     _fill(cache, model_view, input_ids, mask, prefill_chunk_size or length, progress or (lambda done, total: None))

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.artifacts.tensors import fingerprint, opened, write_tensors
-from headwise.cache.saved import IDS, Expected, read
+from headwise.cache.saved import IDS, QUANTISED, Expected, bits_in, prefix_of, read
 from headwise.cache.transcript import Transcript
 from headwise.errors import ArtifactMismatch
+from headwise.kernels.quantised import Bits, Quantised
 from headwise.kernels.segments import Segments
 from headwise.models.families import ModelView, view
 from headwise.models.fingerprint import model_fingerprint
@@ -45,6 +46,10 @@ class KeptLayer:
             "rows": self.rows,
         }
         tail = {"tail_keys": self.tail_keys, "tail_values": self.tail_values} if self.tail_keys.shape[2] else {}
+        for part in segments.quantised:
+            lengths = torch.tensor(part.lengths, dtype=torch.int64, device="cpu").view(-1, part.kv_heads)
+            own = {"lengths": lengths} | {name: getattr(part, name) for name in QUANTISED if name != "lengths"}
+            tensors |= {prefix_of(part.bits) + name: tensor for name, tensor in own.items()}
         return tensors | tail
 
     @classmethod
@@ -59,6 +64,7 @@ class KeptLayer:
                 positions=tensors["positions"],
                 lengths=tuple(lengths.flatten().tolist()),
                 kv_heads=lengths.shape[1],
+                quantised=tuple(_quantised(tensors, bits) for bits in bits_in(tensors)),
             ),
             rows=rows,
             tail_keys=tensors.get("tail_keys", empty),
@@ -154,14 +160,16 @@ class Kept:
         layers: list[KeptLayer | KeptWindow] = []
         for i in range(model_view.shape.num_layers):
             states = saved.layers[i]
-            own = {name: _for_model(states.pop(name), model_view.model) for name in list(states)}  # one copy at a time
+            own = {
+                name: _for_model(name, states.pop(name), model_view.model) for name in list(states)
+            }  # one copy at a time
             layers.append(KeptLayer.of(own) if i in model_view.shape.layers else KeptWindow.of(own))
         return cls(
             layers=tuple(layers),
             seen=metadata["seen"],
             transcript=Transcript().followed_by(None if ids is None else ids.to(model_view.model.device)),
             context_tokens=saved.context_tokens,
-            provenance={name: metadata[name] for name in ("method", "keep")},
+            provenance={name: metadata[name] for name in ("method", "keep", "entries")},
             tokens_fingerprint=metadata["tokens_fingerprint"],
             peak_nbytes=metadata["peak_nbytes"],
         )
@@ -227,5 +235,12 @@ def _require_context(asked: str, expected: str | None, path: str | os.PathLike[s
         )
 
 
-def _for_model(tensor: Tensor, model: PreTrainedModel) -> Tensor:
-    return tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+def _quantised(tensors: Mapping[str, Tensor], bits: Bits) -> Quantised:
+    own = {name: tensors[prefix_of(bits) + name] for name in QUANTISED}
+    lengths = own.pop("lengths")
+    return Quantised(**own, lengths=tuple(lengths.flatten().tolist()), kv_heads=lengths.shape[1])
+
+
+def _for_model(name: str, tensor: Tensor, model: PreTrainedModel) -> Tensor:
+    native = tensor.is_floating_point() and not name.endswith("_scales")
+    return tensor.to(model.device, model.dtype if native else tensor.dtype)

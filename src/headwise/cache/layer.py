@@ -24,6 +24,7 @@ from headwise.cache.states import States, no_autocast, own, require_negative
 from headwise.errors import BadInput, ShapeMismatch, UnsupportedGeneration, UnsupportedModel
 from headwise.kernels import Kernel
 from headwise.kernels import segments as layout
+from headwise.kernels.quantised import Bits
 from headwise.kernels.segments import Segments
 from headwise.models.attention import tag
 
@@ -236,21 +237,30 @@ class FillingLayer(RaggedLayer):
     def picked(self, pick: Callable[[Tensor], Tensor]) -> NoReturn:
         raise UnsupportedGeneration("rows of a cache can be chosen only when its context has been compressed.")
 
-    def cut(self, kept: Bool[Tensor, "batch kv_heads tokens"], positions: Int[Tensor, "batch tokens"]) -> "FrozenLayer":
-        """Copy the kept entries out and let go of everything else."""
+    def cut(
+        self,
+        kept: Bool[Tensor, "batch kv_heads tokens"],
+        positions: Int[Tensor, "batch tokens"],
+        quantised: tuple[Bits, Bool[Tensor, "batch tokens"]] | None = None,
+    ) -> "FrozenLayer":
+        """Copy the kept entries out, those of some tokens in fewer bits, and let go of everything else."""
         keys, values = self.states
         self.meter.start_cutting()
+        segments = layout.gather(keys, values, kept, positions)
+        if quantised is not None:
+            bits, tokens = quantised
+            segments = layout.quantise(segments, tokens[:, None].expand_as(kept)[kept], bits)
         frozen = FrozenLayer(
             index=self.index,
             model_index=self.model_index,
             kernel=self.kernel,
             meter=self.meter,
-            segments=layout.gather(keys, values, kept, positions),
+            segments=segments,
             rows=torch.arange(kept.shape[0], device=kept.device, dtype=torch.int64),
             seen=self.seen,
         )
         frozen.listeners = self.listeners
-        self._report(frozen.segments.keys, frozen.segments.values)
+        self.meter.report(self.model_index, self.nbytes + frozen.nbytes)
         self.held = []
         frozen._report()
         return frozen

@@ -20,10 +20,12 @@ from headwise.cache.listener import Listener
 from headwise.cache.masks import require_causal, require_left_padding, tokens_of
 from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch, UnsupportedGeneration
 from headwise.interfaces import AbstractScorer, Chunk, Demand, Observation, Replay, StaticAllocator, Statistics
+from headwise.kernels.quantised import SINK, Bits
 from headwise.methods.allocate.apportion import require_feasible
 from headwise.methods.keep import Keep
 from headwise.methods.method import Method
 from headwise.methods.select import protected_mask, protection_order, select
+from headwise.methods.storage import Storage, fitted
 from headwise.models.families import ModelView
 from headwise.shapes import ModelShape
 
@@ -38,14 +40,24 @@ class Plan:
     order: Int[Tensor, "batch tokens"] | None  # of the protected tokens, where a head may keep fewer of them
     demand: Demand
     spared: bool  # whether a row is kept whole, because it has no more tokens than every head must keep
+    storage: Storage
+    limits: tuple[int, ...] | None = None  # bytes of each row, where the budget counts quantised entries in bytes
     table: Int[Tensor, "layers batch kv_heads"] | None = None  # all counts, where no scores are needed for them
 
     def summarised(self, method: Method, first: Observation) -> "Plan":
         """With what the method's allocator wants to know of the first layer, and its counts if it needs no more."""
         allocator = method.allocator
-        demand = replace(self.demand, summary=allocator.summarise(first))
-        table = allocator.counts(demand) if isinstance(allocator, StaticAllocator) else None
+        demand, table = replace(self.demand, summary=allocator.summarise(first)), None
+        if isinstance(allocator, StaticAllocator):
+            if self.limits is not None:
+                demand = fitted(demand, self.limits, self.storage, allocator.counts)
+            table = allocator.counts(demand)
         return replace(self, demand=demand, table=table)
+
+    def quantised(self, valid: Bool[Tensor, "batch tokens"]) -> tuple[Bits, Bool[Tensor, "batch tokens"]] | None:
+        """How many bits the entries of which tokens are stored in; None: all in the model's dtype."""
+        bits = self.storage.bits
+        return None if bits is None else (bits, valid & ~protected_mask(valid, SINK, 0))
 
 
 @dataclass(kw_only=True)
@@ -84,10 +96,13 @@ class Prefill:
     _valid: Bool[Tensor, "batch tokens"]  # from the first piece on, until then
     _positions: Int[Tensor, "batch tokens"]
 
-    def __init__(self, *, view: ModelView, method: Method, keep: Keep, prompt_length: int | None):
+    def __init__(
+        self, *, view: ModelView, method: Method, keep: Keep, prompt_length: int | None, bits: Bits | None = None
+    ):
         self.view = view
         self.method = method
         self.keep = keep
+        self.bits = bits
         self.prompt_length = prompt_length
         self._filled: Callable[[], Filled | None] = lambda: None
         self.listeners: list[Listener] = []
@@ -210,12 +225,12 @@ class Prefill:
         self.view.require_positions(needed, f"reaches position {needed}")
         self.view.warn_of_positions(needed)
         if layer.seen >= (self.prompt_length or 0):
-            entry_bytes = self.view.shape.entry_bytes(layer.dtype.itemsize)
             self.plan = make_plan(
                 self.method,
                 self.keep,
                 shape=self.view.shape,
-                entry_bytes=entry_bytes,
+                itemsize=layer.dtype.itemsize,
+                bits=self.bits,
                 valid=valid,
                 positions=self._positions,
             )
@@ -302,7 +317,7 @@ class Prefill:
         kept = keep_entries(self.method, torch.stack([self.scores.pop(i) for i in indices]), indices, self.plan)
         filled = self._filled()
         for layer, layer_kept in zip(layers, kept, strict=True):
-            frozen = layer.cut(layer_kept, positions)
+            frozen = layer.cut(layer_kept, positions, self.plan.quantised(self.plan.valid))
             if filled is not None:
                 filled.put(frozen)
         if not self.filling:
@@ -332,7 +347,8 @@ def make_plan(
     keep: Keep,
     *,
     shape: ModelShape,
-    entry_bytes: int,
+    itemsize: int,
+    bits: Bits | None = None,
     valid: Bool[Tensor, "batch tokens"],
     positions: Int[Tensor, "batch tokens"],
 ) -> Plan:
@@ -347,7 +363,12 @@ def make_plan(
     protected = protected_mask(valid, method.sink, method.window)
     num_protected = tuple(protected.sum(-1).tolist())
     floors = [max(1, n * method.keeps_protected) for n in num_protected]
-    asked = keep.entries(shape=shape, tokens=tokens, entry_bytes=entry_bytes)
+    storage, limits = Storage(head_dim=shape.head_dim, itemsize=itemsize, bits=bits), None
+    asked = keep.entries(shape=shape, tokens=tokens, entry_bytes=storage.native)
+    if bits is not None and keep.counts_bytes:
+        limits = tuple(keep.limits(shape=shape, tokens=tokens, entry_bytes=storage.native))
+        full = [shape.num_heads * n for n in tokens]
+        asked = [min(f, storage.entries(limit, shape.num_heads)) for f, limit in zip(full, limits, strict=True)]
     # No keep but everything would suit a context (a short turn of a chat) that has nothing to evict.
     totals = [shape.num_heads * n if n <= floor else a for n, floor, a in zip(tokens, floors, asked, strict=True)]
     demand = Demand(
@@ -356,7 +377,16 @@ def make_plan(
     require_feasible(demand, keep)
     order = None if method.keeps_protected else protection_order(valid, method.sink, method.window)
     spared = totals != asked
-    return Plan(valid=valid, positions=positions, protected=protected, order=order, demand=demand, spared=spared)
+    return Plan(
+        valid=valid,
+        positions=positions,
+        protected=protected,
+        order=order,
+        demand=demand,
+        spared=spared,
+        storage=storage,
+        limits=None if spared else limits,
+    )
 
 
 def keep_entries(
@@ -372,7 +402,11 @@ def keep_entries(
         name = type(method.scorer).__name__
         raise ShapeMismatch(f"{name} gave scores {tuple(scores.shape)}; expected [L, B, H, N] = {expected}.")
     if plan.table is None:
-        counts = method.allocator.allocate(scores, plan.valid & ~plan.protected, layers, demand)
+        allocate, candidates = method.allocator.allocate, plan.valid & ~plan.protected
+        if plan.limits is not None and method.allocator.scope == "model":
+            counted = partial(allocate, scores, candidates, layers)
+            demand = fitted(demand, plan.limits, plan.storage, counted)
+        counts = allocate(scores, candidates, layers, demand)
     else:
         counts = plan.table[list(layers)].to(scores.device)
     return [select(s, c, plan.valid, plan.protected, plan.order) for s, c in zip(scores, counts, strict=True)]

@@ -20,7 +20,8 @@ from headwise.cache.meter import Meter
 from headwise.cache.prefill import defers, keep_entries, make_plan
 from headwise.errors import BadInput
 from headwise.interfaces import AbstractScorer, Observation
-from headwise.kernels.segments import Segments
+from headwise.kernels.quantised import NATIVE, Bits, parse_entries
+from headwise.kernels.segments import Segments, quantise
 from headwise.methods.allocate import Uniform
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
@@ -67,9 +68,9 @@ class Reading:
     observations: dict[AbstractScorer, list[Observation]]
     before: int = 0  # tokens that were read before the last piece
 
-    def cut(self, method: str | Method, keep: float | str | Keep) -> RaggedCache:
+    def cut(self, method: str | Method, keep: float | str | Keep, *, entries: str = NATIVE) -> RaggedCache:
         """The cache that `compress` makes of this context. Raises BadInput if the scorer did not watch."""
-        model_view, keep = self.whole.view, parse_keep(keep)
+        model_view, keep, bits = self.whole.view, parse_keep(keep), parse_entries(entries)
         method = Method.parse(method).for_model(model_view.shape, model_view.config_hash)
         if method.scorer not in self.scores and method.scorer not in self.observations:
             watched = ", ".join(type(scorer).__name__ for scorer in (*self.scores, *self.observations))
@@ -79,17 +80,18 @@ class Reading:
             method,
             keep,
             shape=shape,
-            entry_bytes=shape.entry_bytes(layers[0].dtype.itemsize),
+            itemsize=layers[0].dtype.itemsize,
+            bits=bits,
             valid=self.first.valid,
             positions=self.first.positions,
         ).summarised(method, self.first)
         scores = self._scores(method.scorer, plan.demand.totals)
         kept = keep_entries(method, scores, range(len(layers)), plan)
         segments = [
-            _subset(layer.segments, layer_kept, self.first.valid)
+            _subset(layer.segments, layer_kept, self.first.valid, plan.quantised(self.first.valid))
             for layer, layer_kept in zip(layers, kept, strict=True)
         ]
-        provenance = {"method": method.provenance(), "keep": str(keep)}
+        provenance = {"method": method.provenance(), "keep": str(keep), "entries": entries}
         value = self.whole.kept.with_segments(segments, provenance=provenance)
         cache = RaggedCache.of(model_view, value, kernel=layers[0].kernel)
         cache.meter = self._as_if_compressed(cache.layers, whole_first=defers(method))
@@ -166,13 +168,17 @@ def read(
     )
 
 
-def _subset(whole: Segments, kept: Tensor, valid: Tensor) -> Segments:
-    """The kept entries of segments that hold every valid token."""
+def _subset(whole: Segments, kept: Tensor, valid: Tensor, quantised: tuple[Bits, Tensor] | None) -> Segments:
+    """The kept entries of segments that hold every valid token, those of some tokens in fewer bits."""
     rows = kept[valid[:, None].expand_as(kept)].nonzero()[:, 0]
-    return Segments(
+    segments = Segments(
         keys=whole.keys[rows],
         values=whole.values[rows],
         positions=whole.positions[rows],
         lengths=tuple(kept.sum(-1).flatten().tolist()),
         kv_heads=whole.kv_heads,
     )
+    if quantised is None:
+        return segments
+    bits, tokens = quantised
+    return quantise(segments, tokens[:, None].expand_as(kept)[kept], bits)

@@ -4,7 +4,7 @@ kept.py writes and loads the files; a map of kept tokens reads one without the m
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from headwise.artifacts.tensors import Opened
 from headwise.errors import BadInput
 from headwise.files import strict_json
 from headwise.files.schema import INTEGERS, Numbers, Schema
+from headwise.kernels.quantised import ENTRIES, NATIVE, Bits
 
 COMPRESS = "Compress the context again."
 FIELDS: Mapping[str, strict_json.Check] = {
@@ -25,12 +26,14 @@ FIELDS: Mapping[str, strict_json.Check] = {
     "tokens_fingerprint": strict_json.or_none(strict_json.text),
     "method": strict_json.mapping,
     "keep": strict_json.text,
+    "entries": strict_json.text,
     "seen": strict_json.size,
     "context_tokens": strict_json.or_none(strict_json.list_of(strict_json.positive)),
     "peak_nbytes": strict_json.count,
 }
 IDS = "ids"  # of all tokens seen, where they are known
-_NAME = re.compile(r"(0|[1-9]\d{0,3})\.[a-z_]+")
+QUANTISED = ("keys", "key_scales", "values", "value_scales", "positions", "lengths")
+_NAME = re.compile(r"(0|[1-9]\d{0,3})\.(k[48]v[48]_)?[a-z_]+")
 _FROZEN = ("keys", "values", "positions", "lengths", "rows")
 _TAIL = ("tail_keys", "tail_values")
 _STATES = ("batch", "kv_heads")
@@ -64,7 +67,7 @@ def read(file: Opened, expected: Expected | None = None) -> Saved:
 
     Without a model layers and sizes are those that the file says.
     """
-    written = {"context_tokens": None, **file.metadata}  # files of earlier versions have none
+    written = {"context_tokens": None, "entries": NATIVE, **file.metadata}  # files of earlier versions have none
     metadata = {**written, **strict_json.checked(written, FIELDS, f"{file.path}: the metadata", ADVICE)}
     present = _layers(file)
     frozen = present if expected is None else set(expected.layers)
@@ -90,6 +93,17 @@ def read(file: Opened, expected: Expected | None = None) -> Saved:
     return Saved(layers=layers, ids=tensors.get(IDS), context_tokens=known, metadata=metadata)
 
 
+def prefix_of(bits: Bits) -> str:
+    """What the names of the tensors of a layer's quantised entries begin with."""
+    return f"k{bits.keys}v{bits.values}_"
+
+
+def bits_in(names: Iterable[str]) -> list[Bits]:
+    """Of the quantised entries of a layer that has tensors of these names."""
+    found = set(names)
+    return [bits for bits in ENTRIES.values() if any(prefix_of(bits) + name in found for name in QUANTISED)]
+
+
 def _layers(file: Opened) -> set[int]:
     """Those that the file has tensors of."""
     names = {name: _NAME.fullmatch(name) for name in file.headers if name != IDS}
@@ -111,6 +125,11 @@ def _schema(file: Opened, every: set[int], frozen: set[int], seen: int, expected
             if f"{layer}.{name}" not in file.headers:
                 raise BadInput(f"{file.path} is damaged: layer {layer} has no {name!r}. {COMPRESS}")
             table[f"{layer}.{name}"] = _numbers(name, layer, layer in frozen, high, seen)
+    for layer in sorted(frozen):
+        own = [name.partition(".")[2] for name in file.headers if name.startswith(f"{layer}.")]
+        for bits in bits_in(own):
+            for name in QUANTISED:
+                table[f"{layer}.{prefix_of(bits)}{name}"] = _codes(name, layer, bits, expected, seen)
     if IDS in file.headers:
         table[IDS] = Numbers(shape=("batch", "seen"), dtypes=("I32",), low=0.0, high=float(strict_json.MOST))
         sizes["seen"] = seen
@@ -132,22 +151,42 @@ def _numbers(name: str, layer: int, frozen: bool, high: float, seen: int) -> Num
     return Numbers(shape=shape, low=-high, high=high)
 
 
+def _codes(name: str, layer: int, bits: Bits, expected: Expected | None, seen: int) -> Numbers:
+    """What a tensor of quantised entries must be."""
+    rows, kind = f"{prefix_of(bits)}rows of layer {layer}", prefix_of(bits)
+    match name:
+        case "positions":
+            return Numbers(shape=(rows,), dtypes=("I32",), low=0.0, high=float(strict_json.MOST))
+        case "lengths":
+            return Numbers(shape=("contexts", "kv_heads"), dtypes=INTEGERS, low=0.0, high=float(seen))
+        case "key_scales":
+            return Numbers(shape=(f"{kind}blocks of layer {layer}", 2, "head_dim"), dtypes=("F16",))
+        case "value_scales":
+            return Numbers(shape=(rows, 2, f"{kind}groups"), dtypes=("F16",))
+    width = None if expected is None else expected.head_dim * (bits.keys if name == "keys" else bits.values) // 8
+    return Numbers(shape=(rows, width or f"{kind}{name} bytes"), dtypes=("U8",), low=0.0, high=255.0)
+
+
 def _require_segments(layer: Mapping[str, Tensor], context: int, limit: int, place: str) -> None:
     """Raise BadInput unless lengths, rows and positions fit the keys and each other."""
-    lengths, rows, positions = layer["lengths"].long().flatten(), layer["rows"], layer["positions"].long()
-    contexts, entries = len(layer["lengths"]), len(layer["keys"])
+    contexts, rows = len(layer["lengths"]), layer["rows"]
     if not contexts or not len(rows) or int(rows.max()) >= contexts:
         raise BadInput(f"{place} has {len(rows)} rows, which must each name one of its {contexts} contexts. {COMPRESS}")
-    if int(lengths.max()) > context:
+    kept = torch.zeros(layer["lengths"].numel(), dtype=torch.int64, device="cpu")
+    for prefix in ("", *map(prefix_of, bits_in(layer))):
+        lengths, positions = layer[f"{prefix}lengths"].long().flatten(), layer[f"{prefix}positions"].long()
+        entries = len(positions)
+        if int(lengths.sum()) != entries:
+            raise BadInput(f"{place} has lengths that sum to {int(lengths.sum())}, but {entries} keys. {COMPRESS}")
+        if entries and int(positions.max()) >= limit:
+            raise BadInput(f"{place} keeps position {int(positions.max())} of {limit}. {COMPRESS}")
+        if not _ascending(positions, lengths):
+            raise BadInput(f"{place} has a head whose positions do not ascend. {COMPRESS}")
+        kept += lengths
+    if int(kept.max()) > context:
         raise BadInput(
-            f"{place} keeps {int(lengths.max())} entries in a head, of a context of {context} tokens. {COMPRESS}"
+            f"{place} keeps {int(kept.max())} entries in a head, of a context of {context} tokens. {COMPRESS}"
         )
-    if int(lengths.sum()) != entries:
-        raise BadInput(f"{place} has lengths that sum to {int(lengths.sum())}, but {entries} keys. {COMPRESS}")
-    if entries and int(positions.max()) >= limit:
-        raise BadInput(f"{place} keeps position {int(positions.max())} of {limit}. {COMPRESS}")
-    if not _ascending(positions, lengths):
-        raise BadInput(f"{place} has a head whose positions do not ascend. {COMPRESS}")
 
 
 def _ascending(positions: Int[Tensor, " rows"], lengths: Int[Tensor, " segments"]) -> bool:

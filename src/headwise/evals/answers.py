@@ -115,7 +115,7 @@ def require_possible(
                     method,
                     parse_keep(keep),
                     shape=model_view.shape,
-                    entry_bytes=model_view.shape.entry_bytes(model.dtype.itemsize),
+                    itemsize=model.dtype.itemsize,
                     valid=torch.ones(1, length, dtype=torch.bool, device="cpu"),
                     positions=torch.arange(length, dtype=torch.int64, device="cpu")[None],
                 )

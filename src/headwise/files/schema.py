@@ -24,6 +24,7 @@ _NAMES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.uint8: "U8",
 }
 LARGEST = 1e30  # of numbers to compute with: their products and sums stay finite
 

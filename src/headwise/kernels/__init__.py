@@ -31,6 +31,7 @@ class Entry:
     summary: str
     device: Literal["cpu", "cuda"] | None = None  # the only kind of device that it runs on; None: any
     needs: Callable[[], str] = str  # says what it found of its needs (str: none); raises KernelUnavailable, BadInput
+    quantised: bool = False  # whether it reads `Segments.quantised`
 
 
 def _library() -> str:
@@ -49,21 +50,27 @@ def _triton() -> str:
 # Wherever a kernel runs, it is faster than those above it: "auto" takes the last one that can be used.
 KERNELS: Mapping[str, Entry] = MappingProxyType(
     {
-        "reference": Entry(module="reference", summary="PyTorch, one head at a time: for tests"),
-        "pages": Entry(module="pages", summary="PyTorch"),
-        "native": Entry(module="native", summary="C++", device="cpu", needs=_library),
-        "triton": Entry(module="triton_decode", summary="Triton", device="cuda", needs=_triton),
+        "reference": Entry(module="reference", summary="PyTorch, one head at a time: for tests", quantised=True),
+        "pages": Entry(module="pages", summary="PyTorch", quantised=True),
+        "native": Entry(module="native", summary="C++", device="cpu", needs=_library, quantised=True),
+        "triton": Entry(module="triton_decode", summary="Triton", device="cuda", needs=_triton, quantised=True),
     }
 )
 
 
-def get_kernel(name: str) -> Kernel:
-    """The kernel called `name`; "auto" is what `fastest` names. Raises BadInput, KernelUnavailable."""
+def get_kernel(name: str, *, quantised: bool = False) -> Kernel:
+    """The kernel called `name`; "auto" is what `fastest` names. Raises BadInput, KernelUnavailable.
+
+    `quantised`: it must read quantised entries.
+    """
     if name == "auto":
         return attend_auto
     if name not in KERNELS:
         raise BadInput(f"kernel={name!r} does not exist; choose auto, {', '.join(KERNELS)}.")
     entry = KERNELS[name]
+    if quantised and not entry.quantised:
+        able = ", ".join(name for name, other in KERNELS.items() if other.quantised)
+        raise BadInput(f"kernel={name!r} does not read quantised entries; choose auto, {able}.")
     entry.needs()
     return import_module(f"headwise.kernels.{entry.module}").attend
 

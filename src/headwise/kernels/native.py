@@ -68,6 +68,7 @@ def serves(query: Tensor, segments: Segments) -> bool:
     per_segment = -(-batch // segments.batch) * group * num_new
     return (
         query.device.type == "cpu"
+        and not segments.quantised
         and query.dtype == segments.keys.dtype
         and dim % 16 == 0
         and dim <= MAX_HEAD_DIM

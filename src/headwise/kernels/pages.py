@@ -2,10 +2,12 @@
 
 With few queries per head (decoding) the storage is read as pages: ONE batched attention over all pages of all heads, in
 place. With many (a question, or many questions on one context) heads are done one by one over their own slice. The tail
-is one more part, and one merge by log-sum-exp puts the parts together.
+is one more part, and one merge by log-sum-exp puts the parts together. Quantised entries become numbers again a few
+blocks at a time; every block is a part.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from headwise.kernels.arguments import require_fit
 from headwise.kernels.partial import OwnedPart, attend_part, merge
+from headwise.kernels.quantised import Quantised
 from headwise.kernels.segments import Segments, bias_of, listed_rows
 
 MAX_PAGED_QUERIES = 32  # per segment
@@ -37,6 +40,8 @@ def attend(
     folded = folding.fold(queries)  # [S, slots * G * T, D]
     frozen = _attend_pages if folded.shape[1] <= MAX_PAGED_QUERIES else _attend_slices
     parts = frozen(folded, segments, scaling)
+    for quantised in segments.quantised:
+        parts += _attend_blocks(folded, quantised, scaling)
     out, lse = attend_part(queries, tail_keys, tail_values, _tail_bias(mask, query), scaling)
     everyone = torch.arange(len(folded), device=query.device, dtype=torch.int64)
     parts.append((folding.fold(out), folding.fold(lse), everyone))
@@ -133,6 +138,15 @@ def _attend_pages(query: Tensor, segments: Segments, scaling: float) -> list[Own
         keys, values = segments.keys[table.extra_index][:, None], segments.values[table.extra_index][:, None]
         parts.append(_owned(query, keys, values, table.extra_bias, table.extra_owner, scaling))
     return parts
+
+
+def _attend_blocks(query: Tensor, quantised: Quantised, scaling: float) -> Iterator[OwnedPart]:
+    precise, table = torch.promote_types(query.dtype, torch.float32), quantised.blocks
+    row = torch.arange(quantised.block, device=query.device, dtype=torch.int64)
+    for some in quantised.pieces(query.shape[1]):
+        keys, values = (states[:, None].to(precise) for states in quantised.numbers(some))
+        bias = bias_of(row < table.count[some, None], precise)
+        yield _owned(query.to(precise), keys, values, bias, table.segment[some], scaling)
 
 
 def _owned(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, owner: Tensor, scaling: float) -> OwnedPart:

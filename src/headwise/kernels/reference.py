@@ -24,9 +24,14 @@ def attend(
     for b in range(batch):
         for h in range(heads):
             part = segments.slice(int(rows[b]) * heads + h)
-            keys = torch.cat([segments.keys[part], tail_keys[b, h]]).to(precise)
-            values = torch.cat([segments.values[part], tail_values[b, h]]).to(precise)
-            visible = torch.cat([mask.new_ones(num_queries, part.stop - part.start), mask[b]], dim=-1)
+            keys, values = [segments.keys[part]], [segments.values[part]]
+            for quantised in segments.quantised:
+                part_keys, part_values = quantised.segment(int(rows[b]) * heads + h)
+                keys.append(part_keys)
+                values.append(part_values)
+            keys = torch.cat([*keys, tail_keys[b, h]]).to(precise)
+            values = torch.cat([*values, tail_values[b, h]]).to(precise)
+            visible = torch.cat([mask.new_ones(num_queries, len(keys) - mask.shape[2]), mask[b]], dim=-1)
             logits = query[b, h].to(precise) @ keys.T * scaling  # [G, T, K]
             weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
             out[b, h] = (weights @ values).to(query.dtype)

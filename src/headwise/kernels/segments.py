@@ -2,6 +2,7 @@
 
 Nothing is padded: a head with 3 entries takes 3 rows. Attention reads the storage in pages of equal size; `PageTable`
 says which head owns which rows of which page. A GPU reads it in chunks, none of which crosses a head (`ChunkTable`).
+Further entries may be stored in fewer bits beside them (quantised.py).
 Storage is never changed once made, so any number of caches can share it.
 """
 
@@ -15,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from headwise.errors import ShapeMismatch
+from headwise.errors import BadInput, ShapeMismatch
+from headwise.kernels import quantised as small
+from headwise.kernels.quantised import Bits, Quantised
 
 MIN_PAGE, MAX_PAGE = 16, 256
 MIN_CHUNK, MAX_CHUNK = 128, 2048
@@ -62,15 +65,17 @@ class Readers:
 class Segments:
     """Kept keys and values of one layer. Segment s = row * kv_heads + head holds rows `starts[s]` to its end.
 
-    Entries of a segment are in position order; `positions` are the rotary positions they had in the context. Raises
+    Entries of a segment are in position order; `positions` are the rotary positions they had in the context.
+    `quantised` are further entries of the same segments, in fewer bits, one storage for each kind of bits. Raises
     ShapeMismatch where the parts do not fit together: kernels take that for granted.
     """
 
     keys: Float[Tensor, "rows head_dim"]
     values: Float[Tensor, "rows head_dim"]
     positions: Int[Tensor, " rows"]
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...]  # without the quantised entries
     kv_heads: int
+    quantised: tuple[Quantised, ...] = ()
 
     def __post_init__(self) -> None:
         lengths, keys = self.lengths, self.keys
@@ -87,6 +92,22 @@ class Segments:
                 f"{len(lengths)} segments of {self.kv_heads} KV heads with {sum(lengths)} entries do not fit "
                 f"{len(keys)} keys: there must be a segment for every head of every context, and a key for every entry."
             )
+        for part in self.quantised:
+            if (len(part.lengths), part.kv_heads, part.head_dim) != (len(lengths), self.kv_heads, keys.shape[1]):
+                raise ShapeMismatch(
+                    f"{len(part.lengths)} segments of quantised entries of {part.head_dim} numbers do not fit "
+                    f"{len(lengths)} segments of {keys.shape[1]}."
+                )
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Entries of every segment, the quantised ones included."""
+        return tuple(map(sum, zip(self.lengths, *(part.lengths for part in self.quantised), strict=True)))
+
+    def positions_of(self, segment: int) -> Int[Tensor, " kept"]:
+        """Positions of all entries of a segment, ascending."""
+        parts = [part.positions[part.slice(segment)] for part in (self, *self.quantised)]
+        return torch.cat(parts).sort().values if self.quantised else parts[0]
 
     @property
     def batch(self) -> int:
@@ -137,8 +158,9 @@ class Segments:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storage of keys and values."""
-        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+        """Bytes of the storage of keys and values, scales included."""
+        native = self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+        return native + sum(part.nbytes for part in self.quantised)
 
     @property
     def index_nbytes(self) -> int:
@@ -151,7 +173,7 @@ class Segments:
             tensors += [table.owner, table.bias, table.extra_owner, table.extra_index, table.extra_bias]
         if chunks is not None:
             tensors += [chunks.segment, chunks.start, chunks.stop, chunks.first]
-        return sum(t.nbytes for t in tensors)
+        return sum(t.nbytes for t in tensors) + sum(part.index_nbytes for part in self.quantised)
 
 
 def gather(
@@ -171,14 +193,42 @@ def gather(
     )
 
 
+def quantise(segments: Segments, chosen: Bool[Tensor, " rows"], bits: Bits) -> Segments:
+    """The same entries, the chosen ones in fewer bits; copied. Raises BadInput, NonFiniteValues."""
+    counts = torch.segment_reduce(
+        chosen.float(), "sum", lengths=torch.tensor(segments.lengths, dtype=torch.int64, device=chosen.device)
+    )
+    taken = tuple(int(count) for count in counts.tolist())
+    part = small.quantise(
+        segments.keys[chosen],
+        segments.values[chosen],
+        segments.positions[chosen],
+        taken,
+        segments.kv_heads,
+        bits,
+    )
+    return Segments(
+        keys=segments.keys[~chosen],
+        values=segments.values[~chosen],
+        positions=segments.positions[~chosen],
+        lengths=tuple(whole - count for whole, count in zip(segments.lengths, taken, strict=True)),
+        kv_heads=segments.kv_heads,
+        quantised=(*segments.quantised, part),
+    )
+
+
 def join(parts: Sequence[Segments]) -> Segments:
-    """Contexts of several storages in one, in their order; copied."""
+    """Contexts of several storages in one, in their order; copied. Raises BadInput unless their bits are the same."""
+    kinds = [[part.bits for part in segments.quantised] for segments in parts]
+    if any(kind != kinds[0] for kind in kinds):
+        raise BadInput("caches whose entries are stored in different bits cannot be joined.")
     return Segments(
         keys=torch.cat([part.keys for part in parts]),
         values=torch.cat([part.values for part in parts]),
         positions=torch.cat([part.positions for part in parts]),
         lengths=tuple(length for part in parts for length in part.lengths),
         kv_heads=parts[0].kv_heads,
+        quantised=tuple(small.join(same) for same in zip(*(part.quantised for part in parts), strict=True)),
     )
 
 

@@ -67,7 +67,7 @@ def attend(
     require_fit(query, segments, rows, tail_keys, tail_values, mask)
     num_folded = segments.readers_of(rows).slots * query.shape[2] * query.shape[3]
     fits = num_folded <= MAX_QUERIES and query.shape[4] <= MAX_HEAD_DIM
-    if not fits or query.dtype not in DTYPES or query.dtype != segments.keys.dtype:
+    if segments.quantised or not fits or query.dtype not in DTYPES or query.dtype != segments.keys.dtype:
         return pages.attend(query, segments, rows, tail_keys, tail_values, mask, scaling)
     tiles = Tiles.of(num_folded, query.shape[4], query.itemsize)
     return attend_split(query, segments, rows, tail_keys, tail_values, mask, scaling, tiles)

@@ -3,11 +3,12 @@
 0.15, "0.15", "15%"    a fraction of all KV entries of the compressible layers
 "1024tok"              that many tokens per KV head on average
 "2GiB", "500MB"        bytes of keys and values
+"5%bytes"              a share of the bytes of all KV entries in the model's dtype
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from numbers import Real
 from reprlib import repr as shown
@@ -20,9 +21,10 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**
 MOST = 2**63  # tokens or bytes
 MOST_TOKENS = 2**27  # of a context: what is computed of one takes memory for each
 LONGEST = 64  # characters of a number that is written
-_WRITTEN = re.compile(r"(\d*\.?\d+(?:[eE]-?\d{1,3})?|\d+\.)\s*(tok|%|[KMGT]?i?B)?")
+_WRITTEN = re.compile(r"(\d*\.?\d+(?:[eE]-?\d{1,3})?|\d+\.)\s*(tok|%bytes|%|[KMGT]?i?B)?")
 _ADVICE = (
-    "keep must be a fraction in (0, 1] such as 0.15, a number of tokens such as '1024tok', or bytes such as '2GiB'"
+    "keep must be a fraction in (0, 1] such as 0.15, a number of tokens such as '1024tok', or bytes such as '2GiB' or "
+    "'5%bytes'"
 )
 
 
@@ -30,7 +32,7 @@ _ADVICE = (
 class Keep:
     """A parsed `keep`; `amount` is exact (0.15 is 3/20, not the nearest float)."""
 
-    kind: Literal["fraction", "tokens", "bytes"]
+    kind: Literal["fraction", "tokens", "bytes", "share"]  # share: of all bytes
     amount: Fraction
 
     def entries(self, *, shape: ModelShape, tokens: Sequence[int], entry_bytes: int) -> list[int]:
@@ -44,8 +46,21 @@ class Keep:
             return [round_half_up(self.amount * f) for f in full]
         if self.kind == "tokens":
             return [min(f, round_half_up(self.amount * shape.num_heads)) for f in full]
-        total = int(self.amount) // entry_bytes
+        total = self._nbytes(sum(full), entry_bytes) // entry_bytes
         return [min(f, total * f // sum(full)) for f in full]
+
+    def limits(self, *, shape: ModelShape, tokens: Sequence[int], entry_bytes: int) -> list[int]:
+        """Bytes of each row, where it is bytes that are kept: what `entries` shares out before it counts entries."""
+        full = [shape.num_heads * n for n in tokens]
+        return [self._nbytes(sum(full), entry_bytes) * f // sum(full) for f in full]
+
+    @property
+    def counts_bytes(self) -> bool:
+        """Whether it says bytes, and entries follow from what each costs."""
+        return self.kind in ("bytes", "share")
+
+    def _nbytes(self, entries: int, entry_bytes: int) -> int:
+        return int(self.amount * entries * entry_bytes if self.kind == "share" else self.amount)
 
     @property
     def value(self) -> float | str:
@@ -53,8 +68,9 @@ class Keep:
         return float(self.amount) if self.kind == "fraction" else str(self)
 
     def __str__(self) -> str:
-        number = int(self.amount) if self.amount.denominator == 1 else float(self.amount)
-        return f"{number}{ {'fraction': '', 'tokens': 'tok', 'bytes': 'B'}[self.kind] }"
+        amount = 100 * self.amount if self.kind == "share" else self.amount
+        number = int(amount) if amount.denominator == 1 else float(amount)
+        return f"{number}{ {'fraction': '', 'tokens': 'tok', 'bytes': 'B', 'share': '%bytes'}[self.kind] }"
 
 
 def round_half_up(x: Fraction) -> int:
@@ -63,7 +79,7 @@ def round_half_up(x: Fraction) -> int:
 
 
 def parse_keep(value: "str | float | int | Keep") -> Keep:
-    """Parse `keep`. Raises BadInput on anything that is not a fraction in (0, 1], tokens or bytes."""
+    """Parse `keep`. Raises BadInput on anything that is not a fraction or share in (0, 1], tokens or bytes."""
     if isinstance(value, Keep):
         return value
     if isinstance(value, bool) or not isinstance(value, str | Real):
@@ -73,9 +89,11 @@ def parse_keep(value: "str | float | int | Keep") -> Keep:
     except OverflowError as error:
         raise BadInput(f"the number given as keep is too large. {_ADVICE}.") from error
     match = _WRITTEN.fullmatch(text) if len(text) <= LONGEST else None
-    if match is None or (match[2] is not None and match[2] not in {"tok", "%", *UNITS}):
+    if match is None or (match[2] is not None and match[2] not in {"tok", "%", "%bytes", *UNITS}):
         raise BadInput(f"keep={shown(value)} is not understood. {_ADVICE}.")
     number, unit = Fraction(match[1]), match[2]
+    if unit == "%bytes":
+        return replace(_fraction(number / 100, value, ""), kind="share")
     if unit is None or unit == "%":
         return _fraction(number / (100 if unit else 1), value, "" if unit else _meant(number))
     if number <= 0:

@@ -156,7 +156,7 @@ def static_fractions(method: Method, keep: Keep, shape: ModelShape, tokens: int)
         method,
         keep,
         shape=shape,
-        entry_bytes=1,
+        itemsize=1,
         valid=valid,
         positions=torch.arange(tokens, dtype=torch.int64, device="cpu")[None],
     )
