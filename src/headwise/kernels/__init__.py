@@ -19,6 +19,7 @@ from torch import Tensor
 from headwise.errors import BadInput, KernelUnavailable
 from headwise.kernels import native, paged
 from headwise.kernels.arguments import Kernel as Kernel
+from headwise.kernels.segments import Segments
 
 PagedKernel = Callable[[Tensor, Tensor, paged.Sequences, float], Tensor]  # as `paged.attend`
 
@@ -75,9 +76,9 @@ def get_kernel(name: str, *, quantised: bool = False) -> Kernel:
     return import_module(f"headwise.kernels.{entry.module}").attend
 
 
-def attend_auto(query: Tensor, *arguments: Any) -> Tensor:
+def attend_auto(query: Tensor, segments: Segments, *arguments: Any) -> Tensor:
     """The fastest kernel for where the query is; see `Kernel` for the arguments."""
-    return _by_device(query.device.type)(query, *arguments)
+    return _by_device(query.device.type, bool(segments.quantised))(query, segments, *arguments)
 
 
 def paged_attention(device: torch.device) -> PagedKernel:
@@ -134,8 +135,8 @@ def why_not(name: str) -> str | None:
 
 
 @cache
-def _by_device(kind: str) -> Kernel:
-    name = fastest(torch.device(kind))
+def _by_device(kind: str, quantised: bool) -> Kernel:
+    name = [name for name in usable(kind) if KERNELS[name].quantised or not quantised][-1]
     if kind == "cpu" and name == "pages":
         warnings.warn(f"decoding uses PyTorch's attention, which is slower: {why_not('native')}", stacklevel=2)
     return get_kernel(name)
