@@ -7,6 +7,7 @@ with what is in it (compiled.py).
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from headwise.errors import BadInput, KernelUnavailable, ShapeMismatch
 from headwise.kernels import compiled, pages
 from headwise.kernels.arguments import require_shapes
+from headwise.kernels.quantised import GROUP, Quantised, group_of
 from headwise.kernels.segments import Segments
 
 SOURCE = Path(__file__).with_name("ragged.cpp")
@@ -38,6 +40,12 @@ class Native:
     function: Any
     reader: Any
     built: bool  # just now, not found in the cache
+    lanes: int  # floats that it computes with at a time
+
+    def reads_codes(self, parts: Sequence[Quantised]) -> bool:
+        """Whether it can read these entries: their scales are float16, and codes of 4 bits lie in two halves."""
+        halves = all(part.head_dim % (2 * self.lanes) == 0 for part in parts if 4 in (part.bits.keys, part.bits.values))
+        return halves and torch.float16 in self.dtypes
 
 
 def attend(
@@ -57,8 +65,9 @@ def attend(
     if not serves(query, segments):
         return pages.attend(query, segments, rows, tail_keys, tail_values, mask, scaling)
     spans = segments.spans
+    stored = [t for x in segments.quantised for t in (x.keys, x.key_scales, x.values, x.value_scales, x.spans)]
     return torch.ops.headwise.attend_ragged.default(
-        query, segments.keys, segments.values, spans, rows, tail_keys, tail_values, mask, scaling
+        query, segments.keys, segments.values, spans, rows, tail_keys, tail_values, mask, scaling, stored
     )
 
 
@@ -68,12 +77,12 @@ def serves(query: Tensor, segments: Segments) -> bool:
     per_segment = -(-batch // segments.batch) * group * num_new
     return (
         query.device.type == "cpu"
-        and not segments.quantised
         and query.dtype == segments.keys.dtype
         and dim % 16 == 0
         and dim <= MAX_HEAD_DIM
-        and (per_segment <= MAX_QUERIES or len(segments.keys) <= SHORT * len(segments.lengths))
+        and (per_segment <= MAX_QUERIES or sum(segments.kept) <= SHORT * len(segments.lengths))
         and query.dtype in load().dtypes
+        and (not segments.quantised or load().reads_codes(segments.quantised))
     )
 
 
@@ -89,6 +98,7 @@ def load() -> Native:
         function=library.headwise_attend,
         reader=library.headwise_read,
         built=built,
+        lanes=library.headwise_lanes(),
     )
 
 
@@ -96,6 +106,7 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
     """With the types of its functions. Raises AttributeError if it lacks one of them."""
     library.headwise_attend.argtypes = (ctypes.c_char_p, ctypes.c_double, ctypes.c_int)
     library.headwise_features.restype = ctypes.c_char_p
+    library.headwise_lanes.restype = ctypes.c_int
     library.headwise_has_float16.restype = ctypes.c_int
     reader = library.headwise_read
     reader.argtypes, reader.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int), ctypes.c_int64
@@ -109,11 +120,12 @@ def read(states: Tensor) -> None:
     load().reader(states.data_ptr(), states.nbytes // 8, torch.get_num_threads())
 
 
-_CALL = struct.Struct("30q")
+_CALL = struct.Struct("32q")
+_STORED = struct.Struct("13q")
 _library = torch.library.Library("headwise", "DEF")
 _library.define(
     "attend_ragged(Tensor query, Tensor keys, Tensor values, Tensor spans, Tensor rows, Tensor tail_keys, "
-    "Tensor tail_values, Tensor? mask, float scaling) -> Tensor"
+    "Tensor tail_values, Tensor? mask, float scaling, Tensor[]? stored=None) -> Tensor"
 )
 
 
@@ -127,12 +139,17 @@ def _attend_ragged(
     tail_values: Tensor,
     mask: Tensor | None,
     scaling: float,
+    stored: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """The op. `spans` [2, segments]: first row and number of rows of every segment; all other shapes as elsewhere.
 
-    Anybody can call it: raises ShapeMismatch for whatever would be read out of bounds.
+    `stored`: keys, key scales, values, value scales and spans [3, segments] of quantised entries, five tensors for
+    every kind. Anybody can call it: raises ShapeMismatch for whatever would be read out of bounds.
     """
     _require_fit(query, keys, values, spans, rows, tail_keys, tail_values, mask)
+    stored = stored or ()
+    kinds = [_kind(stored[i : i + 5], keys.shape[1], spans.shape[1]) for i in range(0, len(stored), 5)]
+    codes = ctypes.create_string_buffer(b"".join(kinds))
     batch, heads, group, num_new, dim = query.shape
     num_keys, segments, tail = keys.shape[0], spans.shape[1], tail_keys.shape[2]
     query, query_strides = _dense(query, 1)
@@ -144,12 +161,32 @@ def _attend_ragged(
         batch, heads, group, num_new, dim, segments // heads, tail, num_keys,
         *query_strides[:4], *key_strides[:2], *value_strides[:2],
         *((0, 0, 0) if mask is None else mask.stride()),
-        torch.get_num_threads(),
+        torch.get_num_threads(), ctypes.addressof(codes), len(kinds),
     )  # fmt: skip
     error = load().function(call, scaling, DTYPES[query.dtype])
     if error:
         _refuse(error, query.dtype, num_keys)
     return out
+
+
+def _kind(stored: Sequence[Tensor], dim: int, segments: int) -> bytes:
+    """What the library is told of quantised entries of one kind. Raises ShapeMismatch where their parts do not fit."""
+    shapes, dtypes = [tuple(t.shape) for t in stored], [t.dtype for t in stored]
+    width, value_width = (shapes[i][-1] if len(stored) == 5 and shapes[i] else 0 for i in (0, 2))
+    if {width, value_width} <= {dim, dim // 2} and all(t.is_contiguous() for t in stored):
+        rows, blocks, groups = len(stored[0]), len(stored[1]), dim // group_of(dim, 8 * value_width // dim)
+        expected = [(rows, width), (blocks, 2, dim), (rows, value_width), (rows, 2, groups), (3, segments)]
+        if shapes == expected and dtypes == [torch.uint8, torch.float16, torch.uint8, torch.float16, torch.int64]:
+            if min(width, value_width) < dim and dim % (2 * load().lanes):
+                raise ShapeMismatch(f"codes of 4 bits take heads of a multiple of {2 * load().lanes}; found {dim}.")
+            first, block = stored[4].data_ptr(), GROUP[8 * width // dim]
+            addresses = [t.data_ptr() for t in stored[:4]]
+            spans = first, first + 8 * segments, first + 16 * segments
+            return _STORED.pack(*addresses, *spans, width, value_width, groups, block, rows, blocks)
+    raise ShapeMismatch(
+        f"quantised entries of heads of {dim} in {segments} segments are contiguous keys, key scales, values, value "
+        f"scales and spans; found {shapes} of {dtypes}."
+    )
 
 
 def _refuse(error: int, dtype: torch.dtype, num_keys: int) -> NoReturn:

@@ -4,6 +4,9 @@
 // with many tokens keeps all threads busy. A chunk is read once, TILE tokens at a time, for all queries that read its
 // segment (online softmax). Parts are merged by their running maximum and sum at the end. All sums are float32.
 //
+// Quantised entries (quantised.py) are read a block of keys at a time. The scales of its channels are multiplied into the
+// queries, the scales of values into the weights: what is read of an entry is its codes, turned into floats.
+//
 // No header but the standard library's: native.py compiles this file with -march=native and calls it through ctypes.
 
 #include <algorithm>
@@ -34,6 +37,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
@@ -68,6 +72,7 @@ inline Floats load(const Float16* from) { return (Floats)_mm512_cvtph_ps(_mm256_
 inline Floats load(const Float16* from) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
 #endif
 inline void put(Float16* to, float x) { to->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+inline float number(Float16 x) { return _cvtsh_ss(x.bits); }
 #elif defined(__ARM_FP16_FORMAT_IEEE)
 #define HAS_FLOAT16 1
 typedef __fp16 Fp16s __attribute__((vector_size(2 * LANES)));
@@ -76,6 +81,7 @@ inline void put(Float16* to, float x) {
   const __fp16 half = x;
   std::memcpy(to, &half, sizeof half);
 }
+inline float number(Float16 x) { return float(read_as<__fp16>(&x)); }
 #else
 #define HAS_FLOAT16 0
 #endif
@@ -221,6 +227,11 @@ inline void add_values(const float* weights, const T* values, const T* keys, int
 struct Part {
   float *top, *sum, *out;
   Part from(int64_t query, int dim) const { return {top + query, sum + query, out + query * dim}; }
+  void clear(int64_t queries, int dim) const {
+    std::fill(top, top + queries, -std::numeric_limits<float>::infinity());
+    std::fill(sum, sum + queries, 0.0f);
+    std::fill(out, out + queries * dim, 0.0f);
+  }
 };
 
 struct Mask {
@@ -229,12 +240,11 @@ struct Mask {
   int64_t new_tokens;
 };
 
-// One tile of tokens, seen by QUERIES queries; `first` is their number among those of their row and head.
-template <class How, int QUERIES, class T>
-void see_tile(const typename How::Query* queries, const T* keys, const T* values, int tokens, int dim, float scaling,
-              const Mask& mask, int64_t first, int64_t token, Part part) {
-  alignas(64) float weights[(TILE<T> + LANES) * QUERIES];
-  multiply_keys<How, QUERIES>(queries, keys, values, tokens, dim, weights);
+// Logits of one tile become weights of the running softmax; `first` is the number of the first of QUERIES queries among
+// those of their row and head. What was summed up so far shrinks where a logit is larger than all before it.
+template <int QUERIES>
+inline void soften(float* weights, int tokens, int dim, float scaling, const Mask& mask, int64_t first, int64_t token,
+                   Part part) {
   const int count = tokens * QUERIES, padded = (count + LANES - 1) / LANES * LANES;
   for (int i = count; i < padded; i++) weights[i] = -std::numeric_limits<float>::infinity();
   if (mask.seen)
@@ -274,6 +284,15 @@ void see_tile(const typename How::Query* queries, const T* keys, const T* values
     for (int i = g; i < LANES; i += QUERIES) sum += total[i];
     part.sum[g] = part.sum[g] * shrunk[g] + sum;
   }
+}
+
+// One tile of tokens, seen by QUERIES queries.
+template <class How, int QUERIES, class T>
+void see_tile(const typename How::Query* queries, const T* keys, const T* values, int tokens, int dim, float scaling,
+              const Mask& mask, int64_t first, int64_t token, Part part) {
+  alignas(64) float weights[(TILE<T> + LANES) * QUERIES];
+  multiply_keys<How, QUERIES>(queries, keys, values, tokens, dim, weights);
+  soften<QUERIES>(weights, tokens, dim, scaling, mask, first, token, part);
   add_values<QUERIES, (LANES == 16 ? 16 : 8) / QUERIES>(weights, values, keys + int64_t(tokens) * dim, tokens, dim, 0,
                                                      part.out);
 }
@@ -281,9 +300,7 @@ void see_tile(const typename How::Query* queries, const T* keys, const T* values
 template <class How, class T>
 void see(const typename How::Query* queries, int64_t num_queries, const T* keys, const T* values, int64_t tokens,
          int dim, float scaling, const Mask& mask, Part part) {
-  std::fill(part.top, part.top + num_queries, -std::numeric_limits<float>::infinity());
-  std::fill(part.sum, part.sum + num_queries, 0.0f);
-  std::fill(part.out, part.out + num_queries * dim, 0.0f);
+  part.clear(num_queries, dim);
   for (int64_t t = 0; t < tokens; t += TILE<T>) {
     const int count = int(std::min<int64_t>(TILE<T>, tokens - t));
     const T *k = keys + t * dim, *v = values + t * dim;
@@ -297,6 +314,288 @@ void see(const typename How::Query* queries, int64_t num_queries, const T* keys,
   }
 }
 
+#if HAS_FLOAT16
+inline Ints widened(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+  return __builtin_convertvector(read_as<Bytes>(from), Ints);
+#endif
+}
+
+// Codes are computed with less the middle one: their products with what is large then do not have to cancel out.
+template <int BITS> constexpr float MIDDLE = 1 << (BITS - 1);
+
+template <int BITS> inline Floats centred(Ints codes) {
+  return __builtin_convertvector(codes - (1 << (BITS - 1)), Floats);
+}
+
+// Quantised entries of one kind, from a first row and block on. `groups` of channels of a value share a scale.
+struct Codes {
+  const uint8_t *keys, *values;
+  const Float16 *key_scales, *value_scales;
+  int64_t key_bytes, value_bytes;  // of a row
+  int groups;
+  Codes from(int64_t rows, int64_t blocks, int dim) const {
+    return {keys + rows * key_bytes,          values + rows * value_bytes, key_scales + blocks * 2 * dim,
+            value_scales + rows * 2 * groups, key_bytes, value_bytes, groups};
+  }
+};
+
+// Queries times the scales of a block of keys; and what is added to every logit where codes are less `middle`.
+template <int QUERIES, class Query>
+inline void scale_queries(const Query* queries, const Float16* scales, int dim, float middle, float* scaled,
+                          float* zeros) {
+  for (int g = 0; g < QUERIES; g++) {
+    Floats sum = {};
+    for (int d = 0; d < dim; d += LANES) {
+      const Floats q = load(queries + g * dim + d), scale = load(scales + d);
+      store(scaled + g * dim + d, q * scale);
+      sum += q * (load(scales + dim + d) + scale * middle);
+    }
+    zeros[g] = 0;
+    for (int i = 0; i < LANES; i++) zeros[g] += sum[i];
+  }
+}
+
+template <int QUERIES, int BITS>
+inline void multiply_codes(const float* queries, const float* zeros, const Codes& codes, int tokens, int dim,
+                           float* logits) {
+  constexpr int TOKENS = LANES / QUERIES;
+  Floats base;
+  for (int i = 0; i < LANES; i++) base[i] = zeros[i % QUERIES];
+  for (int t = 0; t < tokens; t += TOKENS) {
+    const uint8_t* rows[TOKENS];
+    for (int j = 0; j < TOKENS; j++) {
+      rows[j] = codes.keys + std::min(t + j, tokens - 1) * codes.key_bytes;
+      prefetch(codes.values + (t + j) * codes.value_bytes, codes.value_bytes);
+    }
+    Floats sums[LANES] = {};
+    if constexpr (BITS == 8) {
+      for (int d = 0; d < dim; d += LANES) {
+        Floats q[QUERIES];
+#pragma GCC unroll 4
+        for (int g = 0; g < QUERIES; g++) q[g] = load(queries + g * dim + d);
+#pragma GCC unroll 16
+        for (int j = 0; j < TOKENS; j++) {
+          const Floats k = centred<8>(widened(rows[j] + d));
+#pragma GCC unroll 4
+          for (int g = 0; g < QUERIES; g++) sums[j * QUERIES + g] += k * q[g];
+        }
+      }
+    } else {
+      const int half = dim / 2;
+      for (int d = 0; d < half; d += LANES) {
+        Floats low[QUERIES], high[QUERIES];
+#pragma GCC unroll 4
+        for (int g = 0; g < QUERIES; g++) low[g] = load(queries + g * dim + d), high[g] = load(queries + g * dim + half + d);
+#pragma GCC unroll 16
+        for (int j = 0; j < TOKENS; j++) {
+          const Ints pairs = widened(rows[j] + d);
+          const Floats a = centred<4>(pairs & 15), b = centred<4>(pairs >> 4);
+#pragma GCC unroll 4
+          for (int g = 0; g < QUERIES; g++) sums[j * QUERIES + g] += a * low[g] + b * high[g];
+        }
+      }
+    }
+    store(logits + t * QUERIES, sums_of(sums) + base);
+  }
+}
+
+// out[q][d] += sum over t of weights[t][q] values[t][d], for channels from:until of one half. `scales` are those of the
+// values, as floats: of every token the scales of its groups, then their zeros.
+template <int QUERIES, int BITS, int VECTORS>
+inline void add_codes(const float* weights, const Codes& codes, const float* scales, int tokens, int dim, int from,
+                      int until, float* out) {
+  const int size = dim / codes.groups;
+  for (; from + VECTORS * LANES <= until; from += VECTORS * LANES) {
+    Floats sums[QUERIES][VECTORS];
+    int group[VECTORS];
+    for (int i = 0; i < VECTORS; i++) group[i] = (from + i * LANES) / size;
+    for (int g = 0; g < QUERIES; g++)
+      for (int i = 0; i < VECTORS; i++) sums[g][i] = load(out + g * dim + from + i * LANES);
+    const bool high = BITS == 4 && from >= dim / 2;
+    const uint8_t *row = codes.values + from - (high ? dim / 2 : 0), *next = codes.keys + tokens * codes.key_bytes;
+    for (int t = 0; t < tokens; t++, row += codes.value_bytes) {
+      if (from == 0) prefetch(next + t * codes.key_bytes, codes.key_bytes);
+      const float *scale = scales + t * 2 * codes.groups, *zero = scale + codes.groups;
+      Floats v[VECTORS];
+#pragma GCC unroll 8
+      for (int i = 0; i < VECTORS; i++) {
+        const Ints bytes = widened(row + i * LANES);
+        const Ints code = BITS == 8 ? bytes : high ? bytes >> 4 : bytes & 15;
+        v[i] = __builtin_convertvector(code, Floats) * scale[group[i]] + zero[group[i]];
+      }
+#pragma GCC unroll 4
+      for (int g = 0; g < QUERIES; g++) {
+        const float weight = weights[t * QUERIES + g];
+#pragma GCC unroll 8
+        for (int i = 0; i < VECTORS; i++) sums[g][i] += v[i] * weight;
+      }
+    }
+    for (int g = 0; g < QUERIES; g++)
+      for (int i = 0; i < VECTORS; i++) store(out + g * dim + from + i * LANES, sums[g][i]);
+  }
+  if constexpr (VECTORS > 1) {
+    if (from < until) add_codes<QUERIES, BITS, VECTORS / 2>(weights, codes, scales, tokens, dim, from, until, out);
+  }
+}
+
+#if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
+#define HAS_WHOLE_PRODUCTS 1
+#if defined(__AVX512BW__)
+struct Whole {  // vectors of 16-bit numbers, and of the 32-bit sums of products of pairs of them
+  using Vector = __m512i;
+  static constexpr int SIZE = 32;
+  static Vector read(const int16_t* from) { return _mm512_loadu_si512(from); }
+  static Vector widened(const uint8_t* from) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from)); }
+  static Vector low(const uint8_t* from) {
+    return _mm512_cvtepu8_epi16(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)from), _mm256_set1_epi8(15)));
+  }
+  static Vector high(const uint8_t* from) { return _mm512_srli_epi16(widened(from), 4); }
+#if defined(__AVX512VNNI__)
+  static Vector add(Vector sum, Vector a, Vector b) { return _mm512_dpwssd_epi32(sum, a, b); }
+#else
+  static Vector add(Vector sum, Vector a, Vector b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
+#endif
+  static void round(Floats x, int16_t* to) {
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32((__m512)x)));
+  }
+};
+#else
+struct Whole {
+  using Vector = __m256i;
+  static constexpr int SIZE = 16;
+  static Vector read(const int16_t* from) { return _mm256_loadu_si256((const __m256i*)from); }
+  static Vector widened(const uint8_t* from) { return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from)); }
+  static Vector low(const uint8_t* from) {
+    return _mm256_cvtepu8_epi16(_mm_and_si128(_mm_loadu_si128((const __m128i*)from), _mm_set1_epi8(15)));
+  }
+  static Vector high(const uint8_t* from) { return _mm256_srli_epi16(widened(from), 4); }
+  static Vector add(Vector sum, Vector a, Vector b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+  static void round(Floats x, int16_t* to) {
+    const __m256i whole = _mm256_cvtps_epi32((__m256)x);
+    _mm_storeu_si128((__m128i*)to, _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+  }
+};
+#endif
+
+// Logits from queries in 15 bits: whole numbers, whose products with codes are exact. Their rounding is finer than that
+// of the queries themselves where these have 16 bits.
+template <int QUERIES, int BITS>
+inline void multiply_whole(const float* scaled, const float* zeros, const Codes& codes, int tokens, int dim,
+                           float* logits) {
+  constexpr int TOKENS = LANES / QUERIES, SIZE = Whole::SIZE;
+  const float most = dim <= 128 ? 32767.0f : 16383.0f;  // sums of products stay within 32 bits
+  alignas(64) int16_t rounded[256 * QUERIES];
+  Floats base, worth;
+  for (int g = 0; g < QUERIES; g++) {
+    Floats tops = {};
+    for (int d = 0; d < dim; d += LANES) {
+      const Floats x = load(scaled + g * dim + d);
+      tops = tops > x ? tops : x;
+      tops = tops > -x ? tops : -x;
+    }
+    float top = 0;
+    for (int i = 0; i < LANES; i++) top = std::max(top, tops[i]);
+    const float times = top > 0 ? most / top : 0;
+    for (int d = 0; d < dim; d += LANES) Whole::round(load(scaled + g * dim + d) * times, rounded + g * dim + d);
+    for (int i = g; i < LANES; i += QUERIES) base[i] = zeros[g], worth[i] = top / most;
+  }
+  for (int t = 0; t < tokens; t += TOKENS) {
+    const uint8_t* rows[TOKENS];
+    for (int j = 0; j < TOKENS; j++) {
+      rows[j] = codes.keys + std::min(t + j, tokens - 1) * codes.key_bytes;
+      prefetch(codes.values + (t + j) * codes.value_bytes, codes.value_bytes);
+    }
+    Whole::Vector sums[LANES] = {};
+    for (int d = 0; d < dim * BITS / 8; d += SIZE) {
+      Whole::Vector q[QUERIES], more[QUERIES];
+#pragma GCC unroll 4
+      for (int g = 0; g < QUERIES; g++) {
+        q[g] = Whole::read(rounded + g * dim + d);
+        if (BITS == 4) more[g] = Whole::read(rounded + g * dim + dim / 2 + d);
+      }
+#pragma GCC unroll 16
+      for (int j = 0; j < TOKENS; j++) {
+        const Whole::Vector k = BITS == 8 ? Whole::widened(rows[j] + d) : Whole::low(rows[j] + d);
+#pragma GCC unroll 4
+        for (int g = 0; g < QUERIES; g++) sums[j * QUERIES + g] = Whole::add(sums[j * QUERIES + g], k, q[g]);
+        if constexpr (BITS == 4) {
+          const Whole::Vector high = Whole::high(rows[j] + d);
+#pragma GCC unroll 4
+          for (int g = 0; g < QUERIES; g++) sums[j * QUERIES + g] = Whole::add(sums[j * QUERIES + g], high, more[g]);
+        }
+      }
+    }
+    Floats found[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) found[i] = __builtin_convertvector((Ints)sums[i], Floats);
+    store(logits + t * QUERIES, sums_of(found) * worth + base);
+  }
+}
+#else
+#define HAS_WHOLE_PRODUCTS 0
+#endif
+
+constexpr int BLOCK = 64;        // keys that share scales, at most
+constexpr int MOST_GROUPS = 16;  // of 16 channels or more, in heads of 256 at most
+
+// Logits of a block of keys. Where queries have 16 bits anyway, they are multiplied as whole numbers.
+template <int QUERIES, int BITS, class Query>
+inline void multiply_block(const Query* queries, const Codes& codes, int tokens, int dim, float* logits) {
+  alignas(64) float scaled[256 * QUERIES], zeros[QUERIES];
+#if HAS_WHOLE_PRODUCTS
+  if (sizeof(Query) == 2 && dim * BITS / 8 % Whole::SIZE == 0) {
+    scale_queries<QUERIES>(queries, codes.key_scales, dim, 0.0f, scaled, zeros);
+    return multiply_whole<QUERIES, BITS>(scaled, zeros, codes, tokens, dim, logits);
+  }
+#endif
+  scale_queries<QUERIES>(queries, codes.key_scales, dim, MIDDLE<BITS>, scaled, zeros);
+  multiply_codes<QUERIES, BITS>(scaled, zeros, codes, tokens, dim, logits);
+}
+
+template <int QUERIES, int BITS>
+inline void add_coded_values(const float* weights, const Codes& codes, int tokens, int dim, float* out) {
+  alignas(64) float scales[BLOCK * 2 * MOST_GROUPS + LANES];
+  const int count = tokens * 2 * codes.groups, whole = count / LANES * LANES;
+  for (int i = 0; i < whole; i += LANES) store(scales + i, load(codes.value_scales + i));
+  for (int i = whole; i < count; i++) scales[i] = number(codes.value_scales[i]);
+  const int half = BITS == 4 ? dim / 2 : dim;
+  constexpr int VECTORS = (LANES == 16 ? 16 : 8) / QUERIES;
+  for (int from = 0; from < dim; from += half)
+    add_codes<QUERIES, BITS, VECTORS>(weights, codes, scales, tokens, dim, from, from + half, out);
+}
+
+template <int QUERIES, int KEY_BITS, int VALUE_BITS, class Query>
+void see_block(const Query* queries, const Codes& codes, int tokens, int dim, float scaling, Part part) {
+  alignas(64) float weights[(BLOCK + LANES) * QUERIES];
+  multiply_block<QUERIES, KEY_BITS>(queries, codes, tokens, dim, weights);
+  soften<QUERIES>(weights, tokens, dim, scaling, Mask{}, 0, 0, part);
+  add_coded_values<QUERIES, VALUE_BITS>(weights, codes, tokens, dim, part.out);
+}
+
+template <int KEY_BITS, int VALUE_BITS, class Query>
+void see_codes(const Query* queries, int64_t num_queries, const Codes& codes, int64_t tokens, int dim, float scaling,
+               Part part) {
+  constexpr int block = KEY_BITS == 8 ? 64 : 32;
+  part.clear(num_queries, dim);
+  for (int64_t t = 0; t < tokens; t += block) {
+    const int count = int(std::min<int64_t>(block, tokens - t));
+    const Codes here = codes.from(t, t / block, dim);
+    int64_t q = 0;
+    for (; q + 4 <= num_queries; q += 4)
+      see_block<4, KEY_BITS, VALUE_BITS>(queries + q * dim, here, count, dim, scaling, part.from(q, dim));
+    for (; q + 2 <= num_queries; q += 2)
+      see_block<2, KEY_BITS, VALUE_BITS>(queries + q * dim, here, count, dim, scaling, part.from(q, dim));
+    if (q < num_queries)
+      see_block<1, KEY_BITS, VALUE_BITS>(queries + q * dim, here, count, dim, scaling, part.from(q, dim));
+  }
+}
+#endif
+
 // The arguments, in the order in which native.py gives them. Strides count elements; the last axis is dense everywhere.
 struct Call {
   int64_t query, keys, values, starts, lengths, rows, tail_keys, tail_values, seen, out;  // addresses
@@ -305,6 +604,13 @@ struct Call {
   int64_t tail_key_row, tail_key_head, tail_value_row, tail_value_head;
   int64_t seen_row, seen_new, seen_token;
   int64_t threads;
+  int64_t stored, num_stored;  // address of what describes quantised entries, and of how many kinds there are
+};
+
+// Quantised entries of one kind, of all segments.
+struct Stored {
+  int64_t keys, key_scales, values, value_scales, starts, lengths, first_blocks;  // addresses
+  int64_t key_bytes, value_bytes, groups, block, num_rows, num_blocks;
 };
 
 template <class T> T* at(int64_t address) { return reinterpret_cast<T*>(address); }
@@ -317,12 +623,22 @@ bool is_within(const Call& call) {
   for (int64_t b = 0; b < call.batch; b++) within &= rows[b] >= 0 && rows[b] < call.contexts;
   for (int64_t s = 0; s < call.contexts * call.heads; s++)
     within &= starts[s] >= 0 && lengths[s] >= 0 && starts[s] <= call.num_keys && lengths[s] <= call.num_keys - starts[s];
+  for (int64_t i = 0; i < call.num_stored; i++) {
+    const Stored& x = at<const Stored>(call.stored)[i];
+    const int64_t *first = at<const int64_t>(x.starts), *count = at<const int64_t>(x.lengths);
+    const int64_t* block = at<const int64_t>(x.first_blocks);
+    for (int64_t s = 0; s < call.contexts * call.heads; s++) {
+      within &= first[s] >= 0 && count[s] >= 0 && first[s] <= x.num_rows && count[s] <= x.num_rows - first[s];
+      within &= block[s] >= 0 && block[s] <= x.num_blocks && (count[s] + x.block - 1) / x.block <= x.num_blocks - block[s];
+    }
+  }
   return within;
 }
 
 struct Item {
   int64_t context, row, head, start, tokens;  // row < 0: of the frozen part
   int64_t query, num_queries, part;           // first of the packed queries; first of the parts
+  int64_t stored = -1, block = 0;             // which quantised entries, and their first block; -1: none of them
 };
 
 inline void pack(const float* from, int dim, float* to) { std::memcpy(to, from, dim * sizeof(float)); }
@@ -330,6 +646,25 @@ inline void pack(const BFloat16* from, int dim, BFloat16* to) { std::memcpy(to, 
 template <class T> inline void pack(const T* from, int dim, float* to) {
   for (int d = 0; d < dim; d += LANES) store(to + d, load(from + d));
 }
+
+#if HAS_FLOAT16
+template <class Query>
+void see_stored(const Query* queries, int64_t num_queries, const Stored& x, int64_t row, int64_t block, int64_t tokens,
+                int dim, float scaling, Part part) {
+  const Codes all{at<const uint8_t>(x.keys), at<const uint8_t>(x.values), at<const Float16>(x.key_scales),
+                  at<const Float16>(x.value_scales), x.key_bytes, x.value_bytes, int(x.groups)};
+  const Codes codes = all.from(row, block, dim);
+  const bool small_keys = x.key_bytes < dim, small_values = x.value_bytes < dim;
+  if (small_keys && small_values)
+    see_codes<4, 4>(queries, num_queries, codes, tokens, dim, scaling, part);
+  else if (small_values)
+    see_codes<8, 4>(queries, num_queries, codes, tokens, dim, scaling, part);
+  else if (small_keys)
+    see_codes<4, 8>(queries, num_queries, codes, tokens, dim, scaling, part);
+  else
+    see_codes<8, 8>(queries, num_queries, codes, tokens, dim, scaling, part);
+}
+#endif
 
 template <class How, class T> void attend(const Call& call, float scaling) {
   const int64_t *starts = at<const int64_t>(call.starts), *lengths = at<const int64_t>(call.lengths);
@@ -349,7 +684,11 @@ template <class How, class T> void attend(const Call& call, float scaling) {
   std::vector<Item> items;
   int64_t total = 0, parts = 0;
   for (int64_t c = 0; c < call.contexts; c++)
-    for (int64_t h = 0; readers[c] && h < call.heads; h++) total += lengths[c * call.heads + h];
+    for (int64_t h = 0; readers[c] && h < call.heads; h++) {
+      total += lengths[c * call.heads + h];
+      for (int64_t i = 0; i < call.num_stored; i++)
+        total += at<const int64_t>(at<const Stored>(call.stored)[i].lengths)[c * call.heads + h];
+    }
   const int64_t chunk = threads == 1 ? std::max<int64_t>(total, 1)
                                      : std::max(MIN_CHUNK, total / (threads * CHUNKS_PER_THREAD));
   std::vector<int64_t> first(call.contexts * call.heads + 1, 0);  // item of every segment
@@ -361,6 +700,18 @@ template <class How, class T> void attend(const Call& call, float scaling) {
       const int64_t begin = lengths[s] * i / count, end = lengths[s] * (i + 1) / count;
       items.push_back({c, -1, h, starts[s] + begin, end - begin, offset[c] + h * queries, queries, parts});
       parts += queries;
+    }
+    for (int64_t n = 0; queries && n < call.num_stored; n++) {
+      const Stored& x = at<const Stored>(call.stored)[n];
+      const int64_t length = at<const int64_t>(x.lengths)[s], blocks = (length + x.block - 1) / x.block;
+      const int64_t pieces = std::min(blocks, (length + chunk - 1) / chunk);
+      for (int64_t i = 0; i < pieces; i++) {
+        const int64_t begin = blocks * i / pieces, end = blocks * (i + 1) / pieces;
+        items.push_back({c, -1, h, at<const int64_t>(x.starts)[s] + begin * x.block,
+                         std::min(length, end * x.block) - begin * x.block, offset[c] + h * queries, queries, parts, n,
+                         at<const int64_t>(x.first_blocks)[s] + begin});
+        parts += queries;
+      }
     }
   }
   const int64_t frozen = first[call.contexts * call.heads] = int64_t(items.size());
@@ -389,14 +740,21 @@ template <class How, class T> void attend(const Call& call, float scaling) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < int64_t(items.size()); i++) {
     const Item& x = items[i];
+    const Part part{tops.data() + x.part, sums.data() + x.part, outs.data() + x.part * dim};
+#if HAS_FLOAT16
+    if (x.stored >= 0) {
+      see_stored(packed.data() + x.query * dim, x.num_queries, at<const Stored>(call.stored)[x.stored], x.start, x.block,
+                 x.tokens, dim, scaling, part);
+      continue;
+    }
+#endif
     const bool tail = x.row >= 0;
     const T* k = tail ? tail_keys + x.row * call.tail_key_row + x.head * call.tail_key_head : keys + x.start * dim;
     const T* v =
         tail ? tail_values + x.row * call.tail_value_row + x.head * call.tail_value_head : values + x.start * dim;
     const uint8_t* seen = tail && call.seen ? at<const uint8_t>(call.seen) + x.row * call.seen_row : nullptr;
     see<How>(packed.data() + x.query * dim, x.num_queries, k, v, x.tokens, dim, scaling,
-             Mask{seen, call.seen_new, call.seen_token, call.new_tokens},
-             Part{tops.data() + x.part, sums.data() + x.part, outs.data() + x.part * dim});
+             Mask{seen, call.seen_new, call.seen_token, call.new_tokens}, part);
   }
 #pragma omp parallel for schedule(static) num_threads(threads) if (!few)
   for (int64_t i = 0; i < call.batch * call.heads; i++) {
@@ -429,6 +787,7 @@ template <class How, class T> void attend(const Call& call, float scaling) {
 extern "C" int headwise_attend(const int64_t* arguments, double scaling, int dtype) {
   const Call call = read_as<Call>(arguments);
   if (!is_within(call)) return 3;
+  if (call.num_stored && !HAS_FLOAT16) return 2;
   try {
     switch (dtype) {
       case 0:
@@ -455,6 +814,9 @@ extern "C" int headwise_attend(const int64_t* arguments, double scaling, int dty
     return 1;
   }
 }
+
+// How many floats are computed with at a time: heads of codes of 4 bits are read in halves of as many.
+extern "C" int headwise_lanes() { return LANES; }
 
 // Whether float16 is served: not where the CPU cannot convert it.
 extern "C" int headwise_has_float16() { return HAS_FLOAT16; }
