@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from headwise import kernels
 from headwise.errors import BadInput, KernelUnavailable, ShapeMismatch
 from headwise.kernels import compiled, get_kernel, native, pages, reference
-from headwise.kernels.segments import Segments
+from headwise.kernels.quantised import Bits
+from headwise.kernels.segments import Segments, quantise
 
 HEADS = 2
 
@@ -54,6 +55,7 @@ def exactly(query, segments, rows, tail_keys, tail_values, mask, scaling):
         positions=segments.positions,
         lengths=segments.lengths,
         kv_heads=segments.kv_heads,
+        quantised=segments.quantised,
     )
     return reference.attend(query.double(), precise, rows, tail_keys.double(), tail_values.double(), mask, scaling)
 
@@ -96,6 +98,62 @@ def test_error_is_at_most_twice_that_of_pytorch(dtype, num_new, dim, threads):
     exact = exactly(*case)
     ours, plain = (kernel(*case).double() - exact for kernel in (native.attend, pages.attend))
     assert ours.norm() <= 2 * plain.norm()
+
+
+def stored(case, *kinds):
+    """The same case with entries quantised: one in three as each of the kinds, in turn, the others native."""
+    query, segments, *rest = case
+    for number, kind in enumerate(kinds):
+        segments = quantise(segments, segments.positions % 3 == number, kind)
+    return query, segments, *rest
+
+
+KINDS = [Bits(keys=8, values=8), Bits(keys=8, values=4), Bits(keys=4, values=4), Bits(keys=4, values=8)]
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 700), min_size=4, max_size=4),
+    rows=st.lists(st.integers(0, 1), min_size=1, max_size=5),
+    group=st.integers(1, 9),
+    num_new=st.sampled_from([1, 2, 5, 17]),
+    dim=st.sampled_from([32, 64, 96, 128, 256]),
+    tail=st.integers(1, 70),
+    kinds=st.permutations(KINDS),
+    threads=st.sampled_from([1, 2]),
+)
+def test_quantised_entries_equal_the_reference(lengths, rows, group, num_new, dim, tail, kinds, threads):
+    case = stored(make_case(lengths, rows, group=group, num_new=num_new, dim=dim, tail=tail, masked=True), *kinds[:2])
+    assert native.serves(*case[:2])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found = native.attend(*case)
+    torch.set_num_threads(before)
+    torch.testing.assert_close(found.double(), exactly(*case), rtol=1e-4, atol=2e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(("dim", "num_new"), [(64, 1), (128, 1), (80, 1), (256, 12)])
+def test_error_over_quantised_entries_is_at_most_twice_that_of_pytorch(dtype, kind, dim, num_new, threads):
+    """PyTorch's, over the same entries as numbers of the query's precision."""
+    case = make_case([3000, 5, 70, 900], [0, 1], group=4, num_new=num_new, dim=dim, tail=20, dtype=dtype, masked=True)
+    case = stored(case, kind)
+    exact = exactly(*case)
+    ours, plain = (kernel(*case).double() - exact for kernel in (native.attend, pages.attend))
+    assert ours.norm() <= 2 * plain.norm()
+
+
+@needs_compiler
+def test_4_bits_of_heads_without_two_halves_of_vectors_go_to_pages(monkeypatch):
+    case = stored(make_case([70, 30], [0], dim=48), KINDS[2])
+    wide = replace(native.load(), lanes=16)
+    monkeypatch.setattr(native, "load", lambda: wide)
+    expected = pages.attend(*case)
+    monkeypatch.setattr(pages, "attend", lambda *arguments: expected + 7)
+    assert torch.equal(native.attend(*case), expected + 7)
 
 
 @needs_compiler
@@ -195,7 +253,8 @@ def avx512(tmp_path_factory):
     library.headwise_features.restype = ctypes.c_char_p
     assert library.headwise_features() == b"AVX-512, bfloat16 dot products"
     library.headwise_attend.argtypes = native.load().function.argtypes
-    return replace(native.load(), function=library.headwise_attend)
+    assert library.headwise_lanes() == 16
+    return replace(native.load(), function=library.headwise_attend, lanes=16)
 
 
 @needs_compiler
@@ -210,6 +269,20 @@ def test_the_code_for_avx512(avx512, monkeypatch, dtype, group, num_new, dim, th
     exact = exactly(*case)
     plain = pages.attend(*case).double() - exact
     monkeypatch.setattr(native, "load", lambda: avx512)
+    assert (native.attend(*case).double() - exact).norm() <= 2 * plain.norm()
+
+
+@needs_compiler
+@pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="the emulation is made of AVX2")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(("dim", "group"), [(32, 1), (64, 3), (128, 4), (256, 2)])
+def test_the_code_for_avx512_over_quantised_entries(avx512, monkeypatch, dtype, kind, dim, group):
+    case = stored(make_case([300, 5, 70, 33], [0, 1], group=group, dim=dim, tail=20, dtype=dtype), kind)
+    exact = exactly(*case)
+    plain = pages.attend(*case).double() - exact
+    monkeypatch.setattr(native, "load", lambda: avx512)
+    assert native.serves(*case[:2])
     assert (native.attend(*case).double() - exact).norm() <= 2 * plain.norm()
 
 
@@ -301,6 +374,42 @@ def test_the_op_refuses_what_would_be_read_out_of_bounds(how):
     with pytest.raises(ShapeMismatch):
         torch.ops.headwise.attend_ragged(*{**arguments, name: change(arguments[name])}.values())
     assert torch.equal(torch.ops.headwise.attend_ragged(*arguments.values()), expected)
+
+
+UNFIT_CODES = {
+    "keys of another dtype": (0, torch.Tensor.char),
+    "fewer keys": (0, lambda x: x[:-1]),
+    "keys of other bits": (0, lambda x: x[:, :8].contiguous()),
+    "scales of another dtype": (1, torch.Tensor.bfloat16),
+    "fewer blocks": (1, lambda x: x[:-1]),
+    "scales without zeros": (1, lambda x: x[:, :1].contiguous()),
+    "fewer values": (2, lambda x: x[:-1]),
+    "values with gaps": (2, lambda x: torch.stack([x, x], -1)[..., 0]),
+    "fewer scales": (3, lambda x: x[:-1]),
+    "more groups": (3, lambda x: torch.cat([x, x], -1)),
+    "spans without blocks": (4, lambda x: x[:2]),
+    "a span behind the keys": (4, with_one((1, 3), 10)),
+    "a span before the keys": (4, with_one((0, 0), -1)),
+    "a block that is not there": (4, with_one((2, 3), 99)),
+    "a block below 0": (4, with_one((2, 0), -1)),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", UNFIT_CODES)
+def test_the_op_refuses_codes_that_would_be_read_out_of_bounds(how):
+    query, segments, *rest = stored(make_case([30, 4, 7, 9], [0, 1], dim=64), KINDS[0])
+    (part,) = segments.quantised
+    codes = [part.keys, part.key_scales, part.values, part.value_scales, part.spans]
+    arguments = (query, segments.keys, segments.values, segments.spans, *rest)
+    expected = torch.ops.headwise.attend_ragged(*arguments, codes)
+    which, change = UNFIT_CODES[how]
+    changed = change(codes[which])
+    with pytest.raises(ShapeMismatch):
+        torch.ops.headwise.attend_ragged(*arguments, [changed if i == which else t for i, t in enumerate(codes)])
+    with pytest.raises(ShapeMismatch):
+        torch.ops.headwise.attend_ragged(*arguments, codes[:-1])
+    assert torch.equal(torch.ops.headwise.attend_ragged(*arguments, codes), expected)
 
 
 @needs_compiler
