@@ -36,6 +36,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 COMPARE = {
     "method",
     "keep",
+    "entries",
     "protocol",
     "kv_bytes",
     "full_kv_bytes",
@@ -47,7 +48,7 @@ COMPARE = {
     "prefill_shared_by",
     "decode_ms_per_token",
 }
-EVAL = {"method", "keep", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction"}
+EVAL = {"method", "keep", "entries", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction"}
 
 
 @pytest.fixture(scope="session")
@@ -196,7 +197,7 @@ def test_compare_with_a_budget_file(run):
 def test_generate_streams_the_answer_it_reports(run):
     line = "generate -m {qwen3} -c {dir}/text.txt -q '? locker apple' --method keydiff --keep 0.5 --max-new-tokens 5"
     found = json.loads(succeed(run, f"{line} --json"))
-    assert set(found) == {"method", "keep", "answer", "kv_bytes"}
+    assert set(found) == {"method", "keep", "entries", "answer", "kv_bytes"}
     assert (found["method"], found["keep"]) == ("keydiff", 0.5)
     assert found["answer"]
     assert succeed(run, line).strip() == found["answer"]

@@ -108,6 +108,7 @@ def test_rows_are_json_ready_and_progress_reaches_its_end(llama):
     assert set(asdict(rows[0])) == {
         "method",
         "keep",
+        "entries",
         "protocol",
         "kv_bytes",
         "full_kv_bytes",
