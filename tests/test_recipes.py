@@ -156,6 +156,8 @@ def test_only_the_method_that_was_made_anew_is_measured_again(tmp_path):
 
 def test_tables_are_of_samples_that_every_method_has():
     module = recipe("real_models_tables")
-    record = namedtuple("record", "task index method keep")
-    whole = [record("t", 0, "full", "1"), record("t", 0, "lkv", "0.15")]
-    assert module.fully_measured([*whole, record("t", 1, "full", "1")]) == whole
+    record = namedtuple("record", "task index method keep entries")
+    whole = [record("t", 0, "full", "1", "native")]
+    whole += [record("t", 0, "lkv", "0.15", entries) for entries in ("native", "int4")]
+    half = [record("t", 1, "full", "1", "native"), record("t", 1, "lkv", "0.15", "native")]
+    assert module.fully_measured([*whole, *half]) == whole
