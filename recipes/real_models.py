@@ -3,6 +3,7 @@
     python recipes/real_models.py MODEL --out runs --ruler RULER_DATA --longbench LONGBENCH_DATA --books BOOKS.txt.xz
     python recipes/real_models.py MODEL --out runs ... --sets ruler-1k --methods full,lkv --samples 10
     python recipes/real_models.py MODEL --out runs ... --methods full,lkv --again lkv   # its file has been made anew
+    python recipes/real_models.py MODEL --out runs ... --methods full,lkv --keeps 0.15,1 --entries native,int4
 
 Sets, in this order: ruler-1k (both protocols), longbench-2k, books, ruler-2k, ruler-4k, others. Every task of a set has
 a folder of its own, runs/MODEL/SET/PROTOCOL/TASK, with short records: no text of a data set but what the model said. A
@@ -31,6 +32,7 @@ from headwise.evals.records import RUN, RunFolder
 from headwise.evals.run import Evaluation, evaluate, manifest
 from headwise.files.locks import SUFFIX, locked
 from headwise.files.writing import write_bytes
+from headwise.kernels.quantised import ENTRIES, NATIVE, parse_entries
 from headwise.methods.keep import parse_keep
 from headwise.models.loading import load
 from headwise.tasks.longbench.data import LONGBENCH_TASKS
@@ -57,6 +59,7 @@ class Set:
     length: int
     methods: tuple[str, ...] = CORE
     keeps: tuple[str, ...] = KEEPS
+    entries: tuple[str, ...] = (NATIVE,)
     share: float = 1.0  # of --samples
     protocols: tuple[str, ...] = ("query-agnostic",)
 
@@ -76,7 +79,7 @@ def main() -> None:
     asked, failed = arguments(), False
     model, tokenizer = load(str(asked.model), dtype=asked.dtype, device=asked.device)
     for name in asked.sets:
-        chosen = SETS[name]
+        chosen = replace(SETS[name], entries=asked.entries, keeps=asked.keeps or SETS[name].keeps)
         for protocol in chosen.protocols:
             for task in tasks_of(chosen, asked, tokenizer):
                 path = asked.out / asked.model.name / name / protocol / task.name.partition(":")[2]
@@ -89,12 +92,14 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """What was asked on the command line."""
+    """What was asked on the command line. Raises BadInput."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sets", type=names, default=tuple(SETS), help=f"of {', '.join(SETS)}")
     parser.add_argument("--methods", type=names, help="instead of those of the set")
+    parser.add_argument("--keeps", type=names, help="instead of those of the set")
+    parser.add_argument("--entries", type=names, default=(NATIVE,), help=f"of {', '.join((NATIVE, *ENTRIES))}")
     parser.add_argument("--again", type=names, default=(), help="forget what was measured of these methods")
     parser.add_argument("--samples", type=int, default=20, help="per task of ruler-1k; other sets take a share")
     parser.add_argument("--ruler", type=Path, help="folder with RULER's essays, words and questions")
@@ -105,6 +110,10 @@ def arguments() -> argparse.Namespace:
     asked = parser.parse_args()
     if unknown := [name for name in asked.sets if name not in SETS]:
         parser.error(f"there is no set {unknown[0]}; choose {', '.join(SETS)}.")
+    for entries in asked.entries:
+        parse_entries(entries)
+    for keep in asked.keeps or ():
+        parse_keep(keep)
     return asked
 
 
@@ -175,6 +184,7 @@ def run(
         tasks=(task,),
         methods=tuple(methods or chosen.methods),
         keeps=tuple(parse_keep(keep) for keep in chosen.keeps),
+        entries=chosen.entries,
         seed=SEED,
         protocol=protocol,
         timed=0,

@@ -56,11 +56,11 @@ def pages(runs: Path) -> Iterator[str]:
 
 def fully_measured(records: Sequence[Record]) -> list[Record]:
     """Those of samples that every method was measured on: means over other samples would not compare."""
-    pairs: dict[tuple[str, int], set[tuple[str, str]]] = {}
+    found: dict[tuple[str, int], set[Setting]] = {}
     for record in records:
-        pairs.setdefault((record.task, record.index), set()).add((record.method, record.keep))
-    wanted = set().union(*pairs.values())
-    return [record for record in records if pairs[(record.task, record.index)] == wanted]
+        found.setdefault((record.task, record.index), set()).add(Setting(record.method, record.keep, record.entries))
+    wanted = set().union(*found.values())
+    return [record for record in records if found[(record.task, record.index)] == wanted]
 
 
 def section(summary: Summary, title: str) -> Iterator[str]:
@@ -91,15 +91,14 @@ def section(summary: Summary, title: str) -> Iterator[str]:
 
 def table(summary: Summary, measure: str, digits: int) -> Iterator[str]:
     """Methods by keeps."""
-    keeps = [keep for keep in summary.keeps if keep != "1"]
-    yield f"| | {' | '.join(keeps)} |"
-    yield f"|---|{'---|' * len(keeps)}"
-    for method in summary.methods:
+    yield f"| | {' | '.join(summary.keeps)} |"
+    yield f"|---|{'---|' * len(summary.keeps)}"
+    for curve in summary.curves:
         cells = []
-        for keep in keeps:
-            found = summary.overall.get(Setting(method, keep))
+        for keep in summary.keeps:
+            found = summary.overall.get(curve.at(keep))
             cells.append(shown(getattr(found, measure) if found else None, digits))
-        yield f"| `{method}` | {' | '.join(cells)} |"
+        yield f"| `{curve.name}` | {' | '.join(cells)} |"
     yield ""
 
 
@@ -107,12 +106,12 @@ def tasks_table(summary: Summary) -> Iterator[str]:
     """Methods by tasks."""
     yield f"| | {' | '.join(task.label for task in summary.tasks)} |"
     yield f"|---|{'---|' * len(summary.tasks)}"
-    rows: Sequence[Setting] = [Setting(FULL, "1"), *(Setting(method, MAIN_KEEP) for method in summary.methods)]
+    rows: Sequence[Setting] = [Setting(FULL, "1"), *(curve.at(MAIN_KEEP) for curve in summary.curves)]
     for setting in rows:
         cells = [summary.cells.get((setting, task)) for task in summary.tasks]
         texts = [f"{cell.quality.value:.2f}" if cell else "" for cell in cells]
         if any(texts):
-            yield f"| `{setting.method}` | {' | '.join(texts)} |"
+            yield f"| `{setting.curve.name}` | {' | '.join(texts)} |"
     yield ""
 
 

@@ -19,8 +19,10 @@ from headwise import cli, kernels
 from headwise.artifacts.budget import Budget
 from headwise.artifacts.origin import Origin
 from headwise.bench import decode
+from headwise.commands import inputs
 from headwise.commands.streaming import AnswerStreamer
 from headwise.errors import BadInput, BudgetInfeasible
+from headwise.kernels import quantised
 from headwise.methods.registry import ALIASES, ALLOCATORS, SCORERS
 from headwise.models import loading as models
 from headwise.shapes import ModelShape
@@ -36,6 +38,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 COMPARE = {
     "method",
     "keep",
+    "entries",
     "protocol",
     "kv_bytes",
     "full_kv_bytes",
@@ -47,7 +50,7 @@ COMPARE = {
     "prefill_shared_by",
     "decode_ms_per_token",
 }
-EVAL = {"method", "keep", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction"}
+EVAL = {"method", "keep", "entries", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction"}
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +139,30 @@ def test_compare_takes_several_keeps_and_both_protocols(run):
     )
 
 
+def test_compare_has_a_row_for_all_kinds_of_entries(run):
+    line = f"compare {OWN} --methods full,keydiff --keep 0.5,20%bytes --entries native,int4 --max-new-tokens 2"
+    rows = json.loads(succeed(run, f"{line} --json"))
+    assert [(row["method"], row["keep"], row["entries"]) for row in rows] == [
+        ("full", 1.0, "native"),
+        *(("keydiff", keep, entries) for keep in (0.5, "20%bytes") for entries in ("native", "int4")),
+    ]
+    half, small, *same = [row["kv_bytes"] for row in rows[1:]]
+    assert small < half / 2
+    assert all(size <= rows[0]["kv_bytes"] / 5 for size in same)
+    shown = succeed(run, f"{line} --answers")
+    assert [cells.split()[2] for cells in shown.splitlines() if " int4 " in cells][:2] == ["int4", "int4"]
+    assert shown.count("entries") == 5, "of the table, and of the answers to each question"
+    assert "entries" not in succeed(run, line.replace("native,int4", "native"))
+
+
+def test_the_command_line_knows_all_kinds_of_entries():
+    """It says them without torch."""
+    assert (quantised.NATIVE, *quantised.ENTRIES) == inputs.ENTRIES
+    for command, name in {"generate": "entries", "plan": "entries", "compare": "entries", "eval": "entries"}.items():
+        (parameter,) = [one for one in COMMANDS[command].params if one.name == name]
+        assert all(kind in parameter.help for kind in inputs.ENTRIES), command
+
+
 def test_answers_stand_beside_the_full_cache_s(run):
     line = "compare -m {base} -c {dir}/text.txt -q '? locker apple' --methods keydiff --keep 1.0 --max-new-tokens 4"
     (row,) = json.loads(succeed(run, f"{line} --json --answers"))
@@ -196,10 +223,31 @@ def test_compare_with_a_budget_file(run):
 def test_generate_streams_the_answer_it_reports(run):
     line = "generate -m {qwen3} -c {dir}/text.txt -q '? locker apple' --method keydiff --keep 0.5 --max-new-tokens 5"
     found = json.loads(succeed(run, f"{line} --json"))
-    assert set(found) == {"method", "keep", "answer", "kv_bytes"}
+    assert set(found) == {"method", "keep", "entries", "answer", "kv_bytes"}
     assert (found["method"], found["keep"]) == ("keydiff", 0.5)
     assert found["answer"]
     assert succeed(run, line).strip() == found["answer"]
+
+
+def test_generate_stores_entries_as_asked_and_inspect_says_it(run, tmp_path):
+    save = tmp_path / "report.safetensors"
+    line = "generate -m {base} -c {dir}/text.txt -q '? locker apple' --keep 0.5 --max-new-tokens 2 --json"
+    native = json.loads(succeed(run, f"{line} --method streaming"))
+    small = json.loads(succeed(run, f"{line} --method streaming --entries int4 --save {save}"))
+    assert (native["entries"], small["entries"]) == ("native", "int4")
+    assert small["kv_bytes"] < native["kv_bytes"] / 2
+    whole = json.loads(succeed(run, f"{line} --method full --entries int4"))
+    assert (whole["keep"], whole["entries"]) == (1.0, "native")
+    assert json.loads(succeed(run, f"inspect {save} --json"))["entries"] == "int4"
+    out = succeed(run, f"inspect {save}")
+    (held,) = re.findall(r"KV held +([\d.]+) KiB", out)
+    assert float(held) == pytest.approx(small["kv_bytes"] / 1024, rel=1e-3)
+    parts = re.findall(r"([\d,]+) (?:with 4 bits a key, 4 a value|of the first tokens .*?), ([\d.]+) KiB", out)
+    assert sum(float(size) for _, size in parts) == pytest.approx(float(held), rel=1e-3)
+    assert int(parts[1][0]) == 4 * 6 and "int4: " in out, "the first tokens of every head"
+    assert "50.0% of those read" in out
+    succeed(run, f"inspect {save} --plot --context {{dir}}/text.txt --model {{base}}")
+    assert "keep 0.5, int4" in save.with_suffix(".html").read_text()
 
 
 class Terminal(io.StringIO):
@@ -271,6 +319,10 @@ LIGHT = {  # answered before torch is imported, which takes seconds
     "compare --keep 0.15,15": "is outside (0, 1]",
     "eval --keep lots": "is not understood",
     "generate -q who --keep 0": "is outside (0, 1]",
+    "compare --entries native,int3": "entries='int3' does not exist; choose native, int8, k8v4, int4",
+    "eval --entries int3": "choose native, int8, k8v4, int4",
+    "generate -q who --entries native,int4": "choose native, int8, k8v4, int4",
+    "plan --entries INT4": "choose native, int8, k8v4, int4",
     "compare --protocol aware": "choose query-agnostic or query-aware",
     "compare -c {dir}/nowhere.txt -q who": "cannot read the document",
     "compare -c {dir}/binary -q who": "is not UTF-8 text",
@@ -320,6 +372,18 @@ def test_eval_prints_exactly_the_agreed_fields(run):
     out = succeed(run, line)
     assert "1 sample per task, 160 tokens, seed 3, query-agnostic" in out
     assert "niah_single" in out
+
+
+def test_eval_has_a_row_for_all_kinds_of_entries(run, tmp_path):
+    line = "eval -m {base} --tasks mini-ruler:vt --methods keydiff --keep 0.5 --samples 1 --length 160"
+    rows = json.loads(succeed(run, f"{line} --entries native,int8 --out {tmp_path / 'run'} --json"))
+    assert [(row["keep"], row["entries"]) for row in rows] == [(0.5, "native"), (0.5, "int8")]
+    assert rows[1]["kv_fraction"] < rows[0]["kv_fraction"] / 2
+    out = succeed(run, f"{line} --entries int8 --out {tmp_path / 'run'}")
+    assert "entries" in out and "int8" in out and "native" not in out
+    assert "entries" not in succeed(run, f"{line} --out {tmp_path / 'run'}")
+    succeed(run, f"report {tmp_path / 'run'} -o {tmp_path / 'report.html'}")
+    assert "| keydiff, int8 |" in (tmp_path / "report.md").read_text()
 
 
 def test_eval_writes_records_and_goes_on_where_it_was(run, tmp_path):
@@ -503,7 +567,12 @@ def test_inspect_describes_a_cache(run, model_folders, tmp_path):
     states = [one["shape"] for name, one in found["tensors"].items() if name.endswith((".keys", ".values"))]
     held = sum(entries * numbers * 4 for entries, numbers in states)
     out = succeed(run, f"inspect {tmp_path}/stone.safetensors")
-    for words in ("KeyDiff + Uniform, keep 0.5", f"{held / 1024:.4g} KiB; at most", "50.0% of those read"):
+    for words in (
+        "KeyDiff + Uniform, keep 0.5",
+        "native: in the model's dtype (F32)",
+        f"{held / 1024:.4g} KiB; at most",
+        "50.0% of those read",
+    ):
         assert words in out
 
 
@@ -559,6 +628,15 @@ def test_plan_needs_the_configuration_only(run, model_folders, tmp_path):
     assert "Too long for the model: it was made for 1,024 tokens, so 2,048 are refused." in succeed(
         run, f"plan --model {tmp_path} -c 2k"
     )
+
+
+def test_plan_counts_entries_as_they_are_stored(run):
+    line = "plan --context 1k --keep 0.5"
+    native, small = (json.loads(succeed(run, f"{line} --entries {name} --json")) for name in ("native", "int4"))
+    assert (native["entries"], small["entries"]) == ("native", "int4")
+    assert small["kv_bytes"] < native["kv_bytes"] / 2 and small["full_kv_bytes"] == native["full_kv_bytes"]
+    assert "keep 0.5, int4" in succeed(run, f"{line} --entries int4")
+    assert "native" not in succeed(run, line)
 
 
 def test_the_plan_of_the_bundled_model_is_what_auto_loads_it_in(run):

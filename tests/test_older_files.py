@@ -6,14 +6,18 @@ They were made with the bundled model by `generate --context text.txt --method k
 `eval --tasks mini-ruler:niah_multikey_dense --methods full,keydiff --samples 2 --keep 0.15 --brief`.
 """
 
+import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from evaluated import evaluation_of
 
 import headwise
 from headwise.artifacts.gates import Gates
+from headwise.evals import run
+from headwise.evals.records import RunFolder
 from headwise.methods.method import Method
 from headwise.models.loading import load
 from headwise.report.quality.results import write_report
@@ -76,6 +80,30 @@ def test_gates_are_those_of_then(older):
     assert float(gates.fractions(0.15).sum()) == pytest.approx(3.6, abs=1e-4)
     assert gates.provenance()["fingerprint"] == "68a97d751fff8bbc260d22e93dc5c7f34729e7179ba1729db0120606680d7457"
     assert Method.parse(f"lkv@{older}/gates.safetensors").scorer.made_for == gates.origin.model
+
+
+def test_a_run_goes_on_and_is_native(older, loaded, tmp_path, monkeypatch):
+    """What it holds is not measured again; entries in fewer bits may be added."""
+    path, asked = tmp_path / "run", {"length": 512, "samples": 2, "timed": 1, "brief": True}
+    shutil.copytree(older / "run", path)
+    assert "entries" not in (path / "run.json").read_text() + (path / "records.jsonl").read_text()
+
+    def measured(**options):
+        evaluation = evaluation_of(
+            loaded[1], "mini-ruler:niah_multikey_dense", ["full", "keydiff"], ["0.15"], **asked, **options
+        )
+        folder = RunFolder(path, run.manifest(loaded[0], "reference", evaluation, 512, "headwise eval"))
+        return run.evaluate(*loaded, evaluation, folder=folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_measure", lambda *given: pytest.fail("measured again"))
+        before = measured()
+    assert [record.setting for record in before] == 2 * [("full", "1", "native"), ("keydiff", "0.15", "native")]
+    after = measured(entries=("native", "int4"))
+    assert [record for record in after if record.entries == "native"] == before
+    assert [record.setting for record in after[2::3]] == 2 * [("keydiff", "0.15", "int4")]
+    write_report([path], tmp_path / "report.html", tell=pytest.fail)
+    assert "keydiff, int4" in (tmp_path / "report.html").read_text()
 
 
 def test_records_of_a_run_are_reported(older, tmp_path):

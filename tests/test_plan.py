@@ -99,6 +99,39 @@ def test_keep_in_tokens_and_bytes(config):
     assert planned(config, keep="64GiB").kv_bytes == 16 * GIB  # never more than there is
 
 
+def test_entries_in_fewer_bits_by_hand(config):
+    """A head keeps 19,660.8 tokens: the first 4 are native, the others are blocks of 32 keys with a scale a channel."""
+    found = planned(config, entries="int4")
+    small = 2 * 128 // 2 + 4 * 128 // 32  # codes of key and value, and a scale and a zero for 32 channels of the value
+    heads = {kept: 4 * 512 + (kept - 4) * small + -(-(kept - 4) // 32) * 4 * 128 for kept in (19_660, 19_661)}
+    entries = (32 * 8 * CONTEXT * 15 + 50) // 100
+    more = entries - 19_660 * 256
+    assert found.kv_bytes == more * heads[19_661] + (256 - more) * heads[19_660]
+    assert (found.entries, found.full_kv_bytes) == ("int4", 16 * GIB)
+    assert found.peak_kv_bytes == found.kv_bytes + 16 * GIB // 32
+    assert planned(config).entries == "native"
+    bytes_of = [planned(config, entries=name).kv_bytes for name in ("native", "int8", "k8v4", "int4")]
+    assert bytes_of == sorted(bytes_of, reverse=True)
+
+
+@pytest.mark.parametrize("entries", ["native", "int8", "k8v4", "int4"])
+def test_a_keep_in_bytes_is_filled_whatever_the_entries(config, entries):
+    for keep, limit in (("2GiB", 2 * GIB), ("5%bytes", 16 * GIB // 20)):
+        found = planned(config, keep=keep, entries=entries)
+        assert limit - 256 * 512 < found.kv_bytes <= limit
+        assert planned(config, keep=keep, entries=entries, batch=4).kv_bytes == pytest.approx(
+            found.kv_bytes * (1 if keep == "2GiB" else 4), rel=1e-3
+        )
+    assert (
+        planned(config, keep="64GiB", entries=entries).kv_bytes == planned(config, keep=1.0, entries=entries).kv_bytes
+    )
+
+
+def test_unknown_entries_are_refused(config):
+    with pytest.raises(BadInput, match="entries='int3' does not exist; choose native, int8, k8v4, int4"):
+        planned(config, entries="int3")
+
+
 def test_float32_takes_twice(config):
     assert planned(config, dtype=torch.float32).full_kv_bytes == 32 * GIB
 
@@ -182,6 +215,17 @@ def test_a_plan_is_what_a_cache_holds(family, keep):
     cache = compress(model, ids, "keydiff", keep=keep)
     assert (cache.nbytes, cache.peak_nbytes) == (found.kv_bytes, found.peak_kv_bytes)
     assert compress(model, ids, "keydiff+global", keep=keep).peak_nbytes <= found.peak_kv_bytes_model_scope
+
+
+@pytest.mark.parametrize("keep", [0.3, 1.0, "40tok", "20%bytes", "30KiB"])
+@pytest.mark.parametrize("entries", ["int8", "k8v4", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_plan_of_fewer_bits_is_what_a_cache_holds(family, entries, keep):
+    """Of a method whose heads all keep the same, the first tokens among it."""
+    model = tiny_model(family)
+    found = plan(model.config, context=200, keep=keep, dtype=torch.float32, entries=entries)
+    cache = compress(model, random_ids(1, 200), "streaming", keep=keep, entries=entries)
+    assert (cache.nbytes, cache.peak_nbytes) == (found.kv_bytes, found.peak_kv_bytes)
 
 
 def test_shared_embeddings_are_counted_once():

@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from headwise import cli
+from headwise.errors import BadInput
 from headwise.evals.records import RECORDS, RUN, records_in
 from headwise.methods.names import require_names
 from headwise.models.loading import load
@@ -136,13 +137,15 @@ def test_only_the_method_that_was_made_anew_is_measured_again(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the old key . the slow palace . " * 100)
     task = replace(perplexity_task(text, tokenizer, 100), num_samples=2)
-    chosen = module.Set(suite="books", length=100, methods=("full", "keydiff", "knorm"), keeps=("0.5",))
+    stored = ("native", "int4")
+    chosen = module.Set(suite="books", length=100, methods=("full", "keydiff", "knorm"), keeps=("0.5",), entries=stored)
 
     def measured():
         module.run(model, tokenizer, task, chosen, "query-agnostic", folder, None)
         return sorted(records_in(folder / RECORDS), key=lambda record: record.key)
 
     before = measured()
+    assert {record.entries for record in before if record.method == "knorm"} == {*stored}
     with (folder / RECORDS).open("a") as file:
         file.write('{"task": "half of a li')  # as a killed run leaves it
     module.forget(folder, ["knorm"])
@@ -154,8 +157,21 @@ def test_only_the_method_that_was_made_anew_is_measured_again(tmp_path):
     assert [(record.key, record.nll) for record in after] == [(record.key, record.nll) for record in before]
 
 
+def test_the_recipe_for_real_models_is_native_unless_it_is_asked(tmp_path, monkeypatch):
+    module, line = recipe("real_models"), ["x", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", line)
+    assert (module.arguments().entries, module.arguments().keeps) == (("native",), None)
+    monkeypatch.setattr(sys, "argv", [*line, "--entries", "native, int4", "--keeps", "0.15,1"])
+    assert (module.arguments().entries, module.arguments().keeps) == (("native", "int4"), ("0.15", "1"))
+    monkeypatch.setattr(sys, "argv", [*line, "--entries", "int3"])
+    with pytest.raises(BadInput, match="choose native, int8, k8v4, int4"):
+        module.arguments()
+
+
 def test_tables_are_of_samples_that_every_method_has():
     module = recipe("real_models_tables")
-    record = namedtuple("record", "task index method keep")
-    whole = [record("t", 0, "full", "1"), record("t", 0, "lkv", "0.15")]
-    assert module.fully_measured([*whole, record("t", 1, "full", "1")]) == whole
+    record = namedtuple("record", "task index method keep entries")
+    whole = [record("t", 0, "full", "1", "native")]
+    whole += [record("t", 0, "lkv", "0.15", entries) for entries in ("native", "int4")]
+    half = [record("t", 1, "full", "1", "native"), record("t", 1, "lkv", "0.15", "native")]
+    assert module.fully_measured([*whole, *half]) == whole

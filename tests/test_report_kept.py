@@ -66,6 +66,22 @@ def test_what_is_kept_is_what_the_cache_holds(tmp_path, family):
         assert found.kept[layer, head].nonzero()[0].tolist() == cache.positions(layer, 0, head).tolist()
 
 
+@pytest.mark.parametrize("entries", ["int8", "k8v4", "int4"])
+def test_entries_in_fewer_bits_are_kept_too(tmp_path, entries):
+    model, context = tiny_model("gemma3_text"), random_ids(1, 60)
+    native, small = (
+        headwise.compress(model, context, "keydiff+adakv", keep=0.6, entries=e) for e in ("native", entries)
+    )
+    small.save(tmp_path / "c.safetensors")
+    found = KeptTokens.load(tmp_path / "c.safetensors")
+    assert found.name == f"KeyDiff+AdaKV, keep 0.6, {entries}"
+    assert int(found.kept.sum()) == int(native.lengths.sum())
+    for layer, head in np.ndindex(found.kept.shape[:2]):
+        assert found.kept[layer, head].nonzero()[0].tolist() == native.positions(layer, 0, head).tolist()
+    html = page(found, [("", "fox")] * 60, "a.txt")
+    assert re.findall(r'<td class="s\d">(\d+)</td>', html) == [str(n) for n in native.lengths[:, 0].flatten().tolist()]
+
+
 def test_a_batch_is_refused(tmp_path):
     headwise.compress(tiny_model(), random_ids(2, 60), "keydiff", keep=0.5).save(tmp_path / "c.safetensors")
     with pytest.raises(BadInput, match="holds 2 contexts; a map is of one"):

@@ -294,6 +294,97 @@ def test_labels_move_apart_from_their_middle():
     np.testing.assert_allclose(crowded, np.arange(9) * 0.1 + 0.15)
 
 
+# --- entries in fewer bits ---
+
+
+@pytest.fixture
+def stored(folder):
+    """Eviction alone, quantisation alone and both: a file of an earlier version beside one that names entries."""
+    earlier = scores("full", [1, 1, 1, 1]) + scores("snapkv", [1, 1, 0, 0], keep="0.25", fraction=0.25)
+    earlier += scores("snapkv", [0, 0, 0, 0], keep="0.1", fraction=0.1)
+    settings = {("1", "int4"): ([1, 1, 1, 0], 0.28), ("0.25", "int4"): ([1, 1, 1, 0], 0.07)}
+    settings[("0.25", "native")] = ([1, 1, 0, 0], 0.25)
+    later = [
+        line
+        for (keep, entries), (values, fraction) in settings.items()
+        for line in scores("snapkv", values, keep=keep, fraction=fraction, entries=entries, kl=0.5)
+    ]
+    maps = [token_map(), token_map(entries="int4")]
+    known = {"keeps": ["0.25", "1"], "entries": ["native", "int4"]}
+    return [folder("earlier", earlier), folder("later", later, maps, **known)]
+
+
+def test_entries_of_one_kind_are_a_curve(stored):
+    """What names no entries is native: the same setting of two folders counts once."""
+    loaded = load(stored)
+    found = summarise(loaded.sections[0])
+    assert loaded.duplicates == 4
+    assert [curve.name for curve in found.curves] == ["snapkv", "snapkv, int4"]
+    assert found.methods == ("snapkv",)
+    lines = {line.method: [point.x for point in line.points] for line in charts(found)[0].lines}
+    assert lines == {"snapkv": pytest.approx([10, 25]), "snapkv, int4": pytest.approx([7, 28])}
+    assert charts(found)[0].lines[0].style != charts(found)[0].lines[1].style
+    overall = found.overall[Setting("snapkv", "0.25", "int4")]
+    assert overall.score is not None and overall.score.value == 0.75
+
+
+def test_tables_name_entries_beside_measured_bytes(stored):
+    found = summary(*stored)
+    rows = {name: entries[0].text for name, entries in tables.quality(found, "0.25").rows}
+    assert rows == {"full": "100.0", "snapkv": "25.0", "snapkv, int4": "7.0"}
+    headline = tables.headline(found)
+    assert [name for name, _ in headline.rows] == ["0.1", "0.25", "0.25, int4", "1, int4"]
+    assert [name for name, _ in tables.fidelity(found)[0].rows] == ["snapkv", "snapkv, int4"]
+    (frontier,) = tables.frontier(found)
+    assert [(name, *(entry.text for entry in entries[:3])) for name, entries in frontier.rows] == [
+        ("snapkv, int4", "0.25", "7.0", "75.0")
+    ]
+    (told,) = [text for text in explanations(found) if "stored in fewer bits" in text]
+    assert told.startswith("snapkv, int4: ")
+
+
+def test_the_frontier_is_what_no_other_setting_beats(folder):
+    """By hand, with a perplexity too: less of it is better. The oracle is on no frontier."""
+    points = {
+        ("a", "native"): (0.1, 0.2),
+        ("a", "int4"): (0.2, 0.6),
+        ("b", "native"): (0.3, 0.5),
+        ("b", "int4"): (0.4, 0.9),
+    }
+    lines = [line for m in ("full", "oracle") for line in scores(m, [1.0], fraction=0.05)]
+    nats = scores("full", [None], task="s:p", nll=0.0)
+    for (method, entries), (fraction, value) in points.items():
+        lines += scores(method, [value], fraction=fraction, entries=entries)
+        nats += scores(method, [None], task="s:p", nll=1 - value, fraction=fraction, entries=entries)
+    for name, records in (("scores", lines), ("nats", nats)):
+        (table,) = tables.frontier(summary(folder(name, records)))
+        assert [row for row, _ in table.rows] == ["a", "a, int4", "b, int4"]
+
+
+def test_page_and_files_name_entries(stored, tmp_path):
+    html = page(summaries_by_name(load(stored)), 0)
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    (data,) = json.loads(text)
+    assert [*data["budgets"]] == ["snapkv", "snapkv, int4"]
+    assert [found["name"] for found in data["maps"]] == ["snapkv, keep 0.25", "snapkv, int4, keep 0.25"]
+    assert "<span>snapkv, int4</span>" in html
+    assert html.count("The frontier: ") == 1
+    rows = list(csv.DictReader(results.table(summaries_by_name(load(stored))).splitlines()))
+    assert [(row["method"], row["keep"], row["entries"], row["kv_fraction"]) for row in rows] == [
+        ("full", "1.0", "native", "1.0"),
+        ("snapkv", "0.1", "native", "0.1"),
+        ("snapkv", "0.25", "native", "0.25"),
+        ("snapkv", "0.25", "int4", "0.07"),
+        ("snapkv", "1", "int4", "0.28"),
+    ]
+
+
+def test_where_all_is_native_nothing_is_said_of_entries(evaluated):
+    found = summary(evaluated)
+    assert tables.frontier(found) == [] and not found.quantised
+    assert not [text for text in explanations(found) if "fewer bits" in text]
+
+
 # --- reading and merging ---
 
 
@@ -361,6 +452,7 @@ def test_a_half_written_last_line_is_passed_over(folder):
         (record(score=float("nan")), "'score' is 'nan'"),
         (record(score=True), "'score' is 'True'"),
         (record(full_kv_bytes=0), "'full_kv_bytes' is '0'"),
+        (record(entries=4), "'entries' is '4'"),
         (record(kept=[[1, 2], [3]]), "'kept' is"),
         (record(kept=[[1, 2], [3, float("nan")]]), "'kept' is"),
         (record(kept=[[1, 2]]), r"'kept' has shape \(1, 2\); by run.json it must be \(2, 2\)"),

@@ -82,6 +82,27 @@ def test_a_row_per_method_in_the_order_asked(llama):
     assert all(row.decode_ms_per_token > 0 for row in rows)
 
 
+def test_entries_are_rows_of_their_own_with_the_bytes_of_a_cache(llama):
+    names = ["native", "int8", "k8v4", "int4"]
+    rows = compared(llama, methods=["full", "keydiff"], entries=names)
+    assert [(row.method, row.entries) for row in rows] == [("full", "native"), *(("keydiff", name) for name in names)]
+    context = tokenize(word_tokenizer(), CONTEXT, ["?"]).context
+    for row in rows[1:]:
+        cache = headwise.compress(llama, context, "keydiff", keep=0.25, entries=row.entries)
+        assert (row.kv_bytes, row.peak_kv_bytes) == (cache.nbytes, cache.peak_nbytes)
+    assert len({row.kl for row in rows[1:]}) == 4
+    (alone,) = compared(llama, methods=["keydiff"], entries="int4")
+    assert (alone.answers, alone.kv_bytes) == (rows[-1].answers, rows[-1].kv_bytes)
+    assert alone.kl == pytest.approx(rows[-1].kl, abs=1e-5)
+
+
+@pytest.mark.parametrize("entries", ["int3", ["native", "int3"], []])
+def test_unknown_entries_are_refused_before_anything_is_read(llama, monkeypatch, entries):
+    monkeypatch.setattr("headwise.evals.compare.Session", lambda **options: pytest.fail("it reads"))
+    with pytest.raises(BadInput, match="choose native, int8, k8v4, int4" if entries else "no entries are given"):
+        compared(llama, entries=entries)
+
+
 def test_the_full_cache_is_measured_even_if_nobody_asks(llama):
     (row,) = compared(llama, methods=["streaming"])
     assert row.full_kv_bytes == compared(llama, methods=["full"])[0].kv_bytes
@@ -108,6 +129,7 @@ def test_rows_are_json_ready_and_progress_reaches_its_end(llama):
     assert set(asdict(rows[0])) == {
         "method",
         "keep",
+        "entries",
         "protocol",
         "kv_bytes",
         "full_kv_bytes",

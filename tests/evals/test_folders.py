@@ -51,9 +51,9 @@ def measured(model, evaluation):
 def go(model, evaluation, measured, monkeypatch):
     """Evaluate into a folder, the measuring itself already done."""
 
-    def told(session, task, index, pairs, *rest):
+    def told(session, task, index, settings, *rest):
         records, maps = measured[task.name, index]
-        return [r for r in records if (r.method, r.keep) in {(m, str(k)) for m, k in pairs}], maps
+        return [r for r in records if r.setting in {setting.names for setting in settings}], maps
 
     monkeypatch.setattr(run, "_measure", told)
 

@@ -176,6 +176,63 @@ def test_a_chat_model_is_evaluated_too(model):
     assert 0.2 < record.kv_bytes / record.full_kv_bytes < 0.4
 
 
+# --- entries in fewer bits ---
+
+STORED = {"methods": ["keydiff"], "keeps": [0.5], "samples": 1, "tasks": "mini-ruler:vt"}
+
+
+def test_entries_are_settings_of_their_own(model, tmp_path):
+    """Of every method but the full cache; measured together, each answers as by itself."""
+    asked = {**STORED, "methods": ["full", "keydiff"], "entries": ("native", "int4", "int8")}
+    folder = folder_of(model, tmp_path / "run", **asked)
+    found = records_of(model, folder, **asked)
+    assert [record.setting for record in found] == [
+        ("full", "1", "native"),
+        *(("keydiff", "0.5", entries) for entries in ("native", "int4", "int8")),
+    ]
+    full, native, int4, int8 = found
+    assert int4.kv_bytes < int8.kv_bytes < native.kv_bytes / 2 < full.kv_bytes / 4 + 64
+    assert int4.kept == int8.kept == native.kept
+    assert int4.kl != native.kl
+    for record in (native, int4, int8):
+        (_, alone) = records_of(model, **{**STORED, "entries": (record.entries,)})
+        assert (alone.setting, alone.predictions, alone.kv_bytes) == (
+            record.setting,
+            record.predictions,
+            record.kv_bytes,
+        )
+        assert alone.kl == pytest.approx(record.kl, abs=1e-5)
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["entries"] == ["native", "int4", "int8"]
+    assert told["latest"][1:] == [["keydiff", "0.5", entries] for entries in told["entries"]]
+    maps = [json.loads(line) for line in (tmp_path / "run" / "maps.jsonl").read_text().splitlines()]
+    assert sorted(one["entries"] for one in maps) == ["int4", "int8", "native"]
+    assert all(one["kept"] == maps[0]["kept"] for one in maps)
+
+
+def test_entries_may_be_added_to_a_folder_that_knew_of_none(model, tmp_path, monkeypatch):
+    """As an earlier version wrote it. What it holds is native, and is not measured again."""
+    path = tmp_path / "run"
+    records_of(model, folder_of(model, path, **STORED), **STORED)
+    told = json.loads((path / "run.json").read_text())
+    told["latest"] = [setting[:2] for setting in told["latest"]]
+    (path / "run.json").write_text(json.dumps({name: value for name, value in told.items() if name != "entries"}))
+    for name in ("records.jsonl", "maps.jsonl"):
+        rows = [json.loads(line) for line in (path / name).read_text().splitlines()]
+        assert [row.pop("entries") for row in rows] == ["native"] * len(rows)
+        (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before, maps = lines_of(path), (path / "maps.jsonl").read_text()
+    calls = killed_after(99, monkeypatch)
+    assert {record.entries for record in records_of(model, folder_of(model, path, **STORED), **STORED)} == {"native"}
+    assert (calls, lines_of(path), (path / "maps.jsonl").read_text()) == ([], before, maps)
+    more = {**STORED, "entries": ("native", "int4")}
+    records_of(model, folder_of(model, path, **more), **more)
+    assert [[setting.entries for setting in settings] for _, _, _, settings, *_ in calls] == [["int4"]]
+    assert lines_of(path)[:2] == before
+    assert [record.entries for record in folder_of(model, path).records()] == ["native", "native", "int4"]
+    assert json.loads((path / "run.json").read_text())["entries"] == ["native", "int4"]
+
+
 # --- folders ---
 
 
@@ -380,6 +437,7 @@ def test_maps_say_which_tokens_heads_kept(model, whole):
     [
         ({"keeps": [0.5, 0.1]}, r"snapkv cannot work with keep=0\.1"),
         ({"tasks": "mini-ruler:niah_single,cwe", "length": 60, "keeps": [0.5]}, "snapkv cannot work with keep=0.5"),
+        ({"keeps": ["10B"], "entries": ("int4",)}, "snapkv cannot work with keep=10B, entries=int4"),
     ],
 )
 def test_a_budget_that_some_task_cannot_meet_is_refused_before_any_work(model, monkeypatch, changes, message):
@@ -399,6 +457,8 @@ def test_a_budget_that_some_task_cannot_meet_is_refused_before_any_work(model, m
         ({"length": 5000}, "made for 1024"),
         ({"keeps": []}, "nothing to evaluate"),
         ({"keeps": [2.0]}, "outside"),
+        ({"entries": ("int3",)}, "entries='int3' does not exist; choose native, int8, k8v4, int4"),
+        ({"entries": ()}, "nothing to evaluate"),
         ({"methods": []}, "no method is named"),
         ({"methods": ["nope"]}, "no scorer 'nope'"),
         ({"protocol": "aware"}, "query-agnostic or query-aware"),

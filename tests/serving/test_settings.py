@@ -62,6 +62,7 @@ def test_the_context_that_budgets_are_solved_for(config):
         ({"method": "keydiff", "keep": 0.2, "context": -1}, "context=-1"),
         ({"method": "keydiff", "keep": 0.2, "ranks": 0}, "ranks=0"),
         ({"method": "keydiff+lukv@no-such-file", "keep": 0.2}, "no-such-file"),
+        ({"method": "keydiff", "keep": 0.2, "entries": "int4"}, "there is no setting 'entries'"),
     ],
 )
 def test_wrong_settings_are_refused(given, message):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headwise.commands.console import print_json, print_table, progress_bar
-from headwise.commands.inputs import parse_keeps, parse_methods, read_document
+from headwise.commands.inputs import parse_entries, parse_keeps, parse_methods, read_document
 from headwise.commands.loading import choose_methods, load_model
 from headwise.commands.options import (
     AsJson,
@@ -16,6 +16,7 @@ from headwise.commands.options import (
     Device,
     Document,
     Dtype,
+    EntriesList,
     Keeps,
     Methods,
     Model,
@@ -23,7 +24,7 @@ from headwise.commands.options import (
     Protocol,
     SplitSpecial,
 )
-from headwise.commands.tables import number, say_sliding
+from headwise.commands.tables import all_native, number, say_sliding, without
 from headwise.files.terminal import count, say, size
 from headwise.methods.registry import FULL
 from headwise.models.places import find
@@ -45,6 +46,7 @@ def compare(
     model: Model = "reference",
     methods: Methods = "full,streaming,snapkv,keydiff,adakv,expected+global",
     keep: Keeps = "0.15",
+    entries: EntriesList = "native",
     context: Document = None,
     question: Question = None,
     questions: QuestionFile = None,
@@ -58,7 +60,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare methods on one document and its questions: memory held, fidelity to the full cache, speed, answers."""
-    names, keeps = parse_methods(methods), parse_keeps(keep)
+    names, amounts = parse_methods(methods), {"keep": parse_keeps(keep), "entries": parse_entries(entries)}
     require_protocol(protocol)
     text, asked = read_document(context, question, questions)
     source = find(model)
@@ -73,7 +75,7 @@ def compare(
             text,
             asked,
             methods=[*names, FULL],
-            keep=keeps,
+            **amounts,
             protocol=protocol,
             max_new_tokens=max_new_tokens,
             prefill_chunk_size=prefill_chunk_size,
@@ -111,11 +113,24 @@ def _print(
 
 def _print_comparisons(title: str, rows: "Sequence[Comparison]", *, has_answers: bool) -> None:
     """Print the table, with the share of right answers if some are known."""
-    header = ["method", "keep", "KV held", "of full", "peak KV", "right", "agreement", "KL", "reading", "ms/token"]
+    header = [
+        "method",
+        "keep",
+        "entries",
+        "KV held",
+        "of full",
+        "peak KV",
+        "right",
+        "agreement",
+        "KL",
+        "reading",
+        "ms/token",
+    ]
     table = [
         [
             row.method,
             str(row.keep),
+            row.entries,
             size(row.kv_bytes),
             f"{row.kv_bytes / row.full_kv_bytes:.1%}",
             size(row.peak_kv_bytes),
@@ -127,8 +142,8 @@ def _print_comparisons(title: str, rows: "Sequence[Comparison]", *, has_answers:
         ]
         for row in rows
     ]
-    shown = [i for i, name in enumerate(header) if has_answers or name != "right"]
-    print_table(title, [header[i] for i in shown], [[cells[i] for i in shown] for cells in table])
+    hidden = ["right"] * (not has_answers) + _hidden(rows)
+    print_table(title, *without(hidden, header, table))
     if any(row.prefill_shared_by > 1 for row in rows):
         say("* One reading of the document served several rows, so its time is not that of one method.")
     say_sliding(rows[0].sliding_kv_bytes)
@@ -138,6 +153,14 @@ def _print_answers(questions: Sequence[str], rows: "Sequence[Comparison]", full:
     """Print every question with the full cache's answer, then the answers that differ from it."""
     for i, question in enumerate(questions):
         expected = full.answers[i].strip()
-        answers = [[row.method, str(row.keep), row.answers[i].strip()] for row in rows if row.method != FULL]
-        cells = [[name, keep, "as full" if text == expected else text] for name, keep, text in answers]
-        print_table(question, ["method", "keep", "answer"], [[FULL, str(full.keep), expected], *cells])
+        cells = [[FULL, str(full.keep), full.entries, expected]]
+        for row in rows:
+            text = row.answers[i].strip()
+            if row.method != FULL:
+                cells.append([row.method, str(row.keep), row.entries, "as full" if text == expected else text])
+        print_table(question, *without(_hidden(rows), ["method", "keep", "entries", "answer"], cells))
+
+
+def _hidden(rows: "Sequence[Comparison]") -> list[str]:
+    """Return the column that says nothing, if all entries are native."""
+    return ["entries"] * all_native(row.entries for row in rows)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headwise.commands.console import print_json, print_table, progress_bar
-from headwise.commands.inputs import parse_keeps, parse_methods
+from headwise.commands.inputs import parse_entries, parse_keeps, parse_methods
 from headwise.commands.loading import choose_methods, load_launched
-from headwise.commands.options import SEEDS, AsJson, Device, Dtype, Keeps, Methods, Model, Protocol
-from headwise.commands.tables import number
+from headwise.commands.options import SEEDS, AsJson, Device, Dtype, EntriesList, Keeps, Methods, Model, Protocol
+from headwise.commands.tables import all_native, number, without
 from headwise.errors import BadInput
 from headwise.files.strict_json import MOST
 from headwise.files.terminal import complain, count
@@ -46,7 +46,8 @@ Timed = Annotated[int, typer.Option(min=0, max=MOST, help="Samples per task of w
 Rows = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences decoded together, at most.")]
 Brief = Annotated[bool, typer.Option("--brief", help="Short records, without answers and maps: for a repository.")]
 
-AGREED = ("method", "keep", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction")  # fields of --json
+# Fields of --json.
+AGREED = ("method", "keep", "entries", "task", "length", "samples", "accuracy", "full_accuracy", "kv_fraction")
 
 
 def evaluate(
@@ -54,6 +55,7 @@ def evaluate(
     tasks: Tasks = "mini-ruler",
     methods: Methods = "full,snapkv,keydiff,adakv,expected+global",
     keep: Keeps = "0.15",
+    entries: EntriesList = "native",
     samples: Samples = 20,
     seed: Seed = 0,
     length: Length = 512,
@@ -69,7 +71,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure quality and memory of methods on tasks, against the full cache. Also under 'accelerate launch'."""
-    names, keeps = _parse_options(methods, keep, protocol, out)
+    names, keeps, stored = _parse_options(methods, keep, entries, protocol, out)
     source = find(model)
     from headwise.evals.run import summarise
     from headwise.tasks.suites import Sizes, parse_tasks, with_data
@@ -79,9 +81,8 @@ def evaluate(
     names = choose_methods(names, loaded, quiet=processes.rank > 0)
     sizes = Sizes(samples=samples, length=length, seed=seed, data_dir=data_dir)
     task_list = _make_tasks(named, loaded, tokenizer, sizes)
-    evaluation = _evaluation(
-        task_list, names, keeps, seed=seed, protocol=protocol, fidelity=fidelity, timed=timed, rows=rows, brief=brief
-    )
+    chosen = {"seed": seed, "protocol": protocol, "fidelity": fidelity, "timed": timed, "rows": rows, "brief": brief}
+    evaluation = _evaluation(task_list, names, keeps, stored, **chosen)
     folder = None if out is None else _folder(out, loaded, model, evaluation, length, processes)
     records = _measure(loaded, tokenizer, evaluation, folder, processes)
     if processes.rank > 0:
@@ -92,15 +93,17 @@ def evaluate(
     _print(title, [summary for summary in summarise(records) if summary.method in names], as_json)
 
 
-def _parse_options(methods: str, keep: str, protocol: str, out: Path | None) -> tuple[list[str], list[Keep]]:
-    """Return methods and keeps. Raises BadInput for all errors that can be known without the model."""
+def _parse_options(
+    methods: str, keep: str, entries: str, protocol: str, out: Path | None
+) -> tuple[list[str], list[Keep], list[str]]:
+    """Return methods, keeps and entries. Raises BadInput for all errors that can be known without the model."""
     from headwise.evals.records import require_place
 
-    names, keeps = parse_methods(methods, oracle=True), parse_keeps(keep)
+    names, keeps, stored = parse_methods(methods, oracle=True), parse_keeps(keep), parse_entries(entries)
     require_protocol(protocol)
     if out is not None:
         require_place(out)
-    return names, keeps
+    return names, keeps, stored
 
 
 def _make_tasks(
@@ -121,28 +124,13 @@ def _evaluation(
     tasks: "Sequence[Task]",
     methods: Sequence[str],
     keeps: Sequence[Keep],
-    *,
-    seed: int,
-    protocol: str,
-    fidelity: bool,
-    timed: int,
-    rows: int,
-    brief: bool,
+    entries: Sequence[str],
+    **chosen: Any,
 ) -> "Evaluation":
     """Return what to measure, as the library takes it."""
     from headwise.evals.run import Evaluation
 
-    return Evaluation(
-        tasks=tuple(tasks),
-        methods=tuple(methods),
-        keeps=tuple(keeps),
-        seed=seed,
-        protocol=protocol,
-        fidelity=fidelity,
-        timed=timed,
-        rows=rows,
-        brief=brief,
-    )
+    return Evaluation(tasks=tuple(tasks), methods=tuple(methods), keeps=tuple(keeps), entries=tuple(entries), **chosen)
 
 
 def _folder(
@@ -174,8 +162,9 @@ def _print(title: str, summaries: "Sequence[Summary]", as_json: bool) -> None:
     if as_json:
         print_json([_fields(summary) for summary in summaries])
         return
-    header = ["task", "method", "keep", "KV of full", "accuracy", "95%", "full cache", "KL", "agreement"]
-    print_table(title, header, [_cells(summary) for summary in summaries])
+    header = ["task", "method", "keep", "entries", "KV of full", "accuracy", "95%", "full cache", "KL", "agreement"]
+    hidden = ["entries"] * all_native(summary.entries for summary in summaries)
+    print_table(title, *without(hidden, header, [_cells(summary) for summary in summaries]))
 
 
 def _fields(summary: "Summary") -> dict[str, Any]:
@@ -195,6 +184,7 @@ def _cells(summary: "Summary") -> list[str]:
         summary.task,
         f"{summary.method} (sees the answers)" if summary.sees_answers else summary.method,
         str(summary.keep),
+        summary.entries,
         f"{summary.kv_fraction:.1%}",
         accuracy,
         "-" if ends is None else f"{ends.low:.2f}-{ends.high:.2f}",

@@ -7,9 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headwise.commands.console import print_json, progress_bar
-from headwise.commands.inputs import files_read, read_document
+from headwise.commands.inputs import files_read, read_document, require_entries
 from headwise.commands.loading import choose_methods, load_model
-from headwise.commands.options import AsJson, Chunk, Device, Document, Dtype, Keep, Model, NewTokens, SplitSpecial
+from headwise.commands.options import (
+    AsJson,
+    Chunk,
+    Device,
+    Document,
+    Dtype,
+    Entries,
+    Keep,
+    Model,
+    NewTokens,
+    SplitSpecial,
+)
 from headwise.errors import BadInput
 from headwise.files.writing import require_file
 from headwise.methods.keep import Keep as ParsedKeep
@@ -37,6 +48,7 @@ def generate(
     context: Document = None,
     method: Method = AUTO,
     keep: Keep = "0.15",
+    entries: Entries = "native",
     max_new_tokens: NewTokens = 256,
     prefill_chunk_size: Chunk = None,
     split_special_tokens: SplitSpecial = False,
@@ -47,7 +59,7 @@ def generate(
 ) -> None:
     """Compress a document, ask one question, stream the answer."""
     _require_single(question)
-    parsed = parse_keep(keep)
+    parsed, stored = parse_keep(keep), require_entries(entries)
     require_names([method])
     if save is not None:
         _require_place(save, model, method, context)
@@ -59,16 +71,17 @@ def generate(
     loaded, tokenizer = load_model(source, dtype, device)
     tokens = _tokens(loaded, tokenizer, text, question, split_special_tokens)
     (name,) = choose_methods([method], loaded)
-    require_possible(loaded, [name], [parsed], tokens)
-    memory = _read(loaded, tokenizer, tokens, name, parsed, prefill_chunk_size)
+    require_possible(loaded, [name], [parsed], tokens, entries=[stored])
+    memory = _read(loaded, tokenizer, tokens, name, parsed, stored, prefill_chunk_size)
     kv_bytes = memory.nbytes
     if save is not None:
         _save(memory, save)
     streamer = None if as_json else AnswerStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     (text_of_answer,) = answer(loaded, tokenizer, memory, tokens, max_new_tokens=max_new_tokens, streamer=streamer)
     if as_json:
-        kept = 1.0 if name == FULL else parsed.value
-        print_json({"method": name, "keep": kept, "answer": text_of_answer, "kv_bytes": kv_bytes})
+        kept, stored = (1.0, "native") if name == FULL else (parsed.value, stored)
+        facts = {"method": name, "keep": kept, "entries": stored, "answer": text_of_answer, "kv_bytes": kv_bytes}
+        print_json(facts)
 
 
 def _require_single(questions: list[str]) -> None:
@@ -102,7 +115,13 @@ def _tokens(
 
 
 def _read(
-    model: "PreTrainedModel", tokenizer: Any, tokens: "Tokens", method: str, keep: ParsedKeep, chunk: int | None
+    model: "PreTrainedModel",
+    tokenizer: Any,
+    tokens: "Tokens",
+    method: str,
+    keep: ParsedKeep,
+    entries: str,
+    chunk: int | None,
 ) -> "Memory":
     """Read and compress the document, and show progress."""
     from headwise.evals.answers import read_context
@@ -110,7 +129,9 @@ def _read(
 
     used = method if method == FULL else instructed(method, tokenizer)
     with progress_bar("tokens") as progress:
-        return read_context(model, tokens.context, used, keep, prefill_chunk_size=chunk, progress=progress)
+        return read_context(
+            model, tokens.context, used, keep, entries=entries, prefill_chunk_size=chunk, progress=progress
+        )
 
 
 def _save(memory: "Memory", path: Path) -> None:

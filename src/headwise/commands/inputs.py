@@ -1,4 +1,4 @@
-"""Read what options name: a document and its questions, lists of methods and keeps, and files."""
+"""Read what options name: a document and its questions, lists of methods, keeps and entries, and files."""
 
 import os
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.names import require_names
 from headwise.methods.registry import HUB
 from headwise.tasks.texts import Asked, bundled, read_questions, read_text
+
+ENTRIES = ("native", "int8", "k8v4", "int4")  # as in kernels/quantised.py, which imports torch
 
 
 def read_document(
@@ -45,3 +47,15 @@ def parse_methods(text: str, *, oracle: bool = False) -> list[str]:
 def parse_keeps(text: str) -> list[Keep]:
     """Return the keeps of a list. Raises BadInput if one is wrong."""
     return [parse_keep(part) for part in split(text)]
+
+
+def parse_entries(text: str) -> list[str]:
+    """Return the kinds of entries of a list. Raises BadInput if one is unknown."""
+    return [require_entries(part) for part in split(text)]
+
+
+def require_entries(name: str) -> str:
+    """Return the name of a kind of entries. Raises BadInput if it is unknown."""
+    if name not in ENTRIES:
+        raise BadInput(f"entries={name!r} does not exist; choose {', '.join(ENTRIES)}.")
+    return name

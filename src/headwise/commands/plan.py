@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headwise.commands.console import print_json, print_table
-from headwise.commands.options import AsJson, Dtype, Keep, Model
+from headwise.commands.inputs import require_entries
+from headwise.commands.options import AsJson, Dtype, Entries, Keep, Model
 from headwise.commands.tables import say_sliding, yes
 from headwise.files.strict_json import MOST
 from headwise.files.terminal import say, size
@@ -24,13 +25,14 @@ def plan(
     model: Model = "reference",
     context: ContextTokens = "1024",
     keep: Keep = "0.15",
+    entries: Entries = "native",
     memory: Memory = None,
     batch: Batch = 1,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Compute KV memory before and after, and what fits. Needs the configuration only, no weights."""
-    source = find(model)
+    stored, source = require_entries(entries), find(model)
     from headwise.methods.keep import parse_bytes, parse_tokens
     from headwise.models.loading import find_dtype, load_config
     from headwise.models.plan import plan as make
@@ -40,6 +42,7 @@ def plan(
         load_config(source),
         context=parse_tokens(context),
         keep=keep,
+        entries=stored,
         batch=batch,
         memory=None if memory is None else parse_bytes(memory),
         dtype=None if known_dtype == "auto" else known_dtype,
@@ -50,7 +53,8 @@ def plan(
     title = (
         f"{model}, made for {planned.max_positions:,} tokens: {planned.context:,} x {planned.batch}, {planned.dtype}"
     )
-    print_table(title, ["", "everything kept", f"keep {planned.keep}"], _rows(planned))
+    kind = "" if planned.entries == "native" else f", {planned.entries}"
+    print_table(title, ["", "everything kept", f"keep {planned.keep}" + kind], _rows(planned))
     say_sliding(planned.sliding_kv_bytes)
     _say_limits(planned)
     say(f"Note: {planned.note}.")

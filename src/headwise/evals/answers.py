@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -14,6 +15,7 @@ from headwise.cache.compress import Progress, compress
 from headwise.cache.prefill import make_plan
 from headwise.errors import BadInput, BudgetInfeasible, UnsupportedModel
 from headwise.evals.oracle import as_method
+from headwise.kernels.quantised import NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
 from headwise.methods.names import require_names
@@ -91,6 +93,7 @@ def require_possible(
     keeps: Sequence[float | str | Keep],
     tokens: Tokens,
     *,
+    entries: Sequence[str] = (NATIVE,),
     oracle: bool = False,
 ) -> None:
     """Raise an error if one of the methods could not compress the context at one of the keeps. Reads nothing.
@@ -109,18 +112,20 @@ def require_possible(
                 f"{name} has the model repeat the context, which sliding-window layers cannot take back: choose "
                 "another method for this model."
             )
-        for keep in keeps:
+        for keep, stored in product(keeps, entries):
             try:
                 make_plan(
                     method,
                     parse_keep(keep),
                     shape=model_view.shape,
                     itemsize=model.dtype.itemsize,
+                    bits=parse_entries(stored),
                     valid=torch.ones(1, length, dtype=torch.bool, device="cpu"),
                     positions=torch.arange(length, dtype=torch.int64, device="cpu")[None],
                 )
             except BudgetInfeasible as error:
-                raise BudgetInfeasible(f"{name} cannot work with keep={keep}: {error}") from error
+                asked = f"keep={keep}" if stored == NATIVE else f"keep={keep}, entries={stored}"
+                raise BudgetInfeasible(f"{name} cannot work with {asked}: {error}") from error
 
 
 def read_context(
@@ -129,13 +134,22 @@ def read_context(
     method: str | Method,
     keep: float | str | Keep,
     *,
+    entries: str = NATIVE,
     prefill_chunk_size: int | None = None,
     progress: Progress | None = None,
 ) -> Memory:
     """Read a context and return its cache, compressed by a method, or full for "full"."""
     if method == FULL:
         return FullMemory(model, context, prefill_chunk_size)
-    return compress(model, context, method, keep=keep, prefill_chunk_size=prefill_chunk_size, progress=progress)
+    return compress(
+        model,
+        context,
+        method,
+        keep=keep,
+        entries=entries,
+        prefill_chunk_size=prefill_chunk_size,
+        progress=progress,
+    )
 
 
 def answer(

@@ -1,4 +1,4 @@
-"""Compare several methods and keeps on one document and its questions."""
+"""Compare several methods, keeps and kinds of entries on one document and its questions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from headwise.cache.compress import Progress
 from headwise.errors import BadInput
-from headwise.evals.answers import FULL, known_methods, require_possible
-from headwise.evals.session import FULL_PAIR, Outcome, Pair, Session
+from headwise.evals.answers import known_methods, require_possible
+from headwise.evals.session import FULL_SETTING, Outcome, Session, Setting, every_setting
+from headwise.kernels.quantised import NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.tasks.document import Asked
 from headwise.tasks.metrics import answers_found
@@ -19,7 +20,7 @@ from headwise.tasks.task import Question, Sample, require_protocol
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """One method at one keep. Bytes are of keys and values in storage.
+    """One method at one keep, its entries stored in one way. Bytes are of keys and values in storage.
 
     `accuracy` is the mean share of known answers found, over the questions that have some; where none has, the share of
     answers that are the full cache's. `kl` (nats) and `agreement` (share of tokens with the same first choice) are of
@@ -30,6 +31,7 @@ class Comparison:
 
     method: str
     keep: float | str
+    entries: str
     protocol: str
     kv_bytes: int
     full_kv_bytes: int
@@ -52,6 +54,7 @@ def compare(
     *,
     methods: Sequence[str],
     keep: float | str | Keep | Sequence[float | str | Keep],
+    entries: str | Sequence[str] = NATIVE,
     max_new_tokens: int = 32,
     protocol: str = "query-agnostic",
     prefill_chunk_size: int | None = None,
@@ -71,7 +74,9 @@ def compare(
     methods
         Names of methods; "full" is transformers' own cache, which is always measured.
     keep
-        One or more keeps: fractions, tokens ("1024tok") or bytes ("2GiB").
+        One or more keeps: fractions, tokens ("1024tok") or bytes ("2GiB", "5%bytes").
+    entries
+        How kept entries are stored: "native", "int8", "k8v4" or "int4", one or more. The full cache is native.
     max_new_tokens
         Tokens of an answer, at most.
     protocol
@@ -82,22 +87,22 @@ def compare(
     split_special_tokens
         See `tokenize`.
     progress
-        Is called with (pairs measured, pairs in all).
+        Is called with (rows measured, rows in all).
 
     Returns
     -------
     list of Comparison
-        One row per method and keep, in the order given. A pair that is named twice has one row.
+        One row per method, keep and entries, in the order given. What is named twice has one row.
 
     Raises
     ------
     BadInput
-        If a method is unknown, or the model has no room for the document.
+        If a method or a kind of entries is unknown, or the model has no room for the document.
     BudgetInfeasible, ArtifactMismatch, UnsupportedModel
         If one of the methods cannot run. All errors come before any work.
     """
     require_protocol(protocol)
-    keeps = _parse_keeps(keep)
+    keeps, stored = _parse_keeps(keep), _parse_entries(entries)
     known_methods(methods)
     session = Session(
         model=model,
@@ -108,10 +113,10 @@ def compare(
     )
     sample = _sample(context, asked, max_new_tokens)
     for tokens in session.tokens(sample):
-        require_possible(model, methods, keeps, tokens)
-    pairs = list(dict.fromkeys((m, k) for m in methods for k in ([FULL_PAIR[1]] if m == FULL else keeps)))
-    outcomes = session.measure(sample, pairs, timed=True, progress=progress)
-    return [_row(pair, outcomes[pair], outcomes[FULL_PAIR], asked, protocol) for pair in pairs]
+        require_possible(model, methods, keeps, tokens, entries=stored)
+    settings = every_setting(methods, keeps, stored)
+    outcomes = session.measure(sample, settings, timed=True, progress=progress)
+    return [_row(setting, outcomes[setting], outcomes[FULL_SETTING], asked, protocol) for setting in settings]
 
 
 def _sample(context: str, asked: Sequence[Asked], max_new_tokens: int) -> Sample:
@@ -126,11 +131,21 @@ def _parse_keeps(keep: float | str | Keep | Sequence[float | str | Keep]) -> lis
     return [parse_keep(one) for one in keeps]
 
 
-def _row(pair: Pair, outcome: Outcome, full: Outcome, asked: Sequence[Asked], protocol: str) -> Comparison:
+def _parse_entries(entries: str | Sequence[str]) -> list[str]:
+    names = [entries] if isinstance(entries, str) else list(entries)
+    if not names:
+        raise BadInput(f"no entries are given; give one kind, such as {NATIVE!r}.")
+    for name in names:
+        parse_entries(name)
+    return names
+
+
+def _row(setting: Setting, outcome: Outcome, full: Outcome, asked: Sequence[Asked], protocol: str) -> Comparison:
     assert outcome.step_ms is not None
     return Comparison(
-        method=pair[0],
-        keep=pair[1].value,
+        method=setting.method,
+        keep=setting.keep.value,
+        entries=setting.entries,
         protocol=protocol,
         kv_bytes=outcome.kv_bytes,
         full_kv_bytes=full.kv_bytes,

@@ -1,13 +1,13 @@
-"""The folder of an evaluation: one record per sample, method and keep. A killed run goes on from it.
+"""The folder of an evaluation: one record per sample, method, keep and entries. A killed run goes on from it.
 
     OUT/run.json        what was run: model, methods, keeps, tasks, seed, hardware, versions, command
     OUT/records.jsonl   the records; while several processes write, OUT/records.RANK.jsonl until all are done
     OUT/maps.jsonl      which tokens the heads kept, for the first sample of every task; none of short records
 
 A killed run, started again with the same --out, repeats no sample and loses none: the last one is dropped if it is not
-complete. Methods, keeps, tasks and samples may be added to a folder; a model, seed, length or protocol of its own
-needs another. A folder may be moved and continued on another machine: what counts are the model's weights, and that a
-method is still what it was. One run at a time: `locked` keeps a second one out. Lines are JSON in ASCII, and only a
+complete. Methods, keeps, entries, tasks and samples may be added to a folder; a model, seed, length or protocol of its
+own needs another. A folder may be moved and continued on another machine: what counts are the model's weights, and that
+a method is still what it was. One run at a time: `locked` keeps a second one out. Lines are JSON in ASCII, and only a
 line feed ends them. Imports no torch.
 """
 
@@ -25,20 +25,23 @@ from headwise.files.locks import SUFFIX, locked
 from headwise.files.writing import append, left_of, reason, remove, require_file, require_folder, write_bytes
 
 FORMAT = 1
+NATIVE = "native"  # entries: those of all records that say nothing of them
 RUN, RECORDS, MAPS = "run.json", "records.jsonl", "maps.jsonl"
 _MUST_AGREE = ("format", "config_hash", "dtype", "protocol", "seed", "length", "fidelity")
-_MAY_GROW = ("tasks", "methods", "keeps", "samples")
+_MAY_GROW = ("tasks", "methods", "keeps", "entries", "samples")
 _OUR_FILES = re.compile(r"run\.json|(records|maps)(\.\d+)?\.jsonl")
 Unit = tuple[str, int]  # a task and the index of a sample
+Setting = tuple[str, str, str]  # a method, a keep and entries
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One method at one keep on one sample. Bytes are of keys and values; `kept` are entries per layer and head.
+    """One method at one keep on one sample, its entries stored in one way. Bytes are of keys and values.
 
-    `score` is the mean over questions, None where nothing is answered. `kl` (nats), `agreement` (share of tokens with
-    the same first choice) and `nll` (nats) are of what the full cache answered, see fidelity.py. `sees_answers` is True
-    for the oracle only, which was shown the questions and their answers.
+    `kept` are entries per layer and head. `score` is the mean over questions, None where nothing is answered. `kl`
+    (nats), `agreement` (share of tokens with the same first choice) and `nll` (nats) are of what the full cache
+    answered, see fidelity.py. `sees_answers` is True for the oracle only, which was shown the questions and their
+    answers.
     """
 
     task: str
@@ -46,6 +49,7 @@ class Record:
     length: int
     method: str
     keep: str
+    entries: str = NATIVE
     protocol: str
     seed: int
     predictions: tuple[str, ...]
@@ -75,9 +79,14 @@ class Record:
         return self.task, self.index
 
     @property
-    def key(self) -> tuple[Unit, str, str]:
-        """Sample, method and keep, of which a folder holds one record."""
-        return self.unit, self.method, self.keep
+    def setting(self) -> Setting:
+        """Method, keep and entries."""
+        return self.method, self.keep, self.entries
+
+    @property
+    def key(self) -> tuple[Unit, str, str, str]:
+        """Sample and setting, of which a folder holds one record."""
+        return self.unit, *self.setting
 
     def shortened(self) -> "Record":
         """Return the record without answers, with six digits, and with counts only if it is a task's first sample."""
@@ -143,7 +152,8 @@ class RunFolder:
         grown = self._merged_manifest(earlier)
         self._clear()
         if earlier is not None:
-            self._drop_unfinished([tuple(pair) for pair in earlier["latest"]])
+            latest = [(*setting, NATIVE)[:3] for setting in earlier["latest"]]  # of older runs without entries
+            self._drop_unfinished(latest)
             self._drop_maps()
         self.manifest = grown
         _write(self.path / RUN, [json.dumps(self.manifest, indent=1) + "\n"])
@@ -195,17 +205,17 @@ class RunFolder:
             lines = [(line, f"{file}, line {number}") for number, line in enumerate(_lines(file), start=1)]
             _write(file, dict.fromkeys(line for line, where in lines if _key_of_map(line, where) in keys))
 
-    def _drop_unfinished(self, pairs: Iterable[tuple[str, ...]]) -> None:
-        """Drop the sample that a killed run was writing, unless all of these (method, keep) have a record.
+    def _drop_unfinished(self, settings: Iterable[tuple[str, ...]]) -> None:
+        """Drop the sample that a killed run was writing, unless all of these settings have a record.
 
         A record that is there twice, because two older processes shared a folder, stays once.
         """
-        wanted, records, written = set(pairs), self.records(), set[Any]()
+        wanted, records, written = set(settings), self.records(), set[Any]()
         for file in self._files():
             lines = list(zip(_lines(file), records_in(file), strict=True))
             last = lines[-1][1].unit if lines else None
-            complete = wanted <= {(record.method, record.keep) for record in records if record.unit == last}
-            while not complete and lines and lines[-1][1].unit == last and lines[-1][1].key[1:] in wanted:
+            complete = wanted <= {record.setting for record in records if record.unit == last}
+            while not complete and lines and lines[-1][1].unit == last and lines[-1][1].setting in wanted:
                 lines.pop()
             kept = [(line, record.key) for line, record in lines if record.key not in written]
             once = {key: line for line, key in reversed(kept)}
@@ -220,7 +230,7 @@ class RunFolder:
         if not file.is_file():
             return None
         try:
-            earlier = json.loads(_content(file).decode())
+            earlier = {"entries": [NATIVE], **json.loads(_content(file).decode())}
             return {name: earlier[name] for name in ("latest", *_MAY_GROW)} | earlier
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(f"{file} is damaged: {error}. Name another folder with --out.") from error
@@ -294,10 +304,11 @@ def _record(line: str, where: str) -> Record:
         raise BadInput(f"{where} is no record: {error}. Remove the line, or name another folder with --out.") from error
 
 
-def _key_of_map(line: str, where: str) -> tuple[Unit, str, str]:
+def _key_of_map(line: str, where: str) -> tuple[Unit, str, str, str]:
     try:
         fields = json.loads(line)
-        return (fields["task"], fields["index"]), fields["method"], fields["keep"]
+        unit = fields["task"], fields["index"]
+        return unit, fields["method"], fields["keep"], fields.get("entries", NATIVE)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{where} is no map: {error}. Remove the line, or name another folder with --out.") from error
 

@@ -27,8 +27,9 @@ from headwise.cache.cache import RaggedCache
 from headwise.errors import BadInput
 from headwise.evals.answers import FULL, known_methods, require_possible
 from headwise.evals.records import Record, RunFolder
-from headwise.evals.session import FULL_PAIR, Outcome, Pair, Session
+from headwise.evals.session import FULL_SETTING, Outcome, Session, Setting, every_setting
 from headwise.kernels import fastest
+from headwise.kernels.quantised import NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
 from headwise.methods.registry import ORACLE
@@ -44,10 +45,11 @@ HASHED_NUMBERS = 1024  # first numbers of every weight that tell a model from an
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """One method at one keep on one task; means over samples (and their questions)."""
+    """One method at one keep on one task, its entries stored in one way; means over samples (and their questions)."""
 
     method: str
     keep: float | str
+    entries: str
     task: str
     length: int
     samples: int
@@ -69,8 +71,8 @@ class Evaluation:
 
     Attributes
     ----------
-    tasks, methods, keeps
-        Every method is measured at every keep on every sample of every task.
+    tasks, methods, keeps, entries
+        Every method is measured at every keep with every kind of entries on every sample of every task.
     seed
         What the samples were made with, from 0 on.
     protocol
@@ -87,12 +89,13 @@ class Evaluation:
     Raises
     ------
     BadInput
-        If a method is unknown, a number is out of range, or there is no task or no keep.
+        If a method or a kind of entries is unknown, a number is out of range, or there is no task, keep or entries.
     """
 
     tasks: tuple[Task, ...]
     methods: tuple[str, ...]
     keeps: tuple[Keep, ...]
+    entries: tuple[str, ...] = (NATIVE,)
     seed: int = 0
     protocol: str = "query-agnostic"
     fidelity: bool = True
@@ -101,8 +104,10 @@ class Evaluation:
     brief: bool = False
 
     def __post_init__(self) -> None:
-        if not self.tasks or not self.keeps:
-            raise BadInput("there is nothing to evaluate: give at least one task and one keep.")
+        if not (self.tasks and self.keeps and self.entries):
+            raise BadInput("there is nothing to evaluate: give at least one task, one keep and one kind of entries.")
+        for stored in self.entries:
+            parse_entries(stored)
         require_protocol(self.protocol)
         if abs(self.seed) >= 2**63:
             raise BadInput("the seed is out of range: choose one from 0 to 2**63 - 1.")
@@ -111,9 +116,9 @@ class Evaluation:
         known_methods(self.methods, oracle=True)
 
     @property
-    def pairs(self) -> list[Pair]:
-        """Every method at every keep, each once; the full cache once, for it has no keep."""
-        return list(dict.fromkeys((m, k) for m in self.methods for k in ([FULL_PAIR[1]] if m == FULL else self.keeps)))
+    def settings(self) -> list[Setting]:
+        """The full cache, which is always measured, then every method at every keep with every kind of entries."""
+        return list(dict.fromkeys([FULL_SETTING, *every_setting(self.methods, self.keeps, self.entries)]))
 
     @property
     def units(self) -> list[tuple[Task, int]]:
@@ -146,7 +151,7 @@ def evaluate(
     Returns
     -------
     list of Record
-        One per sample, method and keep, in the order of the tasks and their samples.
+        One per sample, method, keep and entries, in the order of the tasks and their samples.
 
     Raises
     ------
@@ -165,7 +170,9 @@ def evaluate(
     )
     for task in evaluation.tasks:
         for tokens in session.tokens(task.sample(0)):
-            require_possible(model, evaluation.methods, evaluation.keeps, tokens, oracle=True)
+            require_possible(
+                model, evaluation.methods, evaluation.keeps, tokens, entries=evaluation.entries, oracle=True
+            )
     with nullcontext() if folder is None or processes.rank > 0 else folder.locked():
         return _select(_measure_all(session, evaluation, folder, processes, progress), evaluation)
 
@@ -179,15 +186,14 @@ def _measure_all(
 ) -> list[Record]:
     """Return the records that the folder holds, and measure those that it lacks."""
     records = list(_open_folder(folder, evaluation, processes))
-    recorded = {(record.unit, record.method, record.keep) for record in records}
+    recorded = {record.key for record in records}
     units, share = evaluation.units, processes.share(len(evaluation.units))
     for done, (task, index) in enumerate(units[i] for i in share):
         progress(done, len(share))
-        wanted = dict.fromkeys([FULL_PAIR, *evaluation.pairs])
-        pairs = [pair for pair in wanted if ((task.name, index), pair[0], _keep_text(pair)) not in recorded]
-        if pairs:
+        lacking = [setting for setting in evaluation.settings if ((task.name, index), *setting.names) not in recorded]
+        if lacking:
             report = partial(_report_progress, progress, done, len(share))
-            measured, maps = _measure(session, task, index, pairs, evaluation, report)
+            measured, maps = _measure(session, task, index, lacking, evaluation, report)
             records += measured
             if folder is not None:
                 folder.append(measured, maps)
@@ -222,29 +228,29 @@ def _measure(
     session: Session,
     task: Task,
     index: int,
-    pairs: Sequence[Pair],
+    settings: Sequence[Setting],
     evaluation: Evaluation,
     report: Callable[[float], None],
 ) -> tuple[list[Record], list[dict[str, Any]]]:
-    """Return one sample's records for these pairs, and maps of what heads kept if it is a task's first sample.
+    """Return one sample's records for these settings, and maps of what heads kept if it is a task's first sample.
 
-    `report` is called with the share of the pairs that has been cut.
+    `report` is called with the share of the settings that has been cut.
     """
     sample, collector = task.sample(index), _MapCollector(task, index, session.tokenizer, evaluation.keeps)
     cut = count(1)
 
-    def note(pair: Pair, tokens: Tokens, cache: RaggedCache) -> None:
-        collector.note(pair, tokens, cache)
-        report(next(cut) / (len(pairs) + 1))
+    def note(setting: Setting, tokens: Tokens, cache: RaggedCache) -> None:
+        collector.note(setting, tokens, cache)
+        report(next(cut) / (len(settings) + 1))
 
-    outcomes = session.measure(sample, pairs, timed=index < evaluation.timed, show=note)
-    full_bytes = outcomes[FULL_PAIR].kv_bytes
-    records = [_record(task, index, sample, pair, outcomes[pair], full_bytes, evaluation) for pair in pairs]
+    outcomes = session.measure(sample, settings, timed=index < evaluation.timed, show=note)
+    full_bytes = outcomes[FULL_SETTING].kv_bytes
+    records = [_record(task, index, sample, one, outcomes[one], full_bytes, evaluation) for one in settings]
     return ([record.shortened() for record in records], []) if evaluation.brief else (records, collector.maps)
 
 
 def _record(
-    task: Task, index: int, sample: Sample, pair: Pair, outcome: Outcome, full_bytes: int, evaluation: Evaluation
+    task: Task, index: int, sample: Sample, setting: Setting, outcome: Outcome, full_bytes: int, evaluation: Evaluation
 ) -> Record:
     judge, scores = task.judge, ()
     if judge is not None:
@@ -253,8 +259,9 @@ def _record(
         task=task.name,
         index=index,
         length=task.length,
-        method=pair[0],
-        keep=_keep_text(pair),
+        method=setting.method,
+        keep=str(setting.keep),
+        entries=setting.entries,
         protocol=evaluation.protocol,
         seed=evaluation.seed,
         predictions=outcome.predictions if judge is not None else (),
@@ -276,7 +283,7 @@ def _record(
         step_ms=outcome.step_ms,
         kept=outcome.kept,
         versions=versions(),
-        sees_answers=pair[0] == ORACLE,
+        sees_answers=setting.method == ORACLE,
     )
 
 
@@ -287,9 +294,9 @@ class _MapCollector:
         self.task, self.index, self.tokenizer = task.name, index, tokenizer
         self.keep, self.maps = keeps[len(keeps) // 2], []
 
-    def note(self, pair: Pair, tokens: Tokens, cache: RaggedCache) -> None:
+    def note(self, setting: Setting, tokens: Tokens, cache: RaggedCache) -> None:
         """Add what a cut cache holds, if the sample and the keep are those to map."""
-        if self.index > 0 or pair[1] != self.keep or tokens.context.shape[1] > MAX_MAP_TOKENS:
+        if self.index > 0 or setting.keep != self.keep or tokens.context.shape[1] > MAX_MAP_TOKENS:
             return
         shape = cache.view.shape
         kept = {
@@ -298,36 +305,32 @@ class _MapCollector:
             for head in range(shape.kv_heads)
         }
         texts = token_texts(self.tokenizer, tokens.context[0].tolist())
-        key = {"task": self.task, "index": self.index, "method": pair[0], "keep": _keep_text(pair)}
-        self.maps.append({**key, "tokens": texts, "kept": kept})
-
-
-def _keep_text(pair: Pair) -> str:
-    return str(pair[1])
+        named = dict(zip(("method", "keep", "entries"), setting.names, strict=True))
+        self.maps.append({"task": self.task, "index": self.index, **named, "tokens": texts, "kept": kept})
 
 
 def _select(records: Sequence[Record], evaluation: Evaluation) -> list[Record]:
     """Return the records of this evaluation: a folder may hold more."""
     units = {(task.name, index): place for place, (task, index) in enumerate(evaluation.units)}
-    wanted = dict.fromkeys([FULL_PAIR, *evaluation.pairs])
-    pairs = {(pair[0], _keep_text(pair)): place for place, pair in enumerate(wanted)}
-    selected = [r for r in records if r.unit in units and (r.method, r.keep) in pairs]
-    return sorted(selected, key=lambda r: (units[r.unit], pairs[r.method, r.keep]))
+    places = {setting.names: place for place, setting in enumerate(evaluation.settings)}
+    selected = [record for record in records if record.unit in units and record.setting in places]
+    return sorted(selected, key=lambda record: (units[record.unit], places[record.setting]))
 
 
 def summarise(records: Sequence[Record]) -> Iterator[Summary]:
-    """Yield means over samples, one summary per task, method and keep, in the order of the records.
+    """Yield means over samples, one summary per task, method, keep and entries, in the order of the records.
 
     Every task must have records of the full cache, as those of `evaluate` have.
     """
-    grouped: dict[tuple[str, str, str], list[Record]] = {}
+    grouped: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        grouped.setdefault((record.task, record.method, record.keep), []).append(record)
-    for (task, method, keep), group in grouped.items():
-        full = grouped[task, FULL, _keep_text(FULL_PAIR)]
+        grouped.setdefault((record.task, *record.setting), []).append(record)
+    for (task, method, keep, entries), group in grouped.items():
+        full = grouped[task, *FULL_SETTING.names]
         yield Summary(
             method=method,
             keep=parse_keep(keep).value,
+            entries=entries,
             task=task,
             length=group[0].length,
             samples=len(group),
@@ -368,8 +371,9 @@ def manifest(model: PreTrainedModel, name: str, evaluation: Evaluation, length: 
         "methods": list(dict.fromkeys([FULL, *evaluation.methods])),
         "made_of": _method_hashes(model, evaluation.methods),
         "keeps": [str(keep) for keep in dict.fromkeys(evaluation.keeps)],
+        "entries": list(dict.fromkeys(evaluation.entries)),
         "samples": max(task.num_samples for task in evaluation.tasks),
-        "latest": [[pair[0], _keep_text(pair)] for pair in dict.fromkeys([FULL_PAIR, *evaluation.pairs])],
+        "latest": [list(setting.names) for setting in evaluation.settings],
         "protocol": evaluation.protocol,
         "fidelity": evaluation.fidelity,
         "seed": evaluation.seed,

@@ -1,4 +1,4 @@
-"""Measure all methods and keeps on one sample: read once, cut many ways, asked together.
+"""Measure all methods, keeps and kinds of entries on one sample: read once, cut many ways, asked together.
 
 Methods share a reading of the context where they can (reading.py). The cut caches are continued as one batch
 (RaggedCache.join), so a sweep costs little more than its slowest answer. The full cache answers by itself.
@@ -7,8 +7,9 @@ Methods share a reading of the context where they can (reading.py). The cut cach
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from statistics import fmean
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -29,6 +30,7 @@ from headwise.evals.answers import (
 from headwise.evals.fidelity import LOGITS_BYTES, Continuations, Fidelity, Yardstick
 from headwise.evals.oracle import as_method, foresee
 from headwise.interfaces import AbstractScorer
+from headwise.kernels.quantised import NATIVE
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.registry import ORACLE
 from headwise.models.families import view
@@ -36,19 +38,43 @@ from headwise.models.room import require_room
 from headwise.tasks.document import Tokens, tokenize
 from headwise.tasks.task import Sample
 
-Pair = tuple[str, Keep]  # a method and a keep
-FULL_PAIR: Pair = (FULL, parse_keep(1.0))
 CUT_BYTES = 2 * 2**30  # of caches that are asked together
 COMPARED_BYTES = 4 * LOGITS_BYTES  # of the logits of those that are compared together
 
 
+class Setting(NamedTuple):
+    """A method at a keep, and how the entries it keeps are stored."""
+
+    method: str
+    keep: Keep
+    entries: str = NATIVE
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """As records have them."""
+        return self.method, str(self.keep), self.entries
+
+
+FULL_SETTING = Setting(FULL, parse_keep(1.0))
+
+
+def every_setting(methods: Sequence[str], keeps: Sequence[Keep], entries: Sequence[str]) -> list[Setting]:
+    """Return all combinations, each once; the full cache once, for it has no keep and is native."""
+    found = (
+        [FULL_SETTING] if method == FULL else [Setting(method, keep, stored) for keep in keeps for stored in entries]
+        for method in methods
+    )
+    return list(dict.fromkeys(chain.from_iterable(found)))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What was measured of one pair on one sample. Bytes are of keys and values; `kept` are entries per layer and head.
+    """What was measured of one setting on one sample. Bytes are of keys and values.
 
-    `prefill_seconds` is the time of the reading that served `prefill_shared_by` pairs. `decode_seconds` is the time in
-    which `decode_rows` sequences were answered together: by decoding, or by one pass over the full cache's answers if
-    a context agrees with all of them. `step_ms`: one decoding step of one sequence, if timed.
+    `kept` are entries per layer and head. `prefill_seconds` is the time of the reading that served `prefill_shared_by`
+    settings. `decode_seconds` is the time in which `decode_rows` sequences were answered together: by decoding, or by
+    one pass over the full cache's answers if a context agrees with all of them. `step_ms`: one decoding step of one
+    sequence, if timed.
     """
 
     predictions: tuple[str, ...]
@@ -121,22 +147,25 @@ class Session:
     def measure(
         self,
         sample: Sample,
-        pairs: Sequence[Pair],
+        settings: Sequence[Setting],
         *,
         timed: bool = False,
-        show: Callable[[Pair, Tokens, RaggedCache], None] = lambda pair, tokens, cache: None,
+        show: Callable[[Setting, Tokens, RaggedCache], None] = lambda setting, tokens, cache: None,
         progress: Progress = lambda done, total: None,
-    ) -> dict[Pair, Outcome]:
-        """Return outcomes of all pairs, and of the full cache. `show` is given every cut cache of the first reading.
+    ) -> dict[Setting, Outcome]:
+        """Return outcomes of all settings, and of the full cache. `show` is given every cut cache of the first reading.
 
-        `progress` is called with (pairs measured, pairs in all); a pair counts for every context that it is cut from.
+        `progress` is called with (settings measured, settings in all); one counts for every context it is cut from.
         """
         parts, measured = self.tokens(sample), []
         for part, tokens in enumerate(parts):
             first = part == 0
             measurement = _Measurement(self, tokens, sample, timed=timed and first, show=show if first else None)
-            measured.append(measurement.measure(pairs, _part_progress(progress, part, len(parts))))
-        return {pair: _merge([part[pair] for part in measured]) for pair in measured[0]}
+            measured.append(measurement.measure(settings, _part_progress(progress, part, len(parts))))
+        return {setting: _merge([part[setting] for part in measured]) for setting in measured[0]}
+
+
+_Cut = tuple[Setting, Memory, float, int]  # its cache, the seconds of its reading, the settings which that served
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +187,7 @@ class _Measurement:
         tokens: Tokens,
         sample: Sample,
         timed: bool,
-        show: Callable[[Pair, Tokens, RaggedCache], None] | None,
+        show: Callable[[Setting, Tokens, RaggedCache], None] | None,
     ):
         self.session, self.tokens, self.timed, self.show = session, tokens, timed, show
         self.model, self.tokenizer = session.model, session.tokenizer
@@ -167,26 +196,29 @@ class _Measurement:
         self.continuations: Continuations | None = None  # each question with the full cache's answer, or what follows
         self.yardstick: Yardstick | None = None
 
-    def measure(self, pairs: Sequence[Pair], progress: Progress) -> dict[Pair, Outcome]:
+    def measure(self, settings: Sequence[Setting], progress: Progress) -> dict[Setting, Outcome]:
         """Return the outcomes. The full cache comes first: the others are compared with what it answers."""
-        cut_pairs = [pair for pair in dict.fromkeys(pairs) if pair[0] != FULL]
-        progress(0, 1 + len(cut_pairs))
+        cut = [setting for setting in dict.fromkeys(settings) if setting.method != FULL]
+        progress(0, 1 + len(cut))
         start = time.perf_counter()
         full = FullMemory(self.model, self.tokens.context, self.session.prefill_chunk_size)
-        (full_outcome,) = self._outcomes([(FULL_PAIR, full, time.perf_counter() - start, 1)])
-        outcomes, full_bytes = {FULL_PAIR: full_outcome}, full.nbytes
+        (full_outcome,) = self._outcomes([(FULL_SETTING, full, time.perf_counter() - start, 1)])
+        outcomes, full_bytes = {FULL_SETTING: full_outcome}, full.nbytes
         del full
-        progress(1, 1 + len(cut_pairs))
-        for group in self._groups(cut_pairs, full_bytes):
-            outcomes |= zip([pair for pair, *_ in group], self._outcomes(group), strict=True)
-            progress(len(outcomes), 1 + len(cut_pairs))
+        progress(1, 1 + len(cut))
+        for group in self._groups(cut, full_bytes):
+            outcomes |= zip([setting for setting, *_ in group], self._outcomes(group), strict=True)
+            progress(len(outcomes), 1 + len(cut))
         return outcomes
 
-    def _groups(self, pairs: Sequence[Pair], full_bytes: int) -> Iterator[list[tuple[Pair, Memory, float, int]]]:
-        """Yield cut caches, as many at a time as may be asked together."""
-        group: list[tuple[Pair, Memory, float, int]] = []
+    def _groups(self, settings: Sequence[Setting], full_bytes: int) -> Iterator[list[_Cut]]:
+        """Yield cut caches, as many at a time as may be asked together. Their entries are stored alike."""
+        group: list[_Cut] = []
         group_size = max(1, self.session.rows // len(self.tokens.questions))
-        for cut in self._cuts(pairs):
+        for cut in self._cuts(settings):
+            if group and group[0][0].entries != cut[0].entries:
+                yield group
+                group = []
             group.append(cut)
             if len(group) == group_size or sum(memory.nbytes for _, memory, *_ in group) + full_bytes > CUT_BYTES:
                 yield group
@@ -194,32 +226,33 @@ class _Measurement:
         if group:
             yield group
 
-    def _cuts(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Memory, float, int]]:
-        """Yield every pair's cache, the seconds its reading took, and how many pairs that reading serves."""
-        by_reading: dict[tuple[AbstractScorer, ...], list[Pair]] = {}
-        methods = {name: as_method(name, self.tokenizer, chat=self.chat) for name, _ in pairs}
+    def _cuts(self, settings: Sequence[Setting]) -> Iterator[_Cut]:
+        """Yield every setting's cache, the seconds its reading took, and how many settings that reading serves."""
+        by_reading: dict[tuple[AbstractScorer, ...], list[Setting]] = {}
+        methods = {one.method: as_method(one.method, self.tokenizer, chat=self.chat) for one in settings}
         watching = (m.scorer for name, m in methods.items() if name != ORACLE and can_share(m.scorer))
         shared = tuple(dict.fromkeys(watching))
-        for pair in pairs:
-            scorer = methods[pair[0]].scorer
-            by_reading.setdefault(shared if can_share(scorer) else (scorer,), []).append(pair)
+        for setting in settings:
+            scorer = methods[setting.method].scorer
+            by_reading.setdefault(shared if can_share(scorer) else (scorer,), []).append(setting)
         for scorers, served in by_reading.items():
             start = time.perf_counter()
             chunk_size = self.session.prefill_chunk_size
             reading = read(self.model, self.tokens.context, scorers, prefill_chunk_size=chunk_size)
             seconds = time.perf_counter() - start
-            if self.continuations is not None and any(name == ORACLE for name, _ in served):
+            if self.continuations is not None and any(setting.method == ORACLE for setting in served):
                 reading = foresee(self.model, reading, self.continuations.questions, self.continuations.texts)
-            for pair in served:
-                yield pair, reading.cut(methods[pair[0]], pair[1]), seconds, len(served)
+            for setting in sorted(served, key=lambda setting: setting.entries):  # alike ones are asked together
+                cache = reading.cut(methods[setting.method], setting.keep, entries=setting.entries)
+                yield setting, cache, seconds, len(served)
 
-    def _outcomes(self, group: Sequence[tuple[Pair, Memory, float, int]]) -> list[Outcome]:
+    def _outcomes(self, group: Sequence[_Cut]) -> list[Outcome]:
         memories = [memory for _, memory, *_ in group]
         answers = self._answer(memories)
         outcomes: list[Outcome] = []
-        for (pair, memory, prefill_seconds, shared), answer in zip(group, answers, strict=True):
+        for (setting, memory, prefill_seconds, shared), answer in zip(group, answers, strict=True):
             if self.show is not None and isinstance(memory, RaggedCache):
-                self.show(pair, self.tokens, memory)
+                self.show(setting, self.tokens, memory)
             outcome = Outcome(
                 predictions=tuple(as_texts(self.tokenizer, answer.answers)),
                 fidelity=answer.fidelity,

@@ -9,7 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from headwise.errors import BadInput
+from headwise.kernels.quantised import NATIVE, Bits, parse_entries
 from headwise.methods.keep import Keep, parse_keep
+from headwise.methods.storage import Storage
 from headwise.models.families import max_positions, shape_of
 
 ACTIVATIONS_NOTE = "activations, logits and the framework's own memory are not counted: leave 10-20% free"
@@ -22,6 +24,7 @@ class Plan:
 
     context: int
     keep: float | str
+    entries: str
     batch: int
     dtype: str
     weight_bytes: int
@@ -47,6 +50,7 @@ def plan(
     *,
     context: int,
     keep: float | str | Keep,
+    entries: str = NATIVE,
     batch: int = 1,
     memory: int | None = None,
     dtype: torch.dtype | None = None,
@@ -54,20 +58,22 @@ def plan(
     """KV bytes of `batch` contexts of `context` tokens, with everything kept and with `keep`; what fits in `memory`.
 
     `dtype` is that of keys, values and weights; None is the checkpoint's own, as its configuration names it. Weights of
-    a quantised checkpoint are counted as it stores them; its keys and values are not quantised.
+    a quantised checkpoint are counted as it stores them; its keys and values have its dtype. What is kept is stored as
+    `entries` says. It is counted for heads that all keep the same, the first tokens among it, which stay native.
     `max_batch` and `max_context` are what the memory has room for, for an allocator of scope "layer"; `max_context` may
     exceed `max_positions`. Raises BadInput, UnsupportedModel.
     """
     if batch < 1 or context < 1:
         raise BadInput(f"context={context} and batch={batch} must be at least 1.")
     dtype, of_dtype = (dtype, []) if dtype else _own_dtype(config)
-    keep, sizes = parse_keep(keep), _Sizes(config, dtype)
+    keep, sizes = parse_keep(keep), _Sizes(config, dtype, parse_entries(entries))
     full, small = sizes.held(context, batch, None), sizes.held(context, batch, keep)
     weights, of_weights = _weight_bytes(config, dtype)
     fit = _fit(sizes, context, batch, keep, None if memory is None else max(0, memory - weights))
     return Plan(
         context=context,
         keep=keep.value,
+        entries=entries,
         batch=batch,
         dtype=_name(dtype),
         weight_bytes=weights,
@@ -116,11 +122,12 @@ def _own_dtype(config: PretrainedConfig) -> tuple[torch.dtype, list[str]]:
 
 
 class _Sizes:
-    """KV bytes of one model in one precision."""
+    """KV bytes of one model in one precision, what is kept in perhaps fewer bits."""
 
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype):
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, bits: Bits | None):
         self.shape = shape_of(config)
-        self.entry = self.shape.entry_bytes(dtype.itemsize)
+        self.storage = Storage(head_dim=self.shape.head_dim, itemsize=dtype.itemsize, bits=bits)
+        self.entry = self.storage.native
         self.window = getattr(config.get_text_config(), "sliding_window", None) or 0
 
     def sliding(self, context: int, batch: int) -> int:
@@ -137,7 +144,17 @@ class _Sizes:
         if keep.kind == "bytes":  # of all rows, which are alike
             keep = replace(keep, amount=keep.amount / batch)
         (entries,) = keep.entries(shape=self.shape, tokens=[context], entry_bytes=self.entry)
-        return batch * entries * self.entry + self.sliding(context, batch)
+        if keep.counts_bytes and self.storage.bits is not None:
+            (limit,) = keep.limits(shape=self.shape, tokens=[context], entry_bytes=self.entry)
+            everything = self.shape.num_heads * context
+            entries = min(everything, _largest(lambda n: n <= everything and self.stored(n) <= limit))
+        return batch * self.stored(entries) + self.sliding(context, batch)
+
+    def stored(self, entries: int) -> int:
+        """Bytes of so many entries, shared evenly by all heads."""
+        each, more = divmod(entries, self.shape.num_heads)
+        fewer, most = self.storage.nbytes(torch.tensor([each, each + 1], dtype=torch.int64, device="cpu")).tolist()
+        return (self.shape.num_heads - more) * fewer + more * most
 
     def peak(self, context: int, batch: int, keep: Keep) -> int:
         return self.held(context, batch, keep) + self.layer(context, batch)

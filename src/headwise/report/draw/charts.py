@@ -10,7 +10,7 @@ from operator import attrgetter
 from statistics import fmean
 
 from headwise.report.quality.cells import Overall, Task
-from headwise.report.quality.statistics import Estimate, Setting
+from headwise.report.quality.statistics import Estimate
 from headwise.report.quality.summary import Summary
 
 BANDED = 6  # lines up to which all bands are drawn: more of them hide each other
@@ -33,7 +33,10 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """A method. Its number says how it is drawn, the same in all charts of a model. A thin line was not measured."""
+    """A method, perhaps with the kind of its entries.
+
+    Its number says how it is drawn, the same in all charts of a model. A thin line was not measured.
+    """
 
     method: str
     number: int
@@ -163,9 +166,9 @@ def _of_full_cache(summary: Summary, get: Measure, factor: float) -> Estimate | 
 def _lines(summary: Summary, tasks: Sequence[Task], get: Measure, factor: float) -> tuple[Line, ...]:
     """Return the lines of all methods, from the highest to the lowest."""
     lines = []
-    for number, method in enumerate(summary.methods):
+    for number, curve in enumerate(summary.curves):
         points = []
-        for setting in (Setting(method, keep) for keep in summary.keeps):
+        for setting in map(curve.at, summary.keeps):
             estimate = get(summary.overall[setting]) if setting in summary.overall else None
             if estimate:
                 x = 100 * summary.kv_fraction(setting, tasks)
@@ -173,7 +176,7 @@ def _lines(summary: Summary, tasks: Sequence[Task], get: Measure, factor: float)
                 points.append(Point(label=label, x=x, y=estimate.times(factor)))
         if points:
             points.sort(key=lambda point: point.x)
-            lines.append(Line(method=method, number=number, points=tuple(points)))
+            lines.append(Line(method=curve.name, number=number, points=tuple(points)))
     return tuple(sorted(lines, key=lambda line: -fmean(point.y.value for point in line.points)))
 
 

@@ -65,7 +65,7 @@ def _by_head(value: Any) -> dict[tuple[int, int], list[int]]:
 
 RUN: Mapping[str, Check] = {
     **dict.fromkeys(("model", "protocol", "dtype", "device", "hardware", "command"), text),
-    **dict.fromkeys(("tasks", "methods", "keeps"), texts),
+    **dict.fromkeys(("tasks", "methods", "keeps", "entries"), texts),
     "samples": count,
     "seed": seed,
     **dict.fromkeys(("config_hash", "started"), or_none(text)),
@@ -74,7 +74,7 @@ RUN: Mapping[str, Check] = {
     "versions": versions,
 }
 RECORD: Mapping[str, Check] = {
-    **dict.fromkeys(("task", "method", "keep", "protocol"), text),
+    **dict.fromkeys(("task", "method", "keep", "entries", "protocol"), text),
     **dict.fromkeys(("index", "length", "kv_bytes", "sliding_kv_bytes", "peak_kv_bytes"), count),
     "seed": seed,
     **dict.fromkeys(("score", "kl", "agreement", "nll", "step_ms"), or_none(number)),
@@ -93,7 +93,7 @@ def _pieces(value: Any) -> tuple[str, ...]:
 
 
 TOKEN_MAP: Mapping[str, Check] = {
-    **dict.fromkeys(("task", "method", "keep"), text),
+    **dict.fromkeys(("task", "method", "keep", "entries"), text),
     "index": count,
     "tokens": _pieces,
     "kept": _by_head,

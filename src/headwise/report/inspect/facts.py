@@ -6,6 +6,7 @@ from typing import Any
 from headwise.artifacts.budget import Budget
 from headwise.artifacts.gates import Gates
 from headwise.artifacts.tensors import FORMAT_VERSIONS, describe
+from headwise.kernels.quantised import NATIVE
 
 KEEPS = (0.03, 0.0625, 0.15, 0.3)  # at which budgets are shown
 
@@ -17,6 +18,8 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     header = describe(path)
     kind, version = header.get("kind"), header.get("format_version")
+    if kind == "cache":
+        return {**header, "entries": header.get("entries", NATIVE)}  # earlier versions named none
     if kind not in ("budget", "gates") or version != FORMAT_VERSIONS[kind]:
         return header
     if kind == "budget":

@@ -19,9 +19,10 @@ from jaxtyping import Bool, Int
 
 from headwise.artifacts.tensors import opened
 from headwise.cache.kept import tokens_fingerprint
-from headwise.cache.saved import read
+from headwise.cache.saved import bits_in, prefix_of, read
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.files.writing import require_file, write_bytes
+from headwise.kernels.quantised import NATIVE
 from headwise.models.loading import REFERENCE, load_tokenizer
 from headwise.report.draw.template import filled
 from headwise.tasks import template
@@ -39,7 +40,7 @@ class KeptTokens:
 
     kept: Bool[np.ndarray, "layers kv_heads tokens"]
     layers: tuple[int, ...]  # of the model, those that can be compressed
-    name: str  # of method and keep
+    name: str  # of method, keep and entries
     model: str  # folder or hub id
     tokens_fingerprint: str | None  # of the context; not known where generate() has read it
 
@@ -56,11 +57,11 @@ class KeptTokens:
         tokens = metadata["seen"] - max(tails, default=0)
         if tokens * sum(layer_states[i]["lengths"].numel() for i in layers) > LARGEST:
             raise BadInput(f"{path} says that it saw {metadata['seen']} tokens, which are too many for a map.")
-        kept = np.stack([_mask(layer_states[i]["positions"], layer_states[i]["lengths"], tokens, path) for i in layers])
+        kept = np.stack([_kept(layer_states[i], tokens, path) for i in layers])
         return cls(
             kept=kept,
             layers=layers,
-            name=f"{_method(metadata['method'], path)}, keep {metadata['keep']}",
+            name=f"{_method(metadata['method'], path)}, keep {metadata['keep']}{_entries(metadata['entries'])}",
             model=metadata["model"] or "",
             tokens_fingerprint=metadata["tokens_fingerprint"],
         )
@@ -72,6 +73,20 @@ def _method(method: Mapping[str, Any], path: str | os.PathLike[str]) -> str:
         case {"scorer": {"name": str(scorer)}, "allocator": {"name": str(allocator)}}:
             return f"{scorer}+{allocator}"
     raise BadInput(f"{path} is damaged: it does not name its method; compress the context again.")
+
+
+def _entries(entries: str) -> str:
+    """Return what to say of entries that are not in the model's dtype."""
+    return "" if entries == NATIVE else f", {entries}"
+
+
+def _kept(
+    states: Mapping[str, torch.Tensor], tokens: int, path: str | os.PathLike[str]
+) -> Bool[np.ndarray, "kv_heads tokens"]:
+    """Return what the heads of a layer have kept, in the model's dtype or in fewer bits."""
+    parts = ("", *map(prefix_of, bits_in(states)))
+    masks = [_mask(states[f"{part}positions"], states[f"{part}lengths"], tokens, path) for part in parts]
+    return np.logical_or.reduce(masks)
 
 
 def _mask(

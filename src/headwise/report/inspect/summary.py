@@ -1,6 +1,7 @@
 """Summarise a file for `headwise inspect`: what it is, for which model, how to use it, what it keeps."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from math import prod
@@ -19,7 +20,9 @@ KINDS = {
     "part": "a part of a profile that is being made, or was killed",
     "training": "the state of a training that is under way, or was killed",
 }
-ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}
+BITS = re.compile(r"\.k([48])v([48])_")  # of a number of a key and of a value, in the names of a layer's tensors
+STATES = re.compile(r"\.(k[48]v[48]_)?(keys|values|key_scales|value_scales)$")
 
 
 def summary(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -100,14 +103,46 @@ def _cache(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> Iterator[t
     yield "method", f"{' + '.join(names)}, keep {facts.get('keep')}"
     rows = facts.get("context_tokens") or []
     yield "tokens", f"{', '.join(map(str, rows))} read and compressed, {facts.get('seen')} seen in all"
-    states = [header for name, header in tensors.items() if name.rpartition(".")[2] in ("keys", "values")]
-    held = sum(prod(header["shape"]) * ITEM_BYTES.get(header["dtype"], 0) for header in states)
-    yield "KV held", f"{size(held)}; at most {size(facts.get('peak_nbytes') or 0)} while the context was read"
+    yield from _stored(facts)
+    yield (
+        "KV held",
+        f"{size(_nbytes(tensors))}; at most {size(facts.get('peak_nbytes') or 0)} while the context was read",
+    )
     layers = [name.rpartition(".")[0] for name in tensors if name.endswith(".lengths")]
     heads = {layer: sum(rows) * tensors[f"{layer}.lengths"]["shape"][-1] for layer in layers}
-    kept = [tensors[f"{layer}.keys"]["shape"][0] / heads[layer] for layer in layers if heads[layer]]
+    own = {layer: {n: t for n, t in tensors.items() if n.startswith(f"{layer}.")} for layer in layers}
+    kept = [_entries(own[layer]) / heads[layer] for layer in layers if heads[layer]]
     if kept:
         yield "entries kept", f"{fmean(kept):.1%} of those read; {min(kept):.1%} to {max(kept):.1%} by layer"
+
+
+def _stored(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield how entries are stored."""
+    tensors = facts["tensors"]
+    layers = {name.rpartition(".")[0] for name in tensors if name.endswith(".lengths")}
+    own = {name: header for name, header in tensors.items() if name.rpartition(".")[0] in layers}
+    small = {name: header for name, header in own.items() if BITS.search(name)}
+    large = {name: header for name, header in own.items() if name not in small}
+    dtypes = {header["dtype"] for name, header in large.items() if name.endswith(".keys")}
+    native = f"in the model's dtype ({', '.join(sorted(dtypes))})"
+    if not small:
+        yield "entries", f"{facts.get('entries')}: {native}"
+        return
+    ((keys, values),) = {match.groups() for name in small if (match := BITS.search(name))}
+    bits = f"{keys} bits a key, {values} a value"
+    yield "entries", f"{facts.get('entries')}: {_entries(small):,} with {bits}, {size(_nbytes(small))} with scales"
+    yield "", f"{_entries(large):,} of the first tokens {native}, {size(_nbytes(large))}"
+
+
+def _entries(tensors: Mapping[str, Any]) -> int:
+    """Return how many entries there are in some tensors."""
+    return sum(header["shape"][0] for name, header in tensors.items() if name.endswith("positions"))
+
+
+def _nbytes(tensors: Mapping[str, Any]) -> int:
+    """Return the bytes of the keys and values among some tensors, scales included."""
+    states = [header for name, header in tensors.items() if STATES.search(name)]
+    return sum(prod(header["shape"]) * ITEM_BYTES.get(header["dtype"], 0) for header in states)
 
 
 def _protected(origin: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

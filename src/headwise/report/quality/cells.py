@@ -93,7 +93,7 @@ def cells_of(
     """Return the results of the settings on one task; those without a record are left out."""
     grouped: dict[Setting, list[Record]] = defaultdict(list)
     for record in records:
-        grouped[Setting(record.method, record.keep)].append(record)
+        grouped[Setting.of(record)].append(record)
     estimates = {name: means[name].estimates() for name in ("nll" if task.perplexity else "score", "kl", "agreement")}
     cells = {}
     for index, setting in enumerate(settings):

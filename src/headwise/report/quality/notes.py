@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from headwise.report.draw.markup import CLOSE, NONE
 from headwise.report.quality.cells import Task
-from headwise.report.quality.records import FULL, ORACLE
+from headwise.report.quality.records import FULL, NATIVE, ORACLE
 from headwise.report.quality.statistics import RESAMPLES
 from headwise.report.quality.summary import Summary
 
@@ -30,6 +30,7 @@ def explanations(summary: Summary) -> list[str]:
         f"Bold: the best method. {CLOSE}: its interval overlaps the best one's. All methods see the same samples, so "
         "differences within the intervals can be real.",
         *_yardstick(summary),
+        *_entries(summary),
         f"KV bytes are measured: keys and values in storage after the context has been cut.{left_whole}",
         "A decoding step is one token of one sequence, measured alone. decode_seconds, in the CSV file, were measured "
         "in batches and are shared out among their sequences: not a latency. One prefill serves all methods and keeps "
@@ -47,12 +48,23 @@ def _yardstick(summary: Summary) -> list[str]:
     return [text] * (ORACLE in summary.methods)
 
 
+def _entries(summary: Summary) -> list[str]:
+    """Return what names with a kind of entries are, if there are any."""
+    names = [curve.name for curve in summary.curves if curve.entries != NATIVE]
+    text = (
+        f"{_first_names(names)}: entries are stored in fewer bits, but for the first tokens; bytes include the scales. "
+        "A method without such a word evicts alone. At keep 1 nothing is evicted: that is quantisation alone. Where a "
+        "keep is a share of the entries, entries in fewer bits take fewer bytes: compare at equal KV bytes."
+    )
+    return [text] * bool(names)
+
+
 def _missing(summary: Summary) -> list[str]:
     lines, averaged = [], {*summary.scored, *summary.predicted}
     if left_out := [task.label for task in summary.tasks if task not in averaged]:
         lines.append(f"Not every method has {_first_names(left_out)}: means are over the other tasks.")
     without = [setting for setting, mean in summary.overall.items() if mean.score is None and mean.perplexity is None]
-    if lacking := [f"{setting.method} at keep {setting.keep}" for setting in without]:
+    if lacking := [f"{setting.curve.name} at keep {setting.keep}" for setting in without]:
         lines.append(f"No mean, for some of its tasks are missing: {_first_names(lacking)}.")
     if partial := [task.label for task in summary.tasks if _uneven(summary, task)]:
         lines.append(f"Not all methods have the same number of samples on {_first_names(partial)}.")

@@ -20,7 +20,7 @@ from headwise.report.draw.template import facts_html, filled
 from headwise.report.quality import tables
 from headwise.report.quality.notes import explanations, warnings
 from headwise.report.quality.records import Run, TokenMap
-from headwise.report.quality.statistics import Setting
+from headwise.report.quality.statistics import Curve, Setting
 from headwise.report.quality.summary import Summary
 
 EXACT = 2**16 - 1  # how a share of 1 is written
@@ -54,7 +54,8 @@ def _section(number: int, name: str, summary: Summary) -> str:
         "number": str(number),
         "name": escape(name),
         "warnings": "".join(f"<p>{escape(warning)}</p>" for warning in warnings(summary)),
-        "headline": tables.headline(summary).html(),
+        "headline": tables.headline(summary).html()
+        + "".join(table.html(numbers) for table in tables.frontier(summary)),
         "runs": _runs(summary.section.runs),
         "charts": "".join(map(svg.draw, drawn)),
         "legend": svg.legend(lines),
@@ -96,6 +97,7 @@ def _run(run: Run) -> str:
         "tasks": ", ".join(run.tasks),
         "methods": ", ".join(run.methods),
         "keeps": ", ".join(run.keeps),
+        "entries": ", ".join(run.entries),
         "protocol": run.protocol,
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         "configuration": run.config_hash or "not known",
@@ -105,7 +107,7 @@ def _run(run: Run) -> str:
 
 def _data(summary: Summary) -> dict[str, Any]:
     """Return what the script draws: kept shares by method and keep, and the maps of tokens."""
-    budgets = {method: [_share(summary, Setting(method, keep)) for keep in summary.keeps] for method in summary.methods}
+    budgets = {curve.name: [_share(summary, curve.at(keep)) for keep in summary.keeps] for curve in summary.curves}
     contexts = {(x.task, x.index, x.tokens): f"{x.task}, sample {x.index}" for x in summary.section.maps}
     order = {context: index for index, context in enumerate(contexts)}
     shape = summary.section.runs[0].shape
@@ -132,7 +134,7 @@ def _share(summary: Summary, setting: Setting) -> str | None:
 
 def _map(token_map: TokenMap) -> dict[str, Any]:
     return {
-        "name": f"{token_map.method}, keep {token_map.keep}",
+        "name": f"{Curve(token_map.method, token_map.entries).name}, keep {token_map.keep}",
         "heads": token_map.heads,
         "kept": _base64(np.packbits(token_map.kept, axis=-1)),
     }

@@ -22,6 +22,7 @@ FORMAT = 1
 FULL = "full"  # the method that keeps everything: the yardstick
 ORACLE = "oracle"  # another yardstick: it has seen the questions and the answers
 NO_METHODS = (FULL, ORACLE)
+NATIVE = "native"  # entries in the model's dtype: those of all files that say nothing of them
 RUN = "run.json"
 LARGEST_MAP = 2**26  # tokens times heads; those that are written have 2048 tokens at most
 RECORDS, MAPS = "records*.jsonl", "maps*.jsonl"  # one of each, but while several processes write
@@ -37,6 +38,7 @@ class Run:
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
     keeps: tuple[str, ...]
+    entries: tuple[str, ...]
     protocol: str
     samples: int
     seed: int
@@ -51,13 +53,14 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Record:
-    """One method at one keep on one sample."""
+    """One method at one keep on one sample, its entries stored in one way."""
 
     task: str
     index: int
     length: int
     method: str
     keep: str
+    entries: str
     protocol: str
     seed: int
     score: float | None  # None where nothing is answered: of a perplexity task
@@ -86,6 +89,7 @@ class TokenMap:
     index: int
     method: str
     keep: str
+    entries: str
     tokens: tuple[str, ...]
     heads: tuple[tuple[int, int], ...]  # layer of the model, KV head
     kept: Bool[np.ndarray, "heads tokens"]
@@ -130,12 +134,12 @@ class _Merged:
         """Add a record, and return whether it is new."""
         if not self.runs or self.runs[-1] is not run:
             self.runs.append(run)
-        key = (record.task, record.index, record.seed, record.length, record.method, record.keep)
+        key = (record.task, record.index, record.seed, record.length, record.method, record.keep, record.entries)
         return self.records.setdefault(key, record) is record
 
     def add_map(self, token_map: TokenMap) -> None:
-        key = (token_map.task, token_map.index, token_map.method, token_map.keep, token_map.tokens)
-        self.maps.setdefault(key, token_map)
+        setting = token_map.method, token_map.keep, token_map.entries
+        self.maps.setdefault((token_map.task, token_map.index, *setting, token_map.tokens), token_map)
 
 
 def load(folders: Sequence[Path]) -> Results:
@@ -181,7 +185,7 @@ def _run(folder: Path) -> Run:
         if raw.get("format") != FORMAT:
             version = shown(raw.get("format"))
             raise BadInput(f"{path} is of format {version}, expected {FORMAT}: use the headwise that wrote it.")
-        raw = {"started": None, **raw}
+        raw = {"started": None, "entries": [NATIVE], **raw}
     return Run(**strict_json.checked(raw, fields.RUN, str(path), fields.ADVICE))
 
 
@@ -218,7 +222,10 @@ def _maps(folder: Path, run: Run) -> Iterator[TokenMap]:
 
 
 def _lines(folder: Path, names: str) -> Iterator[tuple[str, Any]]:
-    """Yield place and content of every line, but for a last one that a killed run left half-written."""
+    """Yield place and content of every line, but for a last one that a killed run left half-written.
+
+    Lines of earlier versions name no entries.
+    """
     for path in sorted(folder.glob(names)):
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -232,4 +239,4 @@ def _lines(folder: Path, names: str) -> Iterator[tuple[str, Any]]:
                         f"{place} is damaged ({error}); remove it, or evaluate into a new folder."
                     ) from error
                 if content is not None:
-                    yield place, content
+                    yield place, {"entries": NATIVE, **content} if isinstance(content, dict) else content

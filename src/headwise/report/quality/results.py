@@ -75,7 +75,7 @@ def summaries_by_name(results: Results) -> dict[str, Summary]:
 
 
 def table(summaries: Mapping[str, Summary]) -> str:
-    """Return CSV with a row for every method, keep and task."""
+    """Return CSV with a row for every method, keep, kind of entries and task."""
     return as_csv(_row(summary, *key, cell) for summary in summaries.values() for key, cell in summary.cells.items())
 
 
@@ -136,7 +136,8 @@ def markdown(summaries: Mapping[str, Summary], duplicates: int) -> str:
             when = f"{run.started}, " if run.started else ""
             facts = f"{when}{run.hardware} ({run.device}), {run.samples} samples, seed {run.seed}; {versions}"
             lines += [plain(facts), "", f"    {' '.join(run.command.split())}", ""]
-        blocks = [tables.headline(summary), *(tables.quality(summary, keep) for keep in summary.keeps)]
+        blocks = [tables.headline(summary), *tables.frontier(summary)]
+        blocks += [tables.quality(summary, keep) for keep in summary.keeps]
         blocks += [*tables.fidelity(summary), *(tables.cost(summary, keep) for keep in summary.keeps)]
         lines += [block.markdown() for block in blocks]
         lines += [*(f"- {plain(note)}" for note in explanations(summary)), ""]

@@ -1,8 +1,9 @@
 """Compute means of records and their intervals: every task counts the same, and few samples have wide intervals.
 
-A setting is a method at a keep. Of one task its value is the mean over the samples; over several tasks, the mean of
-the tasks' means. Intervals hold 95% of the means of reweighted samples, reweighted within each task (Rubin's Bayesian
-bootstrap); in one task all settings see the same weights, so that ratios to the full cache compare like with like.
+A setting is a method at a keep, with entries of one kind. Of one task its value is the mean over the samples; over
+several tasks, the mean of the tasks' means. Intervals hold 95% of the means of reweighted samples, reweighted within
+each task (Rubin's Bayesian bootstrap); in one task all settings see the same weights, so that ratios to the full cache
+compare like with like.
 
 Samples that all score the same have no spread, yet others may score differently. So a score or an agreement, which
 lies between 0 and 1, is averaged with one imagined sample more, spread evenly over what it may be. Where scores are 0
@@ -20,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.special import ndtri, stdtrit
 
-from headwise.report.quality.records import FULL, Record
+from headwise.report.quality.records import FULL, NATIVE, Record
 
 RESAMPLES, SEED = 2000, 0
 PERCENTILES = (2.5, 97.5)
@@ -31,11 +32,38 @@ IMAGINED = np.array([(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)])
 BOUNDED = {"score": 0, "agreement": 0, "paired": 0, "yardstick": 1}  # and their column in it
 
 
+class Curve(NamedTuple):
+    """A method with entries of one kind: its settings at all keeps are one line of a chart."""
+
+    method: str
+    entries: str = NATIVE
+
+    @property
+    def name(self) -> str:
+        """As charts and tables show it."""
+        return self.method if self.entries == NATIVE else f"{self.method}, {self.entries}"
+
+    def at(self, keep: str) -> "Setting":
+        """Return its setting at a keep."""
+        return Setting(self.method, keep, self.entries)
+
+
 class Setting(NamedTuple):
-    """A method at a keep."""
+    """A method at a keep, and how its entries are stored."""
 
     method: str
     keep: str
+    entries: str = NATIVE
+
+    @classmethod
+    def of(cls, record: Record) -> "Setting":
+        """Return that of a record."""
+        return cls(record.method, record.keep, record.entries)
+
+    @property
+    def curve(self) -> Curve:
+        """What it is a point of."""
+        return Curve(self.method, self.entries)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,7 +191,7 @@ def values_of(
     rows = {setting: index for index, setting in enumerate(settings)}
     values = {name: np.full((len(rows), len(columns)), np.nan) for name in MEASURES}
     for record in records:
-        row, column = rows[Setting(record.method, record.keep)], columns[record.seed, record.index]
+        row, column = rows[Setting.of(record)], columns[record.seed, record.index]
         for name, value in zip(MEASURES, (record.score, record.nll, record.kl, record.agreement), strict=True):
             values[name][row, column] = np.nan if value is None else value
     full = [row for setting, row in rows.items() if setting.method == FULL]

@@ -11,10 +11,11 @@ from statistics import fmean
 import numpy as np
 
 from headwise.report.quality.cells import Cell, Cost, Overall, Task, cells_of, mean_kept
-from headwise.report.quality.records import FULL, Record, Section
+from headwise.report.quality.records import FULL, NATIVE, Record, Section
 from headwise.report.quality.statistics import (
     MEASURES,
     SEED,
+    Curve,
     Estimate,
     Means,
     Setting,
@@ -29,16 +30,26 @@ Cells = Mapping[tuple[Setting, Task], Cell]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Summary:
-    """One model under one protocol. The full cache is the first setting, if it was evaluated, and none of `methods`."""
+    """One model under one protocol. The full cache is the first setting, if it was evaluated, and none of `curves`."""
 
     section: Section
-    methods: tuple[str, ...]
+    curves: tuple[Curve, ...]
     keeps: tuple[str, ...]  # from the fewest bytes to the most
     tasks: tuple[Task, ...]
     scored: tuple[Task, ...]  # whose mean is the score: those that every method has
     predicted: tuple[Task, ...]  # of perplexity, likewise
     cells: Cells
     overall: Mapping[Setting, Overall]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Return the methods of the curves."""
+        return tuple(dict.fromkeys(curve.method for curve in self.curves))
+
+    @property
+    def quantised(self) -> bool:
+        """Return whether any entries are stored in fewer bits."""
+        return any(curve.entries != NATIVE for curve in self.curves)
 
     @property
     def full(self) -> Overall | None:
@@ -70,7 +81,7 @@ def summarise(section: Section) -> Summary:
     overall = _overall(settings, tasks_of, means, cells)
     return Summary(
         section=section,
-        methods=tuple(dict.fromkeys(setting.method for setting in overall if setting.method != FULL)),
+        curves=tuple(dict.fromkeys(setting.curve for setting in overall if setting.method != FULL)),
         keeps=tuple(_keeps(section.records)),
         tasks=tuple(grouped),
         scored=tasks_of["score"],
@@ -90,11 +101,14 @@ def _keeps(records: Sequence[Record]) -> list[str]:
 
 
 def _settings(records: Sequence[Record]) -> list[Setting]:
-    """Return the full cache first, then methods as they come, each from its fewest bytes to its most."""
-    settings = dict.fromkeys(Setting(record.method, record.keep) for record in records)
+    """Return the full cache first, then methods as they come, by entries, each from its fewest bytes to its most."""
+    settings = dict.fromkeys(map(Setting.of, records))
     methods = {method: index for index, method in enumerate(dict.fromkeys(setting.method for setting in settings))}
+    stored = {entries: index for index, entries in enumerate(dict.fromkeys(setting.entries for setting in settings))}
     keeps = {keep: index for index, keep in enumerate(_keeps(records))}
-    return sorted(settings, key=lambda s: (s.method != FULL, methods[s.method], keeps.get(s.keep, -1)))
+    return sorted(
+        settings, key=lambda s: (s.method != FULL, methods[s.method], stored[s.entries], keeps.get(s.keep, -1))
+    )
 
 
 def _grouped(records: Sequence[Record]) -> dict[Task, list[Record]]:
@@ -115,10 +129,10 @@ def _grouped(records: Sequence[Record]) -> dict[Task, list[Record]]:
 
 def _shared(tasks: Sequence[Task], settings: Sequence[Setting], cells: Cells) -> tuple[Task, ...]:
     """Return tasks that every method has, so that means over them compare; all tasks if there is no such task."""
-    methods = {setting.method for setting in settings}
+    curves = {setting.curve for setting in settings}
 
     def complete(task: Task) -> bool:
-        return {setting.method for setting in settings if (setting, task) in cells} == methods
+        return {setting.curve for setting in settings if (setting, task) in cells} == curves
 
     return tuple(task for task in tasks if complete(task)) or tuple(tasks)
 

@@ -5,11 +5,12 @@ Made from a Summary; results.py writes them as Markdown, page.py puts them on th
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from operator import attrgetter
 
 from headwise.report.draw.markup import NONE, Entry, Table
 from headwise.report.quality.cells import Overall
-from headwise.report.quality.records import NO_METHODS, ORACLE
+from headwise.report.quality.records import NATIVE, NO_METHODS, ORACLE
 from headwise.report.quality.statistics import Estimate, Setting
 from headwise.report.quality.summary import Summary
 
@@ -33,9 +34,13 @@ class Style:
     def _written(self, value: float) -> str:
         return f"{self.factor * value:.{self.decimals}f}"
 
+    def rank(self, estimate: Estimate) -> float:
+        """Return a number that is the less, the better an estimate is."""
+        return estimate.value if self.low else -estimate.value
+
     def best(self, estimates: Sequence[Estimate]) -> Estimate | None:
         """Return the best of some; None if there is none."""
-        return (min if self.low else max)(estimates, key=attrgetter("value"), default=None)
+        return min(estimates, key=self.rank, default=None)
 
 
 PERCENT = Style(factor=100.0, decimals=1)
@@ -44,11 +49,11 @@ DIVERGENCE = Style(decimals=3, low=True)
 
 
 def headline(summary: Summary) -> Table:
-    """Return the best method at every keep, by its mean."""
-    score: Measure = attrgetter("score" if summary.scored else "perplexity")
-    style, rows = PERCENT if summary.scored else PERPLEXITY, []
-    for keep in summary.keeps:
-        methods = [setting for setting in summary.settings(keep) if setting.method not in NO_METHODS]
+    """Return the best method at every keep, by its mean; of every kind of entries by itself."""
+    (score, style), rows = _judged_by(summary), []
+    kinds = dict.fromkeys(curve.entries for curve in summary.curves)
+    for keep, entries in product(summary.keeps, kinds):
+        methods = [s for s in summary.settings(keep) if s.method not in NO_METHODS and s.entries == entries]
         estimates = {setting: estimate for setting in methods if (estimate := score(summary.overall[setting]))}
         best = style.best([*estimates.values()])
         if best is None:
@@ -59,9 +64,35 @@ def headline(summary: Summary) -> Table:
         fraction = summary.kv_fraction(winners[0], summary.scored or summary.predicted)
         share = summary.overall[winners[0]].of_full
         value = style.entry(best), PERCENT.entry(share) if share else Entry()
-        rows.append((keep, (Entry(text=names + more), Entry(text=f"{100 * fraction:.1f}"), *value)))
+        name = keep if entries == NATIVE else f"{keep}, {entries}"
+        rows.append((name, (Entry(text=names + more), Entry(text=f"{100 * fraction:.1f}"), *value)))
     columns = ("best method", "KV bytes, %", "score, %" if summary.scored else "perplexity", "of full, %")
     return Table(title="The best at every keep", columns=columns, rows=tuple(rows), first="keep")
+
+
+def frontier(summary: Summary) -> list[Table]:
+    """Return settings that no other one matches in fewer bytes, if entries are stored in several ways."""
+    score, style = _judged_by(summary)
+    tasks, found = summary.scored or summary.predicted, []
+    for setting, result in summary.overall.items():
+        estimate = score(result)
+        if estimate and setting.method not in NO_METHODS:
+            found.append((summary.kv_fraction(setting, tasks), estimate, setting))
+    best, rows = None, []
+    for fraction, estimate, setting in sorted(found, key=lambda one: (one[0], style.rank(one[1]))):
+        if best is None or style.rank(estimate) < best:
+            best = style.rank(estimate)
+            share = summary.overall[setting].of_full
+            cells = Entry(text=setting.keep), Entry(text=f"{100 * fraction:.1f}"), style.entry(estimate)
+            rows.append((setting.curve.name, (*cells, PERCENT.entry(share) if share else Entry())))
+    columns = ("keep", "KV bytes, %", "score, %" if summary.scored else "perplexity", "of full, %")
+    title = "The frontier: nothing as good takes fewer bytes"
+    return [Table(title=title, columns=columns, rows=tuple(rows))] * (summary.quantised and bool(rows))
+
+
+def _judged_by(summary: Summary) -> tuple[Measure, Style]:
+    """Return the measure that says which method is the best, and its style."""
+    return (attrgetter("score"), PERCENT) if summary.scored else (attrgetter("perplexity"), PERPLEXITY)
 
 
 def quality(summary: Summary, keep: str) -> Table:
@@ -93,12 +124,12 @@ def fidelity(summary: Summary) -> list[Table]:
     ):
         columns = {}
         for keep in summary.keeps:
-            settings = [Setting(method, keep) for method in summary.methods]
+            settings = [curve.at(keep) for curve in summary.curves]
             estimates = [get(summary.overall[setting]) if setting in summary.overall else None for setting in settings]
             if any(estimates):
                 columns[f"keep {keep}"] = _entries(estimates, settings, style)
         if columns:
-            tables.append(_table(title, [Setting(method, "") for method in summary.methods], columns))
+            tables.append(_table(title, [curve.at("") for curve in summary.curves], columns))
     return tables
 
 
@@ -135,7 +166,8 @@ def _table(title: str, settings: Sequence[Setting], columns: Mapping[str, Sequen
 
 
 def _row_name(setting: Setting) -> str:
-    return f"{ORACLE} (sees the answers)" if setting.method == ORACLE else setting.method
+    name = setting.curve.name
+    return f"{name} (sees the answers)" if setting.method == ORACLE else name
 
 
 def _bars(values: Sequence[float | None], say: Callable[[float], str], largest: float = 0.0) -> list[Entry]:
