@@ -1,12 +1,24 @@
-"""Compile both Triton kernels for an H100, where there may be none: `compile_triton.py "bf16 128 masked"`."""
+"""Compile the Triton kernels for an H100, where there may be none: `compile_triton.py "bf16 128 masked int4"`."""
 
 import sys
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from headwise.kernels.triton_decode import Tiles, _attend_chunks, _combine_chunks
+from headwise.kernels.quantised import ENTRIES, quantise
+from headwise.kernels.triton_decode import (
+    Tiles,
+    _attend_chunks,
+    _attend_quantised,
+    _combine_chunks,
+    quantised_constants,
+)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PARTS = {"part_out": "*fp32", "part_lse": "*fp32"}
+TABLES = {"chunk_segment": "*i32", "chunk_start": "*i64", "chunk_stop": "*i64", "reader_row": "*i32"}
 
 
 def compiled(kernel, pointers, constants, **options):
@@ -16,20 +28,27 @@ def compiled(kernel, pointers, constants, **options):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def compile_both(dtype, dim, masked):
-    tiles, shape = Tiles.of(4, dim, 4 if dtype == "fp32" else 2), {"D": dim, "BLOCK_D": triton.next_power_of_2(dim)}
-    tables = {"seen": "*u8", "chunk_segment": "*i32", "chunk_start": "*i64", "chunk_stop": "*i64", "reader_row": "*i32"}
-    parts = {"part_out": "*fp32", "part_lse": "*fp32"}
-    states = dict.fromkeys(("query", "keys", "values", "tail_keys", "tail_values"), "*" + dtype)
+def compile_all(dtype, dim, masked, entries):
+    tiles, shape = Tiles.of(4, dim, DTYPES[dtype].itemsize), {"D": dim, "BLOCK_D": triton.next_power_of_2(dim)}
+    states = dict.fromkeys(("query", "keys", "values", "tail_keys", "tail_values"), "*" + dtype) | {"seen": "*u8"}
     constants = {"BLOCK_M": tiles.queries, "BLOCK_N": tiles.tokens, "TAIL_CHUNK": 256, "MASKED": masked}
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    yield compiled(_attend_chunks, states | tables | parts, shape | constants | {"UPCAST": False}, **options)
-    pointers = parts | {"rows": "*i64", "reader_slot": "*i32", "chunk_first": "*i32", "out": "*" + dtype}
+    yield compiled(_attend_chunks, states | TABLES | PARTS, shape | constants | {"UPCAST": False}, **options)
+    pointers = PARTS | {"rows": "*i64", "reader_slot": "*i32", "chunk_first": "*i32", "out": "*" + dtype}
+    pointers |= {"quantised_first": ("*i32",) * len(entries)}
     yield compiled(_combine_chunks, pointers, shape | {"BLOCK_C": 32})
+    tiles = Tiles.of_codes(4, dim, DTYPES[dtype].itemsize)
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    for name in entries:
+        states, positions = torch.zeros(1, dim), torch.zeros(1, dtype=torch.int32)
+        storage = quantise(states, states, positions, (1,), 1, ENTRIES[name])
+        pointers = {"query": "*" + dtype, "keys": "*u8", "values": "*u8", "spans": "*i64"} | TABLES | PARTS
+        pointers |= {"key_scales": "*fp16", "value_scales": "*fp16"}
+        yield compiled(_attend_quantised, pointers, quantised_constants(storage, tiles, DTYPES[dtype]), **options)
 
 
 for words in sys.argv[1:]:
-    name, width, mask = words.split()
-    for kernel in compile_both(name, int(width), mask == "masked"):
+    name, width, mask, *kinds = words.split()
+    for kernel in compile_all(name, int(width), mask == "masked", kinds):
         assert len(kernel.asm["cubin"]) > 1000
         assert kernel.metadata.shared <= 232448 // 2, "two programs must fit one H100 processor"

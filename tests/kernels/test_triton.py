@@ -13,7 +13,8 @@ from test_kernels import make_segments
 from headwise import kernels
 from headwise.errors import BadInput
 from headwise.kernels import get_kernel
-from headwise.kernels.segments import readers, split_into_chunks
+from headwise.kernels.quantised import ENTRIES
+from headwise.kernels.segments import MIN_CHUNK, quantise, readers, split_into_chunks
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -40,7 +41,8 @@ def test_compiles_for_a_gpu(tmp_path):
         pytest.skip(f"no assembler: {error}")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, str(HERE / "compile_triton.py"), "bf16 128 all", "fp16 96 masked", "fp32 128 all"]
+    cases = ["bf16 128 all", "bf16 128 all int8 int4", "fp16 96 masked k8v4 int4", "fp32 128 all int8"]
+    command = [sys.executable, str(HERE / "compile_triton.py"), *cases]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
@@ -86,6 +88,25 @@ def test_chunks_cover_every_segment_in_order(size):
     assert covered == list(zip(owners, range(sum(lengths)), strict=True))
     assert (table.stop - table.start).max() <= size
     assert table.first.tolist() == [int((table.segment < s).sum()) for s in range(6)]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_chunks_of_quantised_entries_are_whole_blocks(kind):
+    segments = make_segments([300, 0, 1, 700], torch.float32)
+    part = quantise(segments, torch.ones(1001, dtype=torch.bool), ENTRIES[kind]).quantised[0]
+    before = part.index_nbytes
+    chunks = part.chunks
+    assert part.index_nbytes == before + sum(
+        t.nbytes for t in (chunks.segment, chunks.start, chunks.stop, chunks.first)
+    )
+    covered = [
+        (int(segment), block)
+        for segment, start, stop in zip(chunks.segment, chunks.start, chunks.stop, strict=True)
+        for block in range(start, stop)
+    ]
+    assert covered == list(zip(part.blocks.segment.tolist(), range(part.first_blocks[-1]), strict=True))
+    assert chunks.size * part.block == MIN_CHUNK == 128 and (chunks.stop - chunks.start).max() == chunks.size
+    assert chunks.first.tolist() == [int((chunks.segment < s).sum()) for s in range(5)]
 
 
 def test_readers():

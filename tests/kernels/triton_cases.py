@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from headwise.kernels import get_kernel, pages, reference, triton_decode
-from headwise.kernels.segments import Segments, split_into_chunks
+from headwise.kernels.quantised import ENTRIES
+from headwise.kernels.segments import Segments, quantise, split_into_chunks
 
 HEADS = 2
 LENGTHS = [300, 0, 1, 130]  # of two contexts, two heads each
@@ -17,6 +18,20 @@ CASES = [  # dtype, dim, group, new tokens, rows, tail, masked
     ("float16", 96, 3, 1, [0], 17, False),
     ("bfloat16", 64, 8, 3, [1, 1], 9, True),
     ("float32", 16, 3, 1, [1, 0], 260, True),
+]
+CODED = [  # how entries are stored, and the same
+    (["int8"], ("float32", 64, 1, 1, [0, 1], 5, False)),
+    (["int8"], ("bfloat16", 128, 4, 1, [0, 1], 64, True)),
+    (["int8"], ("float16", 80, 3, 3, [0, 1, 0], 20, True)),
+    (["int8"], ("float32", 256, 1, 1, [0], 3, False)),  # a block in several tiles
+    (["k8v4"], ("bfloat16", 64, 8, 1, [1, 0], 3, True)),
+    (["k8v4"], ("float32", 96, 4, 3, [1, 0, 1], 20, True)),
+    (["int4"], ("float32", 16, 3, 1, [1, 0], 9, True)),
+    (["int4"], ("bfloat16", 96, 3, 3, [0, 1, 0], 70, True)),
+    (["int4"], ("float16", 128, 4, 1, [0], 17, False)),
+    (["int4"], ("float32", 80, 2, 1, [1, 1], 5, False)),
+    (["int8", "int4"], ("bfloat16", 64, 8, 3, [1, 1], 9, True)),
+    (["int4", "k8v4", "int4"], ("float32", 24, 3, 1, [0, 1], 4, True)),
 ]
 
 
@@ -35,7 +50,17 @@ def make_segments(lengths, dim, dtype):
     )
 
 
-def make_arguments(case, lengths=LENGTHS):
+def coded(segments, kinds, share=0.6):
+    """Some entries of every kind, the others as they are; all of them where there are two or fewer."""
+    for kind in kinds:
+        chosen = torch.rand(len(segments.keys)) < share
+        for segment, length in enumerate(segments.lengths):
+            chosen[segments.slice(segment)] |= length <= 2
+        segments = quantise(segments, chosen, ENTRIES[kind])
+    return segments
+
+
+def make_arguments(case, lengths=LENGTHS, kinds=()):
     """What a kernel is called with; as in a model, queries are transposed and the tail is part of its capacity."""
     dtype, dim, group, num_new, rows, tail, masked = case
     dtype, batch = getattr(torch, dtype), len(rows)
@@ -46,7 +71,8 @@ def make_arguments(case, lengths=LENGTHS):
         mask = torch.rand(batch, num_new, tail + 2)[:, :, 2:] < 0.7
         mask[0, :, : tail // 2] = False  # left padding
         mask[..., -1] = True
-    return query, make_segments(lengths, dim, dtype), torch.tensor(rows), tail_keys, tail_values, mask, dim**-0.5
+    segments = coded(make_segments(lengths, dim, dtype), kinds)
+    return query, segments, torch.tensor(rows), tail_keys, tail_values, mask, dim**-0.5
 
 
 def exactly(query, segments, rows, tail_keys, tail_values, mask, scaling):
@@ -56,6 +82,7 @@ def exactly(query, segments, rows, tail_keys, tail_values, mask, scaling):
         positions=segments.positions,
         lengths=segments.lengths,
         kv_heads=segments.kv_heads,
+        quantised=segments.quantised,
     )
     return reference.attend(query.double(), exact, rows, tail_keys.double(), tail_values.double(), mask, scaling)
 
@@ -65,12 +92,15 @@ def plainly(query, segments, rows, tail_keys, tail_values, mask, scaling):
     out = torch.empty_like(query)
     for row, context in enumerate(rows.tolist()):
         for head in range(HEADS):
-            part = segments.slice(context * HEADS + head)
-            visible = torch.ones(query.shape[3], part.stop - part.start + tail_keys.shape[2], dtype=torch.bool)
+            segment = context * HEADS + head
+            numbers = [part.segment(segment) for part in segments.quantised]
+            numbers += [(segments.keys[segments.slice(segment)], segments.values[segments.slice(segment)])]
+            numbers += [(tail_keys[row, head], tail_values[row, head])]
+            keys, values = (torch.cat([part.to(query.dtype) for part in parts]) for parts in zip(*numbers, strict=True))
+            visible = torch.ones(query.shape[3], len(keys), dtype=torch.bool)
             if mask is not None:
-                visible[:, part.stop - part.start :] = mask[row]
-            keys = torch.cat([segments.keys[part], tail_keys[row, head]]).expand(query.shape[2], -1, -1)
-            values = torch.cat([segments.values[part], tail_values[row, head]]).expand(query.shape[2], -1, -1)
+                visible[:, len(keys) - mask.shape[2] :] = mask[row]
+            keys, values = (states.expand(query.shape[2], -1, -1) for states in (keys, values))
             out[row, head] = torch.nn.functional.scaled_dot_product_attention(
                 query[row, head], keys, values, attn_mask=visible, scale=scaling
             )
@@ -91,6 +121,46 @@ def test_error_is_at_most_twice_that_of_plain_attention(case):
     found = get_kernel("triton")(*arguments)
     assert found.dtype == arguments[0].dtype
     assert (found.double() - exact).norm() <= 2 * (plainly(*arguments).double() - exact).norm()
+
+
+@pytest.mark.parametrize(("kinds", "case"), CODED, ids=str)
+def test_error_with_quantised_entries_is_at_most_twice_that_of_plain_attention(kinds, case):
+    """Plain attention reads the same numbers, rounded to the dtype of the query."""
+    arguments = make_arguments(case, [150, 0, 1, 130], kinds)
+    assert [part.lengths[1:3] for part in arguments[1].quantised] == [(0, 1)] + [(0, 0)] * (len(kinds) - 1)
+    exact = exactly(*arguments)
+    found = get_kernel("triton")(*arguments)
+    assert found.dtype == arguments[0].dtype
+    assert (found.double() - exact).norm() <= 2 * (plainly(*arguments).double() - exact).norm()
+
+
+@pytest.mark.parametrize("kinds", [["int8"], ["int4"], ["int4", "int8"]], ids=str)
+def test_only_quantised_entries_and_no_tail(kinds):
+    """The storage of native entries is empty, as is the last one of two."""
+    query, segments, *others = make_arguments(("float32", 64, 2, 1, [1, 0], 0, False), [70, 33, 32, 1])
+    arguments = (query, coded(segments, kinds, share=2), *others)
+    assert not len(arguments[1].keys)
+    torch.testing.assert_close(get_kernel("triton")(*arguments), reference.attend(*arguments), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kinds", "length"), [(["int8"], 3700), (["int4", "int4"], 2000)], ids=str)
+def test_more_chunks_of_quantised_entries_than_are_combined_at_once(kinds, length):
+    arguments = make_arguments(("float32", 16, 2, 1, [0], 3, False), [length, 3], kinds)
+    for part in arguments[1].quantised:
+        blocks = tuple(part.blocks.segment.bincount(minlength=2).tolist())
+        part.__dict__["chunks"] = split_into_chunks(blocks, 1, torch.device("cpu"))
+    assert len(arguments[1].quantised[0].chunks.segment) > 32
+    torch.testing.assert_close(get_kernel("triton")(*arguments), reference.attend(*arguments), rtol=1e-5, atol=1e-6)
+
+
+def test_large_numbers_of_one_sign_in_a_channel_of_quantised_keys():
+    """As biases make them: queries see nothing of them but the differences."""
+    query, segments, *others = make_arguments(("bfloat16", 64, 4, 1, [0, 1], 5, True))
+    segments.keys[:, 7] += 200
+    arguments = (query, coded(segments, ["int4"]), *others)
+    exact = exactly(*arguments)
+    found = get_kernel("triton")(*arguments).double()
+    assert (found - exact).norm() <= 2 * (plainly(*arguments).double() - exact).norm()
 
 
 def test_more_chunks_than_are_combined_at_once():
@@ -119,15 +189,31 @@ def test_more_queries_than_a_tile_holds():
     torch.testing.assert_close(get_kernel("triton")(*arguments), reference.attend(*arguments), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", [("float64", 16, 2, 1, [0], 3, False), ("float32", 16, 2, 300, [0], 300, True)])
-def test_what_it_is_not_made_for_goes_to_pages(case, monkeypatch):
+def test_more_queries_than_a_tile_holds_read_quantised_entries():
+    arguments = make_arguments(("float32", 16, 4, 3, [0, 1, 0], 9, True), [40, 3, 2, 50], ["k8v4"])
+    assert arguments[1].readers_of(arguments[2]).slots * 4 * 3 > triton_decode.Tiles.of_codes(24, 16, 4).queries
+    torch.testing.assert_close(get_kernel("triton")(*arguments), reference.attend(*arguments), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "case"),
+    [
+        ([], ("float64", 16, 2, 1, [0], 3, False)),
+        ([], ("float32", 16, 2, 300, [0], 300, True)),
+        (["int8"], ("float64", 16, 2, 1, [0], 3, False)),
+        (["int4"], ("float32", 20, 2, 1, [0], 3, False)),
+    ],
+    ids=str,
+)
+def test_what_it_is_not_made_for_goes_to_pages(kinds, case, monkeypatch):
     monkeypatch.setattr(triton_decode, "attend_split", None)
-    arguments = make_arguments(case, [40, 3])
+    arguments = make_arguments(case, [40, 3], kinds)
     torch.testing.assert_close(get_kernel("triton")(*arguments), pages.attend(*arguments))
 
 
-def test_rows_are_asked_for_once(monkeypatch):
-    arguments = make_arguments(CASES[0])
+@pytest.mark.parametrize("kinds", [[], ["int8", "int4"]], ids=str)
+def test_rows_are_asked_for_once(kinds, monkeypatch):
+    arguments = make_arguments(CASES[0], kinds=kinds)
     get_kernel("triton")(*arguments)
     monkeypatch.setattr(torch.Tensor, "tolist", None)
     get_kernel("triton")(*arguments)

@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch
+
+if TYPE_CHECKING:
+    from headwise.kernels.segments import ChunkTable
 
 NATIVE = "native"  # entries in the model's dtype
 GROUP = {8: 64, 4: 32}  # entries of a block of keys, and channels of a group of values, at most
@@ -143,6 +147,15 @@ class Quantised:
         """The table of blocks, made on first use."""
         return blocks_of(self.lengths, self.block, self.keys.device)
 
+    @cached_property
+    def chunks(self) -> "ChunkTable":
+        """The chunk table, made on first use: its numbers are those of blocks, not of rows."""
+        from headwise.kernels.segments import chunk_table, split_into_chunks  # which imports this file
+
+        rows = chunk_table(self.lengths, self.keys.device).size
+        blocks = tuple(-(-length // self.block) for length in self.lengths)
+        return split_into_chunks(blocks, rows // self.block, self.keys.device)
+
     def slice(self, segment: int) -> slice:
         """Rows of a segment."""
         return slice(self.starts[segment], self.starts[segment] + self.lengths[segment])
@@ -154,10 +167,11 @@ class Quantised:
 
     @property
     def index_nbytes(self) -> int:
-        """Bytes of what describes the storage: positions and, once made, spans and the table of blocks."""
-        spans, blocks = self.__dict__.get("spans"), self.__dict__.get("blocks")
+        """Bytes of what describes the storage: positions and, once made, spans and the tables of blocks and chunks."""
+        spans, blocks, chunks = (self.__dict__.get(name) for name in ("spans", "blocks", "chunks"))
         tensors = [self.positions] + ([] if spans is None else [spans])
         tensors += [] if blocks is None else [blocks.segment, blocks.start, blocks.count]
+        tensors += [] if chunks is None else [chunks.segment, chunks.start, chunks.stop, chunks.first]
         return sum(t.nbytes for t in tensors)
 
     def numbers(

@@ -1,9 +1,12 @@
 """The kernel for decoding on a GPU: split-KV attention, written in Triton.
 
 A segment is split into chunks (`layout.ChunkTable`), the tail of every row and head into chunks of its own. One launch
-attends to all chunks, each for all queries that read it; a second one combines the chunks of every query by their
+attends to all chunks, each for all queries that read it; a last one combines the chunks of every query by their
 log-sum-exp. Nothing waits for the GPU once the tables exist, and a fixed set of tensors can be captured in a CUDA
 graph: give a tail of full capacity, and a mask of what is in it.
+
+Every storage of quantised entries has a launch of its own in between. Codes become numbers in registers, float16 for
+queries of 16 bits: a code is exact in float16, as its scale is, and bfloat16 would be less precise.
 
 Only imported where Triton is installed. With TRITON_INTERPRET=1 it runs, slowly, on the CPU.
 """
@@ -11,7 +14,8 @@ Only imported where Triton is installed. With TRITON_INTERPRET=1 it runs, slowly
 # ruff: noqa: N803 - capitals are constants at compile time
 
 from dataclasses import dataclass
-from typing import no_type_check
+from math import gcd
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -22,12 +26,14 @@ from triton import knobs
 from headwise.errors import BadInput
 from headwise.kernels import pages
 from headwise.kernels.arguments import require_fit
-from headwise.kernels.segments import Segments
+from headwise.kernels.quantised import Quantised, group_of
+from headwise.kernels.segments import Readers, Segments
 
 MAX_QUERIES = 512  # that read one segment; for more, matrix products are the better way
 MAX_HEAD_DIM = 256
 TAIL_CHUNK = 256  # tokens
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +54,15 @@ class Tiles:
             num_warps=4 if itemsize == 2 else 8,  # float32 is multiplied without tensor cores, in registers
         )
 
+    @classmethod
+    def of_codes(cls, num_queries: int, head_dim: int, itemsize: int) -> "Tiles":
+        """For quantised entries, which become numbers in registers: as much as there are registers for."""
+        block_dim = triton.next_power_of_2(head_dim)
+        if itemsize == 4:
+            return cls(queries=16, tokens=min(128, max(16, 2048 // block_dim)), num_warps=8)
+        queries = min(64, max(16, triton.next_power_of_2(num_queries)))
+        return cls(queries=queries, tokens=min(128, 8192 // block_dim), num_warps=8 if queries == 64 else 4)
+
 
 def attend(
     query: Tensor,
@@ -60,14 +75,15 @@ def attend(
 ) -> Tensor:
     """Attention over frozen segments and tail; see `Kernel`.
 
-    `rows` must not be changed in place between calls. What it is not made for (many queries, float64) goes to `pages`.
-    Raises BadInput for tensors that are not on a GPU.
+    `rows` must not be changed in place between calls. What it is not made for (many queries, float64, quantised heads
+    whose size is no multiple of 8) goes to `pages`. Raises BadInput for tensors that are not on a GPU.
     """
     _require_gpu(query)
     require_fit(query, segments, rows, tail_keys, tail_values, mask)
     num_folded = segments.readers_of(rows).slots * query.shape[2] * query.shape[3]
     fits = num_folded <= MAX_QUERIES and query.shape[4] <= MAX_HEAD_DIM
-    if segments.quantised or not fits or query.dtype not in DTYPES or query.dtype != segments.keys.dtype:
+    fits = fits and not (segments.quantised and query.shape[4] % 8)
+    if not fits or query.dtype not in DTYPES or query.dtype != segments.keys.dtype:
         return pages.attend(query, segments, rows, tail_keys, tail_values, mask, scaling)
     tiles = Tiles.of(num_folded, query.shape[4], query.itemsize)
     return attend_split(query, segments, rows, tail_keys, tail_values, mask, scaling, tiles)
@@ -83,35 +99,81 @@ def attend_split(
     scaling: float,
     tiles: Tiles,
 ) -> Tensor:
-    """The two launches."""
+    """The launches: native entries and tail, every storage of quantised entries, and what combines them."""
     batch, heads, group, num_new, dim = query.shape
     chunks, readers = segments.chunks, segments.readers_of(rows)
     query, tail_keys, tail_values = _packed(query, 1), _packed(tail_keys, 2), _packed(tail_values, 2)
     tail = tail_keys.shape[2]
     tail_chunks = triton.cdiv(tail, TAIL_CHUNK)
     own, folded, num_frozen = group * num_new, readers.slots * group * num_new, len(chunks.segment)
-    num_parts = num_frozen + batch * heads * tail_chunks
+    num_native = num_frozen + batch * heads * tail_chunks
+    num_parts = num_native + sum(len(part.chunks.segment) for part in segments.quantised)
     part_out = torch.empty(num_parts, folded, dim, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(num_parts, folded, dtype=torch.float32, device=query.device)
     seen = part_lse if mask is None else mask.view(torch.uint8)  # never read without a mask
     block_dim = triton.next_power_of_2(dim)
-    _attend_chunks[(num_parts, triton.cdiv(folded, tiles.queries))](
+    _attend_chunks[(num_native, triton.cdiv(folded, tiles.queries))](
         query, segments.keys, segments.values, tail_keys, tail_values, seen,
         chunks.segment, chunks.start, chunks.stop, readers.row, part_out, part_lse,
-        scaling * 1.4426950408889634, num_frozen, tail, tail_chunks, heads, readers.slots, own, num_new,
+        scaling * LOG2_E, num_frozen, tail, tail_chunks, heads, readers.slots, own, num_new,
         *query.stride()[:4], *tail_keys.stride()[:2], *tail_values.stride()[:2],
         *((0, 0, 0) if mask is None else mask.stride()),
         D=dim, BLOCK_D=block_dim, BLOCK_M=tiles.queries, BLOCK_N=tiles.tokens, TAIL_CHUNK=TAIL_CHUNK,
         MASKED=mask is not None, UPCAST=interpreted(),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue] - of the launch
     )  # fmt: skip
+    _launch_quantised(query, segments.quantised, readers, part_out, part_lse, num_native, scaling)
     # The interpreter rounds to bfloat16 by cutting bits off.
     out = torch.empty(query.shape, dtype=torch.float32 if interpreted() else query.dtype, device=query.device)
     _combine_chunks[(batch * heads, own)](
-        part_out, part_lse, rows, readers.slot, chunks.first, out, num_frozen, tail_chunks, heads, folded, own,
+        part_out, part_lse, rows, readers.slot, chunks.first, tuple(part.chunks.first for part in segments.quantised),
+        out, num_frozen, tail_chunks, len(segments.lengths), heads, folded, own,
         D=dim, BLOCK_D=block_dim, BLOCK_C=32,
     )  # fmt: skip
     return out.to(query.dtype)
+
+
+def _launch_quantised(
+    query: Tensor,
+    storages: tuple[Quantised, ...],
+    readers: Readers,
+    part_out: Tensor,
+    part_lse: Tensor,
+    first_part: int,
+    scaling: float,
+) -> None:
+    """Write the parts of all chunks of quantised entries, one storage after the other, from `first_part`."""
+    _, heads, group, num_new, dim = query.shape
+    tiles = Tiles.of_codes(part_lse.shape[1], dim, query.itemsize)
+    for storage in storages:
+        chunks = storage.chunks
+        _attend_quantised[(len(chunks.segment), triton.cdiv(part_lse.shape[1], tiles.queries))](
+            query, storage.keys, storage.key_scales, storage.values, storage.value_scales,
+            chunks.segment, chunks.start, chunks.stop, storage.spans, readers.row, part_out, part_lse,
+            scaling * LOG2_E, first_part, len(storage.lengths), heads, readers.slots, group * num_new, num_new,
+            *query.stride()[:4],
+            **quantised_constants(storage, tiles, query.dtype),
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue]
+        )  # fmt: skip
+        first_part += len(chunks.segment)
+
+
+def quantised_constants(storage: Quantised, tiles: Tiles, dtype: torch.dtype) -> dict[str, Any]:
+    """What `_attend_quantised` is compiled for, with queries of a dtype."""
+    dim, bits = storage.head_dim, storage.bits
+    group = group_of(dim, bits.values)
+    return {
+        "D": dim,
+        "BLOCK_D": triton.next_power_of_2(dim),
+        "BLOCK_M": tiles.queries,
+        "BLOCK_N": tiles.tokens,
+        "KEY_BITS": bits.keys,
+        "KEY_BLOCK": storage.block,
+        "VALUE_BITS": bits.values,
+        "VALUE_GROUP": group,
+        "UNIT": gcd(group, dim * bits.values // 8),
+        "NUMBER": tl.float32 if dtype == torch.float32 else tl.float16,
+    }
 
 
 def interpreted() -> bool:
@@ -213,13 +275,156 @@ def _attend_chunks(
     tl.store(part_lse + place, tl.where(total > 0, top + tl.log2(divisor), float("-inf")), mask=real)
 
 
-@triton.jit(do_not_specialize=["num_frozen", "tail_chunks", "heads", "folded", "own"])
+@triton.jit(do_not_specialize=["first_part", "num_segments", "heads", "slots", "own", "num_new"])
+@no_type_check
+def _attend_quantised(
+    query, keys, key_scales, values, value_scales, chunk_segment, chunk_start, chunk_stop, spans, reader_row,
+    part_out, part_lse, scale, first_part, num_segments, heads, slots, own, num_new,
+    query_row, query_head, query_group, query_new,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEY_BITS: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_GROUP: tl.constexpr,
+    UNIT: tl.constexpr, NUMBER: tl.constexpr,
+):  # fmt: skip
+    """One chunk of quantised entries, as `_attend_chunks`. Their codes become a NUMBER in registers.
+
+    Channels are in the order in which `_numbers` takes them from words of four codes, or eight. UNIT channels of a
+    value, a whole number of times, share a scale.
+    """
+    chunk = tl.program_id(0)
+    fold = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = tl.arange(0, BLOCK_N)
+    key_dim, value_dim = _channels(D, BLOCK_D, KEY_BITS), _channels(D, BLOCK_D, VALUE_BITS)
+    segment = tl.load(chunk_segment + chunk)
+    row = tl.load(reader_row + segment // heads * slots + fold // own, mask=fold < slots * own, other=-1)
+    real = row >= 0
+    query_at = query + row * query_row + segment % heads * query_head
+    query_at += fold % own // num_new * query_group + fold % num_new * query_new
+    queries = tl.load(query_at[:, None] + key_dim[None, :], mask=real[:, None] & (key_dim < D)[None, :], other=0.0)
+    queries = queries.to(NUMBER)
+    block = tl.load(chunk_start + chunk)
+    skipped = (block - tl.load(spans + 2 * num_segments + segment)) * KEY_BLOCK
+    start = tl.load(spans + segment) + skipped
+    length = tl.load(spans + num_segments + segment) - skipped
+    length = tl.minimum(length, (tl.load(chunk_stop + chunk) - block) * KEY_BLOCK).to(tl.int32)
+    key_at = keys.to(tl.pointer_type(tl.uint32), bitcast=True) + start * (D * KEY_BITS // 32)
+    value_at = values.to(tl.pointer_type(tl.uint32), bitcast=True) + start * (D * VALUE_BITS // 32)
+    key_scale_at, value_scale_at = key_scales + block * (2 * D), value_scales + start * (2 * D // VALUE_GROUP)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, length, BLOCK_N):
+        entry = first + token
+        key = _numbers(key_at, entry, length, D, BLOCK_D, BLOCK_N, KEY_BITS, NUMBER)
+        key = _scaled_keys(key, key_scale_at, first, length, key_dim, D, BLOCK_D, BLOCK_N, KEY_BLOCK, NUMBER)
+        logits = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
+        logits = tl.where((entry < length)[None, :], logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        weight = tl.exp2(logits - new_top[:, None])
+        decay = tl.exp2(top - new_top)
+        total = total * decay + tl.sum(weight, 1)
+        value = _numbers(value_at, entry, length, D, BLOCK_D, BLOCK_N, VALUE_BITS, NUMBER)
+        value = _scaled_values(
+            value, value_scale_at, entry, length, D, BLOCK_D, BLOCK_N, VALUE_BITS, VALUE_GROUP, UNIT, NUMBER
+        )
+        out = tl.dot(weight.to(NUMBER), value, out * decay[:, None], input_precision="ieee")
+        top = new_top
+    place = (first_part + chunk).to(tl.int64) * (slots * own) + fold
+    wanted = real[:, None] & (value_dim < D)[None, :]
+    tl.store(part_out + place[:, None] * D + value_dim[None, :], out / total[:, None], mask=wanted)
+    tl.store(part_lse + place, top + tl.log2(total), mask=real)
+
+
+@triton.jit
+@no_type_check
+def _channels(D: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr):
+    """Which channel is in a column of `_numbers`; D or more for columns that are none."""
+    HALF: tl.constexpr = D * BITS // 8
+    column = tl.arange(0, BLOCK_D)
+    place = column % (BLOCK_D * BITS // 8)
+    channel = place // 4 * 4 + place % 2 * 2 + place // 2 % 2
+    return tl.where(place < HALF, channel + column // (BLOCK_D * BITS // 8) * HALF, D)
+
+
+@triton.jit
+@no_type_check
+def _numbers(
+    at, entry, length,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr,
+):  # fmt: skip
+    """The codes of some entries. Two that are 16 bits apart in a word are taken out of it together."""
+    WORDS: tl.constexpr = BLOCK_D * BITS // 32
+    word = tl.arange(0, WORDS)
+    there = (entry < length)[:, None] & (word < D * BITS // 32)[None, :]
+    words = tl.load(at + entry[:, None] * (D * BITS // 32) + word[None, :], mask=there, other=0)
+    if BITS == 8:
+        pairs = tl.join(_pair(words, BITS, NUMBER), _pair(words >> 8, BITS, NUMBER))  # [tokens, words, 2, 2]
+        pairs = tl.permute(pairs, [0, 1, 3, 2])
+    else:
+        low = tl.join(_pair(words, BITS, NUMBER), _pair(words >> 8, BITS, NUMBER))
+        high = tl.join(_pair(words >> 4, BITS, NUMBER), _pair(words >> 12, BITS, NUMBER))
+        pairs = tl.permute(tl.join(low, high), [0, 4, 1, 3, 2])
+    return pairs.reshape([BLOCK_N, BLOCK_D])
+
+
+@triton.jit
+@no_type_check
+def _pair(words, BITS: tl.constexpr, NUMBER: tl.constexpr):
+    """Codes in bits 0 and 16 upwards of words."""
+    if NUMBER == tl.float16:  # noqa: SIM300 - 1024 + code, put together from its bits
+        both = (words & ((1 << BITS) - 1) * 0x10001) | 0x64006400
+        low = both.to(tl.uint16).to(tl.float16, bitcast=True)
+        high = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+        return tl.join(low, high) - 1024
+    return tl.join(words & (1 << BITS) - 1, words >> 16 & (1 << BITS) - 1).to(NUMBER)
+
+
+@triton.jit
+@no_type_check
+def _scaled_keys(
+    code, scale_at, first, length, dim,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, KEY_BLOCK: tl.constexpr, NUMBER: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N keys: of one block or of several whole ones."""
+    BLOCKS: tl.constexpr = max(1, BLOCK_N // KEY_BLOCK)
+    block = first // KEY_BLOCK + tl.arange(0, BLOCKS)
+    there = (block * KEY_BLOCK < length)[:, None] & (dim < D)[None, :]
+    at = scale_at + block[:, None] * (2 * D) + dim[None, :]
+    scale = tl.load(at, mask=there, other=0.0).to(NUMBER)
+    zero = tl.load(at + D, mask=there, other=0.0).to(NUMBER)
+    code = code.reshape([BLOCKS, BLOCK_N // BLOCKS, BLOCK_D])
+    return (code * scale[:, None, :] + zero[:, None, :]).reshape([BLOCK_N, BLOCK_D])
+
+
+@triton.jit
+@no_type_check
+def _scaled_values(
+    code, scale_at, entry, length,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    UNIT: tl.constexpr, NUMBER: tl.constexpr,
+):  # fmt: skip
+    """UNIT channels have one scale; of 4 bits, columns of both halves of a head lie beside each other."""
+    HALF_UNITS: tl.constexpr = BLOCK_D * BITS // 8 // UNIT
+    unit = tl.arange(0, BLOCK_D // UNIT)
+    channel = unit // HALF_UNITS * (D * BITS // 8) + unit % HALF_UNITS * UNIT
+    there = (entry < length)[:, None] & (unit % HALF_UNITS * UNIT < D * BITS // 8)[None, :]
+    at = scale_at + entry[:, None] * (2 * D // GROUP) + channel[None, :] // GROUP
+    scale = tl.load(at, mask=there, other=0.0).to(NUMBER)
+    zero = tl.load(at + D // GROUP, mask=there, other=0.0).to(NUMBER)
+    code = code.reshape([BLOCK_N, BLOCK_D // UNIT, UNIT])
+    return (code * scale[:, :, None] + zero[:, :, None]).reshape([BLOCK_N, BLOCK_D])
+
+
+@triton.jit(do_not_specialize=["num_frozen", "tail_chunks", "num_segments", "heads", "folded", "own"])
 @no_type_check
 def _combine_chunks(
-    part_out, part_lse, rows, reader_slot, chunk_first, out, num_frozen, tail_chunks, heads, folded, own,
+    part_out, part_lse, rows, reader_slot, chunk_first, quantised_first,
+    out, num_frozen, tail_chunks, num_segments, heads, folded, own,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One query of one row and head: the mean of its chunks' outputs, weighted by exp2 of their log-sum-exp."""
+    """One query of one row and head: the mean of its chunks' outputs, weighted by exp2 of their log-sum-exp.
+
+    `quantised_first` has a table like `chunk_first` for every storage of quantised entries.
+    """
     owner, query = tl.program_id(0), tl.program_id(1)
     row, head = owner // heads, owner % heads
     segment = tl.load(rows + row) * heads + head
@@ -235,16 +440,31 @@ def _combine_chunks(
         there, frozen = nth < num_own + tail_chunks, nth < num_own
         part = tl.where(frozen, first + nth, num_frozen + owner * tail_chunks + nth - num_own)
         at = part.to(tl.int64) * folded + tl.where(frozen, fold, query)
-        lse = tl.load(part_lse + at, mask=there, other=float("-inf"))
-        new_top = tl.maximum(top, tl.max(lse, 0))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2(lse - base)
-        decay = tl.exp2(top - base)
-        part_mean = tl.load(
-            part_out + at[:, None] * D + dim[None, :], mask=there[:, None] & (dim < D)[None, :], other=0.0
-        )
-        mean = mean * decay + tl.sum(part_mean * weight[:, None], 0)
-        total = total * decay + tl.sum(weight, 0)
-        top = new_top
+        top, total, mean = _with_parts(top, total, mean, part_out, part_lse, at, there, D, BLOCK_D)
+    first_part = num_frozen + tl.num_programs(0) * tail_chunks
+    for storage in tl.static_range(len(quantised_first)):
+        first = tl.load(quantised_first[storage] + segment)
+        stop = tl.load(quantised_first[storage] + segment + 1)
+        for begin in range(first, stop, BLOCK_C):
+            nth = begin + chunk
+            at = (first_part + nth).to(tl.int64) * folded + fold
+            top, total, mean = _with_parts(top, total, mean, part_out, part_lse, at, nth < stop, D, BLOCK_D)
+        first_part += tl.load(quantised_first[storage] + num_segments)
     mean = mean / tl.where(total > 0, total, 1.0)
     tl.store(out + (owner.to(tl.int64) * own + query) * D + dim, mean.to(out.dtype.element_ty), mask=dim < D)
+
+
+@triton.jit
+@no_type_check
+def _with_parts(top, total, mean, part_out, part_lse, at, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Largest log-sum-exp, sum of weights and weighted sum of outputs, with some more parts."""
+    dim = tl.arange(0, BLOCK_D)
+    lse = tl.load(part_lse + at, mask=there, other=float("-inf"))
+    new_top = tl.maximum(top, tl.max(lse, 0))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weight = tl.exp2(lse - base)
+    decay = tl.exp2(top - base)
+    part_mean = tl.load(part_out + at[:, None] * D + dim[None, :], mask=there[:, None] & (dim < D)[None, :], other=0.0)
+    mean = mean * decay + tl.sum(part_mean * weight[:, None], 0)
+    total = total * decay + tl.sum(weight, 0)
+    return new_top, total, mean
