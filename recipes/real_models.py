@@ -39,7 +39,7 @@ from headwise.tasks.longbench.data import LONGBENCH_TASKS
 from headwise.tasks.plain import perplexity_task
 from headwise.tasks.ruler.suite import RULER_TASKS
 from headwise.tasks.suites import Sizes, make_tasks
-from headwise.tasks.task import Task
+from headwise.tasks.task import PROTOCOLS, Task, require_protocol
 
 CORE = ("full", "lkv", "kvzip", "kvzip-l2", "keydiff", "keydiff+lukv", "expected", "expected+lukv")
 CORE += ("snapkv", "snapkv+lukv", "oracle")
@@ -80,7 +80,7 @@ def main() -> None:
     model, tokenizer = load(str(asked.model), dtype=asked.dtype, device=asked.device)
     for name in asked.sets:
         chosen = replace(SETS[name], entries=asked.entries, keeps=asked.keeps or SETS[name].keeps)
-        for protocol in chosen.protocols:
+        for protocol in asked.protocols or chosen.protocols:
             for task in tasks_of(chosen, asked, tokenizer):
                 path = asked.out / asked.model.name / name / protocol / task.name.partition(":")[2]
                 try:
@@ -100,6 +100,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", type=names, help="instead of those of the set")
     parser.add_argument("--keeps", type=names, help="instead of those of the set")
     parser.add_argument("--entries", type=names, default=(NATIVE,), help=f"of {', '.join((NATIVE, *ENTRIES))}")
+    parser.add_argument("--protocols", type=names, help=f"instead of those of the set, of {', '.join(PROTOCOLS)}")
     parser.add_argument("--again", type=names, default=(), help="forget what was measured of these methods")
     parser.add_argument("--samples", type=int, default=20, help="per task of ruler-1k; other sets take a share")
     parser.add_argument("--ruler", type=Path, help="folder with RULER's essays, words and questions")
@@ -110,6 +111,8 @@ def arguments() -> argparse.Namespace:
     asked = parser.parse_args()
     if unknown := [name for name in asked.sets if name not in SETS]:
         parser.error(f"there is no set {unknown[0]}; choose {', '.join(SETS)}.")
+    for protocol in asked.protocols or ():
+        require_protocol(protocol)
     for entries in asked.entries:
         parse_entries(entries)
     for keep in asked.keeps or ():
