@@ -15,6 +15,7 @@ from headwise.bench.measuring import LOGITS, MOST, WrongResult, in_worker, relat
 from headwise.bench.models import require_budgets, shape_for
 from headwise.errors import BadInput
 from headwise.evals.answers import known_methods
+from headwise.kernels.quantised import NATIVE, parse_entries
 
 FULL = "full"
 KVPRESS = "kvpress:"
@@ -39,6 +40,7 @@ class Settings:
     device: str
     threads: int | None
     kvpress: Path | None  # the Python of an environment with kvpress
+    entries: str = NATIVE  # how methods of ours store what they keep
 
     def __post_init__(self) -> None:
         if self.dtype not in LOGITS:
@@ -47,6 +49,7 @@ class Settings:
             raise BadInput(f"keep={self.keep} is a share in (0, 1].")
         if min(self.tokens, self.new_tokens, self.batch) < 1:
             raise BadInput("tokens, new tokens and batch must be at least 1.")
+        parse_entries(self.entries)
         known_methods([FULL, *(method for method in self.methods if not method.startswith(KVPRESS))])
         pressed = [method.removeprefix(KVPRESS) for method in self.methods if method.startswith(KVPRESS)]
         if unknown := [press for press in pressed if press not in PRESSES]:
@@ -59,7 +62,7 @@ class Settings:
         require_budgets(
             self.model,
             self.layers,
-            [method for method in self.methods if method != FULL and not method.startswith(KVPRESS)],
+            [method for method in self.methods if _is_ours(method)],
             keep=self.keep,
             tokens=self.tokens,
             batch=self.batch,
@@ -73,6 +76,7 @@ class Row:
 
     benchmark: str
     candidate: str
+    entries: str
     model: str
     dtype: str
     batch: int
@@ -130,6 +134,7 @@ def _row(benchmark: str, settings: Settings, method: str, result: dict[str, Any]
     return Row(
         benchmark=benchmark,
         candidate=method,
+        entries=settings.entries if _is_ours(method) else NATIVE,
         model=settings.model if settings.layers is None else f"{settings.model}, {settings.layers} layers",
         dtype=settings.dtype,
         batch=settings.batch,
@@ -186,6 +191,7 @@ def _measure(settings: Settings, shape: dict[str, Any] | None, method: str) -> d
         "shape": shape,
         "method": method,
         "keep": settings.keep,
+        "entries": settings.entries,
         "tokens": settings.tokens,
         "new_tokens": settings.new_tokens,
         "batch": settings.batch,
@@ -194,6 +200,10 @@ def _measure(settings: Settings, shape: dict[str, Any] | None, method: str) -> d
         "threads": settings.threads,
     }
     return in_worker(method, job, settings.kvpress if method.startswith(KVPRESS) else None)
+
+
+def _is_ours(method: str) -> bool:
+    return method != FULL and not method.startswith(KVPRESS)
 
 
 def default_methods(methods: Sequence[str], kvpress: Path | None) -> tuple[str, ...]:

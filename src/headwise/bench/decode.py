@@ -10,7 +10,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,17 +21,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from headwise.bench.measuring import MOST, WrongResult, in_worker, relative_error, require_kvpress, threads
+from headwise.bench.measuring import (
+    MOST,
+    WrongResult,
+    exact_and_plain,
+    in_worker,
+    relative_error,
+    require_kvpress,
+    threads,
+)
 from headwise.errors import BadInput
 from headwise.kernels import Kernel, get_kernel, native, usable
 from headwise.kernels import segments as layout
+from headwise.kernels.quantised import NATIVE, SINK, parse_entries
 from headwise.kernels.segments import Segments
 
 SKEW = (1.00, 0.20, 0.12, 0.10, 0.08, 0.05, 0.03, 0.02)  # kept by each KV head, in proportion
 FULL, GROUPED, KVPRESS = "full", "full, grouped", "kvpress, head-wise"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+READ = "read", ""  # what only reads, for the floor
+
 Runs = Sequence[Callable[[], Tensor]]
+Key = tuple[str, str]  # of a candidate: its name, and how entries are stored
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +59,7 @@ class Settings:
     group: int = 4  # query heads of each
     head_dim: int = 128
     tail: int = 64  # tokens since the context was cut
+    entries: tuple[str, ...] = (NATIVE,)  # how what is kept is stored
     skewed: bool = True
     rounds: int = 15
     gigabytes: float = 1.0  # storage that each candidate goes round
@@ -57,6 +70,10 @@ class Settings:
             raise BadInput(f"dtype={self.dtype!r} is not measured; choose {', '.join(DTYPES)}.")
         if not 0 < self.keep <= 1 or self.tokens * self.keep < 1:
             raise BadInput(f"keep={self.keep} of {self.tokens} tokens: it is a share in (0, 1] of at least one token.")
+        if not self.entries:
+            raise BadInput("entries must name how what is kept is stored, at least once.")
+        for name in self.entries:
+            parse_entries(name)
         sizes = (self.batch, self.threads, self.kv_heads, self.group, self.head_dim, self.tail, self.rounds)
         if min(sizes) < 1 or self.gigabytes <= 0:
             raise BadInput("sizes, threads, rounds and gigabytes must be above 0.")
@@ -73,6 +90,7 @@ class Row:
 
     benchmark: str = "decode"
     candidate: str
+    entries: str
     dtype: str
     batch: int
     ms: float
@@ -81,6 +99,7 @@ class Row:
     rel_error: float
     plain_error: float
     floor_ms: float  # of reading what the candidate has to read
+    kv_bytes: int  # of what it has to read
     tokens: int
     keep: float
     threads: int
@@ -100,10 +119,15 @@ class _Layer:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Candidate:
     name: str
+    entries: str = NATIVE
     runs: Runs
     exact: Tensor
     plain_error: float
     nbytes: int
+
+    @property
+    def key(self) -> Key:
+        return self.name, self.entries
 
     @property
     def error(self) -> float:
@@ -131,32 +155,33 @@ def run(settings: Settings) -> list[Row]:
     with threads(settings.threads):
         torch.manual_seed(0)
         layer = _make_layer(settings)
-        candidates, reads = _candidates(settings, layer)
-        errors = {c.name: c.error for c in candidates}
+        candidates, reads, read_bytes = _candidates(settings, layer)
+        errors = {c.key: c.error for c in candidates}
         _require_correct(candidates, errors)
-        times = _median_seconds({c.name: c.runs for c in candidates} | {"read": reads}, settings.rounds)
-    seconds_per_byte = times["read"] / candidates[-1].nbytes
+        times = _median_seconds({c.key: c.runs for c in candidates} | {READ: reads}, settings.rounds)
+    seconds_per_byte = times[READ] / read_bytes
     if settings.kvpress is not None:
-        masked = candidates[-1].exact, candidates[-1].plain_error
-        output, times[KVPRESS] = _by_kvpress(settings, settings.kvpress, layer)
-        candidates.append(
-            _Candidate(
-                name=KVPRESS, runs=[lambda: output], exact=masked[0], plain_error=masked[1], nbytes=_nbytes(layer)
-            )
+        exact, plain_error = next((c.exact, c.plain_error) for c in candidates[2:] if c.entries == NATIVE)
+        output, seconds = _by_kvpress(settings, settings.kvpress, layer)
+        pressed = _Candidate(
+            name=KVPRESS, runs=[lambda: output], exact=exact, plain_error=plain_error, nbytes=_nbytes(layer)
         )
-        errors[KVPRESS] = candidates[-1].error
+        candidates.append(pressed)
+        times[pressed.key], errors[pressed.key] = seconds, pressed.error
         _require_correct(candidates, errors)
     return [
         Row(
             candidate=c.name,
+            entries=c.entries,
             dtype=settings.dtype,
             batch=settings.batch,
-            ms=1e3 * times[c.name],
-            speedup_vs_full=times[FULL] / times[c.name],
-            times_floor=times[c.name] / (seconds_per_byte * c.nbytes),
-            rel_error=errors[c.name],
+            ms=1e3 * times[c.key],
+            speedup_vs_full=times[FULL, NATIVE] / times[c.key],
+            times_floor=times[c.key] / (seconds_per_byte * c.nbytes),
+            rel_error=errors[c.key],
             plain_error=c.plain_error,
             floor_ms=1e3 * seconds_per_byte * c.nbytes,
+            kv_bytes=c.nbytes,
             tokens=settings.tokens,
             keep=settings.keep,
             threads=settings.threads,
@@ -180,10 +205,10 @@ def kept_fractions(settings: Settings) -> Float[Tensor, " kv_heads"]:
     return (shape * high).clamp(max=1).float()
 
 
-def _require_correct(candidates: Sequence[_Candidate], errors: dict[str, float]) -> None:
-    wrong = [c for c in candidates if not errors[c.name] <= MOST * c.plain_error]
+def _require_correct(candidates: Sequence[_Candidate], errors: dict[Key, float]) -> None:
+    wrong = [c for c in candidates if not errors[c.key] <= MOST * c.plain_error]
     if wrong:
-        listed = "; ".join(f"{c.name}: {errors[c.name]:.1e} (PyTorch {c.plain_error:.1e})" for c in wrong)
+        listed = "; ".join(f"{c.name} ({c.entries}): {errors[c.key]:.1e} (PyTorch {c.plain_error:.1e})" for c in wrong)
         raise WrongResult(f"nothing is shown, for results are wrong, by their relative error: {listed}.")
 
 
@@ -202,19 +227,15 @@ def _nbytes(layer: _Layer) -> int:
     return layer.keys.nbytes + layer.values.nbytes
 
 
-def _candidates(settings: Settings, layer: _Layer) -> tuple[list[_Candidate], Sequence[Callable[[], None]]]:
-    """Return all candidates, which decode the last token of the tail, and functions that only read what is kept."""
+def _candidates(settings: Settings, layer: _Layer) -> tuple[list[_Candidate], Sequence[Callable[[], None]], int]:
+    """Return all candidates, which decode the last token of the tail, and what only reads, with the bytes it reads."""
     query, keys, values, kept = layer.query, layer.keys, layer.values, layer.kept
     batch, heads, tokens, dim = settings.batch, settings.kv_heads, settings.tokens, settings.head_dim
     group, scaling = settings.group, settings.scaling
-    masks = torch.ones_like(kept), kept
-    exact = [_exact_attention(query, keys, values, mask, scaling) for mask in masks]
-    plain = [_plain_error(layer, mask, target) for mask, target in zip(masks, exact, strict=True)]
-    segments = _gather(keys[:, :, :tokens], values[:, :, :tokens], kept[:, :, :tokens])
-    tail = keys[:, :, tokens:].clone(), values[:, :, tokens:].clone()
-    rows, attention = torch.arange(batch, dtype=torch.int64, device="cpu"), _Attention(group)
-    dense = _copies((keys, values), settings.gigabytes)
-    ragged = [_with_storage(segments, *pair) for pair in _copies((segments.keys, segments.values), settings.gigabytes)]
+    everything = torch.ones_like(kept)
+    exact = _exact_attention(query, keys, values, everything, scaling)
+    plain = _plain_error(layer, everything, exact)
+    attention, dense = _Attention(group), _copies((keys, values), settings.gigabytes)
     grouped = query.view(batch, heads, group, 1, dim)
 
     def by_transformers(k: Tensor, v: Tensor) -> Tensor:
@@ -223,22 +244,54 @@ def _candidates(settings: Settings, layer: _Layer) -> tuple[list[_Candidate], Se
     def folded(k: Tensor, v: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(grouped[:, :, :, 0], k, v, scale=scaling).view_as(query)
 
+    candidates = [
+        _Candidate(name=name, runs=[lambda k=k, v=v, use=use: use(k, v) for k, v in dense], exact=exact,
+                   plain_error=plain, nbytes=_nbytes(layer))
+        for name, use in ((FULL, by_transformers), (GROUPED, folded))
+    ]  # fmt: skip
+    segments = _gather(keys[:, :, :tokens], values[:, :, :tokens], kept[:, :, :tokens])
+    tail = keys[:, :, tokens:].clone(), values[:, :, tokens:].clone()
+    for name in settings.entries:
+        candidates += _ragged(settings, layer, segments, tail, name)
+    read = _read if "native" in usable("cpu") else _read_by_torch
+    whole = _copies((segments.keys, segments.values), settings.gigabytes)
+    reads = [lambda k=k, v=v: read(k, v, *tail) for k, v in whole]
+    return candidates, reads, segments.nbytes + tail[0].nbytes + tail[1].nbytes
+
+
+def _ragged(
+    settings: Settings, layer: _Layer, segments: Segments, tail: tuple[Tensor, Tensor], entries: str
+) -> list[_Candidate]:
+    """Return every kernel over what is kept, stored in one way; exact is attention over the numbers that codes are."""
+    query, kept, scaling = layer.query, layer.kept, settings.scaling
+    rows = torch.arange(settings.batch, dtype=torch.int64, device="cpu")
+    grouped = query.view(settings.batch, settings.kv_heads, settings.group, 1, -1)
+    bits = parse_entries(entries)
+    if bits is None:
+        exact = _exact_attention(query, layer.keys, layer.values, kept, scaling)
+        plain_error = _plain_error(layer, kept, exact)
+    else:
+        segments = layout.quantise(segments, segments.positions >= SINK, bits)
+        exact, plain = exact_and_plain(grouped, segments, rows, *tail, None, scaling)
+        exact, plain_error = exact.view_as(query), relative_error(plain, exact)
+    count = max(2, round(settings.gigabytes * 1e9 / max(1, segments.nbytes)))
+    ring = [segments, *(_copied(segments) for _ in range(count - 1))]
+    kernels = {name: get_kernel(name) for name in usable("cpu") if name != "reference"}
+
     def by_kernel(kernel: Kernel, storage: Segments) -> Tensor:
         return kernel(grouped, storage, rows, *tail, None, scaling).view_as(query)
 
-    kernels = {name: get_kernel(name) for name in usable("cpu") if name != "reference"}
-    runs = [  # the second: whether it reads everything, 0, or what is kept, 1
-        (FULL, 0, [lambda k=k, v=v: by_transformers(k, v) for k, v in dense]),
-        (GROUPED, 0, [lambda k=k, v=v: folded(k, v) for k, v in dense]),
-        *((name, 1, [lambda s=s, use=use: by_kernel(use, s) for s in ragged]) for name, use in kernels.items()),
+    return [
+        _Candidate(
+            name=name,
+            entries=entries,
+            runs=[lambda s=s, use=use: by_kernel(use, s) for s in ring],
+            exact=exact,
+            plain_error=plain_error,
+            nbytes=segments.nbytes + tail[0].nbytes + tail[1].nbytes,
+        )
+        for name, use in kernels.items()
     ]
-    nbytes = _nbytes(layer), segments.nbytes + tail[0].nbytes + tail[1].nbytes
-    candidates = [
-        _Candidate(name=name, runs=own, exact=exact[kept_only], plain_error=plain[kept_only], nbytes=nbytes[kept_only])
-        for name, kept_only, own in runs
-    ]
-    read = _read if "native" in kernels else _read_by_torch
-    return candidates, [lambda s=s: read(s.keys, s.values, *tail) for s in ragged]
 
 
 def _gather(
@@ -269,9 +322,14 @@ def _copies(tensors: tuple[Tensor, Tensor], gigabytes: float) -> list[tuple[Tens
     return [tensors, *((tensors[0].clone(), tensors[1].clone()) for _ in range(count - 1))]
 
 
-def _with_storage(segments: Segments, keys: Tensor, values: Tensor) -> Segments:
-    return Segments(
-        keys=keys, values=values, positions=segments.positions, lengths=segments.lengths, kv_heads=segments.kv_heads
+def _copied(segments: Segments) -> Segments:
+    """Return the same entries in storage of their own."""
+    codes = ("keys", "key_scales", "values", "value_scales")
+    return replace(
+        segments,
+        keys=segments.keys.clone(),
+        values=segments.values.clone(),
+        quantised=tuple(replace(x, **{name: getattr(x, name).clone() for name in codes}) for x in segments.quantised),
     )
 
 
@@ -324,12 +382,12 @@ def _read_by_torch(*tensors: Tensor) -> None:
         tensor.view(torch.int32).sum()
 
 
-def _median_seconds(candidates: dict[str, Sequence[Callable[[], Any]]], rounds: int) -> dict[str, float]:
+def _median_seconds(candidates: dict[Key, Sequence[Callable[[], Any]]], rounds: int) -> dict[Key, float]:
     """Return the median seconds of each candidate. All copies are touched before."""
     for call in itertools.chain.from_iterable(candidates.values()):
         call()
     rings = {name: itertools.cycle(runs) for name, runs in candidates.items()}
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    times: dict[Key, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, ring in rings.items():
             call = next(ring)

@@ -51,14 +51,27 @@ def checked(kernel: Callable[..., Tensor], errors: list[tuple[float, float]]) ->
         scaling: float,
     ) -> Tensor:
         result = kernel(query, segments, rows, tail_keys, tail_values, mask, scaling)
-        plain = _by_pytorch(query, segments, rows, tail_keys, tail_values, mask, scaling)
-        precise = replace(segments, keys=segments.keys.double(), values=segments.values.double())
-        tail = tail_keys.double(), tail_values.double()
-        exact = reference.attend(query.double(), precise, rows, *tail, mask, scaling)
+        exact, plain = exact_and_plain(query, segments, rows, tail_keys, tail_values, mask, scaling)
         errors.append((relative_error(result, exact), relative_error(plain, exact)))
         return result
 
     return attend
+
+
+def exact_and_plain(
+    query: Tensor,
+    segments: Segments,
+    rows: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the attention in float64 and PyTorch's, over the numbers that quantised entries stand for."""
+    plain = _by_pytorch(query, segments, rows, tail_keys, tail_values, mask, scaling)
+    precise = replace(segments, keys=segments.keys.double(), values=segments.values.double())
+    tail = tail_keys.double(), tail_values.double()
+    return reference.attend(query.double(), precise, rows, *tail, mask, scaling), plain
 
 
 def _by_pytorch(
@@ -73,10 +86,12 @@ def _by_pytorch(
     """Return the output of PyTorch's SDPA, one head at a time: a kernel of ours would be compared with itself."""
     out = torch.empty_like(query)
     for b, h in product(range(query.shape[0]), range(query.shape[1])):
-        part = segments.slice(int(rows[b]) * segments.kv_heads + h)
-        keys = torch.cat([segments.keys[part], tail_keys[b, h]])
-        values = torch.cat([segments.values[part], tail_values[b, h]])
-        visible = None if mask is None else functional.pad(mask[b], (part.stop - part.start, 0), value=True)
+        segment = int(rows[b]) * segments.kv_heads + h
+        part, codes = segments.slice(segment), [x.segment(segment) for x in segments.quantised]
+        keys = torch.cat([segments.keys[part], *(keys.to(query.dtype) for keys, _ in codes), tail_keys[b, h]])
+        values = torch.cat([segments.values[part], *(values.to(query.dtype) for _, values in codes), tail_values[b, h]])
+        seen = len(keys) - tail_keys.shape[2]
+        visible = None if mask is None else functional.pad(mask[b], (seen, 0), value=True)
         pair = (states.expand(query.shape[2], -1, -1) for states in (keys, values))
         out[b, h] = functional.scaled_dot_product_attention(query[b, h], *pair, attn_mask=visible, scale=scaling)
     return out

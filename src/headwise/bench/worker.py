@@ -105,7 +105,8 @@ class Candidate:
         from headwise.models.families import view
 
         seen = view(self.model)
-        return RaggedCache(self.model, method_for(self.method, seen.shape, seen.config_hash), keep=keep)
+        method = method_for(self.method, seen.shape, seen.config_hash)
+        return RaggedCache(self.model, method, keep=keep, entries=self.job["entries"])
 
     def reading(self) -> Any:
         """Around the prefill."""

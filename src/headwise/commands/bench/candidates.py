@@ -39,6 +39,7 @@ def settings_for(
     device: str,
     threads: int | None,
     kvpress: Path | None,
+    entries: str,
 ) -> "list[Settings]":
     """Return settings for every number of tokens. Raises BadInput if one is wrong."""
     from headwise.bench.candidates import Settings, default_methods
@@ -56,6 +57,7 @@ def settings_for(
             device=resolve_device(device),
             threads=threads,
             kvpress=kvpress,
+            entries=entries,
         )
         for n in numbers(tokens, parse_count)
     ]
@@ -78,4 +80,5 @@ def _title(settings: "Settings") -> str:
     """Return what all contexts have in common."""
     shared = f"Keep {settings.keep:g}, {settings.dtype}, batch {settings.batch}"
     yardstick = "full = transformers' DynamicCache; peaks above the loaded model's"
-    return f"{shared}; {yardstick}. Model: {settings.model}"
+    stored = "" if settings.entries == "native" else f", entries in {settings.entries}"
+    return f"{shared}{stored}; {yardstick}. Model: {settings.model}"

@@ -2,8 +2,7 @@
 
 from dataclasses import asdict
 from itertools import product
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +10,7 @@ from headwise.commands.bench.options import KVPress, Rounds, Tokens, parse_count
 from headwise.commands.bench.rows import Columns, print_rows
 from headwise.commands.console import progress_bar
 from headwise.commands.options import AsJson
-from headwise.files.terminal import numbers, split
+from headwise.files.terminal import numbers, size, split
 
 if TYPE_CHECKING:
     from headwise.bench.decode import Settings
@@ -20,6 +19,7 @@ Keeps = Annotated[str, typer.Option("--keep", "-k", help="Shares kept; comma-sep
 Batches = Annotated[str, typer.Option(help="Sequences; comma-separated.")]
 Dtypes = Annotated[str, typer.Option(help="float32, bfloat16, float16; comma-separated.")]
 ThreadCounts = Annotated[str, typer.Option(help="Threads of PyTorch; comma-separated.")]
+Entries = Annotated[str, typer.Option(help="How what is kept is stored: native, int8, k8v4, int4; comma-separated.")]
 Skewed = Annotated[bool, typer.Option(help="Some heads keep much more than others.")]
 
 TITLE = "One layer, one step: full = transformers' SDPA over the whole cache; floor = reading what must be read."
@@ -30,8 +30,10 @@ COLUMNS: Columns = {
     "batch": "batch",
     "threads": "threads",
     "candidate": "candidate",
+    "entries": "entries",
     "ms": lambda row: f"{row['ms']:.2f}",
     "faster": lambda row: f"{row['speedup_vs_full']:.1f}x",
+    "read": lambda row: size(row["kv_bytes"]),
     "of floor": lambda row: f"{row['times_floor']:.2f}x",
     "error": lambda row: f"{row['rel_error']:.1e}",
     "PyTorch's": lambda row: f"{row['plain_error']:.1e}",
@@ -44,6 +46,7 @@ def decode(
     batch: Batches = "1",
     dtype: Dtypes = "bfloat16,float32",
     threads: ThreadCounts = "1",
+    entries: Entries = "native",
     skewed: Skewed = True,
     rounds: Rounds = 15,
     kvpress: KVPress = None,
@@ -55,7 +58,8 @@ def decode(
     from headwise.bench.decode import run
     from headwise.evals.run import hardware, versions
 
-    grid = _grid(tokens, keep, batch, dtype, threads, skewed, rounds, kvpress)
+    common = {"entries": split(entries), "skewed": skewed, "rounds": rounds, "kvpress": kvpress}
+    grid = _grid(tokens, keep, batch, dtype, threads, common)
     rows = []
     with progress_bar("settings") as progress:
         for done, settings in enumerate(grid):
@@ -65,21 +69,12 @@ def decode(
     print_rows([asdict(row) | machine for row in rows], TITLE, COLUMNS, as_json=as_json)
 
 
-def _grid(
-    tokens: str,
-    keep: str,
-    batch: str,
-    dtype: str,
-    threads: str,
-    skewed: bool,
-    rounds: int,
-    kvpress: Path | None,
-) -> "list[Settings]":
+def _grid(tokens: str, keep: str, batch: str, dtype: str, threads: str, common: dict[str, Any]) -> "list[Settings]":
     """Return settings for every combination of the lists. Raises BadInput if one is wrong."""
     from headwise.bench.decode import Settings
 
     return [
-        Settings(tokens=n, keep=k, batch=b, dtype=d, threads=t, skewed=skewed, rounds=rounds, kvpress=kvpress)
+        Settings(tokens=n, keep=k, batch=b, dtype=d, threads=t, **common)
         for d, n, k, b, t in product(
             split(dtype),
             numbers(tokens, parse_count),

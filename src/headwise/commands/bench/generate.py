@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from headwise.commands.bench.candidates import measure, settings_for
-from headwise.commands.bench.options import Batch, Dtype, Keep, KVPress, Layers, Model, Threads, Tokens
+from headwise.commands.bench.options import Batch, Dtype, Entries, Keep, KVPress, Layers, Model, Threads, Tokens
 from headwise.commands.options import AsJson, Device, Methods
 from headwise.files.strict_json import MOST
 
@@ -24,6 +24,7 @@ def generate(
     device: Device = "auto",
     threads: Threads = None,
     kvpress: KVPress = None,
+    entries: Entries = "native",
     as_json: AsJson = False,
 ) -> None:
     """Measure a whole model: reading, decoding and the memory of both, every candidate in a process of its own."""
@@ -39,5 +40,6 @@ def generate(
         device=device,
         threads=threads,
         kvpress=kvpress,
+        entries=entries,
     )
     measure("generate", settings, as_json=as_json)

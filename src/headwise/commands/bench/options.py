@@ -16,6 +16,7 @@ Keep = Annotated[float, typer.Option("--keep", "-k", help="Share kept.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Tokens = Annotated[str, typer.Option(help="Tokens of context; comma-separated.")]
 Batch = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences.")]
+Entries = Annotated[str, typer.Option(help="How methods store what they keep: native, int8, k8v4 or int4.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=MOST, help="Threads of PyTorch on the CPU; left out: its default.")
 ]
