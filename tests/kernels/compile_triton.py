@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from headwise.kernels.quantised import ENTRIES, quantise
+from headwise.kernels.quantised import ENTRIES
 from headwise.kernels.triton_decode import (
     Tiles,
     _attend_chunks,
@@ -37,14 +37,12 @@ def compile_all(dtype, dim, masked, entries):
     pointers = PARTS | {"rows": "*i64", "reader_slot": "*i32", "chunk_first": "*i32", "out": "*" + dtype}
     pointers |= {"quantised_first": ("*i32",) * len(entries)}
     yield compiled(_combine_chunks, pointers, shape | {"BLOCK_C": 32})
-    tiles = Tiles.of_codes(4, dim, DTYPES[dtype].itemsize)
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    pointers = {"query": "*" + dtype, "keys": "*u8", "values": "*u8", "spans": "*i64"} | TABLES | PARTS
+    pointers |= {"key_scales": "*fp16", "value_scales": "*fp16"}
     for name in entries:
-        states, positions = torch.zeros(1, dim), torch.zeros(1, dtype=torch.int32)
-        storage = quantise(states, states, positions, (1,), 1, ENTRIES[name])
-        pointers = {"query": "*" + dtype, "keys": "*u8", "values": "*u8", "spans": "*i64"} | TABLES | PARTS
-        pointers |= {"key_scales": "*fp16", "value_scales": "*fp16"}
-        yield compiled(_attend_quantised, pointers, quantised_constants(storage, tiles, DTYPES[dtype]), **options)
+        constants = dict(quantised_constants(dim, ENTRIES[name], 4, DTYPES[dtype]))
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+        yield compiled(_attend_quantised, pointers, constants, **options)
 
 
 for words in sys.argv[1:]:

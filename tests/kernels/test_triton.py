@@ -41,7 +41,7 @@ def test_compiles_for_a_gpu(tmp_path):
         pytest.skip(f"no assembler: {error}")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    cases = ["bf16 128 all", "bf16 128 all int8 int4", "fp16 96 masked k8v4 int4", "fp32 128 all int8"]
+    cases = ["bf16 128 all int8 int4", "fp16 96 masked", "fp32 128 all k8v4"]
     command = [sys.executable, str(HERE / "compile_triton.py"), *cases]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

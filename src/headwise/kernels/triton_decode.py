@@ -1,7 +1,7 @@
 """The kernel for decoding on a GPU: split-KV attention, written in Triton.
 
-A segment is split into chunks (`layout.ChunkTable`), the tail of every row and head into chunks of its own. One launch
-attends to all chunks, each for all queries that read it; a last one combines the chunks of every query by their
+A segment is split into chunks (`segments.ChunkTable`), the tail of every row and head into chunks of its own. One
+launch attends to all chunks, each for all queries that read it; a last one combines the chunks of every query by their
 log-sum-exp. Nothing waits for the GPU once the tables exist, and a fixed set of tensors can be captured in a CUDA
 graph: give a tail of full capacity, and a mask of what is in it.
 
@@ -13,8 +13,11 @@ Only imported where Triton is installed. With TRITON_INTERPRET=1 it runs, slowly
 
 # ruff: noqa: N803 - capitals are constants at compile time
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import gcd
+from types import MappingProxyType
 from typing import Any, no_type_check
 
 import torch
@@ -26,7 +29,7 @@ from triton import knobs
 from headwise.errors import BadInput
 from headwise.kernels import pages
 from headwise.kernels.arguments import require_fit
-from headwise.kernels.quantised import Quantised, group_of
+from headwise.kernels.quantised import GROUP, Bits, Quantised, group_of
 from headwise.kernels.segments import Readers, Segments
 
 MAX_QUERIES = 512  # that read one segment; for more, matrix products are the better way
@@ -103,8 +106,7 @@ def attend_split(
     batch, heads, group, num_new, dim = query.shape
     chunks, readers = segments.chunks, segments.readers_of(rows)
     query, tail_keys, tail_values = _packed(query, 1), _packed(tail_keys, 2), _packed(tail_values, 2)
-    tail = tail_keys.shape[2]
-    tail_chunks = triton.cdiv(tail, TAIL_CHUNK)
+    tail, tail_chunks = tail_keys.shape[2], triton.cdiv(tail_keys.shape[2], TAIL_CHUNK)
     own, folded, num_frozen = group * num_new, readers.slots * group * num_new, len(chunks.segment)
     num_native = num_frozen + batch * heads * tail_chunks
     num_parts = num_native + sum(len(part.chunks.segment) for part in segments.quantised)
@@ -127,8 +129,7 @@ def attend_split(
     out = torch.empty(query.shape, dtype=torch.float32 if interpreted() else query.dtype, device=query.device)
     _combine_chunks[(batch * heads, own)](
         part_out, part_lse, rows, readers.slot, chunks.first, tuple(part.chunks.first for part in segments.quantised),
-        out, num_frozen, tail_chunks, len(segments.lengths), heads, folded, own,
-        D=dim, BLOCK_D=block_dim, BLOCK_C=32,
+        out, num_frozen, tail_chunks, len(segments.lengths), heads, folded, own, D=dim, BLOCK_D=block_dim, BLOCK_C=32,
     )  # fmt: skip
     return out.to(query.dtype)
 
@@ -144,36 +145,37 @@ def _launch_quantised(
 ) -> None:
     """Write the parts of all chunks of quantised entries, one storage after the other, from `first_part`."""
     _, heads, group, num_new, dim = query.shape
-    tiles = Tiles.of_codes(part_lse.shape[1], dim, query.itemsize)
+    folded = part_lse.shape[1]
     for storage in storages:
-        chunks = storage.chunks
-        _attend_quantised[(len(chunks.segment), triton.cdiv(part_lse.shape[1], tiles.queries))](
+        chunks, constants = storage.chunks, quantised_constants(dim, storage.bits, folded, query.dtype)
+        _attend_quantised[(len(chunks.segment), triton.cdiv(folded, constants["BLOCK_M"]))](
             query, storage.keys, storage.key_scales, storage.values, storage.value_scales,
             chunks.segment, chunks.start, chunks.stop, storage.spans, readers.row, part_out, part_lse,
             scaling * LOG2_E, first_part, len(storage.lengths), heads, readers.slots, group * num_new, num_new,
-            *query.stride()[:4],
-            **quantised_constants(storage, tiles, query.dtype),
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue]
+            *query.stride()[:4], **constants,
         )  # fmt: skip
         first_part += len(chunks.segment)
 
 
-def quantised_constants(storage: Quantised, tiles: Tiles, dtype: torch.dtype) -> dict[str, Any]:
-    """What `_attend_quantised` is compiled for, with queries of a dtype."""
-    dim, bits = storage.head_dim, storage.bits
-    group = group_of(dim, bits.values)
-    return {
-        "D": dim,
-        "BLOCK_D": triton.next_power_of_2(dim),
+@lru_cache(maxsize=64)
+def quantised_constants(head_dim: int, bits: Bits, num_queries: int, dtype: torch.dtype) -> Mapping[str, Any]:
+    """What `_attend_quantised` is compiled for, with queries of a dtype, and how it is run."""
+    tiles, group = Tiles.of_codes(num_queries, head_dim, dtype.itemsize), group_of(head_dim, bits.values)
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
         "BLOCK_M": tiles.queries,
         "BLOCK_N": tiles.tokens,
         "KEY_BITS": bits.keys,
-        "KEY_BLOCK": storage.block,
+        "KEY_BLOCK": GROUP[bits.keys],
         "VALUE_BITS": bits.values,
         "VALUE_GROUP": group,
-        "UNIT": gcd(group, dim * bits.values // 8),
+        "UNIT": gcd(group, head_dim * bits.values // 8),
         "NUMBER": tl.float32 if dtype == torch.float32 else tl.float16,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
     }
+    return MappingProxyType(constants)
 
 
 def interpreted() -> bool:
@@ -287,8 +289,7 @@ def _attend_quantised(
 ):  # fmt: skip
     """One chunk of quantised entries, as `_attend_chunks`. Their codes become a NUMBER in registers.
 
-    Channels are in the order in which `_numbers` takes them from words of four codes, or eight. UNIT channels of a
-    value, a whole number of times, share a scale.
+    Channels are in the order in which `_numbers` takes them out. UNIT neighbours of a value have the same scale.
     """
     chunk = tl.program_id(0)
     fold = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -337,12 +338,12 @@ def _attend_quantised(
 @triton.jit
 @no_type_check
 def _channels(D: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr):
-    """Which channel is in a column of `_numbers`; D or more for columns that are none."""
-    HALF: tl.constexpr = D * BITS // 8
+    """Which channel is in a column of `_numbers`; D for columns that are none."""
+    BYTES: tl.constexpr = D * BITS // 8
     column = tl.arange(0, BLOCK_D)
-    place = column % (BLOCK_D * BITS // 8)
-    channel = place // 4 * 4 + place % 2 * 2 + place // 2 % 2
-    return tl.where(place < HALF, channel + column // (BLOCK_D * BITS // 8) * HALF, D)
+    byte, half = column % (BLOCK_D * BITS // 8), column // (BLOCK_D * BITS // 8)
+    channel = half * BYTES + byte // 4 * 4 + byte % 2 * 2 + byte // 2 % 2
+    return tl.where(byte < BYTES, channel, D)
 
 
 @triton.jit
@@ -351,25 +352,27 @@ def _numbers(
     at, entry, length,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
-    """The codes of some entries. Two that are 16 bits apart in a word are taken out of it together."""
-    WORDS: tl.constexpr = BLOCK_D * BITS // 32
-    word = tl.arange(0, WORDS)
+    """The codes of some entries, as numbers, in columns that `_channels` names.
+
+    Codes that are 16 bits apart in a word of 32 are taken out of it together, and stay beside each other. Low halves of
+    bytes come before high ones.
+    """
+    word = tl.arange(0, BLOCK_D * BITS // 32)
     there = (entry < length)[:, None] & (word < D * BITS // 32)[None, :]
     words = tl.load(at + entry[:, None] * (D * BITS // 32) + word[None, :], mask=there, other=0)
+    codes = tl.join(_pair(words, BITS, NUMBER), _pair(words >> 8, BITS, NUMBER))  # [entries, words, codes, pairs]
     if BITS == 8:
-        pairs = tl.join(_pair(words, BITS, NUMBER), _pair(words >> 8, BITS, NUMBER))  # [tokens, words, 2, 2]
-        pairs = tl.permute(pairs, [0, 1, 3, 2])
+        codes = tl.permute(codes, [0, 1, 3, 2])
     else:
-        low = tl.join(_pair(words, BITS, NUMBER), _pair(words >> 8, BITS, NUMBER))
         high = tl.join(_pair(words >> 4, BITS, NUMBER), _pair(words >> 12, BITS, NUMBER))
-        pairs = tl.permute(tl.join(low, high), [0, 4, 1, 3, 2])
-    return pairs.reshape([BLOCK_N, BLOCK_D])
+        codes = tl.permute(tl.join(codes, high), [0, 4, 1, 3, 2])
+    return codes.reshape([BLOCK_N, BLOCK_D])
 
 
 @triton.jit
 @no_type_check
 def _pair(words, BITS: tl.constexpr, NUMBER: tl.constexpr):
-    """Codes in bits 0 and 16 upwards of words."""
+    """The codes that begin at bits 0 and 16 of words."""
     if NUMBER == tl.float16:  # noqa: SIM300 - 1024 + code, put together from its bits
         both = (words & ((1 << BITS) - 1) * 0x10001) | 0x64006400
         low = both.to(tl.uint16).to(tl.float16, bitcast=True)
@@ -384,7 +387,7 @@ def _scaled_keys(
     code, scale_at, first, length, dim,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, KEY_BLOCK: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N keys: of one block or of several whole ones."""
+    """BLOCK_N keys, of one block or of several whole ones."""
     BLOCKS: tl.constexpr = max(1, BLOCK_N // KEY_BLOCK)
     block = first // KEY_BLOCK + tl.arange(0, BLOCKS)
     there = (block * KEY_BLOCK < length)[:, None] & (dim < D)[None, :]
@@ -402,11 +405,12 @@ def _scaled_values(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     UNIT: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
-    """UNIT channels have one scale; of 4 bits, columns of both halves of a head lie beside each other."""
-    HALF_UNITS: tl.constexpr = BLOCK_D * BITS // 8 // UNIT
-    unit = tl.arange(0, BLOCK_D // UNIT)
-    channel = unit // HALF_UNITS * (D * BITS // 8) + unit % HALF_UNITS * UNIT
-    there = (entry < length)[:, None] & (unit % HALF_UNITS * UNIT < D * BITS // 8)[None, :]
+    """BLOCK_N values. A unit is UNIT channels of the head, or of a half where `_numbers` takes out halves."""
+    BYTES: tl.constexpr = D * BITS // 8
+    unit = tl.arange(0, BLOCK_D // UNIT) * UNIT
+    byte, half = unit % (BLOCK_D * BITS // 8), unit // (BLOCK_D * BITS // 8)
+    channel = half * BYTES + byte
+    there = (entry < length)[:, None] & (byte < BYTES)[None, :]
     at = scale_at + entry[:, None] * (2 * D // GROUP) + channel[None, :] // GROUP
     scale = tl.load(at, mask=there, other=0.0).to(NUMBER)
     zero = tl.load(at + D // GROUP, mask=there, other=0.0).to(NUMBER)
