@@ -59,6 +59,16 @@ def test_the_process_holds_less_by_what_we_claim(rows):
     assert ours.saved_bytes == pytest.approx(ours.claimed_saved_bytes, abs=4 * MIB)
 
 
+def test_the_process_holds_less_by_what_we_claim_of_quantised_entries():
+    """Half of the entries in 4 bits: 32 MiB become 2.5, scales included."""
+    full, ours = run("memory", Settings(**{**SMALL, "keep": 0.5, "entries": "int4"}))
+    assert (full.entries, ours.entries) == ("native", "int4")
+    assert ours.kv_bytes == pytest.approx(0.5 * 32 * MIB * 5 / 32, rel=0.05)
+    assert ours.claimed_saved_bytes > 23 * MIB
+    assert ours.saved_bytes == pytest.approx(ours.claimed_saved_bytes, abs=4 * MIB)
+    assert 0 < ours.rel_error <= 2 * ours.plain_error
+
+
 def made_up(method):
     """What a worker finds."""
     kept = 1.0 if method == "full" else 0.15

@@ -29,12 +29,27 @@ def test_every_candidate_has_a_row(dtype, batch):
     assert kept / whole == pytest.approx((0.2 * 4096 + 64) / (4096 + 64), rel=0.02)  # 64 tokens of tail
 
 
-def test_a_wrong_kernel_is_not_timed(monkeypatch):
+def test_quantised_entries_are_rows_beside_the_floor_of_their_own_bytes():
+    rows = run(Settings(dtype="bfloat16", entries=("native", "int8", "int4"), **SMALL))
+    usable = [name for name in kernels.usable("cpu") if name != "reference"]
+    expected = [("full", "native"), ("full, grouped", "native")]
+    expected += [(name, entries) for entries in ("native", "int8", "int4") for name in usable]
+    assert [(row.candidate, row.entries) for row in rows] == expected
+    floors = {row.entries: row.floor_ms for row in rows[2:]}
+    entries, tail = round(0.2 * 4096) * 8, 64 * 8 * 512
+    assert rows[-1].kv_bytes - tail == pytest.approx(entries * (64 + 64 + 16 + 16), rel=0.1)  # scales, and 4 first ones
+    assert floors["int4"] / floors["native"] == pytest.approx(rows[-1].kv_bytes / rows[2].kv_bytes)
+    for row in rows:
+        assert 0 < row.rel_error <= 2 * row.plain_error
+
+
+@pytest.mark.parametrize(("entries", "message"), [("native", "pages: 1"), ("int8", "pages of int8: 1")])
+def test_a_wrong_kernel_is_not_timed(monkeypatch, entries, message):
     real = pages.attend
     monkeypatch.setattr(pages, "attend", lambda *arguments: 1.01 * real(*arguments))
     monkeypatch.setattr(decode, "_median_seconds", lambda *arguments: pytest.fail("it was timed"))
-    with pytest.raises(WrongResult, match="pages: 1"):
-        run(Settings(dtype="float32", **SMALL))
+    with pytest.raises(WrongResult, match=message):
+        run(Settings(dtype="float32", entries=(entries,), **SMALL))
 
 
 @pytest.mark.parametrize("keep", [0.05, 0.2, 0.5, 0.9, 1.0])
@@ -53,6 +68,8 @@ def test_kept_fractions_have_the_mean_that_was_asked_for(keep):
         ({"keep": 0.0}, "keep=0.0"),
         ({"keep": 1.5}, "keep=1.5"),
         ({"batch": 0}, "above 0"),
+        ({"entries": ("int2",)}, "entries='int2'"),
+        ({"entries": ()}, "at least once"),
     ],
 )
 def test_what_cannot_be_measured(changes, message):

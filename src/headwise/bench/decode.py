@@ -208,7 +208,9 @@ def kept_fractions(settings: Settings) -> Float[Tensor, " kv_heads"]:
 def _require_correct(candidates: Sequence[_Candidate], errors: dict[Key, float]) -> None:
     wrong = [c for c in candidates if not errors[c.key] <= MOST * c.plain_error]
     if wrong:
-        listed = "; ".join(f"{c.name} ({c.entries}): {errors[c.key]:.1e} (PyTorch {c.plain_error:.1e})" for c in wrong)
+        told = [c.name + ("" if c.entries == NATIVE else f" of {c.entries}") for c in wrong]
+        pairs = zip(told, wrong, strict=True)
+        listed = "; ".join(f"{name}: {errors[c.key]:.1e} (PyTorch {c.plain_error:.1e})" for name, c in pairs)
         raise WrongResult(f"nothing is shown, for results are wrong, by their relative error: {listed}.")
 
 
