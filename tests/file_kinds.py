@@ -95,6 +95,10 @@ def make_cache() -> bytes:
     return written(cache.save)
 
 
+def make_quantised() -> bytes:
+    return written(headwise.compress(model(), random_ids(2, 80), "keydiff+adakv", keep=0.8, entries="k8v4").save)
+
+
 def read_cache(path: Path) -> None:
     """Loaded, decoded one step by the C++ kernel where there is a compiler, and drawn."""
     loaded = headwise.load(path, model())
@@ -102,6 +106,8 @@ def read_cache(path: Path) -> None:
     for layer in loaded.ragged_layers:
         assert sum(layer.segments.lengths) == len(layer.segments.keys) == len(layer.segments.values)
         finite(layer.segments.keys, layer.segments.values, layer.tail_keys, layer.tail_values)
+        for part in layer.segments.quantised:
+            finite(*part.numbers(torch.arange(len(part.key_scales))))
     with torch.no_grad():
         logits = model()(random_ids(len(loaded.ragged_layers[0].rows), 1), past_key_values=loaded.fork()).logits
     finite(logits)
@@ -338,6 +344,7 @@ def read_examples(path: Path) -> None:
 BENCH = [measured.decode(), measured.decode("full"), measured.memory(), measured.memory("full"), measured.prefill()]
 KINDS = [
     Kind(name="cache.safetensors", make=make_cache, read=read_cache),
+    Kind(name="quantised.safetensors", make=make_quantised, read=read_cache),
     Kind(name="kept.safetensors", make=make_kept, read=read_kept),
     Kind(name="budget.safetensors", make=make_budget, read=read_budget),
     Kind(name="profile.safetensors", make=make_profile, read=read_profile),
