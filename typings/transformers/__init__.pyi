@@ -8,6 +8,7 @@ from types import ModuleType
 
 from transformers.cache_utils import Cache as Cache
 from transformers.cache_utils import DynamicCache as DynamicCache
+from transformers.cache_utils import QuantizedCache as QuantizedCache
 from transformers.configuration_utils import PretrainedConfig as PretrainedConfig
 from transformers.generation.configuration_utils import GenerationConfig as GenerationConfig
 from transformers.generation.streamers import TextStreamer as TextStreamer
