@@ -24,7 +24,8 @@ from statistics import fmean
 from typing import Any
 
 from headwise.errors import BadInput, HeadwiseError
-from headwise.evals.records import RECORDS, RUN, Record, records_in
+from headwise.evals.records import NATIVE, RECORDS, RUN, Record, records_in
+from headwise.methods.keep import parse_keep
 from headwise.methods.scores import SnapKV
 from headwise.models.loading import load_tokenizer
 from headwise.tasks.document import Tokens, tokenize
@@ -79,8 +80,9 @@ def arguments() -> argparse.Namespace:
 
 
 def wanted(run: Path, manifest: dict[str, Any], keep: float) -> list[Record]:
-    """Records of the methods that both have, at one keep. Raises BadInput if there are none."""
-    found = [r for r in records_in(run / RECORDS) if r.method in METHODS and float(r.keep) in (keep, 1.0)]
+    """Records of the methods that both have, at one keep, all native. Raises BadInput if there are none."""
+    native = [r for r in records_in(run / RECORDS) if r.method in METHODS and r.entries == NATIVE]
+    found = [r for r in native if parse_keep(r.keep).value == (1.0 if r.method == "full" else keep)]
     if manifest["protocol"] != "query-agnostic" or not found:
         raise BadInput(f"{run} has no query-agnostic record of {', '.join(METHODS)} at keep {keep}.")
     return found

@@ -147,3 +147,4 @@ def test_the_python_page_runs_without_warnings(capsys):
     assert "warn" not in capsys.readouterr().err.lower()  # bars of progress are fine
     assert found["later"].lengths.tolist() == found["cache"].lengths.tolist()
     assert [row.method for row in found["rows"]] == ["full", "keydiff", "keydiff"]
+    assert [row.entries for row in found["stored"]] == ["native", "int4"]

@@ -20,6 +20,7 @@ from headwise.evals import run
 from headwise.evals.records import RunFolder
 from headwise.methods.method import Method
 from headwise.models.loading import load
+from headwise.report.inspect.facts import facts
 from headwise.report.quality.results import write_report
 
 COUNTS = [16, 16, 15, 15] + [16, 15, 15, 15] * 5  # entries of every head
@@ -49,6 +50,7 @@ def test_a_cache_goes_on_as_one_made_now(older, loaded):
     assert cache.lengths.flatten().tolist() == COUNTS
     assert (cache.nbytes, cache.get_seq_length()) == (93952, 51)
     assert cache.provenance["method"]["scorer"]["name"] == "KeyDiff"
+    assert facts(older / "cache.safetensors")["entries"] == "native"
     prompt = headwise.prompt(tokenizer, (older / "text.txt").read_text(), ["? locker apple"])
     now = headwise.compress(model, prompt.context, "keydiff", keep=0.3)
     assert now.lengths.equal(cache.lengths) and now.positions(3, 0, 1).equal(cache.positions(3, 0, 1))

@@ -157,6 +157,15 @@ def test_only_the_method_that_was_made_anew_is_measured_again(tmp_path):
     assert [(record.key, record.nll) for record in after] == [(record.key, record.nll) for record in before]
 
 
+def test_kvpress_is_compared_with_native_entries_at_one_keep(tmp_path, monkeypatch):
+    module = recipe("compare_kvpress")
+    record = namedtuple("record", "method keep entries")
+    lines = [record("full", "1", "native"), *(record("snapkv", "0.15", entries) for entries in ("native", "int4"))]
+    others = [record("snapkv", keep, "native") for keep in ("1", "5%bytes", "64tok")]
+    monkeypatch.setattr(module, "records_in", lambda file: [*lines, *others])
+    assert module.wanted(tmp_path, {"protocol": "query-agnostic"}, 0.15) == lines[:2]
+
+
 def test_the_recipe_for_real_models_is_native_unless_it_is_asked(tmp_path, monkeypatch):
     module, line = recipe("real_models"), ["x", str(tmp_path), "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", line)

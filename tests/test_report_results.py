@@ -340,7 +340,14 @@ def test_tables_name_entries_beside_measured_bytes(stored):
         ("snapkv, int4", "0.25", "7.0", "75.0")
     ]
     (told,) = [text for text in explanations(found) if "stored in fewer bits" in text]
-    assert told.startswith("snapkv, int4: ")
+    assert told.startswith("int4 behind a method's name: ")
+
+
+def test_means_are_over_tasks_that_entries_of_every_kind_have(folder):
+    lines = [line for entries in ("native", "int4") for line in scores("snapkv", [1, 0], entries=entries)]
+    found = summary(folder("d", [*lines, *scores("snapkv", [0, 0], task="s:b")]))
+    assert [task.label for task in found.scored] == ["a"]
+    assert warnings(found)[0] == "Not every method has b: means are over the other tasks."
 
 
 def test_the_frontier_is_what_no_other_setting_beats(folder):

@@ -96,6 +96,14 @@ def test_entries_are_rows_of_their_own_with_the_bytes_of_a_cache(llama):
     assert alone.kl == pytest.approx(rows[-1].kl, abs=1e-5)
 
 
+def test_what_bytes_can_hold_depends_on_the_entries(llama):
+    """Of 32 tokens that every head must keep: too few bytes for native ones, enough for others."""
+    (row,) = compared(llama, methods=["snapkv"], keep="15KiB", entries="int4")
+    assert 12 * 1024 < row.kv_bytes <= 15 * 1024
+    with pytest.raises(BudgetInfeasible, match="snapkv cannot work with keep=15360B: "):
+        compared(llama, methods=["snapkv"], keep="15KiB", entries=["int4", "native"])
+
+
 @pytest.mark.parametrize("entries", ["int3", ["native", "int3"], []])
 def test_unknown_entries_are_refused_before_anything_is_read(llama, monkeypatch, entries):
     monkeypatch.setattr("headwise.evals.compare.Session", lambda **options: pytest.fail("it reads"))

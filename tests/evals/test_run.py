@@ -210,9 +210,8 @@ def test_entries_are_settings_of_their_own(model, tmp_path):
     assert all(one["kept"] == maps[0]["kept"] for one in maps)
 
 
-def test_entries_may_be_added_to_a_folder_that_knew_of_none(model, tmp_path, monkeypatch):
-    """As an earlier version wrote it. What it holds is native, and is not measured again."""
-    path = tmp_path / "run"
+def written_before(model, path):
+    """A folder as a version wrote it that knew of no entries."""
     records_of(model, folder_of(model, path, **STORED), **STORED)
     told = json.loads((path / "run.json").read_text())
     told["latest"] = [setting[:2] for setting in told["latest"]]
@@ -221,11 +220,27 @@ def test_entries_may_be_added_to_a_folder_that_knew_of_none(model, tmp_path, mon
         rows = [json.loads(line) for line in (path / name).read_text().splitlines()]
         assert [row.pop("entries") for row in rows] == ["native"] * len(rows)
         (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_killed_run_of_an_earlier_version_measures_its_last_sample_again(model, tmp_path, monkeypatch):
+    path = written_before(model, tmp_path / "run")
+    (path / "records.jsonl").write_text(lines_of(path)[0])  # the full cache's alone
+    calls = killed_after(99, monkeypatch)
+    records_of(model, folder_of(model, path, **STORED), **STORED)
+    assert [[setting.names for setting in settings] for _, _, _, settings, *_ in calls] == [
+        [("full", "1", "native"), ("keydiff", "0.5", "native")]
+    ]
+
+
+def test_entries_may_be_added_to_a_folder_that_knew_of_none(model, tmp_path, monkeypatch):
+    """What it holds is native, and is not measured again."""
+    path = written_before(model, tmp_path / "run")
     before, maps = lines_of(path), (path / "maps.jsonl").read_text()
     calls = killed_after(99, monkeypatch)
     assert {record.entries for record in records_of(model, folder_of(model, path, **STORED), **STORED)} == {"native"}
     assert (calls, lines_of(path), (path / "maps.jsonl").read_text()) == ([], before, maps)
-    more = {**STORED, "entries": ("native", "int4")}
+    more = {**STORED, "entries": ("int4",)}
     records_of(model, folder_of(model, path, **more), **more)
     assert [[setting.entries for setting in settings] for _, _, _, settings, *_ in calls] == [["int4"]]
     assert lines_of(path)[:2] == before

@@ -50,13 +50,13 @@ def _yardstick(summary: Summary) -> list[str]:
 
 def _entries(summary: Summary) -> list[str]:
     """Return what names with a kind of entries are, if there are any."""
-    names = [curve.name for curve in summary.curves if curve.entries != NATIVE]
+    kinds = dict.fromkeys(curve.entries for curve in summary.curves if curve.entries != NATIVE)
     text = (
-        f"{_first_names(names)}: entries are stored in fewer bits, but for the first tokens; bytes include the scales. "
-        "A method without such a word evicts alone. At keep 1 nothing is evicted: that is quantisation alone. Where a "
-        "keep is a share of the entries, entries in fewer bits take fewer bytes: compare at equal KV bytes."
+        f"{', '.join(kinds)} behind a method's name: what is kept is stored in fewer bits, but for the first tokens; "
+        "bytes include the scales. A name alone is eviction alone. At keep 1 nothing is evicted: that is quantisation "
+        "alone. At the same share of the entries fewer bits take fewer bytes: compare at equal KV bytes."
     )
-    return [text] * bool(names)
+    return [text] * bool(kinds)
 
 
 def _missing(summary: Summary) -> list[str]:
