@@ -564,34 +564,38 @@ inline void add_coded_values(const float* weights, const Codes& codes, int token
   for (int i = 0; i < whole; i += LANES) store(scales + i, load(codes.value_scales + i));
   for (int i = whole; i < count; i++) scales[i] = number(codes.value_scales[i]);
   const int half = BITS == 4 ? dim / 2 : dim;
-  constexpr int VECTORS = (LANES == 16 ? 16 : 8) / QUERIES;
+  constexpr int VECTORS = QUERIES == 4 && LANES == 8 ? 2 : 4;
   for (int from = 0; from < dim; from += half)
     add_codes<QUERIES, BITS, VECTORS>(weights, codes, scales, tokens, dim, from, from + half, out);
 }
 
-template <int QUERIES, int KEY_BITS, int VALUE_BITS, class Query>
+template <int QUERIES, class Query>
 void see_block(const Query* queries, const Codes& codes, int tokens, int dim, float scaling, Part part) {
   alignas(64) float weights[(BLOCK + LANES) * QUERIES];
-  multiply_block<QUERIES, KEY_BITS>(queries, codes, tokens, dim, weights);
+  if (codes.key_bytes < dim)
+    multiply_block<QUERIES, 4>(queries, codes, tokens, dim, weights);
+  else
+    multiply_block<QUERIES, 8>(queries, codes, tokens, dim, weights);
   soften<QUERIES>(weights, tokens, dim, scaling, Mask{}, 0, 0, part);
-  add_coded_values<QUERIES, VALUE_BITS>(weights, codes, tokens, dim, part.out);
+  if (codes.value_bytes < dim)
+    add_coded_values<QUERIES, 4>(weights, codes, tokens, dim, part.out);
+  else
+    add_coded_values<QUERIES, 8>(weights, codes, tokens, dim, part.out);
 }
 
-template <int KEY_BITS, int VALUE_BITS, class Query>
-void see_codes(const Query* queries, int64_t num_queries, const Codes& codes, int64_t tokens, int dim, float scaling,
-               Part part) {
-  constexpr int block = KEY_BITS == 8 ? 64 : 32;
+template <class Query>
+void see_codes(const Query* queries, int64_t num_queries, const Codes& codes, int64_t tokens, int block, int dim,
+               float scaling, Part part) {
   part.clear(num_queries, dim);
   for (int64_t t = 0; t < tokens; t += block) {
     const int count = int(std::min<int64_t>(block, tokens - t));
     const Codes here = codes.from(t, t / block, dim);
     int64_t q = 0;
     for (; q + 4 <= num_queries; q += 4)
-      see_block<4, KEY_BITS, VALUE_BITS>(queries + q * dim, here, count, dim, scaling, part.from(q, dim));
+      see_block<4>(queries + q * dim, here, count, dim, scaling, part.from(q, dim));
     for (; q + 2 <= num_queries; q += 2)
-      see_block<2, KEY_BITS, VALUE_BITS>(queries + q * dim, here, count, dim, scaling, part.from(q, dim));
-    if (q < num_queries)
-      see_block<1, KEY_BITS, VALUE_BITS>(queries + q * dim, here, count, dim, scaling, part.from(q, dim));
+      see_block<2>(queries + q * dim, here, count, dim, scaling, part.from(q, dim));
+    if (q < num_queries) see_block<1>(queries + q * dim, here, count, dim, scaling, part.from(q, dim));
   }
 }
 #endif
@@ -646,25 +650,6 @@ inline void pack(const BFloat16* from, int dim, BFloat16* to) { std::memcpy(to, 
 template <class T> inline void pack(const T* from, int dim, float* to) {
   for (int d = 0; d < dim; d += LANES) store(to + d, load(from + d));
 }
-
-#if HAS_FLOAT16
-template <class Query>
-void see_stored(const Query* queries, int64_t num_queries, const Stored& x, int64_t row, int64_t block, int64_t tokens,
-                int dim, float scaling, Part part) {
-  const Codes all{at<const uint8_t>(x.keys), at<const uint8_t>(x.values), at<const Float16>(x.key_scales),
-                  at<const Float16>(x.value_scales), x.key_bytes, x.value_bytes, int(x.groups)};
-  const Codes codes = all.from(row, block, dim);
-  const bool small_keys = x.key_bytes < dim, small_values = x.value_bytes < dim;
-  if (small_keys && small_values)
-    see_codes<4, 4>(queries, num_queries, codes, tokens, dim, scaling, part);
-  else if (small_values)
-    see_codes<8, 4>(queries, num_queries, codes, tokens, dim, scaling, part);
-  else if (small_keys)
-    see_codes<4, 8>(queries, num_queries, codes, tokens, dim, scaling, part);
-  else
-    see_codes<8, 8>(queries, num_queries, codes, tokens, dim, scaling, part);
-}
-#endif
 
 template <class How, class T> void attend(const Call& call, float scaling) {
   const int64_t *starts = at<const int64_t>(call.starts), *lengths = at<const int64_t>(call.lengths);
@@ -743,8 +728,11 @@ template <class How, class T> void attend(const Call& call, float scaling) {
     const Part part{tops.data() + x.part, sums.data() + x.part, outs.data() + x.part * dim};
 #if HAS_FLOAT16
     if (x.stored >= 0) {
-      see_stored(packed.data() + x.query * dim, x.num_queries, at<const Stored>(call.stored)[x.stored], x.start, x.block,
-                 x.tokens, dim, scaling, part);
+      const Stored& of = at<const Stored>(call.stored)[x.stored];
+      const Codes codes{at<const uint8_t>(of.keys), at<const uint8_t>(of.values), at<const Float16>(of.key_scales),
+                        at<const Float16>(of.value_scales), of.key_bytes, of.value_bytes, int(of.groups)};
+      see_codes(packed.data() + x.query * dim, x.num_queries, codes.from(x.start, x.block, dim), x.tokens,
+                int(of.block), dim, scaling, part);
       continue;
     }
 #endif
