@@ -4,8 +4,8 @@
 // with many tokens keeps all threads busy. A chunk is read once, TILE tokens at a time, for all queries that read its
 // segment (online softmax). Parts are merged by their running maximum and sum at the end. All sums are float32.
 //
-// Quantised entries (quantised.py) are read a block of keys at a time. The scales of its channels are multiplied into the
-// queries, the scales of values into the weights: what is read of an entry is its codes, turned into floats.
+// Quantised entries (quantised.py) are read a block of keys at a time. The scales of a block's channels are multiplied
+// into the queries; the codes of a value become numbers in registers.
 //
 // No header but the standard library's: native.py compiles this file with -march=native and calls it through ctypes.
 
@@ -390,7 +390,10 @@ inline void multiply_codes(const float* queries, const float* zeros, const Codes
       for (int d = 0; d < half; d += LANES) {
         Floats low[QUERIES], high[QUERIES];
 #pragma GCC unroll 4
-        for (int g = 0; g < QUERIES; g++) low[g] = load(queries + g * dim + d), high[g] = load(queries + g * dim + half + d);
+        for (int g = 0; g < QUERIES; g++) {
+          low[g] = load(queries + g * dim + d);
+          high[g] = load(queries + g * dim + half + d);
+        }
 #pragma GCC unroll 16
         for (int j = 0; j < TOKENS; j++) {
           const Ints pairs = widened(rows[j] + d);
@@ -619,6 +622,10 @@ struct Stored {
 
 template <class T> T* at(int64_t address) { return reinterpret_cast<T*>(address); }
 
+inline bool is_span(int64_t start, int64_t length, int64_t count) {
+  return start >= 0 && length >= 0 && start <= count && length <= count - start;
+}
+
 // Whether rows name contexts and segments lie within the keys. All else of a call native.py has seen to.
 bool is_within(const Call& call) {
   const int64_t *starts = at<const int64_t>(call.starts), *lengths = at<const int64_t>(call.lengths);
@@ -626,15 +633,14 @@ bool is_within(const Call& call) {
   bool within = true;
   for (int64_t b = 0; b < call.batch; b++) within &= rows[b] >= 0 && rows[b] < call.contexts;
   for (int64_t s = 0; s < call.contexts * call.heads; s++)
-    within &= starts[s] >= 0 && lengths[s] >= 0 && starts[s] <= call.num_keys && lengths[s] <= call.num_keys - starts[s];
+    within &= is_span(starts[s], lengths[s], call.num_keys);
   for (int64_t i = 0; i < call.num_stored; i++) {
     const Stored& x = at<const Stored>(call.stored)[i];
     const int64_t *first = at<const int64_t>(x.starts), *count = at<const int64_t>(x.lengths);
     const int64_t* block = at<const int64_t>(x.first_blocks);
-    for (int64_t s = 0; s < call.contexts * call.heads; s++) {
-      within &= first[s] >= 0 && count[s] >= 0 && first[s] <= x.num_rows && count[s] <= x.num_rows - first[s];
-      within &= block[s] >= 0 && block[s] <= x.num_blocks && (count[s] + x.block - 1) / x.block <= x.num_blocks - block[s];
-    }
+    for (int64_t s = 0; s < call.contexts * call.heads; s++)
+      within &= is_span(first[s], count[s], x.num_rows) &&
+                is_span(block[s], (count[s] + x.block - 1) / x.block, x.num_blocks);
   }
   return within;
 }
