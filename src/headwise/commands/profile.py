@@ -83,17 +83,8 @@ def profile(
     require_folder(f"{out}.parts")
     processes, loaded, tokenizer = load_launched(source, dtype, device)
     examples = texts.examples(tokenizer, max_positions=view(loaded).max_positions)
-    settings = _settings(
-        tokenizer,
-        examples,
-        future=future,
-        steps=steps,
-        queries=queries,
-        sampling=Sampling(temperature=temperature, seed=seed),
-        sink=sink,
-        window=window,
-        published=published,
-    )
+    sampling = Sampling(temperature=temperature, seed=seed)
+    settings = _settings(tokenizer, examples, future, steps, queries, sampling, sink, window, published)
     with progress_bar("contexts") as progress:
         run(loaded, tokenizer, examples, scorers, out, settings=settings, processes=processes, progress=progress)
     if processes.rank == 0:
@@ -103,7 +94,6 @@ def profile(
 def _settings(
     tokenizer: Any,
     examples: "Sequence[Example]",
-    *,
     future: str | None,
     steps: int | None,
     queries: int,

@@ -83,17 +83,7 @@ def train(
     part = _parse_part(part)
     texts = Texts(data=data, length=length, contexts=contexts, questions=parse_questions(questions))
     settings = _settings(
-        part=part,
-        fit_steps=fit_steps,
-        warm_steps=warm_steps,
-        steps=steps,
-        contexts_per_step=contexts_per_step,
-        texts=texts,
-        answer_tokens=answer_tokens,
-        keeps=keeps,
-        sink=sink,
-        window=window,
-        seed=seed,
+        part, fit_steps, warm_steps, steps, contexts_per_step, texts, answer_tokens, keeps, sink, window, seed
     )
     _require_writable(out, model, scorer, data)
     processes, loaded, tokenizer = load_launched(source, dtype, device)
@@ -111,7 +101,6 @@ def _parse_part(part: str) -> "Trained":
 
 
 def _settings(
-    *,
     part: "Trained",
     fit_steps: int,
     warm_steps: int,
