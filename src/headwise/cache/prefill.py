@@ -363,12 +363,8 @@ def make_plan(
     protected = protected_mask(valid, method.sink, method.window)
     num_protected = tuple(protected.sum(-1).tolist())
     floors = [max(1, n * method.keeps_protected) for n in num_protected]
-    storage, limits = Storage(head_dim=shape.head_dim, itemsize=itemsize, bits=bits), None
-    asked = keep.entries(shape=shape, tokens=tokens, entry_bytes=storage.native)
-    if bits is not None and keep.counts_bytes:
-        limits = tuple(keep.limits(shape=shape, tokens=tokens, entry_bytes=storage.native))
-        full = [shape.num_heads * n for n in tokens]
-        asked = [min(f, storage.entries(limit, shape.num_heads)) for f, limit in zip(full, limits, strict=True)]
+    storage = Storage(head_dim=shape.head_dim, itemsize=itemsize, bits=bits)
+    asked, limits = _asked(keep, storage, shape, tokens)
     # No keep but everything would suit a context (a short turn of a chat) that has nothing to evict.
     totals = [shape.num_heads * n if n <= floor else a for n, floor, a in zip(tokens, floors, asked, strict=True)]
     demand = Demand(
@@ -387,6 +383,18 @@ def make_plan(
         storage=storage,
         limits=None if spared else limits,
     )
+
+
+def _asked(
+    keep: Keep, storage: Storage, shape: ModelShape, tokens: Sequence[int]
+) -> tuple[list[int], tuple[int, ...] | None]:
+    """Entries of each row; and its bytes, where quantised entries are counted in bytes: more may fit then."""
+    if storage.bits is None or not keep.counts_bytes:
+        return keep.entries(shape=shape, tokens=tokens, entry_bytes=storage.native), None
+    limits = keep.limits(shape=shape, tokens=tokens, entry_bytes=storage.native)
+    pairs = zip(tokens, limits, strict=True)
+    asked = [min(shape.num_heads * n, storage.entries(limit, shape.num_heads)) for n, limit in pairs]
+    return asked, tuple(limits)
 
 
 def keep_entries(

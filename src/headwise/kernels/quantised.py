@@ -219,23 +219,8 @@ def quantise(
                 f"some {name} are beyond {LARGEST:.0f} or not finite, and their scales are float16: use "
                 f"entries={NATIVE!r}."
             )
-    block = GROUP[bits.keys]
-    blocks = blocks_of(lengths, block, keys.device)
-    key_codes = keys.new_empty(len(keys), dim * bits.keys // 8, dtype=torch.uint8)
-    key_scales = keys.new_empty(len(blocks.start), 2, dim, dtype=torch.float16)
-    nth = torch.arange(block, dtype=torch.int64, device=keys.device)
-    for some in torch.arange(len(key_scales), dtype=torch.int64, device=keys.device).split(AT_ONCE // (block * dim)):
-        # rows beyond a block's last repeat it: they change neither the smallest nor the largest
-        rows = blocks.start[some, None] + torch.minimum(nth, blocks.count[some, None] - 1)
-        codes, key_scales[some] = _codes(keys[rows].float(), 1, bits.keys)
-        inside = nth < blocks.count[some, None]
-        key_codes[rows[inside]] = packed(codes[inside], bits.keys)
-    groups = dim // group_of(dim, bits.values)
-    value_codes = values.new_empty(len(values), dim * bits.values // 8, dtype=torch.uint8)
-    value_scales = values.new_empty(len(values), 2, groups, dtype=torch.float16)
-    for rows in torch.arange(len(values), dtype=torch.int64, device=keys.device).split(AT_ONCE // dim):
-        codes, value_scales[rows] = _codes(values[rows].float().unflatten(1, (groups, -1)), 2, bits.values)
-        value_codes[rows] = packed(codes.flatten(1), bits.values)
+    key_codes, key_scales = _of_keys(keys, blocks_of(lengths, GROUP[bits.keys], keys.device), bits.keys)
+    value_codes, value_scales = _of_values(values, bits.values)
     return Quantised(
         keys=key_codes,
         key_scales=key_scales,
@@ -284,6 +269,33 @@ def blocks_of(lengths: Sequence[int], block: int, device: torch.device) -> Block
     start = (length.cumsum(0) - length)[segment] + nth * block
     left = (length[segment] - nth * block).clamp(max=block)
     return Blocks(segment=segment.to(device), start=start.to(device), count=left.to(device))
+
+
+def _of_keys(keys: Tensor, blocks: Blocks, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales, some blocks at a time."""
+    dim, block = keys.shape[1], GROUP[bits]
+    stored = keys.new_empty(len(keys), dim * bits // 8, dtype=torch.uint8)
+    scales = keys.new_empty(len(blocks.start), 2, dim, dtype=torch.float16)
+    nth = torch.arange(block, dtype=torch.int64, device=keys.device)
+    for some in torch.arange(len(scales), dtype=torch.int64, device=keys.device).split(AT_ONCE // (block * dim)):
+        # rows beyond a block's last repeat it: they change neither the smallest nor the largest
+        rows = blocks.start[some, None] + torch.minimum(nth, blocks.count[some, None] - 1)
+        codes, scales[some] = _codes(keys[rows].float(), 1, bits)
+        inside = nth < blocks.count[some, None]
+        stored[rows[inside]] = packed(codes[inside], bits)
+    return stored, scales
+
+
+def _of_values(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales, some rows at a time."""
+    dim = values.shape[1]
+    groups = dim // group_of(dim, bits)
+    stored = values.new_empty(len(values), dim * bits // 8, dtype=torch.uint8)
+    scales = values.new_empty(len(values), 2, groups, dtype=torch.float16)
+    for rows in torch.arange(len(values), dtype=torch.int64, device=values.device).split(AT_ONCE // dim):
+        codes, scales[rows] = _codes(values[rows].float().unflatten(1, (groups, -1)), 2, bits)
+        stored[rows] = packed(codes.flatten(1), bits)
+    return stored, scales
 
 
 def _codes(x: Tensor, axis: int, bits: int) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,8 @@ class Storage:
         if self.bits is None:
             return counts * self.native
         first = counts.clamp(max=SINK)
-        return first * self.native + (counts - first) * self._codes + self._blocks(counts - first) * self._block
+        blocks = -(-(counts - first) // GROUP[self.bits.keys])
+        return first * self.native + (counts - first) * self._codes(self.bits) + blocks * self._block
 
     def entries(self, nbytes: int, heads: int) -> int:
         """How many entries fit into so many bytes, however unevenly the heads share them."""
@@ -51,23 +52,17 @@ class Storage:
         left = nbytes - first * self.native - heads * self._block  # of every head a block may be nearly empty
         if left < 0:
             return min(first, nbytes // self.native)
-        return first + left * block // (self._codes * block + self._block)
+        return first + left * block // (self._codes(self.bits) * block + self._block)
 
-    @property
-    def _codes(self) -> int:
+    def _codes(self, bits: Bits) -> int:
         """Bytes of a quantised entry, the scales of its value included."""
-        assert self.bits is not None
-        groups = self.head_dim // group_of(self.head_dim, self.bits.values)
-        return self.head_dim * (self.bits.keys + self.bits.values) // 8 + 4 * groups
+        groups = self.head_dim // group_of(self.head_dim, bits.values)
+        return self.head_dim * (bits.keys + bits.values) // 8 + 4 * groups
 
     @property
     def _block(self) -> int:
         """Bytes of the scales of a block of keys."""
         return 4 * self.head_dim
-
-    def _blocks(self, counts: Tensor) -> Tensor:
-        assert self.bits is not None
-        return -(-counts // GROUP[self.bits.keys])
 
 
 def fitted(demand: Demand, limits: tuple[int, ...], storage: Storage, counts: Counts) -> Demand:
