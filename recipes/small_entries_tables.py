@@ -1,0 +1,162 @@
+"""Tables and the picture of what recipes/real_models.py has measured with --entries: for docs/results/small-entries.md.
+
+    python recipes/small_entries_tables.py runs [--page docs/results/small-entries.md]
+
+Models ran in float32, where a native number takes twice the bytes that it has in use. So bytes here are those of a
+cache whose native numbers have 16 bits, as a share of the same cache with everything kept. The first 4 tokens count as
+native in every head. With --page they replace what stands between its two marks, and the picture is written
+beside it, under its name with .png.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from real_models_tables import fully_measured, shown
+
+from headwise.kernels.quantised import ENTRIES, NATIVE, SINK
+from headwise.report.quality.records import FULL, RUN, load
+from headwise.report.quality.statistics import Setting
+from headwise.report.quality.summary import summarise
+
+START, END = "<!-- made by recipes/small_entries_tables.py -->", "<!-- end -->"
+SHARES = (0.05, 0.1, 0.15, 0.25)  # of the bytes
+NEAR = 0.06  # as near, relatively, a setting's bytes must be to such a share
+KINDS = (NATIVE, *ENTRIES)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One way to store a share of the entries: its bytes, and how far it is from the full cache."""
+
+    entries: str
+    keep: str
+    share: float  # of the bytes
+    kl: float
+    said: str  # KL with its interval
+
+
+def main() -> None:
+    """Write or print all tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder that recipes/real_models.py has made")
+    parser.add_argument("--page", type=Path, help="page to put them into")
+    asked = parser.parse_args()
+    places = {path.name: path / "books" / "query-agnostic" / "books" for path in models(asked.runs)}
+    books = {name: points(place) for name, place in places.items() if (place / RUN).is_file()}
+    text = "\n".join([*book_tables(books), *needle_tables(asked.runs)])
+    if asked.page is None:
+        print(text)
+        return
+    page = asked.page.read_text(encoding="utf-8")
+    (before, rest), (_, after) = page.split(START), page.split(END)
+    assert END in rest
+    asked.page.write_text(f"{before}{START}\n\n{text}\n{END}{after}", encoding="utf-8")
+    draw(books, asked.page.with_suffix(".png"))
+
+
+def models(runs: Path) -> list[Path]:
+    """The folders of models."""
+    return sorted((path for path in runs.iterdir() if path.is_dir()), reverse=True)
+
+
+def points(folder: Path) -> list[Point]:
+    """Every setting that was measured on all passages of a folder."""
+    (section,) = load([folder]).sections
+    summary = summarise(replace(section, records=fully_measured(section.records)))
+    shares: dict[Setting, list[float]] = {}
+    for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        setting = Setting(record["method"], record["keep"], record["entries"])
+        shares.setdefault(setting, []).append(share_of_16_bits(record))
+    found = []
+    for setting, estimates in summary.overall.items():
+        if setting.method != FULL and estimates.kl is not None:
+            said = shown(estimates.kl, 4 if estimates.kl.value < 0.01 else 3)
+            found.append(
+                Point(
+                    entries=setting.entries,
+                    keep=setting.keep,
+                    share=fmean(shares[setting]),
+                    kl=estimates.kl.value,
+                    said=said,
+                )
+            )
+    return found
+
+
+def share_of_16_bits(record: dict[str, Any]) -> float:
+    """Bytes of a record as if its native numbers had 16 bits, of those of the full cache."""
+    whole = record["full_kv_bytes"] / 2
+    if record["entries"] == NATIVE:
+        return record["kv_bytes"] / 2 / whole
+    first = SINK * record["full_kv_bytes"] / record["context_tokens"]  # native, in every head
+    return (record["kv_bytes"] - first / 2) / whole
+
+
+def book_tables(books: dict[str, list[Point]]) -> Iterator[str]:
+    """Of book text: everything kept, a quarter, and at equal bytes."""
+    for model, found in books.items():
+        yield f"### {model}, book text\n\nKL to the full cache, nats per token (95%), and the bytes it takes.\n"
+        yield f"| | {' | '.join(KINDS)} |\n|---|{'---|' * len(KINDS)}"
+        for keep in ("1", "0.25"):
+            cells = [next((p for p in found if (p.entries, p.keep) == (kind, keep)), None) for kind in KINDS]
+            told = [f"{p.said}, {100 * p.share:.1f}% of the bytes" if p else "" for p in cells]
+            yield f"| keep {keep} | {' | '.join(told)} |"
+        for share in SHARES:
+            near = [p for p in found if abs(p.share / share - 1) <= NEAR and "bytes" not in p.keep]
+            cells = [min((p for p in near if p.entries == kind), key=lambda p: p.keep, default=None) for kind in KINDS]
+            told = [f"{p.said}, keep {p.keep}" if p else "" for p in cells]
+            yield f"| {100 * share:.0f}% of the bytes | {' | '.join(told)} |"
+        yield ""
+
+
+def needle_tables(runs: Path) -> Iterator[str]:
+    """Of RULER: mean scores over tasks, and KL on the full cache's answers."""
+    for path in models(runs):
+        folders = sorted(run.parent for run in path.glob(f"ruler-1k/query-agnostic/*/{RUN}"))
+        if not folders:
+            continue
+        (section,) = load(folders).sections
+        records = fully_measured(section.records)
+        summary = summarise(replace(section, records=records))
+        samples = len({(record.task, record.index) for record in records})
+        full = summary.overall[Setting(FULL, "1")].score
+        yield f"### {path.name}, RULER at 1,024 tokens\n"
+        yield f"{samples} samples of {len(summary.tasks)} tasks, query-agnostic. Full cache: {shown(full, 3)}.\n"
+        yield f"| | {' | '.join(KINDS)} |\n|---|{'---|' * len(KINDS)}"
+        for keep in summary.keeps:
+            cells = [summary.overall.get(Setting("lkv", keep, kind)) for kind in KINDS]
+            if any(cells):
+                yield f"| keep {keep}: score | {' | '.join(shown(c.score, 3) if c else '' for c in cells)} |"
+                yield f"| keep {keep}: nats | {' | '.join(shown(c.kl, 4) if c else '' for c in cells)} |"
+        yield ""
+
+
+def draw(books: dict[str, list[Point]], path: Path) -> None:
+    """Nats against bytes, a curve for every way to store entries; both axes in powers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, len(books), sharey=True, squeeze=False)[0]
+    for place, (model, found) in zip(axes, books.items(), strict=True):
+        for kind in KINDS:
+            curve = sorted((p for p in found if p.entries == kind and "bytes" not in p.keep), key=lambda p: p.share)
+            curve = [p for p in curve if p.kl > 0]
+            place.plot([100 * p.share for p in curve], [p.kl for p in curve], marker="o", label=kind)
+        place.set(xscale="log", yscale="log", title=model, xlabel="bytes, % of the 16-bit cache")
+        ticks = (5, 10, 15, 25, 50, 100)
+        place.set_xticks(ticks, [str(tick) for tick in ticks])
+        place.minorticks_off()
+        place.grid(alpha=0.3)
+    axes[0].set_ylabel("nats from the full cache")
+    axes[0].legend(title="lkv, entries in")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
