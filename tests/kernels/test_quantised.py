@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as arrays
 
 from headwise import kernels
 from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch
-from headwise.kernels import get_kernel, reference, usable
+from headwise.kernels import get_kernel, pages, quantised, reference, usable
 from headwise.kernels.quantised import ENTRIES, LARGEST, Bits, Quantised, parse_entries, quantise
 from headwise.kernels.segments import Segments
 from headwise.kernels.segments import join as joined
@@ -207,6 +207,37 @@ def test_kernels_equal_the_reference(kernel, lengths, rows, num_queries, name, d
     arguments = (query, segments, torch.tensor(rows), *tail, mask, dim**-0.5)
     expected = reference.attend(*arguments)
     torch.testing.assert_close(get_kernel(kernel)(*arguments), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("num_queries", "most"), [(1, 40), (300, 20)])
+def test_pages_never_holds_numbers_of_all_entries(monkeypatch, num_queries, most):
+    """Three blocks at most at a time; and of many queries no part for every one of the 27 blocks."""
+    monkeypatch.setattr(quantised, "AT_ONCE", 16 * 64 * 3)  # three blocks
+    lengths, largest, parts = (900, 0, 5, 700), [], []
+    positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
+    whole = Segments(
+        keys=torch.randn(1605, 16), values=torch.randn(1605, 16), positions=positions, lengths=lengths, kv_heads=2
+    )
+    segments = quantised_segments(whole, positions >= 4, ENTRIES["int8"])
+    real, merge = Quantised.numbers, pages.merge
+
+    def numbers(self, some):
+        largest.append(len(some))
+        return real(self, some)
+
+    def merged(found, owners):
+        parts.append(sum(out.numel() for out, *_ in found))
+        return merge(found, owners)
+
+    monkeypatch.setattr(Quantised, "numbers", numbers)
+    monkeypatch.setattr(pages, "merge", merged)
+    query, tail = torch.randn(2, 2, 1, num_queries, 16), torch.randn(2, 2, 2, 3, 16)
+    arguments = (query, segments, torch.tensor([0, 1]), *tail, None, 0.25)
+    found = pages.attend(*arguments)
+    monkeypatch.setattr(Quantised, "numbers", real)
+    torch.testing.assert_close(found, reference.attend(*arguments), rtol=1e-4, atol=2e-5)
+    assert max(largest) == 3
+    assert parts[0] <= most * num_queries * 16
 
 
 def test_the_reference_attends_to_the_numbers_that_codes_stand_for():

@@ -3,7 +3,7 @@
 With few queries per head (decoding) the storage is read as pages: ONE batched attention over all pages of all heads, in
 place. With many (a question, or many questions on one context) heads are done one by one over their own slice. The tail
 is one more part, and one merge by log-sum-exp puts the parts together. Quantised entries become numbers again a few
-blocks at a time; every block is a part.
+blocks at a time: with few queries every block is a part, with many the blocks of a head are.
 """
 
 from collections import Counter
@@ -38,10 +38,10 @@ def attend(
     queries = query.flatten(2, 3)  # [B, H, G * T, D]
     folding = Folding.of(rows, segments.batch)
     folded = folding.fold(queries)  # [S, slots * G * T, D]
-    frozen = _attend_pages if folded.shape[1] <= MAX_PAGED_QUERIES else _attend_slices
-    parts = frozen(folded, segments, scaling)
+    few = folded.shape[1] <= MAX_PAGED_QUERIES
+    parts = (_attend_pages if few else _attend_slices)(folded, segments, scaling)
     for quantised in segments.quantised:
-        parts += _attend_blocks(folded, quantised, scaling)
+        parts += (_attend_blocks if few else _attend_runs)(folded, quantised, scaling)
     out, lse = attend_part(queries, tail_keys, tail_values, _tail_bias(mask, query), scaling)
     everyone = torch.arange(len(folded), device=query.device, dtype=torch.int64)
     parts.append((folding.fold(out), folding.fold(lse), everyone))
@@ -143,10 +143,22 @@ def _attend_pages(query: Tensor, segments: Segments, scaling: float) -> list[Own
 def _attend_blocks(query: Tensor, quantised: Quantised, scaling: float) -> Iterator[OwnedPart]:
     precise, table = torch.promote_types(query.dtype, torch.float32), quantised.blocks
     row = torch.arange(quantised.block, device=query.device, dtype=torch.int64)
-    for some in quantised.pieces(query.shape[1]):
+    for some in quantised.pieces(0, len(table.segment)):
         keys, values = (states[:, None].to(precise) for states in quantised.numbers(some))
         bias = bias_of(row < table.count[some, None], precise)
         yield _owned(query.to(precise), keys, values, bias, table.segment[some], scaling)
+
+
+def _attend_runs(query: Tensor, quantised: Quantised, scaling: float) -> Iterator[OwnedPart]:
+    precise = torch.promote_types(query.dtype, torch.float32)
+    for segment, length in enumerate(quantised.lengths):
+        done = 0
+        for some in quantised.pieces(*quantised.first_blocks[segment : segment + 2]):
+            keys, values = (states.flatten(0, 1)[: length - done].to(precise) for states in quantised.numbers(some))
+            done += len(keys)
+            own = query[None, segment, None].to(precise)
+            out, lse = attend_part(own, keys[None, None], values[None, None], None, scaling)
+            yield out[0], lse[0], torch.tensor([segment], device=query.device, dtype=torch.int64)
 
 
 def _owned(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, owner: Tensor, scaling: float) -> OwnedPart:

@@ -187,10 +187,11 @@ class Quantised:
         values = unpacked(self.values[rows], dim).unflatten(-1, (scale.shape[2], -1))
         return keys, torch.addcmul(zero, values, scale).flatten(-2)
 
-    def pieces(self, queries: int = 1) -> Iterator[Int[Tensor, " some"]]:
-        """Numbers of blocks, as many at a time as may be made numbers again at once, for `queries` each."""
-        most = max(1, AT_ONCE // (self.head_dim * max(self.block, queries)))
-        yield from torch.arange(len(self.key_scales), dtype=torch.int64, device=self.keys.device).split(most)
+    def pieces(self, first: int, last: int) -> Iterator[Int[Tensor, " some"]]:
+        """Which blocks, from the first one to before the last, as many at a time as may become numbers at once."""
+        most = max(1, AT_ONCE // (self.head_dim * self.block))
+        if first < last:
+            yield from torch.arange(first, last, dtype=torch.int64, device=self.keys.device).split(most)
 
     def segment(self, segment: int) -> tuple[Float[Tensor, "rows head_dim"], Float[Tensor, "rows head_dim"]]:
         """Keys and values of one segment, float32."""
