@@ -423,3 +423,20 @@ def test_an_error_leaves_everything_as_it_was(files, tmp_path, monkeypatch):
         write_report(files, tmp_path / "r.html")
     assert sorted(found.name for found in tmp_path.iterdir()) == before
     assert (tmp_path / "r.csv").read_text() == "mine"
+
+
+def test_quantised_entries_are_lines_of_their_own(tmp_path):
+    """And the floor is that of native ones."""
+    rows = [
+        decode(tokens=n, entries=e, kv_bytes=9, ms=m) for n in (1024, 4096) for e, m in (("native", 2.0), ("int8", 1.0))
+    ]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    (section,) = load([file])
+    ((chart,),) = curves(section).values()
+    assert [line.name for line in chart.lines] == ["native", "native, int8", FLOOR]
+    older = [{key: value for key, value in decode(tokens=n).items() if key != "entries"} for n in (1024, 4096)]
+    file.write_text(json.dumps(older))
+    (section,) = load([file])
+    assert [row["entries"] for row in section.rows] == [None, None]
+    assert [chart.lines[0].name for (chart,) in curves(section).values()] == ["native"]

@@ -21,7 +21,7 @@ NAMES = [*ENTRIES]
 
 def stored(keys, values, lengths, bits, kv_heads=1):
     positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
-    return quantise(keys, values, positions, tuple(lengths), kv_heads, bits)
+    return quantise(keys.__getitem__, values.__getitem__, positions, tuple(lengths), kv_heads, bits)
 
 
 def gap(x):

@@ -74,6 +74,8 @@ class Settings:
             raise BadInput("entries must name how what is kept is stored, at least once.")
         for name in self.entries:
             parse_entries(name)
+        if self.kvpress is not None and NATIVE not in self.entries:
+            raise BadInput(f"kvpress is compared with native entries: name {NATIVE} among the entries.")
         sizes = (self.batch, self.threads, self.kv_heads, self.group, self.head_dim, self.tail, self.rounds)
         if min(sizes) < 1 or self.gigabytes <= 0:
             raise BadInput("sizes, threads, rounds and gigabytes must be above 0.")

@@ -246,10 +246,11 @@ class FillingLayer(RaggedLayer):
         """Copy the kept entries out, those of some tokens in fewer bits, and let go of everything else."""
         keys, values = self.states
         self.meter.start_cutting()
-        segments = layout.gather(keys, values, kept, positions)
-        if quantised is not None:
+        if quantised is None:
+            segments = layout.gather(keys, values, kept, positions)
+        else:
             bits, tokens = quantised
-            segments = layout.quantise(segments, tokens[:, None].expand_as(kept)[kept], bits)
+            segments = layout.gather_quantised(keys, values, kept, positions, tokens, bits)
         frozen = FrozenLayer(
             index=self.index,
             model_index=self.model_index,

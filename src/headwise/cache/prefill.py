@@ -22,12 +22,14 @@ from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch, Unsupporte
 from headwise.interfaces import AbstractScorer, Chunk, Demand, Observation, Replay, StaticAllocator, Statistics
 from headwise.kernels.quantised import SINK, Bits
 from headwise.methods.allocate.apportion import require_feasible
-from headwise.methods.keep import Keep
+from headwise.methods.keep import MOST, Keep
 from headwise.methods.method import Method
 from headwise.methods.select import protected_mask, protection_order, select
-from headwise.methods.storage import Storage, fitted
+from headwise.methods.storage import Limits, Storage, fitted
 from headwise.models.families import ModelView
 from headwise.shapes import ModelShape
+
+NEAR = 1000  # where counts need all scores, a budget in bytes may stay below what fits by one in so many entries
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +43,7 @@ class Plan:
     demand: Demand
     spared: bool  # whether a row is kept whole, because it has no more tokens than every head must keep
     storage: Storage
-    limits: tuple[int, ...] | None = None  # bytes of each row, where the budget counts quantised entries in bytes
+    limits: Limits | None = None  # bytes of each row, where the budget counts quantised entries in bytes
     table: Int[Tensor, "layers batch kv_heads"] | None = None  # all counts, where no scores are needed for them
 
     def summarised(self, method: Method, first: Observation) -> "Plan":
@@ -50,7 +52,7 @@ class Plan:
         demand, table = replace(self.demand, summary=allocator.summarise(first)), None
         if isinstance(allocator, StaticAllocator):
             if self.limits is not None:
-                demand = fitted(demand, self.limits, self.storage, allocator.counts)
+                demand = fitted(demand, self.limits, allocator.counts)
             table = allocator.counts(demand)
         return replace(self, demand=demand, table=table)
 
@@ -364,37 +366,40 @@ def make_plan(
     num_protected = tuple(protected.sum(-1).tolist())
     floors = [max(1, n * method.keeps_protected) for n in num_protected]
     storage = Storage(head_dim=shape.head_dim, itemsize=itemsize, bits=bits)
-    asked, limits = _asked(keep, storage, shape, tokens)
+    asked, limits = _asked(method, keep, storage, shape, tokens)
     # No keep but everything would suit a context (a short turn of a chat) that has nothing to evict.
     totals = [shape.num_heads * n if n <= floor else a for n, floor, a in zip(tokens, floors, asked, strict=True)]
+    if limits is not None:  # a row that is kept whole may take what it takes
+        nbytes = [n if total == a else MOST for n, total, a in zip(limits.nbytes, totals, asked, strict=True)]
+        limits = replace(limits, nbytes=tuple(nbytes))
     demand = Demand(
         shape=shape, tokens=tuple(tokens), totals=tuple(totals), floors=tuple(floors), protected=num_protected
     )
     require_feasible(demand, keep)
     order = None if method.keeps_protected else protection_order(valid, method.sink, method.window)
-    spared = totals != asked
     return Plan(
         valid=valid,
         positions=positions,
         protected=protected,
         order=order,
         demand=demand,
-        spared=spared,
+        spared=totals != asked,
         storage=storage,
-        limits=None if spared else limits,
+        limits=limits,
     )
 
 
 def _asked(
-    keep: Keep, storage: Storage, shape: ModelShape, tokens: Sequence[int]
-) -> tuple[list[int], tuple[int, ...] | None]:
+    method: Method, keep: Keep, storage: Storage, shape: ModelShape, tokens: Sequence[int]
+) -> tuple[list[int], Limits | None]:
     """Entries of each row; and its bytes, where quantised entries are counted in bytes: more may fit then."""
     if storage.bits is None or not keep.counts_bytes:
         return keep.entries(shape=shape, tokens=tokens, entry_bytes=storage.native), None
-    limits = keep.limits(shape=shape, tokens=tokens, entry_bytes=storage.native)
-    pairs = zip(tokens, limits, strict=True)
+    nbytes = keep.limits(shape=shape, tokens=tokens, entry_bytes=storage.native)
+    pairs = zip(tokens, nbytes, strict=True)
     asked = [min(shape.num_heads * n, storage.entries(limit, shape.num_heads)) for n, limit in pairs]
-    return asked, tuple(limits)
+    first_kept = method.keeps_protected and method.sink >= SINK
+    return asked, Limits(nbytes=tuple(nbytes), storage=storage, first_kept=first_kept)
 
 
 def keep_entries(
@@ -413,7 +418,7 @@ def keep_entries(
         allocate, candidates = method.allocator.allocate, plan.valid & ~plan.protected
         if plan.limits is not None and method.allocator.scope == "model":
             counted = partial(allocate, scores, candidates, layers)
-            demand = fitted(demand, plan.limits, plan.storage, counted)
+            demand = fitted(demand, plan.limits, counted, share=NEAR)
         counts = allocate(scores, candidates, layers, demand)
     else:
         counts = plan.table[list(layers)].to(scores.device)

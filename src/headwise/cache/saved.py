@@ -17,16 +17,24 @@ from headwise.artifacts.tensors import Opened
 from headwise.errors import BadInput
 from headwise.files import strict_json
 from headwise.files.schema import INTEGERS, Numbers, Schema
-from headwise.kernels.quantised import ENTRIES, NATIVE, Bits
+from headwise.kernels.quantised import ENTRIES, GROUP, NATIVE, Bits, parse_entries
 
 COMPRESS = "Compress the context again."
+
+
+def _entries(value: Any) -> str:
+    """One of the ways to store entries. Raises BadInput."""
+    parse_entries(value)
+    return value
+
+
 FIELDS: Mapping[str, strict_json.Check] = {
     "model": strict_json.or_none(strict_json.text),
     "model_fingerprint": strict_json.text,
     "tokens_fingerprint": strict_json.or_none(strict_json.text),
     "method": strict_json.mapping,
     "keep": strict_json.text,
-    "entries": strict_json.text,
+    "entries": _entries,
     "seen": strict_json.size,
     "context_tokens": strict_json.or_none(strict_json.list_of(strict_json.positive)),
     "peak_nbytes": strict_json.count,
@@ -83,8 +91,12 @@ def read(file: Opened, expected: Expected | None = None) -> Saved:
     tail = max((states["tail_keys"].shape[2] for states in layers.values() if "tail_keys" in states), default=0)
     context = metadata["seen"] - tail
     limit = context if expected is None else expected.max_positions
+    bits = parse_entries(metadata["entries"])
     for layer in sorted(frozen):
-        _require_segments(layers[layer], context, limit, f"{file.path} is damaged: layer {layer}")
+        place = f"{file.path} is damaged: layer {layer}"
+        if bits_in(layers[layer]) != ([] if bits is None else [bits]):
+            raise BadInput(f"{place} does not hold the {metadata['entries']} entries that it says. {COMPRESS}")
+        _require_segments(layers[layer], context, limit, place)
     counts = metadata["context_tokens"]
     contexts = len(layers[min(frozen)]["lengths"])
     if counts is not None and (len(counts) != contexts or max(counts) > context):
@@ -173,7 +185,9 @@ def _require_segments(layer: Mapping[str, Tensor], context: int, limit: int, pla
     if not contexts or not len(rows) or int(rows.max()) >= contexts:
         raise BadInput(f"{place} has {len(rows)} rows, which must each name one of its {contexts} contexts. {COMPRESS}")
     kept = torch.zeros(layer["lengths"].numel(), dtype=torch.int64, device="cpu")
-    for prefix in ("", *map(prefix_of, bits_in(layer))):
+    places: list[Tensor] = []  # a number for every position of every segment
+    for bits in (None, *bits_in(layer)):
+        prefix = "" if bits is None else prefix_of(bits)
         lengths, positions = layer[f"{prefix}lengths"].long().flatten(), layer[f"{prefix}positions"].long()
         entries = len(positions)
         if int(lengths.sum()) != entries:
@@ -182,7 +196,14 @@ def _require_segments(layer: Mapping[str, Tensor], context: int, limit: int, pla
             raise BadInput(f"{place} keeps position {int(positions.max())} of {limit}. {COMPRESS}")
         if not _ascending(positions, lengths):
             raise BadInput(f"{place} has a head whose positions do not ascend. {COMPRESS}")
+        if bits is not None and int((-(-lengths // GROUP[bits.keys])).sum()) != len(layer[f"{prefix}key_scales"]):
+            raise BadInput(f"{place} has {entries} keys, but not the scales of as many blocks. {COMPRESS}")
+        places.append(
+            torch.arange(len(lengths), dtype=torch.int64, device="cpu").repeat_interleave(lengths) * limit + positions
+        )
         kept += lengths
+    if len(torch.cat(places).unique()) < sum(map(len, places)):
+        raise BadInput(f"{place} keeps a position twice in one head. {COMPRESS}")
     if int(kept.max()) > context:
         raise BadInput(
             f"{place} keeps {int(kept.max())} entries in a head, of a context of {context} tokens. {COMPRESS}"

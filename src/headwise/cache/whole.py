@@ -11,8 +11,8 @@ def require_whole(whole: RaggedCache) -> None:
     """Raise BadInput unless the cache holds one context, all of it."""
     layers = [layer.segments for layer in whole.frozen_layers]
     single = len(layers) == len(whole.ragged_layers) and all(segments.batch == 1 for segments in layers)
-    if not single or any(len(set(segments.lengths)) > 1 for segments in layers):
-        raise BadInput("the importance of entries is measured on one context at a time, read and kept whole.")
+    if not single or any(len(set(segments.lengths)) > 1 or segments.quantised for segments in layers):
+        raise BadInput("the importance of entries is measured on one context at a time, read and kept whole, natively.")
 
 
 def states_of(

@@ -1,8 +1,8 @@
 """The kernel for decoding on a CPU: C++, one call per layer, compiled for the machine it runs on.
 
-The compiler of the system ($CXX, or c++, g++, clang++) makes it at first use, in a few seconds; the library is kept in
-$HEADWISE_CACHE, or headwise/ in the user's cache folder, under a name that changes with source, compiler and CPU, and
-with what is in it (compiled.py).
+The compiler of the system ($CXX, or c++, g++, clang++) makes it at first use, in some ten seconds; the library is kept
+in $HEADWISE_CACHE, or headwise/ in the user's cache folder, under a name that changes with source, compiler and CPU,
+and with what is in it (compiled.py).
 """
 
 import ctypes

@@ -11,7 +11,7 @@ The layout is that of KIVI (Liu et al., arXiv 2402.02750), but nothing stays in 
 docs/decisions.md for what was measured.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
@@ -31,7 +31,9 @@ NATIVE = "native"  # entries in the model's dtype
 GROUP = {8: 64, 4: 32}  # entries of a block of keys, and channels of a group of values, at most
 SINK = 4  # first tokens of a context, whose entries stay in the model's dtype
 LARGEST = 65504.0  # number of float16
-AT_ONCE = 2**22  # numbers that are quantised, or made numbers again, at a time
+AT_ONCE = 2**20  # numbers that are quantised, or made numbers again, at a time
+
+Rows = Callable[[Tensor], Tensor]  # gives keys or values [*rows, D] by the numbers of their rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,9 +191,8 @@ class Quantised:
 
     def pieces(self, first: int, last: int) -> Iterator[Int[Tensor, " some"]]:
         """Which blocks, from the first one to before the last, as many at a time as may become numbers at once."""
-        most = max(1, AT_ONCE // (self.head_dim * self.block))
-        if first < last:
-            yield from torch.arange(first, last, dtype=torch.int64, device=self.keys.device).split(most)
+        for some in _pieces(last - first, self.head_dim * self.block, self.keys.device):
+            yield some + first
 
     def segment(self, segment: int) -> tuple[Float[Tensor, "rows head_dim"], Float[Tensor, "rows head_dim"]]:
         """Keys and values of one segment, float32."""
@@ -203,25 +204,18 @@ class Quantised:
 
 
 def quantise(
-    keys: Float[Tensor, "rows head_dim"],
-    values: Float[Tensor, "rows head_dim"],
-    positions: Int[Tensor, " rows"],
-    lengths: tuple[int, ...],
-    kv_heads: int,
-    bits: Bits,
+    keys: Rows, values: Rows, positions: Int[Tensor, " rows"], lengths: tuple[int, ...], kv_heads: int, bits: Bits
 ) -> Quantised:
-    """Store entries of segments in fewer bits. Raises NonFiniteValues for numbers that float16 does not reach."""
-    dim = keys.shape[1]
+    """Store entries of segments in fewer bits; they are asked for some rows at a time.
+
+    Raises BadInput for heads of an odd size, NonFiniteValues for numbers that float16 does not reach.
+    """
+    dim = keys(positions[:0].long()).shape[1]
     if dim % 2:
         raise BadInput(f"heads of {dim} numbers cannot be stored in fewer bits: their size must be even.")
-    for name, states in (("keys", keys), ("values", values)):
-        if states.numel() and not float(states.abs().max()) <= LARGEST:  # NaN too
-            raise NonFiniteValues(
-                f"some {name} are beyond {LARGEST:.0f} or not finite, and their scales are float16: use "
-                f"entries={NATIVE!r}."
-            )
-    key_codes, key_scales = _of_keys(keys, blocks_of(lengths, GROUP[bits.keys], keys.device), bits.keys)
-    value_codes, value_scales = _of_values(values, bits.values)
+    blocks = blocks_of(lengths, GROUP[bits.keys], positions.device)
+    key_codes, key_scales = _of_keys(keys, len(positions), dim, blocks, bits.keys)
+    value_codes, value_scales = _of_values(values, positions, dim, bits.values)
     return Quantised(
         keys=key_codes,
         key_scales=key_scales,
@@ -272,36 +266,45 @@ def blocks_of(lengths: Sequence[int], block: int, device: torch.device) -> Block
     return Blocks(segment=segment.to(device), start=start.to(device), count=left.to(device))
 
 
-def _of_keys(keys: Tensor, blocks: Blocks, bits: int) -> tuple[Tensor, Tensor]:
+def _of_keys(keys: Rows, count: int, dim: int, blocks: Blocks, bits: int) -> tuple[Tensor, Tensor]:
     """Codes and scales, some blocks at a time."""
-    dim, block = keys.shape[1], GROUP[bits]
-    stored = keys.new_empty(len(keys), dim * bits // 8, dtype=torch.uint8)
-    scales = keys.new_empty(len(blocks.start), 2, dim, dtype=torch.float16)
-    nth = torch.arange(block, dtype=torch.int64, device=keys.device)
-    for some in torch.arange(len(scales), dtype=torch.int64, device=keys.device).split(AT_ONCE // (block * dim)):
+    block, device = GROUP[bits], blocks.start.device
+    stored = torch.empty(count, dim * bits // 8, dtype=torch.uint8, device=device)
+    scales = torch.empty(len(blocks.start), 2, dim, dtype=torch.float16, device=device)
+    nth = torch.arange(block, dtype=torch.int64, device=device)
+    for some in _pieces(len(scales), block * dim, device):
         # rows beyond a block's last repeat it: they change neither the smallest nor the largest
         rows = blocks.start[some, None] + torch.minimum(nth, blocks.count[some, None] - 1)
-        codes, scales[some] = _codes(keys[rows].float(), 1, bits)
+        codes, scales[some] = _codes(keys(rows).float(), 1, bits, "keys")
         inside = nth < blocks.count[some, None]
         stored[rows[inside]] = packed(codes[inside], bits)
     return stored, scales
 
 
-def _of_values(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _of_values(values: Rows, positions: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
     """Codes and scales, some rows at a time."""
-    dim = values.shape[1]
-    groups = dim // group_of(dim, bits)
-    stored = values.new_empty(len(values), dim * bits // 8, dtype=torch.uint8)
-    scales = values.new_empty(len(values), 2, groups, dtype=torch.float16)
-    for rows in torch.arange(len(values), dtype=torch.int64, device=values.device).split(AT_ONCE // dim):
-        codes, scales[rows] = _codes(values[rows].float().unflatten(1, (groups, -1)), 2, bits)
+    count, groups, device = len(positions), dim // group_of(dim, bits), positions.device
+    stored = torch.empty(count, dim * bits // 8, dtype=torch.uint8, device=device)
+    scales = torch.empty(count, 2, groups, dtype=torch.float16, device=device)
+    for rows in _pieces(count, dim, device):
+        codes, scales[rows] = _codes(values(rows).float().unflatten(1, (groups, -1)), 2, bits, "values")
         stored[rows] = packed(codes.flatten(1), bits)
     return stored, scales
 
 
-def _codes(x: Tensor, axis: int, bits: int) -> tuple[Tensor, Tensor]:
+def _pieces(count: int, size: int, device: torch.device) -> Iterator[Tensor]:
+    """What is counted from 0, as many at a time as have AT_ONCE numbers, `size` each."""
+    if count:
+        yield from torch.arange(count, dtype=torch.int64, device=device).split(max(1, AT_ONCE // size))
+
+
+def _codes(x: Tensor, axis: int, bits: int, name: str) -> tuple[Tensor, Tensor]:
     """Codes, uint8, and scale and zero, float16, in axis 1, of groups that lie along an axis."""
     low, high = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
+    if not float(torch.maximum(-low, high).max()) <= LARGEST:  # NaN too
+        raise NonFiniteValues(
+            f"some {name} are beyond {LARGEST:.0f} or not finite, and their scales are float16: use entries={NATIVE!r}."
+        )
     # Rounded outwards, so that every number of the group has a code.
     zero = _rounded(low, up=False)
     scale = _rounded((high - zero.float()) / (2**bits - 1), up=True)

@@ -7,7 +7,7 @@ Storage is never changed once made, so any number of caches can share it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -193,15 +193,39 @@ def gather(
     )
 
 
+def gather_quantised(
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+    values: Float[Tensor, "batch kv_heads tokens head_dim"],
+    kept: Bool[Tensor, "batch kv_heads tokens"],
+    positions: Int[Tensor, "batch tokens"],
+    chosen: Bool[Tensor, "batch tokens"],
+    bits: Bits,
+) -> Segments:
+    """As `gather`, but the entries of the chosen tokens in fewer bits: no copy of them is made in between.
+
+    Raises BadInput, NonFiniteValues.
+    """
+    few = kept & chosen.unsqueeze(1)
+    row, head, token = few.nonzero(as_tuple=True)
+    part = small.quantise(
+        lambda rows: keys[row[rows], head[rows], token[rows]],
+        lambda rows: values[row[rows], head[rows], token[rows]],
+        positions[row, token].to(torch.int32),
+        tuple(few.sum(-1).flatten().tolist()),
+        kept.shape[1],
+        bits,
+    )
+    return replace(gather(keys, values, kept & ~chosen.unsqueeze(1), positions), quantised=(part,))
+
+
 def quantise(segments: Segments, chosen: Bool[Tensor, " rows"], bits: Bits) -> Segments:
     """The same entries, the chosen ones in fewer bits; copied. Raises BadInput, NonFiniteValues."""
-    counts = torch.segment_reduce(
-        chosen.float(), "sum", lengths=torch.tensor(segments.lengths, dtype=torch.int64, device=chosen.device)
-    )
-    taken = tuple(int(count) for count in counts.tolist())
+    lengths = torch.tensor(segments.lengths, dtype=torch.int64, device=chosen.device)
+    counts = torch.segment_reduce(chosen.double(), "sum", lengths=lengths)
+    taken, (index,) = tuple(int(count) for count in counts.tolist()), chosen.nonzero(as_tuple=True)
     part = small.quantise(
-        segments.keys[chosen],
-        segments.values[chosen],
+        lambda rows: segments.keys[index[rows]],
+        lambda rows: segments.values[index[rows]],
         segments.positions[chosen],
         taken,
         segments.kv_heads,

@@ -32,27 +32,42 @@ class Storage:
     bits: Bits | None = None
 
     @property
+    def least(self) -> int:
+        """Bytes that an entry takes at least."""
+        return self.native if self.bits is None else self._codes(self.bits)
+
+    @property
     def native(self) -> int:
         """Bytes of an entry in the model's dtype."""
         return 2 * self.head_dim * self.itemsize
 
     def nbytes(self, counts: Int[Tensor, "*heads"]) -> Int[Tensor, "*heads"]:
-        """Bytes of heads that keep so many entries each, those of the first tokens among them (at most, if not)."""
-        if self.bits is None:
-            return counts * self.native
-        first = counts.clamp(max=SINK)
-        blocks = -(-(counts - first) // GROUP[self.bits.keys])
-        return first * self.native + (counts - first) * self._codes(self.bits) + blocks * self._block
+        """Bytes of heads that keep so many entries each, those of the first tokens among them."""
+        return self._with_first(counts, SINK)
+
+    def most(self, counts: Int[Tensor, "*heads"]) -> Int[Tensor, "*heads"]:
+        """The most bytes of heads that keep so many entries each, whichever they are.
+
+        A few quantised entries can take more than native ones: a block of keys has scales for every channel.
+        """
+        return torch.stack([self._with_first(counts, first) for first in range(SINK + 1)]).amax(0)
 
     def entries(self, nbytes: int, heads: int) -> int:
-        """How many entries fit into so many bytes, however unevenly the heads share them."""
+        """How many entries fit into so many bytes, whichever they are, and however unevenly the heads share them."""
         if self.bits is None:
             return nbytes // self.native
-        first, block = SINK * heads, GROUP[self.bits.keys]
-        left = nbytes - first * self.native - heads * self._block  # of every head a block may be nearly empty
-        if left < 0:
-            return min(first, nbytes // self.native)
-        return first + left * block // (self._codes(self.bits) * block + self._block)
+        codes, block = self._codes(self.bits), GROUP[self.bits.keys]
+        # Of every head the first tokens may be native, and a block nearly empty. Or every entry is alone in a block.
+        left = nbytes - heads * (SINK * (self.native - codes) + self._block)
+        return max(left * block // (codes * block + self._block), nbytes // max(self.native, codes + self._block))
+
+    def _with_first(self, counts: Tensor, first: int) -> Tensor:
+        """Bytes of heads with so many entries of first tokens among theirs, or nothing else if they have fewer."""
+        if self.bits is None:
+            return counts * self.native
+        native = counts.clamp(max=first)
+        blocks = -(-(counts - native) // GROUP[self.bits.keys])
+        return native * self.native + (counts - native) * self._codes(self.bits) + blocks * self._block
 
     def _codes(self, bits: Bits) -> int:
         """Bytes of a quantised entry, the scales of its value included."""
@@ -65,17 +80,33 @@ class Storage:
         return 4 * self.head_dim
 
 
-def fitted(demand: Demand, limits: tuple[int, ...], storage: Storage, counts: Counts) -> Demand:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Bytes that each row of a batch may take, and how they are counted."""
+
+    nbytes: tuple[int, ...]
+    storage: Storage
+    first_kept: bool  # whether every head keeps the first tokens before others
+
+    def price(self, counts: Int[Tensor, "*heads"]) -> Int[Tensor, "*heads"]:
+        """Bytes of heads that keep so many entries: exactly where it is known which are native, else the most."""
+        return self.storage.nbytes(counts) if self.first_kept else self.storage.most(counts)
+
+
+def fitted(demand: Demand, limits: Limits, counts: Counts, *, share: int = 0) -> Demand:
     """The demand with the largest totals whose `counts` take no more bytes than each row's limit.
 
-    What it is given must fit. Totals are found by bisection, all rows at once.
+    What it is given must fit. Totals are found by bisection, all rows at once; with `share` they may stay below the
+    largest ones by one of so many entries.
     """
     low = torch.tensor(demand.totals, dtype=torch.int64, device="cpu")
     high = torch.tensor([demand.shape.num_heads * n for n in demand.tokens], dtype=torch.int64, device="cpu") + 1
-    most = torch.tensor(limits, dtype=torch.int64, device="cpu")
-    while bool((high - low > 1).any()):
+    most = torch.tensor(limits.nbytes, dtype=torch.int64, device="cpu")
+    high = torch.maximum(low + 1, high.minimum(most // limits.storage.least + 1))
+    near = torch.tensor(1, dtype=torch.int64, device="cpu") if share == 0 else (low // share).clamp(min=1)
+    while bool((high - low > near).any()):
         middle = (low + high) // 2
         taken = counts(replace(demand, totals=tuple(middle.tolist()))).cpu()
-        fits = storage.nbytes(taken).sum((0, 2)) <= most
+        fits = limits.price(taken).sum((0, 2)) <= most
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     return replace(demand, totals=tuple(low.tolist()))

@@ -107,6 +107,7 @@ _ANY: Mapping[str, Check] = {
 _GENERATE: Mapping[str, Check] = {
     **_ANY,
     "model": text,
+    "entries": or_none(text),
     "new_tokens": positive,
     **dict.fromkeys(("prefill_s", "ms_per_token", "speedup_vs_full"), number),
     **dict.fromkeys(("attention_ms", "attention_share", "logits_error", "rel_error", "plain_error"), or_none(number)),
@@ -119,6 +120,8 @@ BENCHMARKS: Mapping[str, Mapping[str, Check]] = {
         **dict.fromkeys(("ms", "floor_ms"), above_0),
         **dict.fromkeys(("speedup_vs_full", "times_floor", "rel_error", "plain_error"), number),
         "skewed": flag,
+        "entries": or_none(text),
+        "kv_bytes": or_none(count),
     },
     "prefill": {
         **_ANY,

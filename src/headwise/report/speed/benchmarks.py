@@ -16,6 +16,7 @@ from headwise.report.draw.fields import BENCHMARKS
 
 Row = dict[str, Any]  # fields.BENCHMARKS says of what
 ADVICE = "measure again."
+NATIVE = "native"  # entries in the model's dtype: those of rows that do not say how they are stored, too
 TITLES = {
     "decode": "A decoding step of one layer",
     "prefill": "Reading a context",
@@ -23,9 +24,9 @@ TITLES = {
     "memory": "Memory while reading and decoding",
 }
 # What older files lack, or files of other versions.
-_MODEL: Row = dict.fromkeys(("attention_ms", "logits_error", "rel_error", "plain_error"))
+_MODEL: Row = dict.fromkeys(("attention_ms", "logits_error", "rel_error", "plain_error", "entries"))
 DEFAULTS: Mapping[str, Row] = {
-    "decode": {"skewed": True},
+    "decode": {"skewed": True, "entries": None, "kv_bytes": None},
     "prefill": dict.fromkeys(("ours_share", "kv_bytes", "logits_error")),
     "generate": _MODEL,
     "memory": _MODEL,

@@ -10,7 +10,7 @@ from typing import Any
 
 from headwise.report.draw.charts import Chart, Line, Point
 from headwise.report.quality.statistics import Estimate
-from headwise.report.speed.benchmarks import Row, Section
+from headwise.report.speed.benchmarks import NATIVE, Row, Section
 
 AXES = ("tokens", "batch", "keep")
 FULL = "full"
@@ -30,7 +30,9 @@ def curves(section: Section) -> dict[str, list[Chart]]:
 def name_of(row: Row) -> str:
     """Return the name of the line that a row belongs to. For a layer's step the keep may be the axis."""
     measures_step = row["benchmark"] == "decode" or row["candidate"] == FULL
-    return row["candidate"] if measures_step else f"{row['candidate']}, keep {row['keep']:g}"
+    name = row["candidate"] if measures_step else f"{row['candidate']}, keep {row['keep']:g}"
+    entries = row.get("entries")
+    return name if entries in (None, NATIVE) else f"{name}, {entries}"
 
 
 def numbers_of(rows: Iterable[Row]) -> dict[str, int]:
@@ -57,7 +59,10 @@ def _step(rows: Sequence[Row], axis: str, numbers: Mapping[str, int]) -> Chart |
         "keep": f"keep {first['keep']:g}",
     }
     fixed = ", ".join([*(text for name, text in held.items() if name != axis), heads(first["skewed"])])
-    floors = [(FLOOR, row[axis], row["floor_ms"]) for row in comparable if not row["candidate"].startswith(READS_ALL)]
+    kept = [
+        row for row in comparable if not row["candidate"].startswith(READS_ALL) and row["entries"] in (None, NATIVE)
+    ]
+    floors = [(FLOOR, row[axis], row["floor_ms"]) for row in kept]
     return Chart(
         title=f"Step by {axis}, ms ({fixed})",
         unit="ms",

@@ -35,6 +35,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "batch": ("batch", _count),
     "threads": ("threads", _count),
     "skewed": ("heads", heads),
+    "entries": ("entries", str),
     "new_tokens": ("new tokens", _count),
     "ms": ("step, ms", _digits),
     "seconds": ("prefill, s", _digits),
