@@ -434,9 +434,11 @@ def test_quantised_entries_are_lines_of_their_own(tmp_path):
     file.write_text(json.dumps(rows))
     (section,) = load([file])
     ((chart,),) = curves(section).values()
-    assert [line.name for line in chart.lines] == ["native", "native, int8", FLOOR]
+    assert [line.method for line in chart.lines] == ["native", "native, int8", FLOOR]
+    assert "| native, int8 | bfloat16 |" in speed.markdown([section])
+    assert "| entries |" in speed.markdown([section])
     older = [{key: value for key, value in decode(tokens=n).items() if key != "entries"} for n in (1024, 4096)]
     file.write_text(json.dumps(older))
     (section,) = load([file])
-    assert [row["entries"] for row in section.rows] == [None, None]
-    assert [chart.lines[0].name for (chart,) in curves(section).values()] == ["native"]
+    assert "| entries |" not in speed.markdown([section])
+    assert [chart.lines[0].method for (chart,) in curves(section).values()] == ["native"]

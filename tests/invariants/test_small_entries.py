@@ -1,19 +1,24 @@
 """Caches whose entries are quantised: budgets in bytes, what is held, files, forks, batches, every family."""
 
 import copy
+import json
 
 import pytest
 import torch
 from families import FAMILIES, random_ids, tiny_model
-from held_memory import storages_in
+from held_memory import Allocations, storages_in
 from random_gates import method_for
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import headwise
 from headwise import RaggedCache
 from headwise.cache.kept import Kept
 from headwise.cache.reading import read
-from headwise.errors import BadInput, NonFiniteValues
+from headwise.cache.whole import require_whole
+from headwise.errors import BadInput, BudgetInfeasible, NonFiniteValues
+from headwise.kernels import quantised
 from headwise.kernels.quantised import ENTRIES
+from headwise.kernels.segments import Segments, gather_quantised, quantise
 from headwise.methods.method import Method
 from headwise.methods.storage import Storage
 
@@ -233,3 +238,116 @@ def test_native_is_as_without_the_option_and_no_context_is_too_short(name):
     assert short.lengths.unique().tolist() == [3]
     assert isinstance(short.kept, Kept)
     assert torch.isfinite(logits(short)).all()
+
+
+def wide_model():
+    """Heads of 128 numbers in bfloat16: there a quantised entry alone in its block takes more than a native one."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=1024,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["keydiff", "knorm", "h2o+global", "expected+adakv", "random+global", "streaming"])
+def test_not_even_a_budget_of_a_few_entries_is_exceeded(name, method):
+    model, ids = wide_model(), random_ids(1, 200)
+    possible = 0
+    for budget in (4096, 6300, 9000, 16384, 17000, 33000, 70000):
+        try:
+            cache = headwise.compress(model, ids, method, keep=f"{budget}B", entries=name)
+        except BudgetInfeasible:
+            continue
+        possible += 1
+        assert cache.nbytes <= budget, (budget, cache.lengths.flatten().tolist())
+    assert possible >= 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_price_is_the_most_that_any_entries_of_a_head_take(name):
+    """Whichever of its entries are those of the first tokens."""
+    bits = ENTRIES[name]
+    storage = Storage(head_dim=128, itemsize=2, bits=bits)
+    for count in (1, 2, 3, 4, 5, 32, 33, 64, 65, 68, 69):
+        found = []
+        for first in range(min(count, 4) + 1):
+            positions = torch.cat([torch.arange(first), torch.arange(4, 4 + count - first)]).int()
+            states = torch.randn(2, count, 128, dtype=torch.bfloat16)
+            whole = Segments(keys=states[0], values=states[1], positions=positions, lengths=(count,), kv_heads=1)
+            found.append(quantise(whole, positions >= 4, bits).nbytes)
+        counts = torch.tensor([count])
+        assert int(storage.most(counts)) == max(found)
+        assert int(storage.nbytes(counts)) == found[-1]
+        assert storage.entries(max(found), heads=1) <= count
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_that_is_kept_whole_takes_nothing_from_the_others(name):
+    ids, mask = contexts((300, 4))
+    with pytest.warns(UserWarning, match="kept whole"):
+        both = headwise.compress(tiny_model(), ids, "streaming", keep="12%bytes", attention_mask=mask, entries=name)
+    alone = headwise.compress(tiny_model(), ids[:1], "streaming", keep=f"{6 * 300 * 128 * 12 // 100}B", entries=name)
+    assert both.lengths[:, 1].unique().tolist() == [4]
+    assert both.lengths[:, 0].sum() == alone.lengths.sum()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_while_a_layer_is_cut_no_copy_of_its_entries_is_made(name, monkeypatch):
+    """The largest storage that is made meanwhile is a piece that becomes codes, however much is kept."""
+    monkeypatch.setattr(quantised, "AT_ONCE", 2**12)
+    keys, values = torch.randn(2, 1, 2, 2000, 64)
+    kept, positions = torch.ones(1, 2, 2000, dtype=torch.bool), torch.arange(2000)[None]
+    with Allocations() as made:
+        segments = gather_quantised(keys, values, kept, positions, positions >= 4, ENTRIES[name])
+    assert segments.kept == (2000, 2000)
+    codes = max(part.nbytes for part in (segments.quantised[0].keys, segments.quantised[0].values))
+    index = 2 * 2000 * 8
+    assert max(size for _, size in made.made.values()) <= max(codes, 4 * 2**12, index) < keys.nbytes / 2
+
+
+def test_a_quantised_context_is_not_whole():
+    with pytest.raises(BadInput, match="kept whole, natively"):
+        require_whole(compressed("int8", method="streaming", keep=1.0, lengths=(100,)))
+
+
+def test_a_file_that_says_other_entries_than_it_holds_is_refused(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "cache.safetensors"
+    compressed("int4").save(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+
+    def saved(changes=(), **said):
+        raw = {key: json.loads(text) if text[:1] in '{["' else text for key, text in metadata.items()}
+        place = next(key for key, value in raw.items() if isinstance(value, dict) and "entries" in value)
+        written = {**metadata, place: json.dumps({**raw[place], **said})}
+        save_file({**tensors, **dict(changes)}, file, written)
+
+    saved()
+    assert headwise.load(file, tiny_model()).compressed
+    for name in ("native", "int8"):
+        saved(entries=name)
+        with pytest.raises(BadInput, match=f"does not hold the {name} entries"):
+            headwise.load(file, tiny_model())
+    saved(entries="int3")
+    with pytest.raises(BadInput, match="entries"):
+        headwise.load(file, tiny_model())
+    twice = tensors["0.positions"].clone()
+    twice[-1] = tensors["0.k4v4_positions"][-1]
+    saved({"0.positions": twice})
+    with pytest.raises(BadInput, match="twice in one head"):
+        headwise.load(file, tiny_model())
+    saved({"0.k4v4_key_scales": tensors["0.k4v4_key_scales"][1:].contiguous()})
+    with pytest.raises(BadInput, match=r"cache\.safetensors is damaged: layer 0 .* scales of as many blocks"):
+        headwise.load(file, tiny_model())

@@ -370,7 +370,7 @@ def make_plan(
     # No keep but everything would suit a context (a short turn of a chat) that has nothing to evict.
     totals = [shape.num_heads * n if n <= floor else a for n, floor, a in zip(tokens, floors, asked, strict=True)]
     if limits is not None:  # a row that is kept whole may take what it takes
-        nbytes = [n if total == a else MOST for n, total, a in zip(limits.nbytes, totals, asked, strict=True)]
+        nbytes = [n if total == a else MOST - 1 for n, total, a in zip(limits.nbytes, totals, asked, strict=True)]
         limits = replace(limits, nbytes=tuple(nbytes))
     demand = Demand(
         shape=shape, tokens=tuple(tokens), totals=tuple(totals), floors=tuple(floors), protected=num_protected

@@ -91,7 +91,8 @@ def rows(sections: Sequence[Section]) -> list[Row]:
 
 def table(section: Section) -> Table:
     """Return a table with a line for every row."""
-    shown = [name for name in COLUMNS if name in BENCHMARKS[section.benchmark]]
+    empty = {name for name in ("entries", "kv_bytes") if all(row.get(name) is None for row in section.rows)}
+    shown = [name for name in COLUMNS if name in BENCHMARKS[section.benchmark] and name not in empty]
     return Table(
         title=f"headwise bench {section.benchmark}",
         columns=tuple(COLUMNS[name][0] for name in shown),
