@@ -2,10 +2,10 @@
 
     python recipes/small_entries_tables.py runs [--page docs/results/small-entries.md]
 
-Models ran in float32, where a native number takes twice the bytes that it has in use. So bytes here are those of a
-cache whose native numbers have 16 bits, as a share of the same cache with everything kept. The first 4 tokens count as
-native in every head. With --page they replace what stands between its two marks, and the picture is written
-beside it, under its name with .png.
+Models ran in float32, where a native number takes twice the bytes that it has in use. So bytes here are shares of a
+cache of 16-bit numbers with everything kept. Codes and scales count as they are; so do the few native entries beside
+them, the first 4 tokens, with the 32 bits that they had. With --page the tables replace what stands between the page's
+marks, and the picture is written beside it, under its name with .png.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from typing import Any
 
 from real_models_tables import fully_measured, shown
 
-from headwise.kernels.quantised import ENTRIES, NATIVE, SINK
+from headwise.kernels.quantised import ENTRIES, NATIVE
 from headwise.report.quality.records import FULL, RUN, load
 from headwise.report.quality.statistics import Setting
 from headwise.report.quality.summary import summarise
 
 START, END = "<!-- made by recipes/small_entries_tables.py -->", "<!-- end -->"
 SHARES = (0.05, 0.1, 0.15, 0.25)  # of the bytes
-NEAR = 0.06  # as near, relatively, a setting's bytes must be to such a share
+NEAR = 0.12  # as near, relatively, a setting's bytes must be to such a share; the table says how many they are
 KINDS = (NATIVE, *ENTRIES)
 
 
@@ -90,12 +90,14 @@ def points(folder: Path) -> list[Point]:
 
 
 def share_of_16_bits(record: dict[str, Any]) -> float:
-    """Bytes of a record as if its native numbers had 16 bits, of those of the full cache."""
-    whole = record["full_kv_bytes"] / 2
-    if record["entries"] == NATIVE:
-        return record["kv_bytes"] / 2 / whole
-    first = SINK * record["full_kv_bytes"] / record["context_tokens"]  # native, in every head
-    return (record["kv_bytes"] - first / 2) / whole
+    """Bytes of a record, of those that the full cache has in 16 bits. Native entries beside codes keep their 32."""
+    whole = record["full_kv_bytes"] if record["entries"] == NATIVE else record["full_kv_bytes"] / 2
+    return record["kv_bytes"] / whole
+
+
+def comparable(found: list[Point]) -> list[Point]:
+    """Without keeps in bytes of float32, but for native entries, for which they are what they are in 16 bits."""
+    return [p for p in found if p.entries == NATIVE or "bytes" not in p.keep]
 
 
 def book_tables(books: dict[str, list[Point]]) -> Iterator[str]:
@@ -108,9 +110,12 @@ def book_tables(books: dict[str, list[Point]]) -> Iterator[str]:
             told = [f"{p.said}, {100 * p.share:.1f}% of the bytes" if p else "" for p in cells]
             yield f"| keep {keep} | {' | '.join(told)} |"
         for share in SHARES:
-            near = [p for p in found if abs(p.share / share - 1) <= NEAR and "bytes" not in p.keep]
-            cells = [min((p for p in near if p.entries == kind), key=lambda p: p.keep, default=None) for kind in KINDS]
-            told = [f"{p.said}, keep {p.keep}" if p else "" for p in cells]
+            near = [p for p in comparable(found) if abs(p.share / share - 1) <= NEAR]
+            cells = [
+                min((p for p in near if p.entries == kind), key=lambda p: abs(p.share - share), default=None)
+                for kind in KINDS
+            ]
+            told = [f"{p.said}, {100 * p.share:.1f}%, keep {p.keep}" if p else "" for p in cells]
             yield f"| {100 * share:.0f}% of the bytes | {' | '.join(told)} |"
         yield ""
 
@@ -145,8 +150,7 @@ def draw(books: dict[str, list[Point]], path: Path) -> None:
     axes = figure.subplots(1, len(books), sharey=True, squeeze=False)[0]
     for place, (model, found) in zip(axes, books.items(), strict=True):
         for kind in KINDS:
-            curve = sorted((p for p in found if p.entries == kind and "bytes" not in p.keep), key=lambda p: p.share)
-            curve = [p for p in curve if p.kl > 0]
+            curve = sorted((p for p in comparable(found) if p.entries == kind and p.kl > 1e-6), key=lambda p: p.share)
             place.plot([100 * p.share for p in curve], [p.kl for p in curve], marker="o", label=kind)
         place.set(xscale="log", yscale="log", title=model, xlabel="bytes, % of the 16-bit cache")
         ticks = (5, 10, 15, 25, 50, 100)
