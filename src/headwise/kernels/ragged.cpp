@@ -575,6 +575,8 @@ inline void add_coded_values(const float* weights, const Codes& codes, int token
 template <int QUERIES, class Query>
 void see_block(const Query* queries, const Codes& codes, int tokens, int dim, float scaling, Part part) {
   alignas(64) float weights[(BLOCK + LANES) * QUERIES];
+  prefetch(codes.value_scales, tokens * 2 * codes.groups);
+  prefetch(codes.key_scales + 2 * dim, 2 * dim);  // of the next block
   if (codes.key_bytes < dim)
     multiply_block<QUERIES, 4>(queries, codes, tokens, dim, weights);
   else
