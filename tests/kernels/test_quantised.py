@@ -183,7 +183,7 @@ def test_segments_of_other_heads_are_refused():
         )
 
 
-@pytest.mark.parametrize("kernel", [name for name in usable("cpu") if name != "reference"])
+@pytest.mark.parametrize("kernel", [name for name in usable("cpu") if kernels.KERNELS[name].quantised][1:])
 @settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 200), min_size=4, max_size=4),

@@ -111,7 +111,12 @@ def plainly(query, segments, rows, tail_keys, tail_values, mask, scaling):
 def _poison(monkeypatch):
     """Memory that was never written must not be read."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
+
+    def poisoned(*shape, **options):
+        made = empty(*shape, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -31,7 +31,7 @@ from headwise.bench.measuring import (
     threads,
 )
 from headwise.errors import BadInput
-from headwise.kernels import Kernel, get_kernel, native, usable
+from headwise.kernels import KERNELS, Kernel, get_kernel, native, usable
 from headwise.kernels import segments as layout
 from headwise.kernels.quantised import NATIVE, SINK, parse_entries
 from headwise.kernels.segments import Segments
@@ -280,7 +280,8 @@ def _ragged(
         exact, plain_error = exact.view_as(query), relative_error(plain, exact)
     count = max(2, round(settings.gigabytes * 1e9 / max(1, segments.nbytes)))
     ring = [segments, *(_copied(segments) for _ in range(count - 1))]
-    kernels = {name: get_kernel(name) for name in usable("cpu") if name != "reference"}
+    able = [name for name in usable("cpu") if bits is None or KERNELS[name].quantised]
+    kernels = {name: get_kernel(name) for name in able if name != "reference"}
 
     def by_kernel(kernel: Kernel, storage: Segments) -> Tensor:
         return kernel(grouped, storage, rows, *tail, None, scaling).view_as(query)

@@ -58,7 +58,7 @@ def decode(
     from headwise.bench.decode import run
     from headwise.evals.run import hardware, versions
 
-    common = {"entries": split(entries), "skewed": skewed, "rounds": rounds, "kvpress": kvpress}
+    common = {"entries": tuple(split(entries)), "skewed": skewed, "rounds": rounds, "kvpress": kvpress}
     grid = _grid(tokens, keep, batch, dtype, threads, common)
     rows = []
     with progress_bar("settings") as progress:
