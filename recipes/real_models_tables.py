@@ -30,11 +30,16 @@ def main() -> None:
     text = "\n".join(pages(asked.runs))
     if asked.page is None:
         print(text)
-        return
-    page = asked.page.read_text(encoding="utf-8")
-    (before, rest), (_, after) = page.split(START), page.split(END)
-    assert END in rest
-    asked.page.write_text(f"{before}{START}\n\n{text}\n{END}{after}", encoding="utf-8")
+    else:
+        put_between(asked.page, START, END, text)
+
+
+def put_between(path: Path, start: str, end: str, text: str) -> None:
+    """Put a text between the two marks of a page."""
+    page = path.read_text(encoding="utf-8")
+    (before, rest), (_, after) = page.split(start), page.split(end)
+    assert end in rest
+    path.write_text(f"{before}{start}\n\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def pages(runs: Path) -> Iterator[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from real_models_tables import fully_measured, shown
+from real_models_tables import fully_measured, put_between, shown
 
 from headwise.kernels.quantised import ENTRIES, NATIVE
 from headwise.report.quality.records import FULL, RUN, load
@@ -52,10 +52,7 @@ def main() -> None:
     if asked.page is None:
         print(text)
         return
-    page = asked.page.read_text(encoding="utf-8")
-    (before, rest), (_, after) = page.split(START), page.split(END)
-    assert END in rest
-    asked.page.write_text(f"{before}{START}\n\n{text}\n{END}{after}", encoding="utf-8")
+    put_between(asked.page, START, END, text)
     draw(books, asked.page.with_suffix(".png"))
 
 

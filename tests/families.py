@@ -76,3 +76,13 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: 
 def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """Token ids without special ones."""
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded_ids(lengths):
+    """Random contexts of these lengths, padded on the left, and their mask."""
+    longest = max(lengths)
+    ids, mask = random_ids(len(lengths), longest), torch.ones(len(lengths), longest, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, : longest - length] = 0
+        mask[row, : longest - length] = 0
+    return ids, mask

@@ -12,7 +12,7 @@ from functools import cache as once
 
 import pytest
 import torch
-from families import random_ids, tiny_model
+from families import padded_ids, random_ids, tiny_model
 from held_memory import Allocations, storages_in
 from random_gates import method_for
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,11 +33,7 @@ def llama():
 
 
 def contexts(lengths=LENGTHS):
-    ids, mask = random_ids(len(lengths), max(lengths)), torch.ones(len(lengths), max(lengths), dtype=torch.long)
-    for row, length in enumerate(lengths):
-        ids[row, : max(lengths) - length] = 0
-        mask[row, : max(lengths) - length] = 0
-    return ids, mask
+    return padded_ids(lengths)
 
 
 def rounded_half_up(x):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES, random_ids, tiny_model
+from families import FAMILIES, padded_ids, random_ids, tiny_model
 from held_memory import Allocations, storages_in
 from random_gates import method_for
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -27,11 +27,7 @@ LENGTHS = (300, 170)
 
 
 def contexts(lengths=LENGTHS):
-    ids, mask = random_ids(len(lengths), max(lengths)), torch.ones(len(lengths), max(lengths), dtype=torch.long)
-    for row, length in enumerate(lengths):
-        ids[row, : max(lengths) - length] = 0
-        mask[row, : max(lengths) - length] = 0
-    return ids, mask
+    return padded_ids(lengths)
 
 
 def compressed(name, method="expected+adakv", keep=0.3, family="llama", lengths=LENGTHS, **options):

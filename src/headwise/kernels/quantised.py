@@ -43,11 +43,6 @@ class Bits:
     keys: int
     values: int
 
-    def entry_bytes(self, head_dim: int) -> float:
-        """Bytes of an entry in a full block, scales included."""
-        groups = head_dim // group_of(head_dim, self.values)
-        return head_dim * (self.keys + self.values) / 8 + 4 * head_dim / GROUP[self.keys] + 4 * groups
-
 
 ENTRIES: Mapping[str, Bits] = MappingProxyType(
     {"int8": Bits(keys=8, values=8), "k8v4": Bits(keys=8, values=4), "int4": Bits(keys=4, values=4)}
