@@ -1,7 +1,9 @@
-"""Compare entries in fewer bits with transformers' QuantizedCache, everything kept, as a table of nats and bits.
+"""Compare entries in fewer bits with transformers' QuantizedCache, everything kept: nats and bits per number.
 
     pip install optimum-quanto hqq
-    python recipes/compare_quantised.py MODEL --books BOOKS.txt.xz --samples 6
+    python recipes/compare_quantised.py MODEL --books BOOKS.txt.xz --samples 6 --out runs/MODEL/quantised.json
+
+Prints a table. The file is for recipes/small_entries_tables.py.
 
 Each passage of book text is read once: its first 768 tokens are the context, stored in each way, and the next 128 are
 predicted. KL is in nats per token from the full cache. The passages are those of recipes/real_models.py, which no gates
@@ -11,6 +13,7 @@ of it again for every token; `kv_bytes` of ours are measured.
 """
 
 import argparse
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +25,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
 
 from headwise.cache.reading import Reading, read
+from headwise.files.writing import write_bytes
 from headwise.kernels.quantised import ENTRIES
 from headwise.methods.scores import Streaming
 from headwise.models.families import given
@@ -43,6 +47,7 @@ def main() -> None:
     parser.add_argument("--books", type=Path, required=True, help="text of many books (.txt.xz)")
     parser.add_argument("--samples", type=int, default=6)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--out", type=Path, help="file to write the figures to (.json)")
     asked = parser.parse_args()
     model, tokenizer = load(str(asked.model), dtype=asked.dtype, device="cpu")
     task = books(asked.books, tokenizer, CONTEXT + FOLLOWING, asked.samples)
@@ -57,6 +62,11 @@ def main() -> None:
     print("|---|---|---|")
     for name, pairs in found.items():
         print(f"| {name} | {fmean(kl for kl, _ in pairs):.5f} | {fmean(bits for _, bits in pairs):.2f} |")
+    if asked.out is not None:
+        means = {name: [fmean(column) for column in zip(*pairs, strict=True)] for name, pairs in found.items()}
+        figures = {name: {"kl": kl, "bits": bits} for name, (kl, bits) in means.items()}
+        content = {"passages": asked.samples, "context": CONTEXT, "stored": figures}
+        write_bytes(asked.out, json.dumps(content, indent=1).encode())
 
 
 @torch.no_grad()

@@ -27,6 +27,8 @@ START, END = "<!-- made by recipes/small_entries_tables.py -->", "<!-- end -->"
 SHARES = (0.05, 0.1, 0.15, 0.25)  # of the bytes
 NEAR = 0.12  # as near, relatively, a setting's bytes must be to such a share; the table says how many they are
 KINDS = (NATIVE, *ENTRIES)
+QUANTISED = "quantised.json"  # of a model: what recipes/compare_quantised.py has written
+THEIRS = "QuantizedCache, "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,12 +50,13 @@ def main() -> None:
     asked = parser.parse_args()
     places = {path.name: path / "books" / "query-agnostic" / "books" for path in models(asked.runs)}
     books = {name: points(place) for name, place in places.items() if (place / RUN).is_file()}
-    text = "\n".join([*book_tables(books), *needle_tables(asked.runs)])
+    stored = {path.name: read_stored(path / QUANTISED) for path in models(asked.runs) if (path / QUANTISED).is_file()}
+    text = "\n".join([*book_tables(books), *needle_tables(asked.runs), *stored_table(stored)])
     if asked.page is None:
         print(text)
         return
     put_between(asked.page, START, END, text)
-    draw(books, asked.page.with_suffix(".png"))
+    draw(books, stored, asked.page.with_suffix(".png"))
 
 
 def models(runs: Path) -> list[Path]:
@@ -139,7 +142,25 @@ def needle_tables(runs: Path) -> Iterator[str]:
         yield ""
 
 
-def draw(books: dict[str, list[Point]], path: Path) -> None:
+def read_stored(path: Path) -> dict[str, Any]:
+    """What was measured with everything kept, ours and QuantizedCache."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def stored_table(models: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Everything kept, in every way to store it."""
+    if not models:
+        return
+    passages = ", ".join(f"{found['passages']} passages for {model}" for model, found in models.items())
+    yield f"### Everything kept, beside transformers' QuantizedCache\n\nNats from the full cache. {passages}.\n"
+    yield f"| stored as | bits per number, with scales | {' | '.join(models)} |\n|---|---|{'---|' * len(models)}"
+    for name, figures in next(iter(models.values()))["stored"].items():
+        cells = [f"{found['stored'][name]['kl']:.5f}" for found in models.values()]
+        yield f"| {name} | {figures['bits']:.2f} | {' | '.join(cells)} |"
+    yield ""
+
+
+def draw(books: dict[str, list[Point]], stored: dict[str, dict[str, Any]], path: Path) -> None:
     """Nats against bytes, a curve for every way to store entries; both axes in powers."""
     from matplotlib.figure import Figure
 
@@ -148,14 +169,17 @@ def draw(books: dict[str, list[Point]], path: Path) -> None:
     for place, (model, found) in zip(axes, books.items(), strict=True):
         for kind in KINDS:
             curve = sorted((p for p in comparable(found) if p.entries == kind and p.kl > 1e-6), key=lambda p: p.share)
-            place.plot([100 * p.share for p in curve], [p.kl for p in curve], marker="o", label=kind)
+            place.plot([100 * p.share for p in curve], [p.kl for p in curve], marker="o", label=f"lkv, {kind}")
+        theirs = {k: v for k, v in stored.get(model, {"stored": {}})["stored"].items() if k.startswith(THEIRS)}
+        for marker, (name, at) in zip("x+*1", theirs.items(), strict=False):
+            place.plot(100 * at["bits"] / 16, at["kl"], marker, color="black", label=name)
         place.set(xscale="log", yscale="log", title=model, xlabel="bytes, % of the 16-bit cache")
         ticks = (5, 10, 15, 25, 50, 100)
         place.set_xticks(ticks, [str(tick) for tick in ticks])
         place.minorticks_off()
         place.grid(alpha=0.3)
     axes[0].set_ylabel("nats from the full cache")
-    axes[0].legend(title="lkv, entries in")
+    axes[0].legend(fontsize="x-small")
     figure.savefig(path, dpi=110)
 
 

@@ -148,6 +148,7 @@ def test_a_whole_run_of_the_harness(harness, make, model_folders, tasks, read):
         assert lengths.sum((0, 2)).tolist() == pytest.approx([6 * n / 2 for n in tokens], abs=1)
     assert config["headwise_kept"] == pytest.approx(0.5, abs=0.01)
     assert config["headwise_keep"] == 0.5 and config["headwise_protocol"] == "query-aware"
+    assert config["headwise_entries"] == "native"
     assert config["headwise_method"]["scorer"]["name"] == "KeyDiff"
 
 
@@ -171,11 +172,12 @@ def test_generation_is_that_of_each_prompt_compressed_alone(make, tasks, method)
         assert text == lm.tokenizer.decode(new, skip_special_tokens=True)
 
 
-def one_by_one(lm, context, continuation, method, keep):
+def one_by_one(lm, context, continuation, method, keep, **options):
     """Log-likelihood and greediness, a token at a time."""
     ids, rest = (lm.tokenizer(text, add_special_tokens=False).input_ids for text in (context, continuation))
     ids = torch.tensor([[lm.tokenizer.bos_token_id, *ids]])
-    memory, total, greedy, last = compress(lm.model, ids[:, :-1], method, keep=keep), 0.0, True, ids[:, -1:]
+    memory = compress(lm.model, ids[:, :-1], method, keep=keep, **options)
+    total, greedy, last = 0.0, True, ids[:, -1:]
     for token in rest:
         with torch.no_grad():
             logs = lm.model(last, **given(lm.model, memory), use_cache=True).logits[0, -1].log_softmax(-1)
@@ -185,6 +187,19 @@ def one_by_one(lm, context, continuation, method, keep):
             torch.tensor([[token]]),
         )
     return total, greedy
+
+
+def test_entries_are_stored_as_asked(make, tasks):
+    """Scores are those of a cache of codes, and a share of the bytes holds more of them."""
+    pairs = [(context, f" {CHOICES[1]}") for context in contexts(tasks)]
+    small = make(method="keydiff", keep=0.5, entries="int8")
+    found = scored(small, pairs)
+    assert_scores_equal(found, [one_by_one(small, *pair, "keydiff", 0.5, entries="int8") for pair in pairs])
+    assert found != scored(make(method="keydiff", keep=0.5), pairs)
+    assert small.get_model_info()["headwise_entries"] == "int8"
+    more = make(method="keydiff", keep="50%bytes", entries="int8")
+    scored(more, pairs)
+    assert more.get_model_info()["headwise_kept"] > 0.7
 
 
 @pytest.mark.parametrize("method", ["keydiff", "snapkv+adakv", "kvzip"])
@@ -270,6 +285,8 @@ def test_a_request_without_a_context_is_refused(make):
         ({"method": "adakv"}, "keep is missing"),
         ({"keep": 0.5}, "method is missing"),
         ({"method": "adakv", "keep": 0.5, "protocol": "query-agnostic"}, "use headwise eval"),
+        ({"method": "adakv", "keep": 0.5, "entries": "int3"}, "choose native, int8"),
+        ({"method": "full", "entries": "int8"}, "use keep=1.0 of a method"),
     ],
 )
 def test_wrong_arguments_are_refused_before_the_model_is_loaded(harness, options, message):

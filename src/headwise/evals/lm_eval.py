@@ -27,6 +27,7 @@ from headwise.cache.compress import compress
 from headwise.errors import BadInput, BudgetInfeasible, HeadwiseError
 from headwise.evals.answers import FULL
 from headwise.files.terminal import complain, open_streams
+from headwise.kernels.quantised import NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
 from headwise.models.families import given, view
@@ -59,6 +60,8 @@ class HeadwiseLM(HFLM):
         A name, or "full", which is HFLM as it is.
     keep
         A fraction, tokens ("256tok") or bytes ("2GiB").
+    entries
+        How what is kept is stored: "native", "int8", "k8v4" or "int4".
     protocol
         "query-aware" is the only one.
     options
@@ -78,11 +81,13 @@ class HeadwiseLM(HFLM):
         *,
         method: str | None = None,
         keep: str | float | int | Keep | None = None,
+        entries: str = NATIVE,
         protocol: str = QUERY_AWARE,
         **options: Any,
     ):
         _require_query_aware(protocol)
-        self.cut_with, self.keep = _parse(method, keep)  # before the model is loaded, which takes its time
+        self.cut_with, self.keep = _parse(method, keep, entries)  # before the model is loaded, which takes its time
+        self.entries = entries
         self.entries_read = self.entries_kept = 0
         super().__init__(pretrained, **options)
         if self.cut_with is not None:
@@ -138,6 +143,7 @@ class HeadwiseLM(HFLM):
             info |= {
                 "headwise_method": self.cut_with.provenance(),
                 "headwise_keep": self.keep.value,
+                "headwise_entries": self.entries,
                 "headwise_protocol": QUERY_AWARE,
                 "headwise_kept": self.entries_kept / max(1, self.entries_read),
             }
@@ -165,7 +171,8 @@ class HeadwiseLM(HFLM):
         with self._naming(prompts, mask), self._autocast():
             if int(mask[:, :-1].sum(-1).min()) == 0:
                 raise BadInput("it has no context that could be compressed. Run such a task with method=full.")
-            memory = compress(self.model, prompts[:, :-1], self.cut_with, keep=self.keep, attention_mask=mask[:, :-1])
+            how = {"keep": self.keep, "entries": self.entries, "attention_mask": mask[:, :-1]}
+            memory = compress(self.model, prompts[:, :-1], self.cut_with, **how)
         self.entries_kept += int(memory.lengths.sum())
         self.entries_read += int(mask[:, :-1].sum()) * memory.view.shape.num_heads
         return memory
@@ -213,8 +220,10 @@ def _require_query_aware(protocol: str) -> None:
         )
 
 
-def _parse(method: str | None, keep: str | float | int | Keep | None) -> tuple[Method | None, Keep]:
+def _parse(method: str | None, keep: str | float | int | Keep | None, entries: str) -> tuple[Method | None, Keep]:
     """Return the method (None for "full") and the keep. Both must be given, for results quote the arguments."""
+    if parse_entries(entries) is not None and method == FULL:
+        raise BadInput(f"method={FULL} is the harness's own model, whose cache is native; use keep=1.0 of a method.")
     if method == FULL:
         return None, parse_keep(1.0)
     if method is None or keep is None:
