@@ -47,6 +47,8 @@ class Chunk:
     offset: int
     scaling: float
     rotary: Rotary
+    softcap: float | None = None  # of logits, as `Kernel` has it; `sinks` as well
+    sinks: Float[Tensor, " query_heads"] | None = None
     # Tokens start:stop of the context that these queries repeat in a second reading (`replay`); None in the first one.
     # The keys are then those of the context, followed by those of the replay, and `offset` is the context's length.
     repeats: tuple[int, int] | None = None
@@ -68,6 +70,8 @@ class Observation:
     rotary: Rotary
     statistics: Statistics  # what `accumulate` gathered over the chunks
     totals: tuple[int, ...]  # entries each row may keep over all layers and heads
+    softcap: float | None = None
+    sinks: Float[Tensor, " query_heads"] | None = None
 
     @property
     def output_weight(self) -> Float[Tensor, "query_heads head_dim hidden"]:
@@ -99,6 +103,11 @@ class Part:
     def window(self) -> int:
         """Last tokens that it always keeps, or that its counts take for granted: a method protects them."""
         return 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be known of layers: "rotation" of keys, that queries have it too ("queries"), "output" (W_O)."""
+        return frozenset()
 
     @property
     def made_for(self) -> str:

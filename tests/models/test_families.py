@@ -1,7 +1,7 @@
 """What the flow reads from a model is what the model does: its rotation, its sizes, its output projection."""
 
 import warnings
-from inspect import unwrap
+from inspect import signature, unwrap
 from types import SimpleNamespace
 
 import pytest
@@ -74,7 +74,8 @@ def rotated_by_the_model(model, layer, states, positions):
     """Rotation by the model's own code: cosines and sines of its rotary module, its family's apply function."""
     decoder, view = model.get_decoder(), hf.view(model)
     types = getattr(model.config, "layer_types", None)
-    kind = (types[view.shape.layers[layer]],) if view.family.typed_rotary else ()
+    typed = "layer_type" in signature(type(decoder.rotary_emb).forward).parameters
+    kind = (types[view.shape.layers[layer]],) if typed else ()
     cos, sin = decoder.rotary_emb(states, positions, *kind)
     apply = __import__(type(model).__module__, fromlist=["apply_rotary_pos_emb"]).apply_rotary_pos_emb
     return apply(states, states, cos, sin)[0]

@@ -102,16 +102,11 @@ def require_possible(
     """
     known_methods(methods, oracle=oracle)
     model_view, length = view(model), tokens.context.shape[1]
-    slides = len(model_view.shape.layers) < model_view.shape.num_layers
     for name in methods:
         if name == FULL:
             continue
         method = as_method(name).for_model(model_view.shape, model_view.config_hash)
-        if method.scorer.replay is not None and slides:
-            raise UnsupportedModel(
-                f"{name} has the model repeat the context, which sliding-window layers cannot take back: choose "
-                "another method for this model."
-            )
+        model_view.require_parts(method.scorer, method.allocator)
         for keep, stored in product(keeps, entries):
             try:
                 make_plan(

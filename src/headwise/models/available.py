@@ -18,7 +18,7 @@ from headwise.errors import HeadwiseError
 from headwise.methods.method import Choice, Method, choose
 from headwise.methods.names import entries_of
 from headwise.methods.registry import ALIASES, ALLOCATORS, SCORERS
-from headwise.models.families import shape_of
+from headwise.models.layout import shape_of, text_config
 from headwise.shapes import ModelShape
 
 State = Literal["ready", "make", "refused"]
@@ -54,7 +54,7 @@ def overview(model: str, config: PretrainedConfig, folder: Path | None = None) -
 
     `folder` is looked through for files besides those that come with headwise. Raises UnsupportedModel, BadInput.
     """
-    text = config.get_text_config()
+    text = text_config(config)
     target = _Target(model=model, shape=shape_of(text), config_hash=config_hash(text.to_dict()))
     files = () if folder is None else read_headers(folder)
     rows = [row for method in _names() for row in _rows(method, target, files)]
@@ -79,10 +79,6 @@ def _names() -> list[str]:
 def _rows(method: str, target: _Target, files: Sequence[Shipped]) -> Iterator[Available]:
     """One row; where files are needed, one for each that is there."""
     scorer, allocator = entries_of(method)
-    if SCORERS[scorer].make().replay is not None and len(target.shape.layers) < target.shape.num_layers:
-        why = "it has the model repeat the context, which sliding-window layers cannot take back"
-        yield Available(method=method, state="refused", why=why)
-        return
     if SCORERS[scorer].file == ALLOCATORS[allocator].file == "none":
         yield Available(method=method, state="ready")
         return

@@ -1,0 +1,339 @@
+"""The census of transformers' causal language models: which can be compressed, by which methods, and if not, why.
+
+    python recipes/model_families.py                # every type; writes models/families.json and docs/models.md
+    python recipes/model_families.py llama gemma2   # these types only; prints their rows and writes nothing
+
+Of each type a tiny random model is built, and the invariants are run on it (`checked`): what holds is written down, and
+what does not hold is refused with its reason. Tests build the same models for a sample of types.
+"""
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import headwise
+from headwise.errors import HeadwiseError
+from headwise.interfaces import AbstractScorer
+from headwise.methods.method import Method
+from headwise.methods.registry import SCORERS
+from headwise.models.families import given, view
+from headwise.models.layout import text_config
+
+ROOT = Path(__file__).parents[1]
+TABLE, PAGE = ROOT / "src/headwise/models/families.json", ROOT / "docs/models.md"
+CONTEXT, QUESTION = 64, 4
+KEEP = 0.5
+TOLERANCE = 2e-4  # of logits, relative: sums in another order, in float32
+LEARNED = "lkv"  # with random gates
+METHODS = ("keydiff", "knorm", "streaming", LEARNED, "snapkv", "tova", "h2o", "expected", "criticalkv", "kvzip")
+
+# Sizes under every name that a configuration may have for them.
+SIZES = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 99),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", "decoder_ffn_dim"), 96),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "decoder_layers", "num_layers"), 4),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "n_head_kv"), 2),
+    "head_dim": 16,
+    "kv_channels": 16,
+    "rotary_dim": 8,
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 512),
+    "sliding_window": 16,
+    "attention_chunk_size": 16,
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "moe_ffn_hidden_size"), 32),
+    **dict.fromkeys(("pad_token_id",), 0),
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_state": 8,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0,
+    "is_decoder": True,
+    **dict.fromkeys(("encoder_layers",), 1),
+    **dict.fromkeys(("encoder_attention_heads",), 4),
+    "encoder_ffn_dim": 96,
+}
+# What of a type is not as its sizes say.
+SPECIAL: dict[str, dict[str, Any]] = {
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A type of the table. `methods`: those that work. `refused`: why it, or of some methods why each, does not."""
+
+    type: str
+    supported: bool
+    layers: str = ""  # of the tiny model: how many are cut, and what the others are
+    methods: tuple[str, ...] = ()
+    refused: str = ""
+    without: dict[str, str] = field(default_factory=dict)
+
+
+def types() -> list[str]:
+    """Every model type that transformers makes a causal language model of."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def config_of(kind: str) -> Any:
+    """A configuration with tiny sizes."""
+    config = AutoConfig.for_model(kind)
+    text = text_config(config)
+    for part in [text] if text is config else [config, text]:
+        for name, value in {**SIZES, **SPECIAL.get(kind, {})}.items():
+            if _has(part, name) and (getattr(part, name) is not None or name in SPECIAL.get(kind, {})):
+                setattr(part, name, value)
+    layers = text.num_hidden_layers
+    for name in ("layer_types", "mlp_layer_types"):
+        given_types = getattr(text, name, None)
+        if isinstance(given_types, list | tuple) and given_types and name not in SPECIAL.get(kind, {}):
+            setattr(text, name, ([*dict.fromkeys(given_types)] * layers)[:layers])
+    return config
+
+
+def _has(config: Any, name: str) -> bool:
+    """Whether it has this attribute, one for all layers."""
+    try:
+        return hasattr(config, name)
+    except ValueError:
+        return False
+
+
+def tiny(kind: str) -> Any:
+    """A random model; weights large enough that its attention is not uniform."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(kind), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("sinks"):
+                weight.normal_()
+            elif weight.ndim == 2 and "norm" not in name and ("q_proj" in name or "k_proj" in name):
+                weight.normal_(std=2.0 * weight.shape[1] ** -0.5)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def ids_of(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids without special ones."""
+    return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def method_of(name: str, model: Any) -> str | Method:
+    """The method of this name; learned ones with random gates."""
+    if name != LEARNED:
+        return name
+    from headwise.artifacts.gates import EntryScores, Gates  # what a trained file holds
+    from headwise.artifacts.origin import Origin
+    from headwise.methods.allocate import Global
+    from headwise.methods.scores import LKVT
+
+    model_view = view(model)
+    shape = model_view.shape
+    torch.manual_seed(1)
+    scores = EntryScores(len(shape.layers), shape.kv_heads, shape.head_dim)
+    for weight in scores.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    origin = Origin(shape=shape, config_hash=model_view.config_hash, sink=1, window=4)
+    gates = Gates(origin=origin, scores=scores.requires_grad_(False), budgets=None, comparable=True)
+    return Method(scorer=LKVT(gates=gates), allocator=Global())
+
+
+def examine(kind: str) -> Row:
+    """Build a type's model, run the invariants, try every method."""
+    try:
+        with torch.device("cpu"):
+            model = tiny(kind)
+    except ImportError as error:
+        return Row(type=kind, supported=False, refused=f"the census cannot build it: {_line(error)}")
+    except Exception as error:
+        return Row(type=kind, supported=False, refused=f"the census cannot build it: {type(error).__name__}: {_line(error)}")
+    if isinstance(model, str):
+        return Row(type=kind, supported=False, refused=model)
+    try:
+        headwise.compress(model, ids_of(1, CONTEXT), "keydiff", keep=KEEP)
+        for check in INVARIANTS:
+            check(model, kind)
+    except HeadwiseError as error:
+        return Row(type=kind, supported=False, refused=_line(error))
+    except Exception as error:
+        return Row(type=kind, supported=False, refused=f"!! {type(error).__name__}: {_line(error)}")
+    working, without = [], {}
+    for name in METHODS:
+        try:
+            decoded(model, kind, name)
+            working.append(name)
+        except HeadwiseError as error:
+            without[name] = _line(error)
+    return Row(
+        type=kind, supported=True, layers=layers_told(model), methods=tuple(working), without=without
+    )
+
+
+def layers_told(model: Any) -> str:
+    """How many layers are cut, and what the others are."""
+    found = [layer.kind for layer in view(model).layers]
+    names = {"whole": "cut", "window": "window", "state": "state", "none": "without a cache"}
+    return ", ".join(f"{found.count(kind)} {names[kind]}" for kind in dict.fromkeys(sorted(found, key=list(names).index)))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _close(found: Tensor, expected: Tensor, what: str) -> None:
+    error = float((found - expected).norm() / expected.norm())
+    if not error <= TOLERANCE:
+        raise AssertionError(f"{what}: logits are {error:.1e} off")
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+    """Of the last tokens `ids`, of those that `mask` covers."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, **given(model, cache), use_cache=True).logits
+
+
+def stock(model: Any, pieces: list[Tensor], mask: Tensor) -> Tensor:
+    """Logits of the last piece with transformers' own cache, and with its own attention."""
+    before = text_config(model.config)._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        cache, seen = DynamicCache(config=model.config), 0
+        for piece in pieces:
+            seen += piece.shape[1]
+            out = logits(model, piece, mask[:, :seen], cache)
+        return out
+    finally:
+        model.set_attn_implementation(before)
+
+
+def keeping_everything_changes_nothing(model: Any, kind: str) -> None:
+    """keep = 1.0 gives the logits of a stock cache, for a question of several tokens and then for one more."""
+    context, question, last = ids_of(1, CONTEXT), ids_of(1, QUESTION, 1), ids_of(1, 1, 2)
+    every = torch.ones(1, CONTEXT + QUESTION + 1, dtype=torch.long)
+    cache = headwise.compress(model, context, "keydiff", keep=1.0)
+    found = logits(model, question, every[:, :-1], cache)
+    _close(found, stock(model, [context, question], every), "keep 1.0")
+    found = logits(model, last, every, cache)
+    _close(found, stock(model, [context, question, last], every), "keep 1.0, one more token")
+
+
+def batches_are_their_rows(model: Any, kind: str) -> None:
+    """A padded batch answers as each of its rows alone."""
+    ids, mask = ids_of(2, CONTEXT), torch.ones(2, CONTEXT + QUESTION, dtype=torch.long)
+    ids[0, :7], mask[0, :7] = 0, 0
+    question = ids_of(2, QUESTION, 1)
+    cache = headwise.compress(model, ids, "keydiff", keep=KEEP, attention_mask=mask[:, :CONTEXT])
+    together = logits(model, question, mask, cache)
+    for row, start in ((0, 7), (1, 0)):
+        alone = headwise.compress(model, ids[row : row + 1, start:], "keydiff", keep=KEEP)
+        found = logits(model, question[row : row + 1], mask[row : row + 1, start:], alone)
+        _close(together[row : row + 1], found, "batch")
+
+
+def pieces_are_the_whole(model: Any, kind: str) -> None:
+    """A context read in pieces keeps the same entries."""
+    context = ids_of(1, CONTEXT)
+    once = headwise.compress(model, context, "keydiff", keep=KEEP)
+    pieces = headwise.compress(model, context, "keydiff", keep=KEEP, prefill_chunk_size=16)
+    if not torch.equal(once.lengths, pieces.lengths):
+        raise AssertionError("a context read in pieces keeps other entries")
+
+
+def bytes_are_counted(model: Any, kind: str) -> None:
+    """What is reported is what the layers hold; what is cut takes the share that was asked for."""
+    half, everything = (headwise.compress(model, ids_of(1, CONTEXT), "keydiff", keep=keep) for keep in (KEEP, 1.0))
+    cut, whole = (cache.nbytes - cache.sliding_nbytes for cache in (half, everything))
+    shape = view(model).shape
+    if whole != shape.num_heads * CONTEXT * shape.entry_bytes(4) or abs(cut - KEEP * whole) > shape.entry_bytes(4):
+        raise AssertionError(f"{cut} and {whole} bytes are held")
+
+
+def saved_is_the_same(model: Any, kind: str) -> None:
+    """A saved and loaded cache answers as the one that was saved."""
+    question, mask = ids_of(1, QUESTION, 1), torch.ones(1, CONTEXT + QUESTION, dtype=torch.long)
+    cache = headwise.compress(model, ids_of(1, CONTEXT), "keydiff", keep=KEEP)
+    with TemporaryDirectory() as folder:
+        cache.save(f"{folder}/cache.safetensors")
+        loaded = headwise.load(f"{folder}/cache.safetensors", model)
+    _close(logits(model, question, mask, loaded), logits(model, question, mask, cache.fork()), "saved and loaded")
+
+
+def generates(model: Any, kind: str) -> None:
+    """generate() goes on, and gives a stock cache's tokens where everything is kept."""
+    context, question = ids_of(1, CONTEXT), ids_of(1, QUESTION, 1)
+    cache = headwise.compress(model, context, "keydiff", keep=1.0)
+    found = model.generate(**cache.fork().inputs(question), max_new_tokens=4, do_sample=False)
+    expected = model.generate(torch.cat([context, question], -1), max_new_tokens=4, do_sample=False, use_cache=True)
+    if not torch.equal(found, expected):
+        raise AssertionError("generate() gives other tokens than with a stock cache")
+
+
+INVARIANTS: tuple[Callable[[Any, str], None], ...] = (
+    keeping_everything_changes_nothing,
+    batches_are_their_rows,
+    pieces_are_the_whole,
+    bytes_are_counted,
+    saved_is_the_same,
+    generates,
+)
+
+
+def decoded(model: Any, kind: str, name: str) -> None:
+    """Compress by a method, and decode some tokens. Raises HeadwiseError where that cannot be."""
+    cache = headwise.compress(model, ids_of(1, CONTEXT), method_of(name, model), keep=0.6)
+    shape = view(model).shape
+    if int(cache.lengths.sum()) != round(0.6 * shape.num_heads * CONTEXT):
+        raise AssertionError(f"{name} keeps {int(cache.lengths.sum())} entries")
+    mask = torch.ones(1, CONTEXT + QUESTION, dtype=torch.long)
+    if not bool(logits(model, ids_of(1, QUESTION, 1), mask, cache).isfinite().all()):
+        raise AssertionError(f"{name}: logits are not finite")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    began, rows = time.perf_counter(), []
+    for kind in sys.argv[1:] or types():
+        start = time.perf_counter()
+        rows.append(examine(kind))
+        row = rows[-1]
+        missing = sorted(set(METHODS) - set(row.methods))
+        print(f"{time.perf_counter() - start:5.1f}s {kind}: {row.layers + ' | ' + (', '.join(missing) or 'every method') if row.supported else row.refused}", flush=True)
+        for name, why in row.without.items():
+            print("          ", name, why)
+    print(sum(row.supported for row in rows), "of", len(rows), "supported,", sum(len(row.methods) == len(METHODS) for row in rows), f"with every method; {time.perf_counter() - began:.0f} s")
