@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,7 @@ SIZES = {
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "moe_ffn_hidden_size"), 32),
-    **dict.fromkeys(("pad_token_id",), 0),
+    "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "linear_num_key_heads": 2,
@@ -81,13 +82,39 @@ SIZES = {
     "hidden_size_per_layer_input": 8,
     "num_kv_shared_layers": 0,
     "is_decoder": True,
-    **dict.fromkeys(("encoder_layers",), 1),
-    **dict.fromkeys(("encoder_attention_heads",), 4),
+    "encoder_layers": 1,
+    "encoder_attention_heads": 4,
     "encoder_ffn_dim": 96,
 }
+OFTEN_NONE = ("head_dim", "num_key_value_heads")
 # What of a type is not as its sizes say.
+STATES = ["linear_attention", "full_attention"] * 2
+CONVOLUTIONS = ["conv", "full_attention"] * 2
+WINDOWS = ["sliding_attention", "full_attention"] * 2
+GEMMA4 = {"layer_types": WINDOWS, "global_head_dim": 32, "num_kv_shared_layers": 0}
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "layer_types": WINDOWS},
+    "gemma3n_text": {"layer_types": WINDOWS, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": GEMMA4,
+    "granitemoehybrid": {"layer_types": STATES, "shared_intermediate_size": 32, "num_key_value_heads": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "laguna": {"num_attention_heads_per_layer": [4] * 4},
+    "lfm2": {"layer_types": CONVOLUTIONS},
+    "lfm2_moe": {"layer_types": CONVOLUTIONS, "num_dense_layers": 1},
+    "ministral": {"layer_types": WINDOWS},
+    "mistral": {"sliding_window": None},
+    "moshi": {"sliding_window": None},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "xmod": {"default_language": "en_XX"},
 }
+# Configurations with a text part that is made as that type is.
+PARTS = {"gemma3n": "gemma3n_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,17 +136,26 @@ def types() -> list[str]:
 
 def config_of(kind: str) -> Any:
     """A configuration with tiny sizes."""
+    if kind in SPECIAL:
+        known = type(AutoConfig.for_model(kind)).__dataclass_fields__
+        sizes = {name: value for name, value in SIZES.items() if name in known and name not in SPECIAL[kind]}
+        return AutoConfig.for_model(kind, **sizes, **SPECIAL[kind])
     config = AutoConfig.for_model(kind)
+    if kind in PARTS:
+        config.text_config = config_of(PARTS[kind])
+        return config
     text = text_config(config)
     for part in [text] if text is config else [config, text]:
-        for name, value in {**SIZES, **SPECIAL.get(kind, {})}.items():
-            if _has(part, name) and (getattr(part, name) is not None or name in SPECIAL.get(kind, {})):
-                setattr(part, name, value)
+        for name, value in SIZES.items():
+            if _has(part, name) and (getattr(part, name) is not None or name in OFTEN_NONE):
+                with suppress(AttributeError, NotImplementedError):  # what is derived cannot be set
+                    setattr(part, name, value)
     layers = text.num_hidden_layers
     for name in ("layer_types", "mlp_layer_types"):
         given_types = getattr(text, name, None)
-        if isinstance(given_types, list | tuple) and given_types and name not in SPECIAL.get(kind, {}):
-            setattr(text, name, ([*dict.fromkeys(given_types)] * layers)[:layers])
+        if isinstance(given_types, list | tuple) and given_types:
+            with suppress(AttributeError):
+                setattr(text, name, ([*dict.fromkeys(given_types)] * layers)[:layers])
     return config
 
 
@@ -197,6 +233,8 @@ def examine(kind: str) -> Row:
             working.append(name)
         except HeadwiseError as error:
             without[name] = _line(error)
+        except Exception as error:
+            without[name] = f"!! {type(error).__name__}: {_line(error)}"
     return Row(
         type=kind, supported=True, layers=layers_told(model), methods=tuple(working), without=without
     )

@@ -75,7 +75,7 @@ def make_arguments(case, lengths=LENGTHS, kinds=()):
     return query, segments, torch.tensor(rows), tail_keys, tail_values, mask, dim**-0.5
 
 
-def exactly(query, segments, rows, tail_keys, tail_values, mask, scaling):
+def exactly(query, segments, rows, tail_keys, tail_values, mask, scaling, **options):
     exact = Segments(
         keys=segments.keys.double(),
         values=segments.values.double(),
@@ -84,7 +84,8 @@ def exactly(query, segments, rows, tail_keys, tail_values, mask, scaling):
         kv_heads=segments.kv_heads,
         quantised=segments.quantised,
     )
-    return reference.attend(query.double(), exact, rows, tail_keys.double(), tail_values.double(), mask, scaling)
+    tail = tail_keys.double(), tail_values.double()
+    return reference.attend(query.double(), exact, rows, *tail, mask, scaling, **options)
 
 
 def plainly(query, segments, rows, tail_keys, tail_values, mask, scaling):
@@ -126,6 +127,20 @@ def test_error_is_at_most_twice_that_of_plain_attention(case):
     found = get_kernel("triton")(*arguments)
     assert found.dtype == arguments[0].dtype
     assert (found.double() - exact).norm() <= 2 * (plainly(*arguments).double() - exact).norm()
+
+
+@pytest.mark.parametrize("options", [("softcap",), ("sinks",), ("softcap", "sinks")], ids=str)
+@pytest.mark.parametrize(("kinds", "case"), [([], CASES[0]), ([], CASES[4]), ([], CASES[3]), CODED[2], CODED[7]], ids=str)
+def test_soft_caps_and_sinks(kinds, case, options):
+    """Plain: the reference in the precision of the query."""
+    arguments = make_arguments(case, kinds=kinds)
+    sinks = 5 + torch.randn(HEADS * case[2])
+    sinks[0] = -torch.inf
+    chosen = {name: value for name, value in {"softcap": 1.5, "sinks": sinks}.items() if name in options}
+    exact = exactly(*arguments, **chosen)
+    found, plain = get_kernel("triton")(*arguments, **chosen), reference.attend(*arguments, **chosen)
+    assert (exact - exactly(*arguments)).norm() > 0.01 * exact.norm()
+    assert (found.double() - exact).norm() <= 2 * (plain.double() - exact).norm() + 1e-6 * exact.norm()
 
 
 @pytest.mark.parametrize(("kinds", "case"), CODED, ids=str)

@@ -22,7 +22,6 @@ from headwise.kernels.quantised import Bits, Quantised
 from headwise.kernels.segments import Segments
 from headwise.models.families import ModelView, view
 from headwise.models.fingerprint import model_fingerprint
-from headwise.models.layout import heads_of
 
 LARGEST_STATE = 1e9  # of a key or value: what attention makes of them is finite
 
@@ -234,10 +233,10 @@ def _require_model(metadata: Mapping[str, Any], model_view: ModelView, path: str
 
 
 def _expected(model_view: ModelView) -> Expected:
-    config, layers = model_view.model.config, model_view.layers
+    layers, windows = model_view.layers, model_view.anatomy.windows
     return Expected(
         layers=model_view.shape.layers,
-        windows={i: (layer.window, *heads_of(config, i)) for i, layer in enumerate(layers) if layer.kind == "window"},
+        windows={i: (layer.window, *windows[i]) for i, layer in enumerate(layers) if layer.kind == "window"},
         states=frozenset(i for i, layer in enumerate(layers) if layer.kind == "state"),
         kv_heads=model_view.shape.kv_heads,
         head_dim=model_view.shape.head_dim,

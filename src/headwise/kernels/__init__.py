@@ -86,7 +86,15 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
         "native": Entry(
             module="native", summary="C++", device="cpu", needs=_library, quantised=True, softcap=True, sinks=True
         ),
-        "triton": Entry(module="triton_decode", summary="Triton", device="cuda", needs=_triton, quantised=True),
+        "triton": Entry(
+            module="triton_decode",
+            summary="Triton",
+            device="cuda",
+            needs=_triton,
+            quantised=True,
+            softcap=True,
+            sinks=True,
+        ),
     }
 )
 

@@ -6,7 +6,7 @@ read. The last row's attention is doubled on its way to the output projection, w
 again before it gets there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from headwise.errors import UnsupportedModel
-from headwise.models.given import given, unchanged
+from headwise.errors import HeadwiseError, UnsupportedModel
+from headwise.models.given import decoder_of, given, unchanged
 from headwise.models.interface import NAME, Call, register, tag
 from headwise.models.layout import text_config
 from headwise.models.rotation import Rotation, find
@@ -48,6 +48,7 @@ class Anatomy:
     parts: tuple[Part, ...]
     softcap: bool
     sinks: bool
+    windows: Mapping[int, tuple[int, int]]  # KV heads and their size of layers with a sliding window
 
     @property
     def special(self) -> bool:
@@ -128,6 +129,8 @@ class _Watch:
         seen, given = self.latest, arguments[0] if arguments else None
         if seen is None or seen.out is None or not isinstance(given, Tensor) or module not in self.names:
             return None
+        if len(arguments) > 1:  # it does more than to project
+            return None
         width = seen.out.shape[-1] * seen.out.shape[-2]
         if given.numel() != seen.out.numel() or given.shape[-1] != width or len(given) != len(seen.out):
             return None
@@ -137,7 +140,7 @@ class _Watch:
         seen.projection, self.latest = self.names[module], None
         halved = given.clone()
         halved[-1] = given[-1] / 2
-        return (halved, *arguments[1:])
+        return (halved,)
 
 
 def _is_doubled(rows: Tensor) -> bool:
@@ -148,7 +151,7 @@ def _is_doubled(rows: Tensor) -> bool:
 
 @torch.no_grad()
 def _examine(model: Any, shape: ModelShape) -> Anatomy:
-    decoder: nn.Module = model.get_decoder()
+    decoder: nn.Module = decoder_of(model)
     config = text_config(model.config)
     if "position_ids" not in signature(type(decoder).forward).parameters:
         raise UnsupportedModel(
@@ -168,7 +171,12 @@ def _examine(model: Any, shape: ModelShape) -> Anatomy:
         parts=tuple(parts),
         softcap=any(call.softcap is not None for call in calls),
         sinks=any(call.sinks is not None for call in calls),
+        windows={i: layer.keys.shape[1::2] for i, layer in enumerate(layers) if _is_window(layer)},
     )
+
+
+def _is_window(layer: Any) -> bool:
+    return isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None
 
 
 def _run(model: Any, decoder: nn.Module, config: Any, layers: list[Any], watch: _Watch) -> Tensor:
@@ -184,6 +192,12 @@ def _run(model: Any, decoder: nn.Module, config: Any, layers: list[Any], watch: 
     try:
         with routed(model), plain:
             decoder(input_ids=ids, position_ids=positions, use_cache=True, **given(decoder, cache))
+    except (HeadwiseError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{type(decoder).__name__} cannot read with a cache of headwise: {type(error).__name__}: {error}"
+        ) from error
     finally:
         handle.remove()
     return positions

@@ -20,8 +20,8 @@ from headwise.interfaces import Part as MethodPart
 from headwise.interfaces import Rotary
 from headwise.models import layout
 from headwise.models.anatomy import Anatomy, anatomy_of
+from headwise.models.given import decoder_of, unchanged
 from headwise.models.given import given as given
-from headwise.models.given import unchanged
 from headwise.models.layout import max_positions as max_positions
 from headwise.models.layout import shape_of as shape_of
 from headwise.models.output import output_weight
@@ -132,7 +132,7 @@ class ModelView:
     @property
     def decoder(self) -> Any:
         """The part of the model that has the layers."""
-        return self.model.get_decoder()
+        return decoder_of(self.model)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from inspect import signature
+from typing import Any
 
 from torch import nn
 from transformers import Cache
@@ -12,6 +13,12 @@ from transformers import Cache
 def given(model: nn.Module, cache: Cache) -> dict[str, Cache]:
     """A cache as the argument that the model's forward and generate take: `cache` from transformers 5.24 on."""
     return {_cache_argument(type(model)): cache}
+
+
+def decoder_of(model: Any) -> Any:
+    """The part of a model that has the layers and takes positions."""
+    found = model.get_decoder()
+    return model.base_model if isinstance(found, nn.Linear) else found  # some call what makes logits a decoder
 
 
 @lru_cache(maxsize=64)

@@ -44,6 +44,7 @@ class Family:
 # A model type whose sizes are written under other names, or that must be refused, has a line here. Others have none.
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
+        "gpt_bigcode": Family(kv_heads=lambda layer: 1 if layer.multi_query else layer.num_attention_heads),
     }
 )
 
@@ -150,6 +151,8 @@ def _refuse_all(text: Any, layers: tuple[Layer, ...]) -> None:
 def _sizes(text: Any, family: Family, index: int) -> tuple[int, int, int]:
     """KV heads, query heads and size of a head of one layer."""
     layer = _of_layer(text, index)
+    if getattr(layer, "num_attention_heads", None) is None:
+        raise UnsupportedModel(f"the configuration of this {text.model_type} model names no number of heads.")
     query_heads = family.query_heads(layer) if family.query_heads else layer.num_attention_heads
     kv_heads = family.kv_heads(layer) if family.kv_heads else _first(layer, "num_key_value_heads", query_heads)
     head_dim = family.head_dim(layer) if family.head_dim else _first(layer, "head_dim", None)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ class Rotation:
     buffer: str = ""  # of the module; empty where nothing is turned
     start: int = 0
     interleaved: bool = False
+    backwards: bool = False  # whether angles fall with the position
 
     def of(self, decoder: nn.Module, head_dim: int) -> ModelRotary:
         """As the latest forward pass has used it. Frequencies are copied, for the next pass may choose others."""
@@ -88,7 +90,7 @@ class Rotation:
         module: Any = decoder.get_submodule(self.module)
         scaling = getattr(module, self.buffer.removesuffix("inv_freq") + "attention_scaling", 1.0)
         return ModelRotary(
-            frequencies=getattr(module, self.buffer).detach().float().clone(),
+            frequencies=getattr(module, self.buffer).detach().float() * (-1 if self.backwards else 1),
             attention_scaling=float(scaling),
             head_dim=head_dim,
             start=self.start,
@@ -135,5 +137,5 @@ def _candidates(decoder: nn.Module, dim: int) -> Iterator[Rotation]:
         if not own.endswith("inv_freq") or "original" in own or buffer.ndim != 1 or 2 * len(buffer) > dim:
             continue
         for start in sorted({0, dim - 2 * len(buffer)}):
-            for interleaved in (False, True):
-                yield Rotation(module=module, buffer=own, start=start, interleaved=interleaved)
+            for interleaved, backwards in product((False, True), repeat=2):
+                yield Rotation(module=module, buffer=own, start=start, interleaved=interleaved, backwards=backwards)
