@@ -31,10 +31,22 @@ def compiled(kernel, pointers, constants, **options):
 def compile_all(dtype, dim, masked, entries):
     tiles, shape = Tiles.of(4, dim, DTYPES[dtype].itemsize), {"D": dim, "BLOCK_D": triton.next_power_of_2(dim)}
     states = dict.fromkeys(("query", "keys", "values", "tail_keys", "tail_values"), "*" + dtype) | {"seen": "*u8"}
-    constants = {"BLOCK_M": tiles.queries, "BLOCK_N": tiles.tokens, "TAIL_CHUNK": 256, "MASKED": masked, "CAPPED": masked}
+    constants = {
+        "BLOCK_M": tiles.queries,
+        "BLOCK_N": tiles.tokens,
+        "TAIL_CHUNK": 256,
+        "MASKED": masked,
+        "CAPPED": masked,
+    }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     yield compiled(_attend_chunks, states | TABLES | PARTS, shape | constants | {"UPCAST": False}, **options)
-    pointers = PARTS | {"rows": "*i64", "reader_slot": "*i32", "chunk_first": "*i32", "out": "*" + dtype, "sinks": "*fp32"}
+    pointers = PARTS | {
+        "rows": "*i64",
+        "reader_slot": "*i32",
+        "chunk_first": "*i32",
+        "out": "*" + dtype,
+        "sinks": "*fp32",
+    }
     pointers |= {"quantised_first": ("*i32",) * len(entries)}
     yield compiled(_combine_chunks, pointers, shape | {"BLOCK_C": 32, "SINKS": masked})
     pointers = {"query": "*" + dtype, "keys": "*u8", "values": "*u8", "spans": "*i64"} | TABLES | PARTS

@@ -102,12 +102,14 @@ class RaggedCache(Cache, PassAware):
         bits = parse_entries(entries)
         prefill = Prefill(view=model_view, method=method, keep=keep, prompt_length=prompt_length, bits=bits)
         places = {layer: at for at, layer in enumerate(model_view.shape.layers)}
-        chosen, meter, kinds = _kernel(model_view, kernel, quantised=bits is not None), Meter(), model_view.layers
+        chosen, meter = _kernel(model_view, kernel, quantised=bits is not None), Meter()
         layers = [
-            FillingLayer(index=places[i], model_index=i, kernel=chosen, meter=meter, observer=prefill)
+            FillingLayer(
+                index=places[i], model_index=i, kernel=chosen, meter=meter, observer=prefill, shared=kind.shared
+            )
             if i in places
-            else _left_whole(kinds[i], i, meter)
-            for i in range(model_view.shape.num_layers)
+            else _left_whole(kind, i, meter)
+            for i, kind in enumerate(model_view.layers)
         ]
         provenance = {"method": method.provenance(), "keep": str(keep), "entries": entries}
         self._set_up(model_view, layers, meter, provenance)

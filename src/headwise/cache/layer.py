@@ -165,9 +165,12 @@ class FillingLayer(RaggedLayer):
     frozen = False
     tail_length = 0
 
-    def __init__(self, *, index: int, model_index: int, kernel: Kernel, meter: Meter, observer: Observer):
+    def __init__(
+        self, *, index: int, model_index: int, kernel: Kernel, meter: Meter, observer: Observer, shared: bool = False
+    ):
         super().__init__(index=index, model_index=model_index, kernel=kernel, meter=meter)
         self.observer = observer
+        self.shared = shared  # whether other layers of the model read what it returns, which stays until they have
         self.replaying = False  # whether tokens are looked at, and not stored
         self.held: list[Tensor] = []  # keys and values, once there are any
         self.softcap: float | None = None  # of its attention, as `Call` has them
@@ -254,7 +257,8 @@ class FillingLayer(RaggedLayer):
         frozen.listeners = self.listeners
         self.meter.report(self.model_index, self.nbytes + frozen.nbytes)
         self.held = []
-        frozen._report()
+        if not self.shared:
+            frozen._report()
         return frozen
 
 

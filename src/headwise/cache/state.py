@@ -1,4 +1,4 @@
-"""Layers that are left as they are: one with a state that does not grow (linear attention, convolution), an empty one."""
+"""Layers that are left as they are: with a state that does not grow (linear attention, convolution), or empty."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

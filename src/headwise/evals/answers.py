@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from headwise.cache.compress import Progress, compress
 from headwise.cache.prefill import make_plan
-from headwise.errors import BadInput, BudgetInfeasible, UnsupportedModel
+from headwise.errors import BadInput, BudgetInfeasible
 from headwise.evals.oracle import as_method
 from headwise.kernels.quantised import NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep

@@ -80,7 +80,11 @@ def _triton() -> str:
 KERNELS: Mapping[str, Entry] = MappingProxyType(
     {
         "reference": Entry(
-            module="reference", summary="PyTorch, one head at a time: for tests", quantised=True, softcap=True, sinks=True
+            module="reference",
+            summary="PyTorch, one head at a time: for tests",
+            quantised=True,
+            softcap=True,
+            sinks=True,
         ),
         "pages": Entry(module="pages", summary="PyTorch", quantised=True, softcap=True, sinks=True),
         "native": Entry(

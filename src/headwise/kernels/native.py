@@ -73,7 +73,18 @@ def attend(
     spans = segments.spans
     stored = [t for x in segments.quantised for t in (x.keys, x.key_scales, x.values, x.value_scales, x.spans)]
     return torch.ops.headwise.attend_ragged.default(
-        query, segments.keys, segments.values, spans, rows, tail_keys, tail_values, mask, scaling, stored, softcap, sinks
+        query,
+        segments.keys,
+        segments.values,
+        spans,
+        rows,
+        tail_keys,
+        tail_values,
+        mask,
+        scaling,
+        stored,
+        softcap,
+        sinks,
     )
 
 

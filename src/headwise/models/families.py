@@ -51,7 +51,7 @@ class ModelView:
 
     @property
     def anatomy(self) -> Anatomy:
-        """What the model's attention is made of. The first time the model reads a few tokens. Raises UnsupportedModel."""
+        """What its attention is made of; the first time the model reads a few tokens. Raises UnsupportedModel."""
         return anatomy_of(self.model, self.shape)
 
     def require_positions(self, needed: int, what: str) -> None:

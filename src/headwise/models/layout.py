@@ -5,7 +5,7 @@ model really do is seen when it is used (anatomy.py).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -24,11 +24,15 @@ _OTHERS: Mapping[str, Kind] = MappingProxyType({"LinearAttentionLayer": "state",
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """A layer's part of the cache: tokens of the window, the newest included, or the number of its states."""
+    """A layer's part of the cache: tokens of the window, the newest included, or the number of its states.
+
+    `shared`: whether other layers read its keys and values, too, for which the model holds them to the end of a pass.
+    """
 
     kind: Kind
     window: int = 0
     states: int = 0
+    shared: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +45,15 @@ class Family:
     refused: str = ""  # why it cannot be served
 
 
+_FROM_PADDING = Family(refused="it counts positions from the id of its padding token, not from 0")
 # A model type whose sizes are written under other names, or that must be refused, has a line here. Others have none.
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "gpt_bigcode": Family(kv_heads=lambda layer: 1 if layer.multi_query else layer.num_attention_heads),
+        **dict.fromkeys(
+            ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+            _FROM_PADDING,
+        ),
     }
 )
 
@@ -52,8 +61,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 def layers_of(config: PretrainedConfig) -> tuple[Layer, ...]:
     """Every layer of the model. Raises UnsupportedModel for a kind that cannot be served."""
     text = text_config(config)
-    limit = max_positions(text)
-    return tuple(_layer(text, layer, limit) for layer in _cache_layers(text))
+    limit, modes = max_positions(text), getattr(text, "kv_sharing_modes", None) or []
+    found = [_layer(text, layer, limit) for layer in _cache_layers(text)]
+    for i, mode in enumerate(modes if "reuse" in modes else []):
+        found[i] = replace(found[i], shared=mode == "store")
+    return tuple(found)
 
 
 def shape_of(config: PretrainedConfig) -> ModelShape:
@@ -68,7 +80,7 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
         _refuse_all(text, layers)
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedModel(
-            f"this {text.model_type} model keeps one latent for all heads of a layer (MLA), which cannot be cut by heads."
+            f"this {text.model_type} model keeps one latent for all heads of a layer (MLA): it cannot be cut by heads."
         )
     sizes = sorted({_sizes(text, family, i) for i in whole})
     if len(sizes) > 1:
@@ -145,7 +157,9 @@ def _refuse_all(text: Any, layers: tuple[Layer, ...]) -> None:
             f"every layer of this {text.model_type} model attends to a sliding window of {max(windows)} "
             "tokens: its cache is bounded already and there is nothing to compress."
         )
-    raise UnsupportedModel(f"no layer of this {text.model_type} model has keys and values: there is nothing to compress.")
+    raise UnsupportedModel(
+        f"no layer of this {text.model_type} model has keys and values: there is nothing to compress."
+    )
 
 
 def _sizes(text: Any, family: Family, index: int) -> tuple[int, int, int]:

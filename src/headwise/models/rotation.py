@@ -127,7 +127,9 @@ def agrees(
     plain = rotary.unrotate(states[:1], positions[:1])
     made, undone = rotary.rotate(plain.expand_as(exact), positions), rotary.unrotate(states, positions)
     limit = TOLERANCE.get(states.dtype, EXACT_ENOUGH)
-    return bool((made - exact).norm() <= limit * exact.norm()) and bool((undone - plain).norm() <= limit * undone.norm())
+    return bool((made - exact).norm() <= limit * exact.norm()) and bool(
+        (undone - plain).norm() <= limit * undone.norm()
+    )
 
 
 def _candidates(decoder: nn.Module, dim: int) -> Iterator[Rotation]:

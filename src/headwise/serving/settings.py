@@ -31,6 +31,7 @@ from headwise.shapes import ModelShape
 
 SERVED = ("llama", "mistral", "qwen2", "qwen3", "phi3")  # model types that vLLM was run with
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """How a server compresses.
@@ -129,8 +130,8 @@ def resolved(settings: Settings, config: PretrainedConfig) -> tuple[Method, Mode
         )
     if text.model_type not in SERVED:
         raise UnsupportedModel(
-            f"models of type {text.model_type!r} have not been tried with vLLM: they can be compressed with transformers "
-            f"(headwise.compress), not served. Served: {', '.join(SERVED)}."
+            f"models of type {text.model_type!r} have not been tried with vLLM: they can be compressed with "
+            f"transformers (headwise.compress), not served. Served: {', '.join(SERVED)}."
         )
     return _static(Method.parse(settings.method).for_model(shape, config_hash(text.to_dict()))), shape
 
