@@ -239,17 +239,6 @@ def test_an_unsupported_model(make, message):
     assert model.generate(random_ids(1, 20), **GREEDY).shape == (1, 24)
 
 
-def test_soft_capped_attention_of_a_supported_family():
-    model = tiny_model("gemma3_text", attn_logit_softcapping=50.0)
-    refuse(UnsupportedModel, "soft-caps", model, random_ids(1, 20), "keydiff", keep=0.5)
-
-
-def test_a_replaying_scorer_on_a_model_with_sliding_layers():
-    model = tiny_model("gemma3_text")
-    refuse(UnsupportedModel, "KVzip .* choose another scorer", model, random_ids(1, 40), "kvzip", keep=0.5)
-    assert headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5).compressed
-
-
 def test_a_replaying_scorer_under_plain_generate(model):
     """It would never be cut: generate() reads the prompt only once."""
     with pytest.raises(UnsupportedGeneration, match=r"KVzip .* use headwise.compress\(\)"):

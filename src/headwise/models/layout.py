@@ -45,6 +45,7 @@ class Family:
     refused: str = ""  # why it cannot be served
 
 
+_OF_ANOTHER = Family(refused="it reads the cache of the model that it assists")
 _FROM_PADDING = Family(refused="it counts positions from the id of its padding token, not from 0")
 # A model type whose sizes are written under other names, or that must be refused, has a line here. Others have none.
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -54,6 +55,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
             _FROM_PADDING,
         ),
+        **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _OF_ANOTHER),
     }
 )
 
