@@ -253,11 +253,11 @@ def stock(model: Any, pieces: list[Tensor], mask: Tensor) -> Tensor:
     before = text_config(model.config)._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        cache, seen = DynamicCache(config=model.config), 0
+        cache, seen, found = DynamicCache(config=model.config), 0, []
         for piece in pieces:
             seen += piece.shape[1]
-            out = logits(model, piece, mask[:, :seen], cache)
-        return out
+            found.append(logits(model, piece, mask[:, :seen], cache))
+        return found[-1]
     finally:
         model.set_attn_implementation(before)
 

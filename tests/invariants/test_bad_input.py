@@ -6,11 +6,11 @@ import pytest
 import torch
 from families import random_ids, tiny_model
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -209,12 +209,13 @@ def test_a_scorer_with_impossible_parameters():
         SnapKV(window_size=0)
 
 
-def gemma2():
-    return Gemma2ForCausalLM(Gemma2Config(**SMALL))
+def latents():
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**SMALL, n_routed_experts=4, n_group=1, topk_group=1))
 
 
-def gpt2():
-    return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2))
+def attention_of_its_own():
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
+    return GPTNeoForCausalLM(GPTNeoConfig(**sizes, attention_types=[[["global"], 2]], bos_token_id=1, eos_token_id=2))
 
 
 def sliding_mistral():
@@ -224,8 +225,8 @@ def sliding_mistral():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (gpt2, "'gpt2' is not supported. Supported: llama, mistral, qwen2, qwen3, phi3, gemma3_text"),
-        (gemma2, "'gemma2' is not supported. Supported: llama"),
+        (latents, r"one latent for all heads of a layer \(MLA\)"),
+        (attention_of_its_own, "does not give its attention, through transformers' attention interface, the keys"),
         (sliding_mistral, "sliding window of 16 tokens: .* nothing to compress"),
     ],
 )

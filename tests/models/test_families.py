@@ -175,11 +175,10 @@ def test_shape_of_is_the_shape_of_the_cache(family):
     with torch.no_grad():
         cache = model(random_ids(1, 5)).past_key_values
     shape = hf.shape_of(model.config)
-    whole = tuple(
-        i for i, layer in enumerate(cache.layers) if not (layer.is_sliding and layer.sliding_window < MAX_POSITIONS)
-    )
+    bounded = [getattr(layer, "sliding_window", None if hasattr(layer, "keys") else 0) for layer in cache.layers]
+    whole = tuple(i for i, window in enumerate(bounded) if window is None or window >= MAX_POSITIONS)
     assert (shape.num_layers, shape.layers) == (len(cache.layers), whole)
-    assert cache.layers[0].keys.shape == (1, shape.kv_heads, 5, shape.head_dim)
+    assert cache.layers[whole[0]].keys.shape == (1, shape.kv_heads, 5, shape.head_dim)
     assert shape.query_heads == model.config.num_attention_heads
     assert shape == hf.view(model).shape
 

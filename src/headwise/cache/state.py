@@ -1,18 +1,20 @@
 """Layers that are left as they are: with a state that does not grow (linear attention, convolution), or empty."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import cache_utils
 
 from headwise.cache.kept import KeptState
 from headwise.cache.meter import Meter
 from headwise.cache.states import States, require_negative
 from headwise.errors import UnsupportedGeneration
 
-_Base: Any = getattr(cache_utils, "LinearAttentionLayer", object)  # transformers before 5.24 may have none
+_Base: Any = getattr(
+    import_module("transformers.cache_utils"), "LinearAttentionLayer", object
+)  # transformers before 5.24 may have none
 _TENSORS = ("conv_states", "recurrent_states")
 
 
@@ -51,7 +53,7 @@ class StateLayer(_Base):
     def undo(self, stood: int = 0) -> None:
         """Go back to before the pass that has not ended."""
         if self.before is not None:
-            vars(self).update(self.before)
+            self.__dict__.update(self.before)
             self.before = None
 
     def require_undoable(self, stood: int) -> None:
@@ -65,7 +67,7 @@ class StateLayer(_Base):
         """Go on with these rows."""
         left = iter(states)
         for name in _TENSORS:
-            vars(self)[name] = {i: t if t is None else next(left) for i, t in getattr(self, name).items()}
+            self.__dict__[name] = {i: t if t is None else next(left) for i, t in getattr(self, name).items()}
         self.before = None
 
     def value(self) -> KeptState:
@@ -112,7 +114,7 @@ class StateLayer(_Base):
     def fork(self, meter: Meter) -> "StateLayer":
         """A layer that goes on from here; a state is written over, so it is copied."""
         twin = StateLayer(number_of_states=self.number_of_states, model_index=self.model_index, meter=meter)
-        vars(twin).update(_copied(vars(self)))
+        twin.__dict__.update(_copied(self.__dict__))
         twin.meter, twin.before = meter, None
         return twin
 
@@ -127,7 +129,7 @@ class StateLayer(_Base):
 
     def _remember(self) -> None:
         if self.before is None:
-            self.before = {name: value for name, value in _copied(vars(self)).items() if isinstance(value, dict)}
+            self.before = {name: value for name, value in _copied(self.__dict__).items() if isinstance(value, dict)}
 
 
 class EmptyLayer:

@@ -240,7 +240,8 @@ def _part(
             "has returned."
         )
     keys, values = layer.states
-    if call.value.shape != values.shape or not torch.equal(call.value, values):
+    same = call.value.shape == values.shape and torch.equal(call.value.nan_to_num(), values.nan_to_num())
+    if not same:
         raise UnsupportedModel(f"{where} does not give its attention the values that the cache has returned.")
     if not getattr(call.module, "is_causal", True):
         raise UnsupportedModel(f"{where} attends to later tokens, too: this model is no decoder.")

@@ -32,9 +32,9 @@ def enable(model: PreTrainedModel | ModelView) -> None:
         Attention was neither SDPA nor headwise before: results and speed change.
     """
     model_view = view(model)
-    model = model_view.model
+    model, anatomy = model_view.model, model_view.anatomy
     before = model.config.get_text_config()._attn_implementation
-    if before not in _SAME and not (before == "eager" and model_view.anatomy.special):
+    if before not in _SAME and not (before == "eager" and anatomy.special):
         warnings.warn(
             f"this model's attention was {before!r}; with headwise it goes through SDPA from now on, whatever the "
             f"cache. Call model.set_attn_implementation({before!r}) when you are done with headwise's caches.",
