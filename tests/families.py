@@ -92,6 +92,7 @@ CONFIGS = {
     ),
 }
 FAMILIES = sorted(CONFIGS)
+WITH_EXPERTS = ("gpt_oss", "qwen3_next")  # PyTorch multiplies groups of matrices in no float64
 WITHOUT_SDPA = ("gemma2", "gpt_oss")  # SDPA does neither soft caps nor sinks
 
 

@@ -26,11 +26,11 @@ def attention(module, query, key, value, attention_mask, scaling, kept, **kwargs
         chosen = kept[module.layer_idx]
         context = chosen.shape[2]
         visible[:, :, context:, :context] &= chosen.repeat_interleave(group, dim=1)[:, :, None]
+    visible |= ~visible.any(-1, keepdim=True)  # padding sees nothing, and nobody sees padding: any finite value will do
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:  # as the model's own file does it
         hidden = torch.zeros_like(visible, dtype=query.dtype).masked_fill_(~visible, torch.finfo(query.dtype).min)
         eager = sys.modules[type(module).__module__].eager_attention_forward
         return eager(module, query, key, value, hidden, scaling=scaling, **kwargs)
-    visible |= ~visible.any(-1, keepdim=True)  # padding sees nothing, and nobody sees padding: any finite value will do
     out = torch.nn.functional.scaled_dot_product_attention(
         query,
         key.repeat_interleave(group, dim=1),

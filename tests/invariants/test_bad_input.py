@@ -210,7 +210,15 @@ def test_a_scorer_with_impossible_parameters():
 
 
 def latents():
-    return DeepseekV3ForCausalLM(DeepseekV3Config(**SMALL, n_routed_experts=4, n_group=1, topk_group=1))
+    ranks = {
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**{**SMALL, **ranks}, n_routed_experts=4, n_group=1, topk_group=1))
 
 
 def attention_of_its_own():

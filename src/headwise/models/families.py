@@ -100,6 +100,13 @@ class ModelView:
             return "what the heads of this model write goes through no linear projection that is known"
         return ""
 
+    def require_plain(self, what: str) -> None:
+        """Raise UnsupportedModel if attention has what `what` does not know: soft caps, or sinks."""
+        if self.anatomy.special:
+            raise UnsupportedModel(
+                f"this model has soft-capped attention or attention sinks, which {what} cannot do yet."
+            )
+
     def projection(self, layer: int) -> nn.Module:
         """The output projection of a layer. Raises UnsupportedModel where there is none that is known."""
         name = self.anatomy.parts[layer].projection
