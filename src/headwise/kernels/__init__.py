@@ -79,13 +79,7 @@ def _triton() -> str:
 # Wherever a kernel runs, it is faster than those above it: "auto" takes the last one that can be used.
 KERNELS: Mapping[str, Entry] = MappingProxyType(
     {
-        "reference": Entry(
-            module="reference",
-            summary="PyTorch, one head at a time: for tests",
-            quantised=True,
-            softcap=True,
-            sinks=True,
-        ),
+        "reference": Entry(module="reference", summary="PyTorch, for tests", quantised=True, softcap=True, sinks=True),
         "pages": Entry(module="pages", summary="PyTorch", quantised=True, softcap=True, sinks=True),
         "native": Entry(
             module="native", summary="C++", device="cpu", needs=_library, quantised=True, softcap=True, sinks=True
