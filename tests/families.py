@@ -1,15 +1,18 @@
-"""A tiny random model of every supported family. A new family is one more line here, and every invariant runs on it."""
+"""Tiny random models that differ in what matters: on every one of them all invariants run. The census has all types."""
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 COMMON = {
@@ -24,6 +27,7 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+KINDS = ["sliding_attention", "full_attention", "full_attention"]
 CONFIGS = {
     "llama": lambda: LlamaConfig(**COMMON),
     "mistral": lambda: MistralConfig(**COMMON, sliding_window=None),
@@ -55,8 +59,41 @@ CONFIGS = {
         sliding_window=16,
         layer_types=["sliding_attention", "full_attention", "full_attention"],
     ),
+    # Soft-capped attention; attention sinks and experts; a gated linear attention in every other layer.
+    "gemma2": lambda: Gemma2Config(
+        **COMMON,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=16,
+        attn_logit_softcapping=5.0,
+        layer_types=KINDS,
+    ),
+    "gpt_oss": lambda: GptOssConfig(
+        **COMMON,
+        head_dim=16,
+        sliding_window=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=KINDS,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+    "qwen3_next": lambda: Qwen3NextConfig(
+        **COMMON,
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    ),
 }
 FAMILIES = sorted(CONFIGS)
+WITH_EXPERTS = ("gpt_oss", "qwen3_next")  # PyTorch multiplies groups of matrices in no float64
+WITHOUT_SDPA = ("gemma2", "gpt_oss")  # SDPA does neither soft caps nor sinks
 
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> PreTrainedModel:
@@ -65,10 +102,13 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: 
     for name, value in changes.items():
         setattr(config, name, value)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    attention = "eager" if family in WITHOUT_SDPA else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim == 2 and "norm" not in name:
+            if name.endswith("sinks"):
+                weight.normal_()
+            elif weight.ndim == 2 and "norm" not in name:
                 weight.normal_(std=2.0 * weight.shape[1] ** -0.5 if "proj" in name else 1.0)
     return model.to(dtype).eval()
 

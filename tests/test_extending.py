@@ -22,7 +22,6 @@ TESTS = {
     "A task suite": ("boxes", ["evals/test_suites.py"]),
 }
 LISTS = {
-    "told_what_is_supported": "models/test_families.py",
     "every_scorer_is_a_method": "test_method.py",
     "registry_says": "test_method.py",
     "every_scorer_and_allocator_has_its_row": "test_docs.py",

@@ -47,8 +47,9 @@ class Chunk:
     offset: int
     scaling: float
     rotary: Rotary
-    # Tokens start:stop of the context that these queries repeat in a second reading (`replay`); None in the first one.
-    # The keys are then those of the context, followed by those of the replay, and `offset` is the context's length.
+    softcap: float | None = None  # of logits, as `Kernel` has it; `sinks` as well
+    sinks: Float[Tensor, " query_heads"] | None = None
+    # Tokens start:stop that these queries repeat in a second reading (`replay`), whose keys then follow the context's.
     repeats: tuple[int, int] | None = None
 
 
@@ -68,13 +69,12 @@ class Observation:
     rotary: Rotary
     statistics: Statistics  # what `accumulate` gathered over the chunks
     totals: tuple[int, ...]  # entries each row may keep over all layers and heads
+    softcap: float | None = None
+    sinks: Float[Tensor, " query_heads"] | None = None
 
     @property
     def output_weight(self) -> Float[Tensor, "query_heads head_dim hidden"]:
-        """W_O as the layer applies it, one slice per query head; made when it is asked for.
-
-        Raises UnsupportedModel where the model has none.
-        """
+        """W_O as the layer applies it, one slice per query head; made when asked for. Raises UnsupportedModel."""
         return self.project()
 
 
@@ -99,6 +99,11 @@ class Part:
     def window(self) -> int:
         """Last tokens that it always keeps, or that its counts take for granted: a method protects them."""
         return 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be known of layers: "rotation" of keys, that queries have it too ("queries"), "output" (W_O)."""
+        return frozenset()
 
     @property
     def made_for(self) -> str:
@@ -161,8 +166,8 @@ class Demand:
 class AbstractAllocator(Part, ABC):
     """Says how many entries every head keeps.
 
-    With scope "layer" it is asked as soon as a layer is done, and that layer's full K and V are freed before the next
-    layer runs. With scope "model" it is asked once, at the end, with the scores of all layers.
+    With scope "layer" it is asked as soon as a layer is done, whose full K and V are freed before the next one runs.
+    With scope "model" it is asked once, at the end, with the scores of all layers.
     """
 
     scope: ClassVar[Scope] = "layer"

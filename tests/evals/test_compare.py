@@ -12,7 +12,7 @@ import headwise
 from headwise.artifacts.budget import Budget
 from headwise.artifacts.origin import Origin
 from headwise.cache.reading import read
-from headwise.errors import ArtifactMismatch, BadInput, BudgetInfeasible, UnsupportedModel
+from headwise.errors import ArtifactMismatch, BadInput, BudgetInfeasible
 from headwise.evals.answers import FullMemory
 from headwise.evals.compare import compare
 from headwise.shapes import ModelShape
@@ -277,13 +277,6 @@ def test_a_method_that_cannot_run_is_refused_before_the_others_have_run(model, m
     budget.save(tmp_path / "budget.safetensors")
     with pytest.raises(ArtifactMismatch):
         compared(model, methods=["full", f"keydiff+fixed@{tmp_path}/budget.safetensors"])
-
-
-def test_a_method_that_replays_is_refused_before_any_work_on_sliding_layers(monkeypatch):
-    monkeypatch.setattr("headwise.evals.session.FullMemory", lambda *a, **k: pytest.fail("work was done"))
-    gemma = tiny_model("gemma3_text", vocab_size=len(word_tokenizer()))
-    with pytest.raises(UnsupportedModel, match="kvzip has the model repeat the context"):
-        compared(gemma, methods=["full", "kvzip"])
 
 
 def test_too_small_a_keep_says_what_would_work(llama):

@@ -5,6 +5,7 @@ context see all that precedes them (prefill is exact); later tokens see, per lay
 Nothing of headwise takes part but the record of what was kept: `RaggedCache.positions`.
 """
 
+import sys
 from functools import cache
 
 import torch
@@ -26,6 +27,10 @@ def attention(module, query, key, value, attention_mask, scaling, kept, **kwargs
         context = chosen.shape[2]
         visible[:, :, context:, :context] &= chosen.repeat_interleave(group, dim=1)[:, :, None]
     visible |= ~visible.any(-1, keepdim=True)  # padding sees nothing, and nobody sees padding: any finite value will do
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:  # as the model's own file does it
+        hidden = torch.zeros_like(visible, dtype=query.dtype).masked_fill_(~visible, torch.finfo(query.dtype).min)
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        return eager(module, query, key, value, hidden, scaling=scaling, **kwargs)
     out = torch.nn.functional.scaled_dot_product_attention(
         query,
         key.repeat_interleave(group, dim=1),

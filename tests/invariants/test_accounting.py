@@ -185,6 +185,7 @@ def full_layers_alive(model, method, ids, keep):
     """The cache, and after each layer how many storages of the size of a layer's keys exist anywhere."""
     alive, allocations = [], Allocations()
     size = ids.shape[1] * model.config.num_key_value_heads * model.config.head_dim * 4
+    headwise.enable(model)  # looks at the model, once
     hooks = [
         layer.register_forward_hook(lambda *_: alive.append(allocations.alive(size))) for layer in model.model.layers
     ]

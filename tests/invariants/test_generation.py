@@ -23,7 +23,7 @@ def padded(lengths=(40, 27, 33)):
 
 
 def stock(model, ids, **kwargs):
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     return model.generate(ids, past_key_values=DynamicCache(config=model.config), **GREEDY, **kwargs)
 
 

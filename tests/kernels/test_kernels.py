@@ -1,9 +1,14 @@
 """Every kernel against the reference: ragged lengths, shared contexts, tails with masks, several precisions."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gpt_oss import modeling_gpt_oss
 
 from headwise.errors import BadInput
 from headwise.kernels import get_kernel, partial, reference, usable
@@ -86,6 +91,50 @@ def test_error_is_at_most_twice_that_of_plain_attention(kernel, dtype, num_queri
                 scale=SCALING,
             )
     assert (ours.double() - exact).norm() <= 2 * (plain.double() - exact).norm()
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_queries", [1, 5, 600])
+@pytest.mark.parametrize("options", [("softcap",), ("sinks",), ("softcap", "sinks")])
+def test_soft_caps_and_sinks(kernel, dtype, num_queries, options):
+    """Against the reference in float64; plain = the reference in the same precision, which rounds its output."""
+    values = {"softcap": 1.5, "sinks": torch.tensor([-3.0, 0.0, 2.0, 5.0, -torch.inf, 1.0])}
+    given_options = {name: values[name] for name in options}
+    segments, double = (make_segments([300, 5, 70, 40], dtype) for _ in range(2))
+    double = replace(double, keys=double.keys.double(), values=double.values.double())
+    query, tail_keys, tail_values, mask = make_query([0, 1], num_queries, 40, dtype)
+    rows = torch.tensor([0, 1])
+    exact = reference.attend(
+        query.double(), double, rows, tail_keys.double(), tail_values.double(), mask, SCALING, **given_options
+    )
+    arguments = (query, segments, rows, tail_keys, tail_values, mask, SCALING)
+    found, plain = (attend(*arguments, **given_options) for attend in (get_kernel(kernel), reference.attend))
+    assert (plain - reference.attend(*arguments)).norm() > 0.1 * plain.norm()
+    assert (found.double() - exact).norm() <= 2 * (plain.double() - exact).norm() + 1e-6 * exact.norm()
+
+
+def test_the_reference_does_what_gemma2_and_gpt_oss_do():
+    """By transformers' own eager attention of both."""
+    query, keys, values = (torch.randn(1, heads, n, DIM) for heads, n in ((4, 1), (2, 9), (2, 9)))
+    sinks = torch.randn(4)
+    module = SimpleNamespace(num_key_value_groups=2, training=False, sinks=sinks)
+    segments = Segments(
+        keys=keys[0, :, :5].flatten(0, 1),
+        values=values[0, :, :5].flatten(0, 1),
+        positions=torch.arange(5, dtype=torch.int32).repeat(2),
+        lengths=(5, 5),
+        kv_heads=2,
+    )
+    tail = keys[:, :, 5:], values[:, :, 5:], None, SCALING
+    grouped = query.view(1, 2, 2, 1, DIM)
+    for eager, own, options in (
+        (modeling_gemma2.eager_attention_forward, {"softcap": 0.7}, {"softcap": 0.7}),
+        (modeling_gpt_oss.eager_attention_forward, {}, {"sinks": sinks}),
+    ):
+        expected = eager(module, query, keys, values, None, scaling=SCALING, **own)[0]
+        found = reference.attend(grouped, segments, torch.tensor([0]), *tail, **options)
+        torch.testing.assert_close(found.view(1, 4, 1, DIM).transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_unfused_equals_fused():

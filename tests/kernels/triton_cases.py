@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headwise.kernels import get_kernel, pages, reference, triton_decode
+from headwise.kernels import get_kernel, pages, partial, reference, triton_decode
 from headwise.kernels.quantised import ENTRIES
 from headwise.kernels.segments import Segments, quantise, split_into_chunks
 
@@ -75,7 +75,7 @@ def make_arguments(case, lengths=LENGTHS, kinds=()):
     return query, segments, torch.tensor(rows), tail_keys, tail_values, mask, dim**-0.5
 
 
-def exactly(query, segments, rows, tail_keys, tail_values, mask, scaling):
+def exactly(query, segments, rows, tail_keys, tail_values, mask, scaling, **options):
     exact = Segments(
         keys=segments.keys.double(),
         values=segments.values.double(),
@@ -84,11 +84,12 @@ def exactly(query, segments, rows, tail_keys, tail_values, mask, scaling):
         kv_heads=segments.kv_heads,
         quantised=segments.quantised,
     )
-    return reference.attend(query.double(), exact, rows, tail_keys.double(), tail_values.double(), mask, scaling)
+    tail = tail_keys.double(), tail_values.double()
+    return reference.attend(query.double(), exact, rows, *tail, mask, scaling, **options)
 
 
-def plainly(query, segments, rows, tail_keys, tail_values, mask, scaling):
-    """PyTorch's own attention in the same precision, one head at a time."""
+def plainly(query, segments, rows, tail_keys, tail_values, mask, scaling, softcap=None, sinks=None):
+    """PyTorch's own attention in the same precision, one head at a time; with options, matrix products as precise."""
     out = torch.empty_like(query)
     for row, context in enumerate(rows.tolist()):
         for head in range(HEADS):
@@ -101,6 +102,13 @@ def plainly(query, segments, rows, tail_keys, tail_values, mask, scaling):
             if mask is not None:
                 visible[:, len(keys) - mask.shape[2] :] = mask[row]
             keys, values = (states.expand(query.shape[2], -1, -1) for states in (keys, values))
+            if softcap is not None or sinks is not None:
+                logits = partial.capped(query[row, head] @ keys.transpose(-1, -2) * scaling, softcap)
+                own = torch.full((query.shape[2],), -torch.inf) if sinks is None else sinks.view(HEADS, -1)[head]
+                own = own.to(logits.dtype)[:, None, None].expand(-1, query.shape[3], 1)
+                weights = torch.cat([logits.masked_fill(~visible, -torch.inf), own], dim=-1).softmax(-1)
+                out[row, head] = weights[..., :-1] @ values
+                continue
             out[row, head] = torch.nn.functional.scaled_dot_product_attention(
                 query[row, head], keys, values, attn_mask=visible, scale=scaling
             )
@@ -126,6 +134,22 @@ def test_error_is_at_most_twice_that_of_plain_attention(case):
     found = get_kernel("triton")(*arguments)
     assert found.dtype == arguments[0].dtype
     assert (found.double() - exact).norm() <= 2 * (plainly(*arguments).double() - exact).norm()
+
+
+@pytest.mark.parametrize("options", [("softcap",), ("sinks",), ("softcap", "sinks")], ids=str)
+@pytest.mark.parametrize(
+    ("kinds", "case"), [([], CASES[0]), ([], CASES[4]), ([], CASES[3]), CODED[2], CODED[7]], ids=str
+)
+def test_soft_caps_and_sinks(kinds, case, options):
+    """As below."""
+    arguments = make_arguments(case, kinds=kinds)
+    sinks = 5 + torch.randn(HEADS * case[2])
+    sinks[0] = -torch.inf
+    chosen = {name: value for name, value in {"softcap": 1.5, "sinks": sinks}.items() if name in options}
+    exact = exactly(*arguments, **chosen)
+    found, plain = get_kernel("triton")(*arguments, **chosen), plainly(*arguments, **chosen)
+    assert (exact - exactly(*arguments)).norm() > 0.01 * exact.norm()
+    assert (found.double() - exact).norm() <= 2 * (plain.double() - exact).norm() + 1e-6 * exact.norm()
 
 
 @pytest.mark.parametrize(("kinds", "case"), CODED, ids=str)

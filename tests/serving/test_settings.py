@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig
+from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, Olmo2Config
 
 import headwise
 from headwise.errors import ArtifactMismatch, BadInput, UnsupportedModel
@@ -86,6 +86,8 @@ def test_models_that_cannot_be_served_are_refused():
     config = Gemma3TextConfig(num_hidden_layers=6, sliding_window=64)
     with pytest.raises(UnsupportedModel, match="sliding-window layers"):
         Served.of(Settings(method="keydiff", keep=0.2), config)
+    with pytest.raises(UnsupportedModel, match="'olmo2' have not been tried with vLLM"):
+        Served.of(Settings(method="keydiff", keep=0.2), Olmo2Config(num_hidden_layers=2))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

@@ -3,8 +3,8 @@
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from headwise.cache.kept import Kept, KeptLayer
 from headwise.cache.layer import FillingLayer, FrozenLayer, RaggedLayer
@@ -21,15 +21,17 @@ from headwise.cache.masks import require_whole_context
 from headwise.cache.meter import Meter
 from headwise.cache.prefill import Prefill
 from headwise.cache.sliding import SlidingLayer
+from headwise.cache.state import EmptyLayer, StateLayer
 from headwise.cache.transcript import ADVICE, Transcript
 from headwise.errors import BadInput, UnsupportedGeneration, UnsupportedModel
 from headwise.interfaces import AbstractScorer
-from headwise.kernels import Kernel, get_kernel
+from headwise.kernels import Kernel, get_kernel, require_options
 from headwise.kernels.quantised import NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method, for_model
 from headwise.models import attention
 from headwise.models.families import ModelView, given, view
+from headwise.models.layout import Layer
 from headwise.models.passes import PassAware
 
 
@@ -93,18 +95,21 @@ class RaggedCache(Cache, PassAware):
     ):
         model_view, keep = view(model), parse_keep(keep)
         method = for_model(method, model_view.shape, model_view.config_hash, name=model_view.name, replays=replays)
+        model_view.require_parts(method.scorer, method.allocator)
         if prompt_length is not None and prompt_length < 1:
             raise BadInput(f"prompt_length={prompt_length} must be at least 1 token, or None: the first forward pass.")
         _require_replay(model_view, method.scorer, replays)
         bits = parse_entries(entries)
         prefill = Prefill(view=model_view, method=method, keep=keep, prompt_length=prompt_length, bits=bits)
         places = {layer: at for at, layer in enumerate(model_view.shape.layers)}
-        chosen, meter = get_kernel(kernel, quantised=bits is not None), Meter()
+        chosen, meter = _kernel(model_view, kernel, quantised=bits is not None), Meter()
         layers = [
-            FillingLayer(index=places[i], model_index=i, kernel=chosen, meter=meter, observer=prefill)
+            FillingLayer(
+                index=places[i], model_index=i, kernel=chosen, meter=meter, observer=prefill, shared=kind.shared
+            )
             if i in places
-            else _sliding(model_view, i, meter)
-            for i in range(model_view.shape.num_layers)
+            else _left_whole(kind, i, meter)
+            for i, kind in enumerate(model_view.layers)
         ]
         provenance = {"method": method.provenance(), "keep": str(keep), "entries": entries}
         self._set_up(model_view, layers, meter, provenance)
@@ -116,14 +121,13 @@ class RaggedCache(Cache, PassAware):
     def of(cls, model: PreTrainedModel | ModelView, kept: Kept, *, kernel: str | Kernel = "auto") -> "RaggedCache":
         """A cache that continues from what was kept. Raises UnsupportedModel, BadInput for an unknown kernel."""
         cache = cls.__new__(cls)
-        quantised = any(segments.quantised for segments in kept.segments)
-        chosen = get_kernel(kernel, quantised=quantised) if isinstance(kernel, str) else kernel
-        cache._continue(view(model), kept, chosen)
+        model_view, quantised = view(model), any(segments.quantised for segments in kept.segments)
+        cache._continue(model_view, kept, _kernel(model_view, kernel, quantised=quantised))
         return cache
 
     def _continue(self, model_view: ModelView, kept: Kept, kernel: Kernel) -> None:
         meter, places = Meter(), {layer: at for at, layer in enumerate(model_view.shape.layers)}
-        layers: list[Any] = []
+        layers, kinds = list[Any](), model_view.layers
         for i, part in enumerate(kept.layers):
             if isinstance(part, KeptLayer):
                 layer = FrozenLayer(
@@ -137,7 +141,7 @@ class RaggedCache(Cache, PassAware):
                     tail=(part.tail_keys.clone(), part.tail_values.clone()),
                 )
             else:
-                layer = _sliding(model_view, i, meter)
+                layer = _left_whole(kinds[i], i, meter)
                 layer.fill(part, kept.seen)
             meter.report(i, layer.nbytes)
             layers.append(layer)
@@ -159,6 +163,7 @@ class RaggedCache(Cache, PassAware):
         attention.enable(model_view)
         super().__init__(layers=layers)
         self.ragged_layers: list[RaggedLayer] = _ragged(layers)  # those that can be compressed
+        self._first = next(i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin))
 
     @property
     def frozen_layers(self) -> list[FrozenLayer]:
@@ -219,8 +224,9 @@ class RaggedCache(Cache, PassAware):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Take new tokens' keys and values [B, H, T, D] of a layer; return what its attention needs."""
-        if layer_idx == 0:
-            self._undo_unfinished()  # where masks are made elsewhere, nobody has asked for their sizes
+        if layer_idx == self._first:
+            if any(layer.get_seq_length() != self._stood_at() for layer in self._growing):
+                self._undo_unfinished()  # where masks are made elsewhere, nobody has asked for their sizes
             self._expect(key_states.shape[-2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -276,6 +282,8 @@ class RaggedCache(Cache, PassAware):
     def _commit(self, done: _Pass) -> None:
         noted = self.transcript.followed_by(done.ids)
         self._pass = None
+        for layer in self._states:
+            layer.settle()
         if self._stood_at() > done.seen:  # a second reading brings nothing new
             self._noted = noted
 
@@ -291,7 +299,9 @@ class RaggedCache(Cache, PassAware):
         """Take back what some or all layers got from a forward pass that did not end well, or raise."""
         stood = self._stood_at()
         layers: list[Any] = self.layers
-        if all(layer.get_seq_length() == stood for layer in layers):
+        if all(layer.get_seq_length() == stood for layer in self._growing):
+            for layer in self._states:
+                layer.settle() if self._pass is None else layer.undo()
             return
         unfinished = not self.compressed or (self._pass is not None and not self._pass.compressed)
         if self.prefill is not None and unfinished:
@@ -323,6 +333,11 @@ class RaggedCache(Cache, PassAware):
             require_whole_context(mask[:, : seen - first.tail_length], counts[first.rows])
 
     @property
+    def is_dummy(self) -> list[bool]:
+        """Which layers hold nothing; masks are made for others."""
+        return [isinstance(layer, EmptyLayer) for layer in self.layers]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys and values in storage now: frozen, tail (its spare capacity included) and sliding layers."""
         return sum(layer.nbytes for layer in self.ragged_layers) + self.sliding_nbytes
@@ -334,8 +349,32 @@ class RaggedCache(Cache, PassAware):
 
     @property
     def sliding_nbytes(self) -> int:
-        """Bytes of keys and values of the sliding-window layers, which are left whole."""
-        return sum(layer.nbytes for layer in self.layers if isinstance(layer, SlidingLayer))
+        """Bytes of the layers that are left whole: keys and values of sliding windows, and states."""
+        return sum(layer.nbytes for layer in self._whole.values())
+
+    @property
+    def _whole(self) -> dict[int, Any]:
+        """The layers that are left whole."""
+        return {i: layer for i, layer in enumerate(self.layers) if not isinstance(layer, RaggedLayer)}
+
+    @property
+    def _states(self) -> list[StateLayer]:
+        return [layer for layer in self.layers if isinstance(layer, StateLayer)]
+
+    @property
+    def _growing(self) -> list[Any]:
+        """The layers that count tokens."""
+        return [layer for layer in self.layers if isinstance(layer, CacheLayerMixin)]
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What the model reads inside, layers that are left whole forget afterwards: for a second reading."""
+        whole = self._whole
+        stood = {i: layer.fork(self.meter) for i, layer in whole.items()}
+        yield
+        for i, layer in stood.items():
+            self.layers[i] = layer
+            self.meter.report(i, layer.nbytes)
 
     @property
     def index_nbytes(self) -> int:
@@ -560,11 +599,6 @@ def _require_replay(model_view: ModelView, scorer: AbstractScorer, replays: bool
     name = type(scorer).__name__
     if scorer.replay is None:
         return
-    if len(model_view.shape.layers) < model_view.shape.num_layers:
-        raise UnsupportedModel(
-            f"{name} has the model repeat the context, which sliding-window layers cannot take back: choose "
-            "another scorer for this model."
-        )
     if not replays:
         raise UnsupportedGeneration(
             f"{name} has the model read the context twice, which generate() does not: use headwise.compress() on "
@@ -572,9 +606,22 @@ def _require_replay(model_view: ModelView, scorer: AbstractScorer, replays: bool
         )
 
 
-def _sliding(model_view: ModelView, model_index: int, meter: Meter) -> SlidingLayer:
-    window = model_view.model.config.get_text_config().sliding_window
-    return SlidingLayer(sliding_window=window, model_index=model_index, meter=meter)
+def _left_whole(layer: Layer, model_index: int, meter: Meter) -> Any:
+    """A layer that is not compressed."""
+    if layer.kind == "window":
+        return SlidingLayer(sliding_window=layer.window, model_index=model_index, meter=meter)
+    if layer.kind == "state":
+        return StateLayer(number_of_states=layer.states, model_index=model_index, meter=meter)
+    return EmptyLayer()
+
+
+def _kernel(model_view: ModelView, kernel: str | Kernel, *, quantised: bool) -> Kernel:
+    """The kernel for what the model's attention needs. Raises BadInput."""
+    anatomy = model_view.anatomy
+    if isinstance(kernel, str):
+        return get_kernel(kernel, quantised=quantised, softcap=anatomy.softcap, sinks=anatomy.sinks)
+    require_options(kernel, softcap=anatomy.softcap, sinks=anatomy.sinks)
+    return kernel
 
 
 def _ragged(layers: Sequence[Any]) -> list[RaggedLayer]:

@@ -48,16 +48,14 @@ def compress(
     input_ids
         Token ids of the contexts. Shorter rows of a batch are padded on the left; padding is not stored.
     method
-        `scorer+allocator`, a short name, or a Method. "auto" is the default of this model; `cache.provenance` says
-        which it was.
+        `scorer+allocator`, a short name, or a Method. "auto" is this model's default; `cache.provenance` names it.
     keep
-        What is kept of all entries: a fraction (0.15), tokens per head ("1024tok"), or bytes ("2GiB"; "5%bytes" of what
-        all entries take in the model's dtype).
+        A fraction of all entries (0.15), tokens per head ("1024tok") or bytes ("2GiB"; "5%bytes" of what all take).
     attention_mask
         1 at tokens, 0 at padding. None: no padding.
     prefill_chunk_size
-        Read the context in pieces of so many tokens. That takes less memory for activations and keeps the same
-        entries, but every layer stays whole until the last piece. None: all at once.
+        Read the context in pieces of so many tokens: less memory for activations, the same entries, but every layer
+        stays whole until the last piece. None: all at once.
     kernel
         What decodes: "auto", or a name that `headwise doctor` lists.
     entries

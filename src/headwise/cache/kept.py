@@ -92,10 +92,21 @@ class KeptWindow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class KeptState:
+    """Of a layer with a state, or with nothing: the state, by the names that a file has."""
+
+    states: Mapping[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that a file has."""
+        return dict(self.states)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Kept:
     """What is kept of one or more contexts. Two are equal where every number of them is."""
 
-    layers: tuple[KeptLayer | KeptWindow, ...]  # every layer of the model
+    layers: tuple[KeptLayer | KeptWindow | KeptState, ...]  # every layer of the model
     seen: int  # tokens of a row: context, padding included, and what came after
     transcript: Transcript  # ids of these, as far as they are known
     context_tokens: tuple[int, ...] | None  # of every context, padding excluded, where it is known
@@ -157,13 +168,13 @@ class Kept:
             _require_context(tokens_fingerprint(input_ids, mask), metadata["tokens_fingerprint"], path)
             if ids is None and input_ids.shape[1] == metadata["seen"]:  # of a file without ids, the context
                 ids = input_ids
-        layers: list[KeptLayer | KeptWindow] = []
-        for i in range(model_view.shape.num_layers):
-            states = saved.layers[i]
+        layers: list[KeptLayer | KeptWindow | KeptState] = []
+        for i, kind in enumerate(model_view.layers):
+            states = saved.layers.get(i, {})
             own = {
                 name: _for_model(name, states.pop(name), model_view.model) for name in list(states)
             }  # one copy at a time
-            layers.append(KeptLayer.of(own) if i in model_view.shape.layers else KeptWindow.of(own))
+            layers.append(_OF_KIND.get(kind.kind, _state)(own))
         return cls(
             layers=tuple(layers),
             seen=metadata["seen"],
@@ -198,6 +209,13 @@ def tokens_fingerprint(
     return fingerprint(input_ids.long(), attention_mask.long())
 
 
+def _state(tensors: Mapping[str, Tensor]) -> KeptState:
+    return KeptState(states=tensors)
+
+
+_OF_KIND = {"whole": KeptLayer.of, "window": KeptWindow.of}
+
+
 def _equal(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
 
@@ -215,13 +233,13 @@ def _require_model(metadata: Mapping[str, Any], model_view: ModelView, path: str
 
 
 def _expected(model_view: ModelView) -> Expected:
-    config = model_view.model.config.get_text_config()
+    layers, windows = model_view.layers, model_view.anatomy.windows
     return Expected(
-        num_layers=model_view.shape.num_layers,
         layers=model_view.shape.layers,
+        windows={i: (layer.window, *windows[i]) for i, layer in enumerate(layers) if layer.kind == "window"},
+        states=frozenset(i for i, layer in enumerate(layers) if layer.kind == "state"),
         kv_heads=model_view.shape.kv_heads,
         head_dim=model_view.shape.head_dim,
-        window=getattr(config, "sliding_window", None) or 0,
         max_positions=model_view.max_positions,
         largest=min(torch.finfo(model_view.model.dtype).max, LARGEST_STATE),
     )
@@ -242,5 +260,6 @@ def _quantised(tensors: Mapping[str, Tensor], bits: Bits) -> Quantised:
 
 
 def _for_model(name: str, tensor: Tensor, model: PreTrainedModel) -> Tensor:
-    native = tensor.is_floating_point() and not name.endswith("_scales")
+    # Scales, and states that are summed up in more bits than the model has, stay what they are.
+    native = tensor.is_floating_point() and not name.endswith("_scales") and not name.startswith("recurrent_")
     return tensor.to(model.device, model.dtype if native else tensor.dtype)

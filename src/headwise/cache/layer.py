@@ -26,7 +26,7 @@ from headwise.kernels import Kernel
 from headwise.kernels import segments as layout
 from headwise.kernels.quantised import Bits
 from headwise.kernels.segments import Segments
-from headwise.models.attention import tag
+from headwise.models.interface import Call, tag
 
 TAIL_STEP = 64  # tokens; the tail then grows by half
 
@@ -62,16 +62,8 @@ class RaggedLayer(CacheLayerMixin, ABC):
         """Bytes of what describes what is held."""
 
     @abstractmethod
-    def attention(
-        self,
-        exact: Callable[[], Tensor],
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        position_ids: Tensor | None,
-    ) -> Tensor:
-        """As `headwise.models.attention.AttentionLayer` has it."""
+    def attention(self, call: Call) -> Tensor:
+        """As `headwise.models.interface.AttentionLayer` has it."""
 
     @abstractmethod
     def take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,11 +165,16 @@ class FillingLayer(RaggedLayer):
     frozen = False
     tail_length = 0
 
-    def __init__(self, *, index: int, model_index: int, kernel: Kernel, meter: Meter, observer: Observer):
+    def __init__(
+        self, *, index: int, model_index: int, kernel: Kernel, meter: Meter, observer: Observer, shared: bool = False
+    ):
         super().__init__(index=index, model_index=model_index, kernel=kernel, meter=meter)
         self.observer = observer
+        self.shared = shared  # whether other layers of the model read what it returns, which stays until they have
         self.replaying = False  # whether tokens are looked at, and not stored
         self.held: list[Tensor] = []  # keys and values, once there are any
+        self.softcap: float | None = None  # of its attention, as `Call` has them
+        self.sinks: Tensor | None = None
 
     @property
     def states(self) -> tuple[Tensor, Tensor]:
@@ -210,18 +207,15 @@ class FillingLayer(RaggedLayer):
         return self.states
 
     @torch.no_grad()
-    def attention(
-        self,
-        exact: Callable[[], Tensor],
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        position_ids: Tensor | None,
-    ) -> Tensor:
-        """The model's own attention; then this layer is told what has passed."""
-        out = exact()
-        self.observe(query, key, mask, scaling, position_ids)
+    def attention(self, call: Call) -> Tensor:
+        """The model's own attention; then this layer is told what has passed.
+
+        What another layer, which shares this cache, asks of it later is no more than that layer's own attention.
+        """
+        out = call.exact()
+        if self.unattended:
+            self.softcap, self.sinks = call.softcap, call.sinks
+            self.observe(call.query, call.key, call.mask, call.scaling, call.position_ids)
         return out
 
     def observe(
@@ -263,7 +257,8 @@ class FillingLayer(RaggedLayer):
         frozen.listeners = self.listeners
         self.meter.report(self.model_index, self.nbytes + frozen.nbytes)
         self.held = []
-        frozen._report()
+        if not self.shared:
+            frozen._report()
         return frozen
 
 
@@ -329,30 +324,29 @@ class FrozenLayer(RaggedLayer):
         self.seen += key_states.shape[-2]
         return key_states, value_states
 
-    def attention(
-        self,
-        exact: Callable[[], Tensor],
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        position_ids: Tensor | None,
-    ) -> Tensor:
+    def attention(self, call: Call) -> Tensor:
         """Ours, over what is kept and the tail."""
-        return self.attend(query, mask, scaling).transpose(1, 2).contiguous()
+        options = {"softcap": call.softcap, "sinks": call.sinks}
+        given = {name: value for name, value in options.items() if value is not None}
+        return self.attend(call.query, call.mask, call.scaling, **given).transpose(1, 2).contiguous()
 
     @torch.no_grad()
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """Attention [B, Hq, T, D] of new tokens over the kept entries and the tail."""
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float, **options: Any) -> Tensor:
+        """Attention [B, Hq, T, D] of new tokens over the kept entries and the tail; `options` as a kernel has them."""
         self.unattended = False
         batch, query_heads, num_queries, dim = query.shape
         heads = self.segments.kv_heads
         with no_autocast(query):
             grouped = query.to(self.dtype).reshape(batch, heads, query_heads // heads, num_queries, dim)
             visible = self._tail_mask(mask, num_queries)
+            if options and self.listeners:
+                raise UnsupportedModel(
+                    "this model has soft-capped attention or attention sinks, which profiles, the oracle and other "
+                    "listeners do not know."
+                )
             for listener in self.listeners:
                 listener.attends(self.index, grouped, *self.tail, visible, scaling)
-            out = self.kernel(grouped, self.segments, self.rows, *self.tail, visible, scaling)
+            out = self.kernel(grouped, self.segments, self.rows, *self.tail, visible, scaling, **options)
         return out.reshape(batch, query_heads, num_queries, dim).to(query.dtype)
 
     def picked(self, pick: Callable[[Tensor], Tensor]) -> States:

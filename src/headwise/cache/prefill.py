@@ -270,6 +270,8 @@ class Prefill:
             offset=key.shape[2] - query.shape[2],
             scaling=scaling,
             rotary=self.view.rotary(layer.index),
+            softcap=layer.softcap,
+            sinks=layer.sinks,
             repeats=self.repeats,
         )
 
@@ -311,6 +313,8 @@ class Prefill:
             rotary=self.view.rotary(layer.index),
             statistics=trace.statistics,
             totals=self.plan.demand.totals,
+            softcap=layer.softcap,
+            sinks=layer.sinks,
         )
 
     def _cut(self, layers: Sequence[FillingLayer]) -> None:

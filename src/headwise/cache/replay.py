@@ -32,7 +32,8 @@ def repeat(
             prefill.start_replay(start, stop)
             repeated = torch.cat([prefix, ids[:, start:stop]], dim=-1)
             visible = torch.cat([mask, prefix_mask, mask[:, start:stop]], dim=-1)
-            forward(model_view.model, repeated, visible, cache)
+            with cache.aside():
+                forward(model_view.model, repeated, visible, cache)
             progress(length + stop, 2 * length)
         prefill.finish_replay()
 

@@ -45,17 +45,18 @@ _NAME = re.compile(r"(0|[1-9]\d{0,3})\.(k[48]v[48]_)?[a-z_]+")
 _FROZEN = ("keys", "values", "positions", "lengths", "rows")
 _TAIL = ("tail_keys", "tail_values")
 _STATES = ("batch", "kv_heads")
+_STATE = re.compile(r"(conv|recurrent)_[a-z]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Expected:
     """What is known of the model that the cache is for."""
 
-    num_layers: int
     layers: tuple[int, ...]  # those that are compressed
+    windows: Mapping[int, tuple[int, int, int]]  # tokens, KV heads and their size of layers with a sliding window
+    states: frozenset[int]  # layers with a state
     kv_heads: int
     head_dim: int
-    window: int  # of the other layers, in tokens
     max_positions: int
     largest: float  # number of its dtype
 
@@ -81,7 +82,7 @@ def read(file: Opened, expected: Expected | None = None) -> Saved:
     frozen = present if expected is None else set(expected.layers)
     if expected is None:
         frozen = {layer for layer in present if f"{layer}.positions" in file.headers}
-    every = present if expected is None else set(range(expected.num_layers))
+    every = present if expected is None else {*expected.layers, *expected.windows, *expected.states}
     schema = _schema(file, every, frozen, metadata["seen"], expected)
     tensors = file.read(schema)
     layers = {
@@ -131,8 +132,14 @@ def _schema(file: Opened, every: set[int], frozen: set[int], seen: int, expected
     table: dict[str, Numbers] = {}
     sizes: dict[str, int] = {}
     if expected is not None:
-        sizes = {"kv_heads": expected.kv_heads, "head_dim": expected.head_dim, "window": min(seen, expected.window - 1)}
+        sizes = {"kv_heads": expected.kv_heads, "head_dim": expected.head_dim}
+        for layer, (tokens, heads, dim) in expected.windows.items():
+            found = (min(seen, tokens - 1), heads, dim)
+            sizes |= dict(zip(_window_axes(layer), found, strict=True))
     for layer in sorted(every):
+        if _is_state(file, layer, expected):
+            table |= {name: _state(file, name, high) for name in file.headers if name.startswith(f"{layer}.")}
+            continue
         for name in ("keys", "values") if layer not in frozen else _FROZEN + _TAIL * has_tail:
             if f"{layer}.{name}" not in file.headers:
                 raise BadInput(f"{file.path} is damaged: layer {layer} has no {name!r}. {COMPRESS}")
@@ -159,8 +166,27 @@ def _numbers(name: str, layer: int, frozen: bool, high: float, seen: int) -> Num
             return Numbers(shape=(rows,), dtypes=("I32",), low=0.0, high=float(strict_json.MOST))
         case "tail_keys" | "tail_values":
             return Numbers(shape=(*_STATES, "tail", "head_dim"), low=-high, high=high)
-    shape = (rows, "head_dim") if frozen else (*_STATES, "window", "head_dim")
+    tokens, heads, dim = _window_axes(layer)
+    shape = (rows, "head_dim") if frozen else ("batch", heads, tokens, dim)
     return Numbers(shape=shape, low=-high, high=high)
+
+
+def _window_axes(layer: int) -> tuple[str, str, str]:
+    return f"window of layer {layer}", f"heads of layer {layer}", f"head size of layer {layer}"
+
+
+def _is_state(file: Opened, layer: int, expected: Expected | None) -> bool:
+    if expected is not None:
+        return layer in expected.states
+    return not any(f"{layer}.{name}" in file.headers for name in (*_FROZEN, *_TAIL))
+
+
+def _state(file: Opened, name: str, high: float) -> Numbers:
+    """What a tensor of a state must be: one row for every row of the batch. Raises BadInput for another name."""
+    kind, axes = name.partition(".")[2], file.headers[name].shape
+    if not _STATE.fullmatch(kind) or not axes:
+        raise BadInput(f"{file.path} is damaged: {name!r} is no tensor of a state. {COMPRESS}")
+    return Numbers(shape=("batch", *(f"{name} {i}" for i in range(1, len(axes)))), low=-high, high=high)
 
 
 def _codes(name: str, layer: int, bits: Bits, expected: Expected | None, seen: int) -> Numbers:

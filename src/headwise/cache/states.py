@@ -16,6 +16,15 @@ def own(states: Tensor) -> Tensor:
     return states if states.untyped_storage().nbytes() == states.nbytes else states.clone()
 
 
+def held_by(layer: Any) -> list[Tensor]:
+    """Keys and values, or states, of a layer of transformers' cache."""
+    held: list[Tensor] = []
+    for name in ("keys", "values", "conv_states", "recurrent_states"):
+        found = getattr(layer, name, None)
+        held += [t for t in (found.values() if isinstance(found, dict) else (found,)) if t is not None]
+    return held
+
+
 def require_negative(tokens_to_remove: int) -> None:
     if tokens_to_remove > 0:
         raise UnsupportedGeneration(

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,14 +11,23 @@ from headwise.commands.options import AsJson
 from headwise.errors import BadInput
 from headwise.files.terminal import say
 
+if TYPE_CHECKING:
+    from headwise.models.table import Row, Table
+
 OfModel = Annotated[
     str | None, typer.Option("--model", "-m", help="Hub id, folder, or 'reference': what is ready for this model.")
 ]
 Files = Annotated[Path | None, typer.Option(help="With --model: a folder with budgets and gates of your own.")]
 
 
-def methods(model: OfModel = None, files: Files = None, as_json: AsJson = False) -> None:
+OfFamilies = Annotated[bool, typer.Option("--families", help="Which types of models work, with which methods.")]
+
+
+def methods(model: OfModel = None, files: Files = None, families: OfFamilies = False, as_json: AsJson = False) -> None:
     """List every scorer, allocator and short name, with its paper; with --model what is ready for it, and what not."""
+    if families:
+        _print_families(as_json)
+        return
     if files is not None and model is None:
         raise BadInput(f"--files {files}: name the model that the files are for, with --model.")
     if model is not None:
@@ -51,6 +60,42 @@ def _registered() -> list[dict[str, Any]]:
         served = SCORERS[scorer].served and ALLOCATORS[allocator].served
         rows.append({"kind": "alias", "name": name, "summary": pair, "paper": paper_of(name), "served": served})
     return rows
+
+
+def _print_families(as_json: bool) -> None:
+    """Print the table of model types that comes with headwise."""
+    from headwise.models.table import table
+
+    known = table()
+    if as_json:
+        print_json(asdict(known))
+        return
+    supported = [row for row in known.families if row.supported]
+    every = [row for row in supported if len(row.methods) == len(known.methods)]
+    print_table(
+        f"Model types of transformers {known.transformers}",
+        ["type", "layers", "methods", "why not"],
+        [[row.type, row.layers, _methods_told(row, known), _reasons(row)] for row in known.families],
+    )
+    say(
+        f"{len(supported)} of {len(known.families)} types are supported, {len(every)} with every method that was tried "
+        f"({', '.join(known.methods)}), by transformers {known.transformers}. A tiny random model of each was tried."
+    )
+
+
+def _methods_told(row: "Row", known: "Table") -> str:
+    """The methods of a row in few words."""
+    if not row.supported:
+        return "no"
+    missing = [name for name in known.methods if name not in row.methods]
+    return f"all but {', '.join(missing)}" if missing else "every"
+
+
+def _reasons(row: "Row") -> str:
+    """Why a row, or some of its methods, are refused."""
+    return row.refused or "; ".join(
+        dict.fromkeys(why.partition(" cannot be used: ")[2] or why for why in row.without.values())
+    )
 
 
 def _print_ready(model: str, files: Path | None, as_json: bool) -> None:

@@ -13,7 +13,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from headwise.cache.compress import Progress, compress
 from headwise.cache.prefill import make_plan
-from headwise.errors import BadInput, BudgetInfeasible, UnsupportedModel
+from headwise.cache.states import held_by
+from headwise.errors import BadInput, BudgetInfeasible
 from headwise.evals.oracle import as_method
 from headwise.kernels.quantised import NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
@@ -59,23 +60,26 @@ class FullMemory:
     """
 
     def __init__(self, model: PreTrainedModel, context: Int[Tensor, "1 tokens"], chunk_size: int | None = None):
-        self.cache = DynamicCache(config=model.config)
+        self.cache, self.device = DynamicCache(config=model.config), context.device
         with torch.no_grad():
             for piece in context.split(chunk_size or context.shape[1], dim=-1):
                 model(piece, **given(model, self.cache), use_cache=True, logits_to_keep=1)
         layers: Any = self.cache.layers
         for layer in layers:
-            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # not views of larger tensors
-        sizes = [sum(x.untyped_storage().nbytes() for x in (layer.keys, layer.values)) for layer in layers]
+            if getattr(layer, "keys", None) is not None:
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # not views of larger tensors
+        sizes = [sum(x.untyped_storage().nbytes() for x in held_by(layer)) for layer in layers]
         self.nbytes = self.peak_nbytes = sum(sizes)
         self.sliding_nbytes = self.nbytes - sum(sizes[i] for i in view(model).shape.layers)
 
     def fork(self, copies: int = 1) -> Cache:
-        """Return a copy. Layers replace their tensors when they grow, so copies may share them until then."""
+        """Return a copy. Layers replace keys and values when they grow, so copies may share them; not so states."""
         cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.layers = [
+            copy.copy(layer) if hasattr(layer, "keys") else copy.deepcopy(layer) for layer in self.cache.layers
+        ]
         if copies > 1:
-            cache.batch_repeat_interleave(copies)
+            cache.reorder_cache(torch.zeros(copies, dtype=torch.int64, device=self.device))
         return cache
 
 
@@ -102,16 +106,11 @@ def require_possible(
     """
     known_methods(methods, oracle=oracle)
     model_view, length = view(model), tokens.context.shape[1]
-    slides = len(model_view.shape.layers) < model_view.shape.num_layers
     for name in methods:
         if name == FULL:
             continue
         method = as_method(name).for_model(model_view.shape, model_view.config_hash)
-        if method.scorer.replay is not None and slides:
-            raise UnsupportedModel(
-                f"{name} has the model repeat the context, which sliding-window layers cannot take back: choose "
-                "another method for this model."
-            )
+        model_view.require_parts(method.scorer, method.allocator)
         for keep, stored in product(keeps, entries):
             try:
                 make_plan(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import Parameter, signature
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -33,6 +34,33 @@ class Entry:
     device: Literal["cpu", "cuda"] | None = None  # the only kind of device that it runs on; None: any
     needs: Callable[[], str] = str  # says what it found of its needs (str: none); raises KernelUnavailable, BadInput
     quantised: bool = False  # whether it reads `Segments.quantised`
+    softcap: bool = False  # whether it takes `softcap`, see `Kernel`
+    sinks: bool = False  # whether it takes `sinks`
+
+    def serves(self, needs: "Needs") -> bool:
+        """Whether it can do what is needed of it."""
+        return all(getattr(self, need) for need in needs.named)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What a kernel must do beside attention over native entries."""
+
+    quantised: bool = False
+    softcap: bool = False
+    sinks: bool = False
+
+    @property
+    def named(self) -> list[str]:
+        """What is needed, by its field in `Entry`."""
+        return [name for name in _TOLD if getattr(self, name)]
+
+
+_TOLD = {
+    "quantised": "does not read quantised entries",
+    "softcap": "does no soft-capped attention, which this model has",
+    "sinks": "knows no attention sinks, which this model has",
+}
 
 
 def _library() -> str:
@@ -51,34 +79,56 @@ def _triton() -> str:
 # Wherever a kernel runs, it is faster than those above it: "auto" takes the last one that can be used.
 KERNELS: Mapping[str, Entry] = MappingProxyType(
     {
-        "reference": Entry(module="reference", summary="PyTorch, one head at a time: for tests", quantised=True),
-        "pages": Entry(module="pages", summary="PyTorch", quantised=True),
-        "native": Entry(module="native", summary="C++", device="cpu", needs=_library, quantised=True),
-        "triton": Entry(module="triton_decode", summary="Triton", device="cuda", needs=_triton, quantised=True),
+        "reference": Entry(module="reference", summary="PyTorch, for tests", quantised=True, softcap=True, sinks=True),
+        "pages": Entry(module="pages", summary="PyTorch", quantised=True, softcap=True, sinks=True),
+        "native": Entry(
+            module="native", summary="C++", device="cpu", needs=_library, quantised=True, softcap=True, sinks=True
+        ),
+        "triton": Entry(
+            module="triton_decode",
+            summary="Triton",
+            device="cuda",
+            needs=_triton,
+            quantised=True,
+            softcap=True,
+            sinks=True,
+        ),
     }
 )
 
 
-def get_kernel(name: str, *, quantised: bool = False) -> Kernel:
+def get_kernel(name: str, *, quantised: bool = False, softcap: bool = False, sinks: bool = False) -> Kernel:
     """The kernel called `name`; "auto" is what `fastest` names. Raises BadInput, KernelUnavailable.
 
-    `quantised`: it must read quantised entries.
+    `quantised`: it must read quantised entries; `softcap`, `sinks`: it must do such attention.
     """
+    needs = Needs(quantised=quantised, softcap=softcap, sinks=sinks)
     if name == "auto":
         return attend_auto
     if name not in KERNELS:
         raise BadInput(f"kernel={name!r} does not exist; choose auto, {', '.join(KERNELS)}.")
     entry = KERNELS[name]
-    if quantised and not entry.quantised:
-        able = ", ".join(name for name, other in KERNELS.items() if other.quantised)
-        raise BadInput(f"kernel={name!r} does not read quantised entries; choose auto, {able}.")
+    if not entry.serves(needs):
+        why = next(_TOLD[need] for need in needs.named if not getattr(entry, need))
+        able = ", ".join(name for name, other in KERNELS.items() if other.serves(needs))
+        raise BadInput(f"kernel={name!r} {why}; choose auto, {able}.")
     entry.needs()
     return import_module(f"headwise.kernels.{entry.module}").attend
 
 
-def attend_auto(query: Tensor, segments: Segments, *arguments: Any) -> Tensor:
+def require_options(kernel: Kernel, *, softcap: bool, sinks: bool) -> None:
+    """Raise BadInput if a kernel, given as a function, takes no such argument."""
+    taken = signature(kernel).parameters
+    for name, needed in {"softcap": softcap, "sinks": sinks}.items():
+        every = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in taken.values())
+        if needed and not every and name not in taken:
+            raise BadInput(f"this kernel takes no argument {name!r}: it {_TOLD[name]}. Use kernel='auto'.")
+
+
+def attend_auto(query: Tensor, segments: Segments, *arguments: Any, **options: Any) -> Tensor:
     """The fastest kernel for where the query is; see `Kernel` for the arguments."""
-    return _by_device(query.device.type, bool(segments.quantised))(query, segments, *arguments)
+    needs = Needs(quantised=bool(segments.quantised), softcap="softcap" in options, sinks="sinks" in options)
+    return _by_device(query.device.type, needs)(query, segments, *arguments, **options)
 
 
 def paged_attention(device: torch.device) -> PagedKernel:
@@ -135,8 +185,8 @@ def why_not(name: str) -> str | None:
 
 
 @cache
-def _by_device(kind: str, quantised: bool) -> Kernel:
-    name = [name for name in usable(kind) if KERNELS[name].quantised or not quantised][-1]
+def _by_device(kind: str, needs: Needs) -> Kernel:
+    name = [name for name in usable(kind) if KERNELS[name].serves(needs)][-1]
     if kind == "cpu" and name == "pages":
         warnings.warn(f"decoding uses PyTorch's attention, which is slower: {why_not('native')}", stacklevel=2)
     return get_kernel(name)

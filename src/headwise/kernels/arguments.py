@@ -1,6 +1,6 @@
 """What a kernel is, and whether its arguments fit each other: kernels compute addresses from their sizes."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -23,6 +23,7 @@ class Kernel(Protocol):
         mask: Bool[Tensor, "batch new tail"] | None,
         scaling: float,
         /,
+        **options: Any,
     ) -> Float[Tensor, "batch kv_heads group new head_dim"]:
         """The attention's output, in the dtype of the query.
 
@@ -32,6 +33,9 @@ class Kernel(Protocol):
         `tail_keys`, `tail_values`: views of longer tensors, oldest token first. The last two axes are contiguous.
         `mask`: True where a new token sees a token of the tail. None: it sees all of them.
         `scaling`: what logits are multiplied by before the softmax.
+        `options`: of models that have them only, and only for kernels that say so in their line of KERNELS. `softcap`:
+        logits are then `softcap * tanh(logits / softcap)`. `sinks` [query_heads]: one more logit for every query head,
+        from which no value comes.
 
         One softmax goes over both parts; a kernel may merge them by their log-sum-exp (`partial.merge`). Its error from
         float64 is at most twice that of PyTorch's attention in the same precision. It changes none of its arguments.

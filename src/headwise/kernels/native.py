@@ -56,6 +56,9 @@ def attend(
     tail_values: Tensor,
     mask: Tensor | None,
     scaling: float,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention over frozen segments and tail; see `Kernel`.
 
@@ -63,11 +66,25 @@ def attend(
     Raises KernelUnavailable where it cannot be compiled.
     """
     if not serves(query, segments):
-        return pages.attend(query, segments, rows, tail_keys, tail_values, mask, scaling)
+        options = {"softcap": softcap, "sinks": sinks}
+        given = {name: value for name, value in options.items() if value is not None}
+        return pages.attend(query, segments, rows, tail_keys, tail_values, mask, scaling, **given)
+    sinks = None if sinks is None else sinks.detach().float().contiguous()
     spans = segments.spans
     stored = [t for x in segments.quantised for t in (x.keys, x.key_scales, x.values, x.value_scales, x.spans)]
     return torch.ops.headwise.attend_ragged.default(
-        query, segments.keys, segments.values, spans, rows, tail_keys, tail_values, mask, scaling, stored
+        query,
+        segments.keys,
+        segments.values,
+        spans,
+        rows,
+        tail_keys,
+        tail_values,
+        mask,
+        scaling,
+        stored,
+        softcap,
+        sinks,
     )
 
 
@@ -104,7 +121,7 @@ def load() -> Native:
 
 def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
     """With the types of its functions. Raises AttributeError if it lacks one of them."""
-    library.headwise_attend.argtypes = (ctypes.c_char_p, ctypes.c_double, ctypes.c_int)
+    library.headwise_attend.argtypes = (ctypes.c_char_p, ctypes.c_double, ctypes.c_double, ctypes.c_int)
     library.headwise_features.restype = ctypes.c_char_p
     library.headwise_lanes.restype = ctypes.c_int
     library.headwise_has_float16.restype = ctypes.c_int
@@ -120,12 +137,13 @@ def read(states: Tensor) -> None:
     load().reader(states.data_ptr(), states.nbytes // 8, torch.get_num_threads())
 
 
-_CALL = struct.Struct("32q")
+_CALL = struct.Struct("33q")
 _STORED = struct.Struct("13q")
 _library = torch.library.Library("headwise", "DEF")
 _library.define(
     "attend_ragged(Tensor query, Tensor keys, Tensor values, Tensor spans, Tensor rows, Tensor tail_keys, "
-    "Tensor tail_values, Tensor? mask, float scaling, Tensor[]? stored=None) -> Tensor"
+    "Tensor tail_values, Tensor? mask, float scaling, Tensor[]? stored=None, float? softcap=None, "
+    "Tensor? sinks=None) -> Tensor"
 )
 
 
@@ -140,17 +158,20 @@ def _attend_ragged(
     mask: Tensor | None,
     scaling: float,
     stored: Sequence[Tensor] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The op. `spans` [2, segments]: first row and number of rows of every segment; all other shapes as elsewhere.
 
     `stored`: keys, key scales, values, value scales and spans [3, segments] of quantised entries, five tensors for
-    every kind. Anybody can call it: raises ShapeMismatch for whatever would be read out of bounds.
+    every kind. Anybody can call it: raises ShapeMismatch for whatever would be read out of bounds. `sinks` are float32.
     """
     _require_fit(query, keys, values, spans, rows, tail_keys, tail_values, mask)
     stored = stored or ()
     kinds = [_kind(stored[i : i + 5], keys.shape[1], spans.shape[1]) for i in range(0, len(stored), 5)]
     codes = ctypes.create_string_buffer(b"".join(kinds))
     batch, heads, group, num_new, dim = query.shape
+    _require_sinks(sinks, heads * group)
     num_keys, segments, tail = keys.shape[0], spans.shape[1], tail_keys.shape[2]
     query, query_strides = _dense(query, 1)
     (tail_keys, key_strides), (tail_values, value_strides) = _dense(tail_keys, 2), _dense(tail_values, 2)
@@ -161,12 +182,22 @@ def _attend_ragged(
         batch, heads, group, num_new, dim, segments // heads, tail, num_keys,
         *query_strides[:4], *key_strides[:2], *value_strides[:2],
         *((0, 0, 0) if mask is None else mask.stride()),
-        torch.get_num_threads(), ctypes.addressof(codes), len(kinds),
+        torch.get_num_threads(), ctypes.addressof(codes), len(kinds), 0 if sinks is None else sinks.data_ptr(),
     )  # fmt: skip
-    error = load().function(call, scaling, DTYPES[query.dtype])
+    error = load().function(call, scaling, softcap or 0.0, DTYPES[query.dtype])
     if error:
         _refuse(error, query.dtype, num_keys)
     return out
+
+
+def _require_sinks(sinks: Tensor | None, query_heads: int) -> None:
+    """Raise ShapeMismatch unless there is a float for every query head."""
+    if sinks is not None and not (
+        sinks.shape == (query_heads,) and sinks.dtype == torch.float32 and sinks.is_contiguous() and sinks.is_cpu
+    ):
+        raise ShapeMismatch(
+            f"sinks are {query_heads} contiguous float32 on the CPU; found {tuple(sinks.shape)} {sinks.dtype}."
+        )
 
 
 def _kind(stored: Sequence[Tensor], dim: int, segments: int) -> bytes:

@@ -7,8 +7,9 @@ blocks at a time: with few queries every block is a part, with many the blocks o
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,21 +31,28 @@ def attend(
     tail_values: Tensor,
     mask: Tensor | None,
     scaling: float,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention over frozen segments and tail; see `Kernel`."""
     require_fit(query, segments, rows, tail_keys, tail_values, mask)
     if query.shape[3] > MAX_QUERIES:
-        return _attend_in_blocks(query, segments, rows, tail_keys, tail_values, mask, scaling)
+        own = partial(attend, softcap=softcap, sinks=sinks)
+        return _attend_in_blocks(own, query, segments, rows, tail_keys, tail_values, mask, scaling)
     queries = query.flatten(2, 3)  # [B, H, G * T, D]
     folding = Folding.of(rows, segments.batch)
     folded = folding.fold(queries)  # [S, slots * G * T, D]
     few = folded.shape[1] <= MAX_PAGED_QUERIES
-    parts = (_attend_pages if few else _attend_slices)(folded, segments, scaling)
+    parts = (_attend_pages if few else _attend_slices)(folded, segments, scaling, softcap)
     for quantised in segments.quantised:
-        parts += (_attend_blocks if few else _attend_runs)(folded, quantised, scaling)
-    out, lse = attend_part(queries, tail_keys, tail_values, _tail_bias(mask, query), scaling)
+        parts += (_attend_blocks if few else _attend_runs)(folded, quantised, scaling, softcap)
+    out, lse = attend_part(queries, tail_keys, tail_values, _tail_bias(mask, query), scaling, softcap)
     everyone = torch.arange(len(folded), device=query.device, dtype=torch.int64)
     parts.append((folding.fold(out), folding.fold(lse), everyone))
+    if sinks is not None:  # one more key, whose value is nothing
+        by_query = sinks.to(lse.dtype).view(1, query.shape[1], -1, 1).expand(len(query), -1, -1, query.shape[3])
+        parts.append((torch.zeros_like(parts[-1][0]), folding.fold(by_query.flatten(2)), everyone))
     merged = folding.unfold(merge(parts, len(folded)), queries.shape[1])
     return merged.to(query.dtype).view_as(query)
 
@@ -88,6 +96,7 @@ class Folding:
 
 
 def _attend_in_blocks(
+    own: Callable[..., Tensor],
     query: Tensor,
     segments: Segments,
     rows: Tensor,
@@ -101,7 +110,7 @@ def _attend_in_blocks(
     masks = [None if mask is None else mask[:, block] for block in blocks]
     return torch.cat(
         [
-            attend(query[:, :, :, block], segments, rows, tail_keys, tail_values, part, scaling)
+            own(query[:, :, :, block], segments, rows, tail_keys, tail_values, part, scaling)
             for block, part in zip(blocks, masks, strict=True)
         ],
         dim=3,
@@ -115,41 +124,41 @@ def _tail_bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
     return bias_of(mask, query.dtype)[:, None].repeat(1, 1, query.shape[2], 1)
 
 
-def _attend_slices(query: Tensor, segments: Segments, scaling: float) -> list[OwnedPart]:
+def _attend_slices(query: Tensor, segments: Segments, scaling: float, softcap: float | None) -> list[OwnedPart]:
     parts = []
     for segment, length in enumerate(segments.lengths):
         if length > 0:
             part = segments.slice(segment)
             keys, values = segments.keys[None, None, part], segments.values[None, None, part]
-            out, lse = attend_part(query[None, segment, None], keys, values, None, scaling)
+            out, lse = attend_part(query[None, segment, None], keys, values, None, scaling, softcap)
             parts.append((out[0], lse[0], torch.tensor([segment], device=query.device, dtype=torch.int64)))
     return parts
 
 
-def _attend_pages(query: Tensor, segments: Segments, scaling: float) -> list[OwnedPart]:
+def _attend_pages(query: Tensor, segments: Segments, scaling: float, softcap: float | None) -> list[OwnedPart]:
     table = segments.pages
     whole = len(table.owner) * table.size
     parts = []
     if whole:
         keys = segments.keys[:whole].view(-1, 1, table.size, query.shape[-1])
         values = segments.values[:whole].view_as(keys)
-        parts.append(_owned(query, keys, values, table.bias, table.owner, scaling))
+        parts.append(_owned(query, keys, values, table.bias, table.owner, scaling, softcap))
     if len(table.extra_owner):
         keys, values = segments.keys[table.extra_index][:, None], segments.values[table.extra_index][:, None]
-        parts.append(_owned(query, keys, values, table.extra_bias, table.extra_owner, scaling))
+        parts.append(_owned(query, keys, values, table.extra_bias, table.extra_owner, scaling, softcap))
     return parts
 
 
-def _attend_blocks(query: Tensor, quantised: Quantised, scaling: float) -> Iterator[OwnedPart]:
+def _attend_blocks(query: Tensor, quantised: Quantised, scaling: float, softcap: float | None) -> Iterator[OwnedPart]:
     precise, table = torch.promote_types(query.dtype, torch.float32), quantised.blocks
     row = torch.arange(quantised.block, device=query.device, dtype=torch.int64)
     for some in quantised.pieces(0, len(table.segment)):
         keys, values = (states[:, None].to(precise) for states in quantised.numbers(some))
         bias = bias_of(row < table.count[some, None], precise)
-        yield _owned(query.to(precise), keys, values, bias, table.segment[some], scaling)
+        yield _owned(query.to(precise), keys, values, bias, table.segment[some], scaling, softcap)
 
 
-def _attend_runs(query: Tensor, quantised: Quantised, scaling: float) -> Iterator[OwnedPart]:
+def _attend_runs(query: Tensor, quantised: Quantised, scaling: float, softcap: float | None) -> Iterator[OwnedPart]:
     precise = torch.promote_types(query.dtype, torch.float32)
     for segment, length in enumerate(quantised.lengths):
         done = 0
@@ -157,10 +166,18 @@ def _attend_runs(query: Tensor, quantised: Quantised, scaling: float) -> Iterato
             keys, values = (states.flatten(0, 1)[: length - done].to(precise) for states in quantised.numbers(some))
             done += len(keys)
             own = query[None, segment, None].to(precise)
-            out, lse = attend_part(own, keys[None, None], values[None, None], None, scaling)
+            out, lse = attend_part(own, keys[None, None], values[None, None], None, scaling, softcap)
             yield out[0], lse[0], torch.tensor([segment], device=query.device, dtype=torch.int64)
 
 
-def _owned(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, owner: Tensor, scaling: float) -> OwnedPart:
-    out, lse = attend_part(query[owner, None], keys, values, bias[:, None, None], scaling)
+def _owned(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    owner: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> OwnedPart:
+    out, lse = attend_part(query[owner, None], keys, values, bias[:, None, None], scaling, softcap)
     return out[:, 0], lse[:, 0], owner

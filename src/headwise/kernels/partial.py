@@ -19,25 +19,33 @@ def attend_part(
     values: Float[Tensor, "parts heads keys head_dim"],
     bias: Float[Tensor, "parts #heads #queries keys"] | None,  # noqa: F821
     scaling: float,
+    softcap: float | None = None,
 ) -> Part:
     """Output and log-sum-exp (at least float32) of independent attentions. `bias` is added to the logits."""
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" and softcap is None:
         if bias is not None:
             bias = bias.expand(-1, -1, query.shape[2], -1)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, attn_mask=bias, scale=scaling
         )
-    return attend_unfused(query, keys, values, bias, scaling)
+    return attend_unfused(query, keys, values, bias, scaling, softcap)
 
 
-def attend_unfused(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float) -> Part:
+def attend_unfused(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float, softcap: float | None = None
+) -> Part:
     """The same by two matrix products, with float32 logits: for devices without a fused kernel that returns the sum."""
     precise = torch.promote_types(query.dtype, torch.float32)
-    logits = query.to(precise) @ keys.to(precise).transpose(-1, -2) * scaling
+    logits = capped(query.to(precise) @ keys.to(precise).transpose(-1, -2) * scaling, softcap)
     if bias is not None:
         logits = logits + bias
     lse = logits.logsumexp(-1)
     return (logits - lse[..., None]).exp() @ values.to(precise), lse
+
+
+def capped(logits: Float[Tensor, "*axes"], softcap: float | None) -> Float[Tensor, "*axes"]:
+    """Logits between minus and plus `softcap`, where there is one."""
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
 
 
 def merge(parts: Sequence[OwnedPart], num_owners: int) -> Float[Tensor, "owners queries head_dim"]:

@@ -240,12 +240,30 @@ struct Mask {
   int64_t new_tokens;
 };
 
+// What products of queries and keys are multiplied by, and what their size is then kept below; 0: nothing.
+struct Scale {
+  float factor, cap;
+};
+
+// cap * tanh(x / cap). Small numbers go through the series of tanh: 1 - exp would lose their digits.
+inline Floats capped(Floats x, float cap) {
+  const Floats y = x / cap, size = y < 0 ? -y : y, square = y * y;
+  const Floats e = exp_of(size * -2.0f), large = (1.0f - e) / (1.0f + e);
+  Floats small = square * 2.1869488e-2f - 5.3968254e-2f;
+  small = ((small * square + 1.3333333e-1f) * square - 3.3333333e-1f) * square * size + size;
+  const Floats found = size < 0.25f ? small : large;
+  return (y < 0 ? -found : found) * cap;
+}
+
 // Logits of one tile become weights of the running softmax; `first` is the number of the first of QUERIES queries among
 // those of their row and head. What was summed up so far shrinks where a logit is larger than all before it.
 template <int QUERIES>
-inline void soften(float* weights, int tokens, int dim, float scaling, const Mask& mask, int64_t first, int64_t token,
+inline void soften(float* weights, int tokens, int dim, const Scale& scale, const Mask& mask, int64_t first, int64_t token,
                    Part part) {
   const int count = tokens * QUERIES, padded = (count + LANES - 1) / LANES * LANES;
+  const float scaling = scale.cap > 0 ? 1.0f : scale.factor;
+  if (scale.cap > 0)
+    for (int i = 0; i < padded; i += LANES) store(weights + i, capped(load(weights + i) * scale.factor, scale.cap));
   for (int i = count; i < padded; i++) weights[i] = -std::numeric_limits<float>::infinity();
   if (mask.seen)
     for (int g = 0; g < QUERIES; g++) {
@@ -288,29 +306,29 @@ inline void soften(float* weights, int tokens, int dim, float scaling, const Mas
 
 // One tile of tokens, seen by QUERIES queries.
 template <class How, int QUERIES, class T>
-void see_tile(const typename How::Query* queries, const T* keys, const T* values, int tokens, int dim, float scaling,
+void see_tile(const typename How::Query* queries, const T* keys, const T* values, int tokens, int dim, const Scale& scale,
               const Mask& mask, int64_t first, int64_t token, Part part) {
   alignas(64) float weights[(TILE<T> + LANES) * QUERIES];
   multiply_keys<How, QUERIES>(queries, keys, values, tokens, dim, weights);
-  soften<QUERIES>(weights, tokens, dim, scaling, mask, first, token, part);
+  soften<QUERIES>(weights, tokens, dim, scale, mask, first, token, part);
   add_values<QUERIES, (LANES == 16 ? 16 : 8) / QUERIES>(weights, values, keys + int64_t(tokens) * dim, tokens, dim, 0,
                                                      part.out);
 }
 
 template <class How, class T>
 void see(const typename How::Query* queries, int64_t num_queries, const T* keys, const T* values, int64_t tokens,
-         int dim, float scaling, const Mask& mask, Part part) {
+         int dim, const Scale& scale, const Mask& mask, Part part) {
   part.clear(num_queries, dim);
   for (int64_t t = 0; t < tokens; t += TILE<T>) {
     const int count = int(std::min<int64_t>(TILE<T>, tokens - t));
     const T *k = keys + t * dim, *v = values + t * dim;
     int64_t q = 0;
     for (; q + 4 <= num_queries; q += 4)
-      see_tile<How, 4>(queries + q * dim, k, v, count, dim, scaling, mask, q, t, part.from(q, dim));
+      see_tile<How, 4>(queries + q * dim, k, v, count, dim, scale, mask, q, t, part.from(q, dim));
     for (; q + 2 <= num_queries; q += 2)
-      see_tile<How, 2>(queries + q * dim, k, v, count, dim, scaling, mask, q, t, part.from(q, dim));
+      see_tile<How, 2>(queries + q * dim, k, v, count, dim, scale, mask, q, t, part.from(q, dim));
     if (q < num_queries)
-      see_tile<How, 1>(queries + q * dim, k, v, count, dim, scaling, mask, q, t, part.from(q, dim));
+      see_tile<How, 1>(queries + q * dim, k, v, count, dim, scale, mask, q, t, part.from(q, dim));
   }
 }
 
@@ -573,7 +591,7 @@ inline void add_coded_values(const float* weights, const Codes& codes, int token
 }
 
 template <int QUERIES, class Query>
-void see_block(const Query* queries, const Codes& codes, int tokens, int dim, float scaling, Part part) {
+void see_block(const Query* queries, const Codes& codes, int tokens, int dim, const Scale& scale, Part part) {
   alignas(64) float weights[(BLOCK + LANES) * QUERIES];
   prefetch(codes.value_scales, tokens * 2 * codes.groups);
   prefetch(codes.key_scales + 2 * dim, 2 * dim);  // of the next block
@@ -581,7 +599,7 @@ void see_block(const Query* queries, const Codes& codes, int tokens, int dim, fl
     multiply_block<QUERIES, 4>(queries, codes, tokens, dim, weights);
   else
     multiply_block<QUERIES, 8>(queries, codes, tokens, dim, weights);
-  soften<QUERIES>(weights, tokens, dim, scaling, Mask{}, 0, 0, part);
+  soften<QUERIES>(weights, tokens, dim, scale, Mask{}, 0, 0, part);
   if (codes.value_bytes < dim)
     add_coded_values<QUERIES, 4>(weights, codes, tokens, dim, part.out);
   else
@@ -590,17 +608,17 @@ void see_block(const Query* queries, const Codes& codes, int tokens, int dim, fl
 
 template <class Query>
 void see_codes(const Query* queries, int64_t num_queries, const Codes& codes, int64_t tokens, int block, int dim,
-               float scaling, Part part) {
+               const Scale& scale, Part part) {
   part.clear(num_queries, dim);
   for (int64_t t = 0; t < tokens; t += block) {
     const int count = int(std::min<int64_t>(block, tokens - t));
     const Codes here = codes.from(t, t / block, dim);
     int64_t q = 0;
     for (; q + 4 <= num_queries; q += 4)
-      see_block<4>(queries + q * dim, here, count, dim, scaling, part.from(q, dim));
+      see_block<4>(queries + q * dim, here, count, dim, scale, part.from(q, dim));
     for (; q + 2 <= num_queries; q += 2)
-      see_block<2>(queries + q * dim, here, count, dim, scaling, part.from(q, dim));
-    if (q < num_queries) see_block<1>(queries + q * dim, here, count, dim, scaling, part.from(q, dim));
+      see_block<2>(queries + q * dim, here, count, dim, scale, part.from(q, dim));
+    if (q < num_queries) see_block<1>(queries + q * dim, here, count, dim, scale, part.from(q, dim));
   }
 }
 #endif
@@ -614,6 +632,7 @@ struct Call {
   int64_t seen_row, seen_new, seen_token;
   int64_t threads;
   int64_t stored, num_stored;  // address of what describes quantised entries, and of how many kinds there are
+  int64_t sinks;  // address of a float for every query head: the logit of a key whose value is nothing
 };
 
 // Quantised entries of one kind, of all segments.
@@ -659,7 +678,7 @@ template <class T> inline void pack(const T* from, int dim, float* to) {
   for (int d = 0; d < dim; d += LANES) store(to + d, load(from + d));
 }
 
-template <class How, class T> void attend(const Call& call, float scaling) {
+template <class How, class T> void attend(const Call& call, const Scale& scale) {
   const int64_t *starts = at<const int64_t>(call.starts), *lengths = at<const int64_t>(call.lengths);
   const int64_t* rows = at<const int64_t>(call.rows);
   const int64_t own = call.group * call.new_tokens;  // queries of a row and head
@@ -740,7 +759,7 @@ template <class How, class T> void attend(const Call& call, float scaling) {
       const Codes codes{at<const uint8_t>(of.keys), at<const uint8_t>(of.values), at<const Float16>(of.key_scales),
                         at<const Float16>(of.value_scales), of.key_bytes, of.value_bytes, int(of.groups)};
       see_codes(packed.data() + x.query * dim, x.num_queries, codes.from(x.start, x.block, dim), x.tokens,
-                int(of.block), dim, scaling, part);
+                int(of.block), dim, scale, part);
       continue;
     }
 #endif
@@ -749,7 +768,7 @@ template <class How, class T> void attend(const Call& call, float scaling) {
     const T* v =
         tail ? tail_values + x.row * call.tail_value_row + x.head * call.tail_value_head : values + x.start * dim;
     const uint8_t* seen = tail && call.seen ? at<const uint8_t>(call.seen) + x.row * call.seen_row : nullptr;
-    see<How>(packed.data() + x.query * dim, x.num_queries, k, v, x.tokens, dim, scaling,
+    see<How>(packed.data() + x.query * dim, x.num_queries, k, v, x.tokens, dim, scale,
              Mask{seen, call.seen_new, call.seen_token, call.new_tokens}, part);
   }
 #pragma omp parallel for schedule(static) num_threads(threads) if (!few)
@@ -764,7 +783,10 @@ template <class How, class T> void attend(const Call& call, float scaling) {
         for (int64_t item = first[segment]; item < first[segment + 1]; item++) use(part_of(item));
         if (call.tail) use(part_of(tail));
       };
+      if (call.sinks) top = at<const float>(call.sinks)[h * call.group + q / call.new_tokens];
+      const float sink = top;
       each([&](int64_t part) { top = std::max(top, tops[part]); });
+      if (call.sinks) sum = std::exp(sink - top);
       each([&](int64_t part) {
         const float weight = std::exp(tops[part] - top);
         sum += weight * sums[part];
@@ -780,27 +802,28 @@ template <class How, class T> void attend(const Call& call, float scaling) {
 }  // namespace
 
 // 0: done. 1: out of memory. 2: a dtype that this CPU's build does not have. 3: rows or segments that are not there.
-extern "C" int headwise_attend(const int64_t* arguments, double scaling, int dtype) {
+extern "C" int headwise_attend(const int64_t* arguments, double scaling, double softcap, int dtype) {
   const Call call = read_as<Call>(arguments);
+  const Scale scale{float(scaling), float(softcap)};
   if (!is_within(call)) return 3;
   if (call.num_stored && !HAS_FLOAT16) return 2;
   try {
     switch (dtype) {
       case 0:
-        attend<Multiplied<float>, float>(call, float(scaling));
+        attend<Multiplied<float>, float>(call, scale);
         return 0;
       case 1:
 #if defined(__AVX512BF16__)
         if (DotProducts::fits(int(call.dim))) {
-          attend<DotProducts, BFloat16>(call, float(scaling));
+          attend<DotProducts, BFloat16>(call, scale);
           return 0;
         }
 #endif
-        attend<Multiplied<BFloat16>, BFloat16>(call, float(scaling));
+        attend<Multiplied<BFloat16>, BFloat16>(call, scale);
         return 0;
 #if HAS_FLOAT16
       case 2:
-        attend<Multiplied<Float16>, Float16>(call, float(scaling));
+        attend<Multiplied<Float16>, Float16>(call, scale);
         return 0;
 #endif
       default:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from headwise.kernels.partial import capped
 from headwise.kernels.segments import Segments
 
 
@@ -14,6 +15,9 @@ def attend(
     tail_values: Tensor,
     mask: Tensor | None,
     scaling: float,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention over frozen segments and tail; see `Kernel`."""
     batch, heads, _, num_queries, _ = query.shape
@@ -32,7 +36,11 @@ def attend(
             keys = torch.cat([*keys, tail_keys[b, h]]).to(precise)
             values = torch.cat([*values, tail_values[b, h]]).to(precise)
             visible = torch.cat([mask.new_ones(num_queries, len(keys) - mask.shape[2]), mask[b]], dim=-1)
-            logits = query[b, h].to(precise) @ keys.T * scaling  # [G, T, K]
-            weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+            logits = capped(query[b, h].to(precise) @ keys.T * scaling, softcap)  # [G, T, K]
+            logits = logits.masked_fill(~visible, -torch.inf)
+            if sinks is not None:
+                own = sinks.to(precise).view(heads, -1)[h, :, None, None].expand(-1, num_queries, 1)
+                logits = torch.cat([logits, own], dim=-1)
+            weights = logits.softmax(-1)[..., : len(keys)]
             out[b, h] = (weights @ values).to(query.dtype)
     return out

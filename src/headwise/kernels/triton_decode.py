@@ -75,6 +75,9 @@ def attend(
     tail_values: Tensor,
     mask: Tensor | None,
     scaling: float,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention over frozen segments and tail; see `Kernel`.
 
@@ -87,9 +90,11 @@ def attend(
     fits = num_folded <= MAX_QUERIES and query.shape[4] <= MAX_HEAD_DIM
     fits = fits and not (segments.quantised and query.shape[4] % 8)
     if not fits or query.dtype not in DTYPES or query.dtype != segments.keys.dtype:
-        return pages.attend(query, segments, rows, tail_keys, tail_values, mask, scaling)
+        options = {"softcap": softcap, "sinks": sinks}
+        given = {name: value for name, value in options.items() if value is not None}
+        return pages.attend(query, segments, rows, tail_keys, tail_values, mask, scaling, **given)
     tiles = Tiles.of(num_folded, query.shape[4], query.itemsize)
-    return attend_split(query, segments, rows, tail_keys, tail_values, mask, scaling, tiles)
+    return attend_split(query, segments, rows, tail_keys, tail_values, mask, scaling, tiles, softcap, sinks)
 
 
 def attend_split(
@@ -101,6 +106,8 @@ def attend_split(
     mask: Tensor | None,
     scaling: float,
     tiles: Tiles,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The launches: native entries and tail, every storage of quantised entries, and what combines them."""
     batch, heads, group, num_new, dim = query.shape
@@ -117,19 +124,20 @@ def attend_split(
     _attend_chunks[(num_native, triton.cdiv(folded, tiles.queries))](
         query, segments.keys, segments.values, tail_keys, tail_values, seen,
         chunks.segment, chunks.start, chunks.stop, readers.row, part_out, part_lse,
-        scaling * LOG2_E, num_frozen, tail, tail_chunks, heads, readers.slots, own, num_new,
+        scaling * LOG2_E, _cap(softcap), num_frozen, tail, tail_chunks, heads, readers.slots, own, num_new,
         *query.stride()[:4], *tail_keys.stride()[:2], *tail_values.stride()[:2],
         *((0, 0, 0) if mask is None else mask.stride()),
         D=dim, BLOCK_D=block_dim, BLOCK_M=tiles.queries, BLOCK_N=tiles.tokens, TAIL_CHUNK=TAIL_CHUNK,
-        MASKED=mask is not None, UPCAST=interpreted(),
+        MASKED=mask is not None, CAPPED=softcap is not None, UPCAST=interpreted(),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue] - of the launch
     )  # fmt: skip
-    _launch_quantised(query, segments.quantised, readers, part_out, part_lse, num_native, scaling)
+    _launch_quantised(query, segments.quantised, readers, part_out, part_lse, num_native, scaling, softcap)
     # The interpreter rounds to bfloat16 by cutting bits off.
     out = torch.empty(query.shape, dtype=torch.float32 if interpreted() else query.dtype, device=query.device)
     _combine_chunks[(batch * heads, own)](
         part_out, part_lse, rows, readers.slot, chunks.first, tuple(part.chunks.first for part in segments.quantised),
-        out, num_frozen, tail_chunks, len(segments.lengths), heads, folded, own, D=dim, BLOCK_D=block_dim, BLOCK_C=32,
+        out, part_lse if sinks is None else sinks, num_frozen, tail_chunks, len(segments.lengths), heads, folded, own,
+        num_new, D=dim, BLOCK_D=block_dim, BLOCK_C=32, SINKS=sinks is not None,
     )  # fmt: skip
     return out.to(query.dtype)
 
@@ -142,6 +150,7 @@ def _launch_quantised(
     part_lse: Tensor,
     first_part: int,
     scaling: float,
+    softcap: float | None,
 ) -> None:
     """Write the parts of all chunks of quantised entries, one storage after the other, from `first_part`."""
     _, heads, group, num_new, dim = query.shape
@@ -151,8 +160,8 @@ def _launch_quantised(
         _attend_quantised[(len(chunks.segment), triton.cdiv(folded, constants["BLOCK_M"]))](
             query, storage.keys, storage.key_scales, storage.values, storage.value_scales,
             chunks.segment, chunks.start, chunks.stop, storage.spans, readers.row, part_out, part_lse,
-            scaling * LOG2_E, first_part, len(storage.lengths), heads, readers.slots, group * num_new, num_new,
-            *query.stride()[:4], **constants,
+            scaling * LOG2_E, _cap(softcap), first_part, len(storage.lengths), heads, readers.slots, group * num_new,
+            num_new, *query.stride()[:4], CAPPED=softcap is not None, **constants,
         )  # fmt: skip
         first_part += len(chunks.segment)
 
@@ -183,6 +192,11 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+def _cap(softcap: float | None) -> float:
+    """Of logits in base 2."""
+    return LOG2_E * (softcap or 0.0)
+
+
 def _require_gpu(query: Tensor) -> None:
     if query.device.type != "cuda" and not interpreted():
         raise BadInput(
@@ -202,11 +216,11 @@ def _packed(states: Tensor, axes: int) -> Tensor:
 def _attend_chunks(
     query, keys, values, tail_keys, tail_values, seen,
     chunk_segment, chunk_start, chunk_stop, reader_row, part_out, part_lse,
-    scale, num_frozen, tail, tail_chunks, heads, slots, own, num_new,
+    scale, cap, num_frozen, tail, tail_chunks, heads, slots, own, num_new,
     query_row, query_head, query_group, query_new, tail_key_row, tail_key_head, tail_value_row, tail_value_head,
     seen_row, seen_new, seen_token,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_CHUNK: tl.constexpr,
-    MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One chunk, for BLOCK_M of the queries that read it: mean of the values, and log-sum-exp in base 2.
 
@@ -256,6 +270,8 @@ def _attend_chunks(
         if UPCAST:
             key = key.to(tl.float32)
         logits = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
+        if CAPPED:
+            logits = _capped(logits, cap)
         visible = inside[None, :]
         if MASKED:
             seen_offset = new[:, None] * seen_new + (first + token)[None, :] * seen_token
@@ -281,11 +297,11 @@ def _attend_chunks(
 @no_type_check
 def _attend_quantised(
     query, keys, key_scales, values, value_scales, chunk_segment, chunk_start, chunk_stop, spans, reader_row,
-    part_out, part_lse, scale, first_part, num_segments, heads, slots, own, num_new,
+    part_out, part_lse, scale, cap, first_part, num_segments, heads, slots, own, num_new,
     query_row, query_head, query_group, query_new,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KEY_BITS: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_GROUP: tl.constexpr,
-    UNIT: tl.constexpr, NUMBER: tl.constexpr,
+    UNIT: tl.constexpr, NUMBER: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One chunk of quantised entries, as `_attend_chunks`. Their codes become a NUMBER in registers.
 
@@ -318,6 +334,8 @@ def _attend_quantised(
         key = _numbers(key_at, entry, length, D, BLOCK_D, BLOCK_N, KEY_BITS, NUMBER)
         key = _scaled_keys(key, key_scale_at, first, length, key_dim, D, BLOCK_D, BLOCK_N, KEY_BLOCK, NUMBER)
         logits = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
+        if CAPPED:
+            logits = _capped(logits, cap)
         logits = tl.where((entry < length)[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         weight = tl.exp2(logits - new_top[:, None])
@@ -333,6 +351,18 @@ def _attend_quantised(
     wanted = real[:, None] & (value_dim < D)[None, :]
     tl.store(part_out + place[:, None] * D + value_dim[None, :], out / total[:, None], mask=wanted)
     tl.store(part_lse + place, top + tl.log2(total), mask=real)
+
+
+@triton.jit
+@no_type_check
+def _capped(logits, cap):
+    """cap * tanh(logits / cap). Small numbers go through the series of tanh: 1 - exp would lose their digits."""
+    size = tl.abs(logits / cap)
+    square = size * size
+    power = tl.exp2(size * -2.8853900817779268)
+    small = ((square * -5.3968254e-2 + 1.3333333e-1) * square - 3.3333333e-1) * square * size + size
+    found = tl.where(size < 0.2, small, (1.0 - power) / (1.0 + power)) * cap
+    return tl.where(logits < 0, -found, found)
 
 
 @triton.jit
@@ -418,12 +448,12 @@ def _scaled_values(
     return (code * scale[:, :, None] + zero[:, :, None]).reshape([BLOCK_N, BLOCK_D])
 
 
-@triton.jit(do_not_specialize=["num_frozen", "tail_chunks", "num_segments", "heads", "folded", "own"])
+@triton.jit(do_not_specialize=["num_frozen", "tail_chunks", "num_segments", "heads", "folded", "own", "num_new"])
 @no_type_check
 def _combine_chunks(
     part_out, part_lse, rows, reader_slot, chunk_first, quantised_first,
-    out, num_frozen, tail_chunks, num_segments, heads, folded, own,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    out, sinks, num_frozen, tail_chunks, num_segments, heads, folded, own, num_new,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """One query of one row and head: the mean of its chunks' outputs, weighted by exp2 of their log-sum-exp.
 
@@ -438,6 +468,10 @@ def _combine_chunks(
     chunk, dim = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     top = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
+    if SINKS:  # a key whose value is nothing
+        sink = tl.load(sinks + head * (own // num_new) + query // num_new).to(tl.float32)
+        top = tl.where(sink > float("-inf"), sink * 1.4426950408889634, top)
+        total = tl.where(sink > float("-inf"), total + 1.0, total)
     mean = tl.zeros([BLOCK_D], tl.float32)
     for begin in range(0, num_own + tail_chunks, BLOCK_C):
         nth = begin + chunk

@@ -5,7 +5,7 @@ And of the others what must be made first, and by which command.
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,13 +14,15 @@ from transformers import PretrainedConfig
 
 from headwise.artifacts.origin import config_hash
 from headwise.artifacts.shipped import Shipped, fitting, read_headers, shipped
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, UnsupportedModel
 from headwise.methods.method import Choice, Method, choose
 from headwise.methods.names import entries_of
 from headwise.methods.registry import ALIASES, ALLOCATORS, SCORERS
-from headwise.models.families import shape_of
+from headwise.models.layout import shape_of, text_config
+from headwise.models.table import table
 from headwise.shapes import ModelShape
 
+LEARNED = "lkv"  # stands in the table for all that reads keys before rotation
 State = Literal["ready", "make", "refused"]
 
 
@@ -54,8 +56,9 @@ def overview(model: str, config: PretrainedConfig, folder: Path | None = None) -
 
     `folder` is looked through for files besides those that come with headwise. Raises UnsupportedModel, BadInput.
     """
-    text = config.get_text_config()
-    target = _Target(model=model, shape=shape_of(text), config_hash=config_hash(text.to_dict()))
+    text = text_config(config)
+    refused = _refused(config.model_type, text.model_type)
+    target = _Target(model=model, shape=shape_of(text), config_hash=config_hash(text.to_dict()), refused=refused)
     files = () if folder is None else read_headers(folder)
     rows = [row for method in _names() for row in _rows(method, target, files)]
     default = choose(target.shape, target.config_hash)
@@ -67,6 +70,18 @@ class _Target:
     model: str
     shape: ModelShape
     config_hash: str
+    refused: Mapping[str, str]  # methods that do not work on models of its type, and why
+
+
+def _refused(*kinds: str) -> Mapping[str, str]:
+    """Of the first of these types that the table has. What no table knows is found when the model is loaded."""
+    known = table()
+    row = next(filter(None, map(known.row, kinds)), None)
+    if row is None or row.untried:
+        return {}
+    if not row.supported:
+        raise UnsupportedModel(f"models of type {row.type!r} are not supported: {row.refused}")
+    return row.without
 
 
 def _names() -> list[str]:
@@ -79,8 +94,8 @@ def _names() -> list[str]:
 def _rows(method: str, target: _Target, files: Sequence[Shipped]) -> Iterator[Available]:
     """One row; where files are needed, one for each that is there."""
     scorer, allocator = entries_of(method)
-    if SCORERS[scorer].make().replay is not None and len(target.shape.layers) < target.shape.num_layers:
-        why = "it has the model repeat the context, which sliding-window layers cannot take back"
+    why = target.refused.get(scorer) or target.refused.get(LEARNED if "lkv" in f"{scorer}+{allocator}" else scorer)
+    if why:
         yield Available(method=method, state="refused", why=why)
         return
     if SCORERS[scorer].file == ALLOCATORS[allocator].file == "none":

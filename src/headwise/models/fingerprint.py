@@ -38,7 +38,7 @@ def model_fingerprint(model: PreTrainedModel | ModelView) -> str:
 
 
 def _weights_at_work(model_view: ModelView) -> Iterator[tuple[str, Tensor]]:
-    decoder: nn.Module = model_view.model.get_decoder()
+    decoder: nn.Module = model_view.decoder
     state = decoder.state_dict(keep_vars=True)
     weights = {name: leaf for name, value in state.items() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}
     if any(isinstance(weight, DTensor) for weight in weights.values()):  # what a pass touches are copies of theirs
@@ -68,7 +68,7 @@ class _Touched(TorchDispatchMode):
 
 def _strengths(model_view: ModelView) -> list[float]:
     """By what the adapters at work (peft's LoRA) are multiplied: numbers that are no weights."""
-    decoder: nn.Module = model_view.model.get_decoder()
+    decoder: nn.Module = model_view.decoder
     adapted: list[Any] = [m for m in decoder.modules() if isinstance(getattr(m, "scaling", None), dict)]
     return [
         float(module.scaling[name])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from headwise.errors import BadInput
 from headwise.kernels.quantised import NATIVE, Bits, parse_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.storage import Storage
-from headwise.models.families import max_positions, shape_of
+from headwise.models.layout import heads_of, layers_of, max_positions, shape_of, text_config
 
 ACTIVATIONS_NOTE = "activations, logits and the framework's own memory are not counted: leave 10-20% free"
+STATES_NOTE = "the states of layers with linear attention or convolutions are not counted: they do not grow"
 NO_DTYPE_NOTE = "the configuration names no dtype, so float32 is assumed: name another one if the weights have it"
 
 
@@ -69,6 +71,7 @@ def plan(
     keep, sizes = parse_keep(keep), _Sizes(config, dtype, parse_entries(entries))
     full, small = sizes.held(context, batch, None), sizes.held(context, batch, keep)
     weights, of_weights = _weight_bytes(config, dtype)
+    of_states = [STATES_NOTE] if any(layer.kind == "state" for layer in layers_of(config)) else []
     fit = _fit(sizes, context, batch, keep, None if memory is None else max(0, memory - weights))
     return Plan(
         context=context,
@@ -86,7 +89,7 @@ def plan(
         **asdict(fit),
         max_positions=max_positions(config),
         beyond_positions=context > max_positions(config),
-        note="; ".join([ACTIVATIONS_NOTE, *of_dtype, *of_weights]),
+        note="; ".join([ACTIVATIONS_NOTE, *of_dtype, *of_weights, *of_states]),
     )
 
 
@@ -117,7 +120,7 @@ def _fit(sizes: "_Sizes", context: int, batch: int, keep: Keep, room: int | None
 
 def _own_dtype(config: PretrainedConfig) -> tuple[torch.dtype, list[str]]:
     """The checkpoint's, and what a reader must know of it."""
-    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    named = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
     return (named, []) if named else (torch.float32, [NO_DTYPE_NOTE])
 
 
@@ -128,11 +131,13 @@ class _Sizes:
         self.shape = shape_of(config)
         self.storage = Storage(head_dim=self.shape.head_dim, itemsize=dtype.itemsize, bits=bits)
         self.entry = self.storage.native
-        self.window = getattr(config.get_text_config(), "sliding_window", None) or 0
+        layers = enumerate(layers_of(config))
+        # Of every layer with a window: tokens that it holds, and numbers of a token in all of its heads.
+        self.windows = [(layer.window - 1, 2 * prod(heads_of(config, i))) for i, layer in layers if layer.window]
+        self.itemsize = dtype.itemsize
 
     def sliding(self, context: int, batch: int) -> int:
-        layers = self.shape.num_layers - len(self.shape.layers)
-        return batch * layers * self.shape.kv_heads * min(context, max(self.window - 1, 0)) * self.entry
+        return batch * self.itemsize * sum(min(context, tokens) * numbers for tokens, numbers in self.windows)
 
     def layer(self, context: int, batch: int) -> int:
         return batch * self.shape.kv_heads * context * self.entry

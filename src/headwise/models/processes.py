@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.errors import BadInput
+from headwise.models.families import view
 
 
 class Processes:
@@ -100,8 +101,11 @@ class Sharded(Launched):
         model.requires_grad_(False)
         mesh = init_device_mesh(self.device.type, (self.number,))
         decoder: Any = model.get_decoder()
+        model_view = view(model)
         projections = {
-            weight for layer in decoder.layers for weight in layer.self_attn.o_proj.to(self.device).parameters()
+            weight
+            for layer in range(len(model_view.shape.layers))
+            for weight in model_view.projection(layer).to(self.device).parameters()
         }
         for module in (*decoder.layers, model):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=projections)

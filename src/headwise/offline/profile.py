@@ -376,6 +376,7 @@ def _lesson(
     model: PreTrainedModel, tokenizer: Any, example: Example, scorers: Sequence[AbstractScorer], settings: Settings
 ) -> Lesson:
     """Return an example as tokens. Raises BadInput if they are too many for the model or too few for a scorer."""
+    view(model).require_plain("headwise profile")
     limit = view(model).max_positions
     require_room(tokenizer, example.context, limit)
     context, questions = encode(tokenizer, example, device=model.device)

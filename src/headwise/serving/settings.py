@@ -25,9 +25,11 @@ from headwise.methods.method import Method
 from headwise.methods.names import entries_of
 from headwise.methods.registry import ALLOCATORS, SCORERS, Entry
 from headwise.methods.scores import LKVT
-from headwise.models.families import FAMILIES, max_positions, shape_of
+from headwise.models.families import max_positions, shape_of
 from headwise.serving.tiers import WHOLE, Tiers, quantise
 from headwise.shapes import ModelShape
+
+SERVED = ("llama", "mistral", "qwen2", "qwen3", "phi3")  # model types that vLLM was run with
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,12 +122,17 @@ class Served:
 def resolved(settings: Settings, config: PretrainedConfig) -> tuple[Method, ModelShape]:
     """The method for a model that can be served. Raises BadInput, UnsupportedModel, ArtifactMismatch."""
     shape = shape_of(config)
-    if len(shape.layers) < shape.num_layers or FAMILIES[config.get_text_config().model_type].typed_rotary:
+    text = config.get_text_config()
+    if len(shape.layers) < shape.num_layers or text.model_type.startswith("gemma3"):
         raise UnsupportedModel(
             f"this {config.model_type} model has sliding-window layers, which share no page size with single "
             "heads: it can be compressed with transformers (headwise.compress), not served."
         )
-    text = config.get_text_config()
+    if text.model_type not in SERVED:
+        raise UnsupportedModel(
+            f"models of type {text.model_type!r} have not been tried with vLLM: they can be compressed with "
+            f"transformers (headwise.compress), not served. Served: {', '.join(SERVED)}."
+        )
     return _static(Method.parse(settings.method).for_model(shape, config_hash(text.to_dict()))), shape
 
 

@@ -38,6 +38,11 @@ class LKVH(StaticAllocator):
         return self.gates.origin.window
 
     @property
+    def needs(self) -> frozenset[str]:
+        """Traits of a context are read off its keys before rotation."""
+        return frozenset({"rotation"})
+
+    @property
     def made_for(self) -> str:
         """Of the gates."""
         return self.gates.origin.model

@@ -5,11 +5,14 @@ repeated. Everything is float32 whatever the model's precision. Padding keys get
 padding query: sums over queries need no further mask, means must divide by the number of valid queries.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headwise.interfaces import Observation
+from headwise.interfaces import Chunk, Observation
+from headwise.kernels.partial import capped
 
 
 def token_ranks(valid: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
@@ -36,6 +39,8 @@ def attention(
     visible: Bool[Tensor, "batch queries tokens"],
     *,
     scaling: float,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " query_heads"] | None = None,
 ) -> Float[Tensor, "batch kv_heads group queries tokens"]:
     """Return the float32 attention weights over the visible keys; a query that sees nothing gets all zeros.
 
@@ -45,9 +50,18 @@ def attention(
     num_queries = queries.shape[2]
     folded = (queries.float() * scaling).reshape(batch, kv_heads, -1, queries.shape[3])  # [B, H, G * T, D]
     logits = folded @ keys.float().transpose(-1, -2)
-    logits = logits.view(batch, kv_heads, -1, num_queries, tokens)
+    logits = capped(logits.view(batch, kv_heads, -1, num_queries, tokens), softcap)
     hidden = ~visible[:, None, None]
-    return logits.masked_fill_(hidden, -torch.inf).softmax(-1).masked_fill_(hidden, 0.0)
+    logits = logits.masked_fill_(hidden, -torch.inf)
+    if sinks is not None:
+        own = sinks.float().view(kv_heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, own], dim=-1)
+    return logits.softmax(-1)[..., :tokens].masked_fill_(hidden, 0.0)
+
+
+def weighting(seen: Chunk | Observation) -> dict[str, Any]:
+    """How a layer makes weights of logits, for `attention`."""
+    return {"scaling": seen.scaling, "softcap": seen.softcap, "sinks": seen.sinks}
 
 
 def window_attention(observation: Observation) -> Float[Tensor, "batch kv_heads group window tokens"]:
@@ -55,4 +69,4 @@ def window_attention(observation: Observation) -> Float[Tensor, "batch kv_heads 
     num_queries = observation.queries.shape[2]
     offset = observation.keys.shape[2] - num_queries
     visible = causal_mask(observation.valid, offset=offset, num_queries=num_queries)
-    return attention(observation.queries, observation.keys, visible, scaling=observation.scaling)
+    return attention(observation.queries, observation.keys, visible, **weighting(observation))

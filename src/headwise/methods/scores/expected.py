@@ -45,6 +45,11 @@ class ExpectedAttention(AbstractScorer):
         """The first tokens draw attention whatever they say."""
         return 4
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Queries are turned back, and on to later positions."""
+        return frozenset({"rotation", "queries"})
+
     def accumulate(self, statistics: Statistics, chunk: Chunk) -> Statistics:
         """Add the chunk's pre-RoPE queries to the moments; padding and the first 4 tokens are left out."""
         end = chunk.offset + chunk.queries.shape[2]

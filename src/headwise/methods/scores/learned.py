@@ -37,6 +37,11 @@ class LKVT(AbstractScorer):
         """Of the gates."""
         return self.gates.origin.model
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Keys are seen before rotation."""
+        return frozenset({"rotation"})
+
     def provenance(self) -> Provenance:
         """Name, and which gates."""
         return {"name": type(self).__name__, "gates": self.gates.provenance()}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headwise.errors import BadInput
 from headwise.interfaces import AbstractScorer, Chunk, Follow, Observation, Provenance, Replay, Statistics
-from headwise.methods.scores.attention import attention
+from headwise.methods.scores.attention import attention, weighting
 from headwise.methods.scores.window import SnapKV
 from headwise.methods.select import protected_mask
 
@@ -59,6 +59,11 @@ class CriticalKV(AbstractScorer):
     def query_window(self) -> int:
         """The base's."""
         return self.base.query_window
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The output projection, and what the base needs."""
+        return self.base.needs | {"output"}
 
     def provenance(self) -> Provenance:
         """Name and parameters, the base's under `base`."""
@@ -168,7 +173,7 @@ class KVzip(AbstractScorer):
             visible = (
                 present[:, None, :known] & chunk.valid[:, rows, None] & (columns[:, None, :known] <= rows[:, None])
             )
-            weights = attention(queries, keys[:, :, :known], visible, scaling=chunk.scaling)
+            weights = attention(queries, keys[:, :, :known], visible, **weighting(chunk))
             paid = self._join(paid, self._paid(weights[..., self.sink : self.sink + end - start]))
         return paid
 

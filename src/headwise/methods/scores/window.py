@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from headwise.errors import BadInput
 from headwise.interfaces import AbstractScorer, Chunk, Observation, Statistics
-from headwise.methods.scores.attention import attention, causal_mask, window_attention
+from headwise.methods.scores.attention import attention, causal_mask, weighting, window_attention
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,4 +141,4 @@ def _block_attention(chunk: Chunk, start: int, size: int) -> Float[Tensor, "batc
     offset = chunk.offset + start
     end = offset + queries.shape[2]  # nothing later is visible
     visible = causal_mask(chunk.valid[:, :end], offset=offset, num_queries=queries.shape[2])
-    return attention(queries, chunk.keys[:, :, :end], visible, scaling=chunk.scaling)
+    return attention(queries, chunk.keys[:, :, :end], visible, **weighting(chunk))

@@ -24,8 +24,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from headwise.cache.cache import RaggedCache
 from headwise.cache.whole import states_of
-from headwise.models.attention import tag
+from headwise.errors import UnsupportedModel
 from headwise.models.families import given
+from headwise.models.interface import Call, tag
 
 _LARGEST = 30.0  # of a logarithm before it is raised
 _MIN_REMAINING = 1e-3  # of the attention: what is left when an entry is evicted that has all of it
@@ -109,17 +110,11 @@ class StudentLayer(CacheLayerMixin):
     def get_max_cache_shape(self) -> int:
         return -1
 
-    def attention(
-        self,
-        exact: Callable[[], Tensor],
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        position_ids: Tensor | None,
-    ) -> Tensor:
-        """Return the output of `attend`, as the model expects it."""
-        return self.attend(query, mask, scaling).transpose(1, 2).contiguous()
+    def attention(self, call: Call) -> Tensor:
+        """Return the output of `attend`, as the model expects it. Raises UnsupportedModel for soft caps and sinks."""
+        if call.softcap is not None or call.sinks is not None:
+            raise UnsupportedModel("models with soft-capped attention or attention sinks cannot be trained for.")
+        return self.attend(call.query, call.mask, call.scaling).transpose(1, 2).contiguous()
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Return the attention output [B, Hq, T, D] over kept and new tokens; recomputed in the backward pass."""
