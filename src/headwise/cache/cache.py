@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from headwise.cache.kept import Kept, KeptLayer
-from headwise.cache.layer import FillingLayer, FrozenLayer, RaggedLayer
+from headwise.cache.layer import FrozenLayer, RaggedLayer
 from headwise.cache.listener import Listener
 from headwise.cache.masks import require_whole_context
 from headwise.cache.meter import Meter
 from headwise.cache.prefill import Prefill
+from headwise.cache.ways import EXACT, how
 from headwise.cache.sliding import SlidingLayer
 from headwise.cache.transcript import ADVICE, Transcript
 from headwise.errors import BadInput, UnsupportedGeneration, UnsupportedModel
@@ -71,6 +72,8 @@ class RaggedCache(Cache, PassAware):
     replays
         Promise that the model will read the context again for scorers that ask for it (KVzip), as `compress` does and
         `generate` does not.
+    reading
+        How a context is read in pieces, see `compress`.
 
     Raises
     ------
@@ -90,6 +93,7 @@ class RaggedCache(Cache, PassAware):
         kernel: str = "auto",
         entries: str = NATIVE,
         replays: bool = False,
+        reading: str = EXACT,
     ):
         model_view, keep = view(model), parse_keep(keep)
         method = for_model(method, model_view.shape, model_view.config_hash, name=model_view.name, replays=replays)
@@ -97,11 +101,12 @@ class RaggedCache(Cache, PassAware):
             raise BadInput(f"prompt_length={prompt_length} must be at least 1 token, or None: the first forward pass.")
         _require_replay(model_view, method.scorer, replays)
         bits = parse_entries(entries)
-        prefill = Prefill(view=model_view, method=method, keep=keep, prompt_length=prompt_length, bits=bits)
+        prefill_kind, layer_kind = how(reading)
+        prefill = prefill_kind(view=model_view, method=method, keep=keep, prompt_length=prompt_length, bits=bits)
         places = {layer: at for at, layer in enumerate(model_view.shape.layers)}
         chosen, meter = get_kernel(kernel, quantised=bits is not None), Meter()
         layers = [
-            FillingLayer(index=places[i], model_index=i, kernel=chosen, meter=meter, observer=prefill)
+            layer_kind(index=places[i], model_index=i, kernel=chosen, meter=meter, observer=prefill)
             if i in places
             else _sliding(model_view, i, meter)
             for i in range(model_view.shape.num_layers)
