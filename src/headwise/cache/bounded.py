@@ -1,8 +1,8 @@
-"""A layer that evicts while the context is read (reading="evict"): it holds what its heads kept, and the newest piece."""
+"""A layer that evicts while the context is read (reading="evict"): what its heads kept, and the newest piece."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -138,12 +138,18 @@ class BoundedLayer(FillingLayer):
     ) -> FrozenLayer:
         """Freeze what is held, the entries of some tokens in fewer bits."""
         self.meter.start_cutting()
-        num_heads, tokens = len(self.heads) // len(positions), [head.tokens for head in self.heads]
-        rows = [at // num_heads for at in range(len(self.heads))]
-        keys = self._flat("keys")
+        heads, num_heads = self.heads, len(self.heads) // len(positions)
+        tokens, rows = [head.tokens for head in heads], [at // num_heads for at in range(len(heads))]
+        keys, values = [head.keys for head in heads], [head.values for head in heads]
+        del heads
+        self.release()  # so that keys go before values are copied
+        flat_keys = self._flat(keys, values)
+        keys.clear()
+        flat_values = self._flat(values, [flat_keys])
+        values.clear()
         segments = Segments(
-            keys=keys,
-            values=self._flat("values", keys),
+            keys=flat_keys,
+            values=flat_values,
             positions=torch.cat([positions[row, own] for row, own in zip(rows, tokens, strict=True)]).to(torch.int32),
             lengths=tuple(map(len, tokens)),
             kv_heads=num_heads,
@@ -160,11 +166,10 @@ class BoundedLayer(FillingLayer):
         super().release()
         self.heads = []
 
-    def _flat(self, name: Literal["keys", "values"], *others: Tensor) -> Float[Tensor, "rows head_dim"]:
-        """The keys or the values of all heads in one tensor. The heads let go of theirs, so that few are held twice."""
-        flat = torch.cat([getattr(head, name) for head in self.heads])
-        self._report(flat, *others)
-        self.heads = [replace(head, **{name: flat[:0]}) for head in self.heads]
+    def _flat(self, parts: list[Tensor], others: list[Tensor]) -> Float[Tensor, "rows head_dim"]:
+        """All heads' keys, or values, in one tensor; `others` are held meanwhile."""
+        flat = torch.cat(parts)
+        self._report(flat, *parts, *others)
         return flat
 
 

@@ -20,15 +20,16 @@ from headwise.cache.listener import Listener
 from headwise.cache.masks import require_whole_context
 from headwise.cache.meter import Meter
 from headwise.cache.prefill import Prefill
-from headwise.cache.ways import EXACT, how
 from headwise.cache.sliding import SlidingLayer
 from headwise.cache.transcript import ADVICE, Transcript
+from headwise.cache.ways import how
 from headwise.errors import BadInput, UnsupportedGeneration, UnsupportedModel
 from headwise.interfaces import AbstractScorer
 from headwise.kernels import Kernel, get_kernel
 from headwise.kernels.quantised import NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method, for_model
+from headwise.methods.reading import EXACT
 from headwise.models import attention
 from headwise.models.families import ModelView, given, view
 from headwise.models.passes import PassAware
@@ -111,7 +112,7 @@ class RaggedCache(Cache, PassAware):
             else _sliding(model_view, i, meter)
             for i in range(model_view.shape.num_layers)
         ]
-        provenance = {"method": method.provenance(), "keep": str(keep), "entries": entries}
+        provenance = {"method": method.provenance(), "keep": str(keep), "entries": entries, "reading": reading}
         self._set_up(model_view, layers, meter, provenance)
         self.prefill = prefill
         self._replays = replays

@@ -12,10 +12,10 @@ from headwise.cache.context import checked_mask
 from headwise.cache.kept import tokens_fingerprint
 from headwise.cache.listener import Listener
 from headwise.cache.replay import fill
-from headwise.cache.ways import EXACT, piece_size
 from headwise.kernels.quantised import NATIVE
 from headwise.methods.keep import Keep
 from headwise.methods.method import Method
+from headwise.methods.reading import EXACT, piece_size
 from headwise.methods.registry import AUTO
 from headwise.models.families import ModelView, view
 

@@ -1,13 +1,12 @@
 """Bounded reading (reading="evict"): after every piece a layer keeps what its budget allows, and a margin.
 
 The budget is that of the whole context, whose length is known. The margin is for entries that a later piece shows to
-matter, and for heads whose share grows. Later pieces attend to what is kept, so that a context may be longer than memory
-has room for. The last cut is the method's own: exact totals, its own protected tokens.
+matter, and for heads whose share grows. Later pieces attend to what is kept, so a context may be longer than memory has
+room for. The last cut is the method's own: exact totals, its own protected tokens.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 from functools import partial
 from math import ceil
 from typing import Any, NoReturn
@@ -18,17 +17,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from headwise.cache.bounded import BoundedLayer
-from headwise.cache.layer import FillingLayer
+from headwise.cache.layer import FillingLayer, FrozenLayer
 from headwise.cache.listener import Listener
 from headwise.cache.masks import require_causal, tokens_of
 from headwise.cache.prefill import Plan, Prefill, contest, last_queries
 from headwise.errors import BadInput, ShapeMismatch, UnsupportedGeneration
 from headwise.interfaces import AbstractScorer, Demand, Observation
 from headwise.methods.allocate.apportion import apportion
+from headwise.methods.reading import MARGIN
 from headwise.methods.registry import SCORERS
 from headwise.methods.select import protected_mask, select
-
-MARGIN = Fraction(1, 2)  # entries held beyond the budget while the context is read, as a share of the budget
 
 
 class BoundedPrefill(Prefill):
@@ -38,12 +36,22 @@ class BoundedPrefill(Prefill):
         super().__init__(**options)
         if self.prompt_length is None:
             raise BadInput("reading='evict' needs the length of the context, which the budget is of: give it.")
-        _require_piecewise(self.method.scorer)
+        self.require(self.method.scorer)
         self._queries: dict[int, Tensor] = {}  # the last ones, of each layer
         self._held_scores: dict[int, list[Tensor]] = {}  # of layers that wait for others, head by head
         self._summary: Tensor | None = None  # of the first layer so far
         self._fresh: list[Tensor] = []  # tokens of the newest piece in every row, padding excluded
         self._seen: list[int] = []  # tokens of every row so far, padding excluded
+
+    @classmethod
+    def require(cls, scorer: AbstractScorer) -> None:
+        """Raise BadInput for a scorer that needs the whole context, naming those that do not."""
+        if scorer.while_reading == "never":
+            able = ", ".join(name for name, entry in SCORERS.items() if entry.make().while_reading != "never")
+            raise BadInput(
+                f"reading='evict': {type(scorer).__name__} scores a context that is all there, and here parts of it "
+                f"are evicted while it is read. Choose a scorer that does without ({able}), or reading='offload'."
+            )
 
     def add_listener(self, listener: Listener) -> NoReturn:
         """Refuse: no layer ever sees the whole context."""
@@ -218,12 +226,16 @@ class BoundedPrefill(Prefill):
         places = [self._places(layer) for layer in layers]
         protected, order = self._protected, self.plan.order if last else None
         counts = self._counts([layer.index for layer in layers], scores, places, protected)
-        for layer, *parts in zip(layers, scores, places, counts, strict=True):
-            kept = self._selected(*parts, protected, order)
-            layer.evict(kept, parts[0], self._fresh)
+        for layer, own, own_places, own_counts in zip(layers, scores, places, counts, strict=True):
+            layer.evict(self._selected(own, own_places, own_counts, protected, order), own, self._fresh)
             if last:
-                del self._queries[layer.index]
                 self._put(layer.freeze(self.plan.positions, self.plan.quantised(self.plan.valid)))
+
+    def _put(self, frozen: FrozenLayer) -> None:
+        super()._put(frozen)
+        self._queries.pop(frozen.index)
+        if not self.filling:
+            self._fresh, self._summary = [], None
 
     def _places(self, layer: BoundedLayer) -> list[Int[Tensor, " candidates"]]:
         """Places in the row of what every head holds and of the newest piece."""
@@ -302,13 +314,3 @@ def _checked(scorer: AbstractScorer, observation: Observation) -> Float[Tensor, 
             f"{type(scorer).__name__} gave scores {tuple(scores.shape)}; expected [B, H, N] = {expected}."
         )
     return scores.float()
-
-
-def _require_piecewise(scorer: AbstractScorer) -> None:
-    """Raise BadInput for a scorer that needs the whole context, naming those that do not."""
-    if scorer.while_reading == "never":
-        able = ", ".join(name for name, entry in SCORERS.items() if entry.make().while_reading != "never")
-        raise BadInput(
-            f"reading='evict': {type(scorer).__name__} scores a context that is all there, and here parts of it are "
-            f"evicted while it is read. Choose a scorer that does without ({able}), or reading='offload'."
-        )

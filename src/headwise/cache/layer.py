@@ -270,6 +270,9 @@ class FillingLayer(RaggedLayer):
         frozen._report()
         return frozen
 
+    def rest(self) -> None:
+        """Its turn is over. Nothing follows from that where all layers stay in memory."""
+
     def release(self) -> None:
         """Let go of all keys and values."""
         self.held = []

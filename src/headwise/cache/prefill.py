@@ -118,6 +118,10 @@ class Prefill:
         self._piece = 0  # tokens of the latest piece of prefill
         self._failure = ""
 
+    @classmethod
+    def require(cls, scorer: AbstractScorer) -> None:
+        """Raise BadInput unless contexts can be read so with this scorer. Any will do where they stay whole."""
+
     def watch(self, filled: "Filled") -> None:
         """This is the cache. Its layers hold this object, so it holds the cache weakly: a cycle would outlive it."""
         self._filled = ref(filled)
@@ -197,6 +201,7 @@ class Prefill:
         for layer in filling:
             layer.replaying = False
             self.scores[layer.index] = self._score(layer)
+            layer.rest()
         self._cut(filling)
 
     def _observe(

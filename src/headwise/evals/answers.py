@@ -13,12 +13,14 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from headwise.cache.compress import Progress, compress
 from headwise.cache.prefill import make_plan
+from headwise.cache.ways import how
 from headwise.errors import BadInput, BudgetInfeasible, UnsupportedModel
 from headwise.evals.oracle import as_method
 from headwise.kernels.quantised import NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
 from headwise.methods.names import require_names
+from headwise.methods.reading import EXACT
 from headwise.methods.registry import FULL as FULL
 from headwise.methods.registry import ORACLE
 from headwise.models.families import end_tokens, given, view
@@ -94,13 +96,14 @@ def require_possible(
     tokens: Tokens,
     *,
     entries: Sequence[str] = (NATIVE,),
+    reading: str = EXACT,
     oracle: bool = False,
 ) -> None:
     """Raise an error if one of the methods could not compress the context at one of the keeps. Reads nothing.
 
     `oracle`: allow "oracle" among the methods. Raises BadInput, ArtifactMismatch, UnsupportedModel or BudgetInfeasible.
     """
-    known_methods(methods, oracle=oracle)
+    known_methods(methods, oracle=oracle and reading == EXACT)
     model_view, length = view(model), tokens.context.shape[1]
     slides = len(model_view.shape.layers) < model_view.shape.num_layers
     for name in methods:
@@ -112,6 +115,7 @@ def require_possible(
                 f"{name} has the model repeat the context, which sliding-window layers cannot take back: choose "
                 "another method for this model."
             )
+        how(reading)[0].require(method.scorer)
         for keep, stored in product(keeps, entries):
             try:
                 make_plan(
@@ -136,9 +140,10 @@ def read_context(
     *,
     entries: str = NATIVE,
     prefill_chunk_size: int | None = None,
+    reading: str = EXACT,
     progress: Progress | None = None,
 ) -> Memory:
-    """Read a context and return its cache, compressed by a method, or full for "full"."""
+    """Read a context and return its cache, compressed by a method, or full for "full", whatever the reading."""
     if method == FULL:
         return FullMemory(model, context, prefill_chunk_size)
     return compress(
@@ -148,6 +153,7 @@ def read_context(
         keep=keep,
         entries=entries,
         prefill_chunk_size=prefill_chunk_size,
+        reading=reading,
         progress=progress,
     )
 
