@@ -16,6 +16,7 @@ from torch import Tensor
 from headwise.shapes import ModelShape
 
 Scope = Literal["layer", "model"]
+WhileReading = Literal["once", "anew", "never"]
 Provenance = dict[str, Any]
 Statistics = dict[str, Tensor]
 Follow = Callable[[str], tuple[int, ...]]  # ids of an instruction that comes after a context; none if it has no words
@@ -71,6 +72,12 @@ class Observation:
     totals: tuple[int, ...]  # entries each row may keep over all layers and heads
     softcap: float | None = None
     sinks: Float[Tensor, " query_heads"] | None = None
+    ends: Int[Tensor, "batch 2"] | None = None  # first and last position of the context, if `keys` are a part of it
+
+    @property
+    def span(self) -> Int[Tensor, "batch 2"]:
+        """Positions of the first and the last token of the context."""
+        return self.positions[:, [0, -1]] if self.ends is None else self.ends
 
     @property
     def output_weight(self) -> Float[Tensor, "query_heads head_dim hidden"]:
@@ -119,6 +126,9 @@ class AbstractScorer(Part, ABC):
     """Says which entries of a head matter."""
 
     needs_budget: ClassVar[bool] = False  # whether scores depend on `Observation.totals`
+    # How entries are scored if some are evicted while the context is read. "once": by themselves and `Observation.span`.
+    # "anew": after every piece, all that a head holds, by the last queries. "never": without the whole context, not.
+    while_reading: ClassVar[WhileReading] = "never"
 
     @property
     def query_window(self) -> int:
@@ -179,7 +189,7 @@ class AbstractAllocator(Part, ABC):
         return self
 
     def summarise(self, first: Observation) -> Float[Tensor, "batch width"] | None:
-        """What it wants to know of a context, from the first compressible layer (`Demand.summary`); None: nothing."""
+        """What it wants to know of a context: a mean over tokens of the first layer (`Demand.summary`); None: nothing."""
         return None
 
     @abstractmethod

@@ -138,9 +138,12 @@ def entry_features(
     values: Float[Tensor, "batch kv_heads tokens head_dim"],
     positions: Int[Tensor, "batch tokens"],
     rotary: Rotary,
+    ends: Int[Tensor, "batch 2"] | None = None,
 ) -> Float[Tensor, "batch kv_heads tokens width"]:
     """What EntryScores sees of an entry, float32: key before rotation and value, both scaled to unit mean square, their
     norms, its distance to the first and the last token, and a number that is spread evenly over any stretch of tokens.
+
+    `ends` are the positions of the first and the last token; None: those of `positions`.
 
     The last one lets a head keep an even sample of what is alike. Heads that average over a context (to know which
     words are frequent, say) need a fair part of it, and every choice by what an entry holds is unfair.
@@ -148,7 +151,7 @@ def entry_features(
     parts = []
     for states in (rotary.unrotate(keys, positions), values.float()):
         parts += [_unit(states), 0.5 * (states.square().mean(-1, keepdim=True) + 1e-12).log()]
-    first, last = positions[:, :1], positions[:, -1:]
+    first, last = (positions[:, [0, -1]] if ends is None else ends).split(1, dim=-1)
     place = torch.stack([positions - first, last - positions], dim=-1).clamp(min=0).float().log1p() / 4
     even = ((positions - first + 1) * GOLDEN % 2**16).float()[..., None] / 2**15 - 1  # in [-1, 1)
     place = torch.cat([place, even * 3**0.5], dim=-1)

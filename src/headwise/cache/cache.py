@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from headwise.cache.kept import Kept, KeptLayer
-from headwise.cache.layer import FillingLayer, FrozenLayer, RaggedLayer
+from headwise.cache.layer import FrozenLayer, RaggedLayer
 from headwise.cache.listener import Listener
 from headwise.cache.masks import require_whole_context
 from headwise.cache.meter import Meter
@@ -23,12 +23,14 @@ from headwise.cache.prefill import Prefill
 from headwise.cache.sliding import SlidingLayer
 from headwise.cache.state import EmptyLayer, StateLayer
 from headwise.cache.transcript import ADVICE, Transcript
+from headwise.cache.ways import how
 from headwise.errors import BadInput, UnsupportedGeneration, UnsupportedModel
 from headwise.interfaces import AbstractScorer
 from headwise.kernels import Kernel, get_kernel, require_options
 from headwise.kernels.quantised import NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method, for_model
+from headwise.methods.reading import EXACT
 from headwise.models import attention
 from headwise.models.families import ModelView, given, view
 from headwise.models.layout import Layer
@@ -73,6 +75,8 @@ class RaggedCache(Cache, PassAware):
     replays
         Promise that the model will read the context again for scorers that ask for it (KVzip), as `compress` does and
         `generate` does not.
+    reading
+        How a context is read in pieces, see `compress`.
 
     Raises
     ------
@@ -92,6 +96,7 @@ class RaggedCache(Cache, PassAware):
         kernel: str = "auto",
         entries: str = NATIVE,
         replays: bool = False,
+        reading: str = EXACT,
     ):
         model_view, keep = view(model), parse_keep(keep)
         method = for_model(method, model_view.shape, model_view.config_hash, name=model_view.name, replays=replays)
@@ -100,18 +105,19 @@ class RaggedCache(Cache, PassAware):
             raise BadInput(f"prompt_length={prompt_length} must be at least 1 token, or None: the first forward pass.")
         _require_replay(model_view, method.scorer, replays)
         bits = parse_entries(entries)
-        prefill = Prefill(view=model_view, method=method, keep=keep, prompt_length=prompt_length, bits=bits)
+        prefill_kind, layer_kind = how(reading)
+        prefill = prefill_kind(view=model_view, method=method, keep=keep, prompt_length=prompt_length, bits=bits)
         places = {layer: at for at, layer in enumerate(model_view.shape.layers)}
         chosen, meter = _kernel(model_view, kernel, quantised=bits is not None), Meter()
         layers = [
-            FillingLayer(
+            layer_kind(
                 index=places[i], model_index=i, kernel=chosen, meter=meter, observer=prefill, shared=kind.shared
             )
             if i in places
             else _left_whole(kind, i, meter)
             for i, kind in enumerate(model_view.layers)
         ]
-        provenance = {"method": method.provenance(), "keep": str(keep), "entries": entries}
+        provenance = {"method": method.provenance(), "keep": str(keep), "entries": entries, "reading": reading}
         self._set_up(model_view, layers, meter, provenance)
         self.prefill = prefill
         self._replays = replays

@@ -8,14 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.cache.cache import RaggedCache
-from headwise.cache.context import checked_mask, forward, require_filled
+from headwise.cache.context import checked_mask
 from headwise.cache.kept import tokens_fingerprint
 from headwise.cache.listener import Listener
-from headwise.cache.replay import fitting, repeat
-from headwise.errors import BadInput
+from headwise.cache.replay import fill
 from headwise.kernels.quantised import NATIVE
 from headwise.methods.keep import Keep
 from headwise.methods.method import Method
+from headwise.methods.reading import EXACT, piece_size
 from headwise.methods.registry import AUTO
 from headwise.models.families import ModelView, view
 
@@ -31,6 +31,7 @@ def compress(
     keep: float | str | Keep,
     attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"] | None = None,
     prefill_chunk_size: int | None = None,
+    reading: str = EXACT,
     kernel: str = "auto",
     entries: str = NATIVE,
     progress: Progress | None = None,
@@ -54,8 +55,11 @@ def compress(
     attention_mask
         1 at tokens, 0 at padding. None: no padding.
     prefill_chunk_size
-        Read the context in pieces of so many tokens: less memory for activations, the same entries, but every layer
-        stays whole until the last piece. None: all at once.
+        Read the context in pieces of so many tokens, which takes less memory for activations. None: all at once, or
+        pieces of 2048 tokens where `reading` is not "exact".
+    reading
+        "exact": every layer stays whole until the last piece. "evict": after every piece a layer keeps what the budget
+        allows and half as much again, and later pieces attend to that; not every scorer can. See docs/python.md.
     kernel
         What decodes: "auto", or a name that `headwise doctor` lists.
     entries
@@ -84,35 +88,12 @@ def compress(
     """
     model_view = view(model)
     mask = checked_mask(model_view, input_ids, attention_mask)
-    if prefill_chunk_size is not None and prefill_chunk_size < 1:
-        raise BadInput(f"prefill_chunk_size={prefill_chunk_size} must be at least 1 token, or None for all at once.")
     length = input_ids.shape[1]
-    cache = RaggedCache(
-        model_view, method, keep=keep, prompt_length=length, kernel=kernel, entries=entries, replays=True
-    )
+    size = piece_size(reading, prefill_chunk_size, length)
+    options = {"kernel": kernel, "entries": entries, "reading": reading, "replays": True}
+    cache = RaggedCache(model_view, method, keep=keep, prompt_length=length, **options)
     for listener in listeners:
         cache.listen(listener)
-    _fill(cache, model_view, input_ids, mask, prefill_chunk_size or length, progress or (lambda done, total: None))
+    fill(cache, model_view, input_ids, mask, size, progress or (lambda done, total: None))
     cache.tokens_fingerprint = tokens_fingerprint(input_ids, mask)
     return cache
-
-
-def _fill(
-    cache: RaggedCache,
-    model_view: ModelView,
-    input_ids: Int[Tensor, "batch tokens"],
-    mask: Int[Tensor, "batch tokens"],
-    size: int,
-    progress: Progress,
-) -> None:
-    """Read the context in pieces of `size` tokens, then once more where a scorer asks for it."""
-    prefill, length = cache.prefill, input_ids.shape[1]
-    assert prefill is not None
-    replay = fitting(prefill.replay, model_view.max_positions, int(mask.sum(-1).max()))
-    for start in range(0, length, size):
-        stop = min(length, start + size)
-        forward(model_view.model, input_ids[:, start:stop], mask[:, :stop], cache)
-        require_filled(cache, stop)
-        progress(stop, length * (2 if replay else 1))
-    if replay is not None:
-        repeat(model_view, input_ids, mask, cache, prefill, replay, progress)

@@ -180,7 +180,7 @@ class Kept:
             seen=metadata["seen"],
             transcript=Transcript().followed_by(None if ids is None else ids.to(model_view.model.device)),
             context_tokens=saved.context_tokens,
-            provenance={name: metadata[name] for name in ("method", "keep", "entries")},
+            provenance={name: metadata[name] for name in ("method", "keep", "entries", "reading")},
             tokens_fingerprint=metadata["tokens_fingerprint"],
             peak_nbytes=metadata["peak_nbytes"],
         )

@@ -245,21 +245,32 @@ class FillingLayer(RaggedLayer):
         else:
             bits, tokens = quantised
             segments = layout.gather_quantised(keys, values, kept, positions, tokens, bits)
+        return self.frozen_as(segments)
+
+    def frozen_as(self, segments: Segments) -> "FrozenLayer":
+        """Let go of what is held: these entries are what is kept of it."""
         frozen = FrozenLayer(
             index=self.index,
             model_index=self.model_index,
             kernel=self.kernel,
             meter=self.meter,
             segments=segments,
-            rows=torch.arange(kept.shape[0], device=kept.device, dtype=torch.int64),
+            rows=torch.arange(segments.batch, device=segments.keys.device, dtype=torch.int64),
             seen=self.seen,
         )
         frozen.listeners = self.listeners
         self.meter.report(self.model_index, self.nbytes + frozen.nbytes)
-        self.held = []
+        self.release()
         if not self.shared:
             frozen._report()
         return frozen
+
+    def rest(self) -> None:
+        """Its turn is over. Nothing follows from that where all layers stay in memory."""
+
+    def release(self) -> None:
+        """Let go of all keys and values."""
+        self.held = []
 
 
 class FrozenLayer(RaggedLayer):

@@ -48,8 +48,12 @@ class Plan:
 
     def summarised(self, method: Method, first: Observation) -> "Plan":
         """With what the method's allocator wants to know of the first layer, and its counts if it needs no more."""
+        return self.with_summary(method, method.allocator.summarise(first))
+
+    def with_summary(self, method: Method, summary: Float[Tensor, "batch width"] | None) -> "Plan":
+        """With what is known of the first layer."""
         allocator = method.allocator
-        demand, table = replace(self.demand, summary=allocator.summarise(first)), None
+        demand, table = replace(self.demand, summary=summary), None
         if isinstance(allocator, StaticAllocator):
             if self.limits is not None:
                 demand = fitted(demand, self.limits, allocator.counts)
@@ -76,7 +80,7 @@ class _Trace:
         if chunk.repeats is None or self.scorer.replay is not None:
             self.statistics = self.scorer.accumulate(self.statistics, chunk)
         if chunk.repeats is None:
-            self.queries = (_last((*self.queries, chunk.queries), self.scorer.query_window),)
+            self.queries = (last_queries((*self.queries, chunk.queries), self.scorer.query_window),)
             self.scaling = chunk.scaling
 
 
@@ -113,6 +117,10 @@ class Prefill:
         self._traces: dict[int, list[_Trace]] = {}  # of each layer, by scorer
         self._piece = 0  # tokens of the latest piece of prefill
         self._failure = ""
+
+    @classmethod
+    def require(cls, scorer: AbstractScorer) -> None:
+        """Raise BadInput unless contexts can be read so with this scorer. Any will do where they stay whole."""
 
     def watch(self, filled: "Filled") -> None:
         """This is the cache. Its layers hold this object, so it holds the cache weakly: a cycle would outlive it."""
@@ -193,6 +201,7 @@ class Prefill:
         for layer in filling:
             layer.replaying = False
             self.scores[layer.index] = self._score(layer)
+            layer.rest()
         self._cut(filling)
 
     def _observe(
@@ -216,10 +225,8 @@ class Prefill:
 
     def _extend(self, layer: FillingLayer, query: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Note which tokens are padding, and every token's position; refuse what cannot work, before any cut."""
-        batch, length, first = query.shape[0], layer.seen, not self._piece
-        self._piece = query.shape[2]
-        valid = tokens_of(mask, batch, length, query.device)
-        require_causal(mask, valid)
+        first, self._piece = not self._piece, query.shape[2]
+        valid = self._tokens(layer, query, mask)
         fresh = _positions(position_ids, valid, query.shape[2])
         self._valid = valid
         self._positions = fresh if first else torch.cat([self._positions, fresh], dim=-1)
@@ -227,17 +234,26 @@ class Prefill:
         self.view.require_positions(needed, f"reaches position {needed}")
         self.view.warn_of_positions(needed)
         if layer.seen >= (self.prompt_length or 0):
-            self.plan = make_plan(
-                self.method,
-                self.keep,
-                shape=self.view.shape,
-                itemsize=layer.dtype.itemsize,
-                bits=self.bits,
-                valid=valid,
-                positions=self._positions,
-            )
+            self.plan = self._planned(layer, valid, self._positions)
             if self.plan.spared:
                 self._warn_of_short_context(self.plan)
+
+    def _tokens(self, layer: FillingLayer, query: Tensor, mask: Tensor | None) -> Bool[Tensor, "batch tokens"]:
+        """Which of the tokens seen are no padding. Raises BadInput for a mask that is not causal."""
+        valid = tokens_of(mask, query.shape[0], layer.seen, query.device)
+        require_causal(mask, valid)
+        return valid
+
+    def _planned(self, layer: FillingLayer, valid: Tensor, positions: Tensor) -> Plan:
+        return make_plan(
+            self.method,
+            self.keep,
+            shape=self.view.shape,
+            itemsize=layer.dtype.itemsize,
+            bits=self.bits,
+            valid=valid,
+            positions=positions,
+        )
 
     def _warn_of_short_context(self, plan: Plan) -> None:
         shortest = min(plan.demand.tokens)
@@ -277,7 +293,7 @@ class Prefill:
 
     def _finish(self, layer: FillingLayer) -> None:
         """The whole context has passed through a layer."""
-        self._require_finite(layer)
+        self._require_finite(layer, self.plan.valid)
         if self.replay is not None:
             return  # scored when the context has been repeated
         self.scores[layer.index] = self._score(layer)
@@ -321,20 +337,23 @@ class Prefill:
         """Allocate counts to these layers and freeze them."""
         indices, positions = [layer.index for layer in layers], self.plan.positions
         kept = keep_entries(self.method, torch.stack([self.scores.pop(i) for i in indices]), indices, self.plan)
-        filled = self._filled()
         for layer, layer_kept in zip(layers, kept, strict=True):
-            frozen = layer.cut(layer_kept, positions, self.plan.quantised(self.plan.valid))
-            if filled is not None:
-                filled.put(frozen)
+            self._put(layer.cut(layer_kept, positions, self.plan.quantised(self.plan.valid)))
+
+    def _put(self, frozen: FrozenLayer) -> None:
+        """Give the cache a layer that was cut; after the last one nothing is left to be known of the context."""
+        filled = self._filled()
+        if filled is not None:
+            filled.put(frozen)
         if not self.filling:
             if filled is not None:
                 filled.context_tokens = self.plan.demand.tokens
             del self.plan, self._valid, self._positions
 
-    def _require_finite(self, layer: FillingLayer) -> None:
+    def _require_finite(self, layer: FillingLayer, valid: Bool[Tensor, "batch tokens"]) -> None:
         """Padding may hold anything; a real token's key or value may not be NaN or infinite."""
         sums = torch.stack([states.sum(-1, dtype=torch.float32) for states in layer.states])
-        bad = ~torch.isfinite(sums) & self.plan.valid[:, None]  # float32: finite float16 numbers may add up to more
+        bad = ~torch.isfinite(sums) & valid[:, None]  # float32: finite float16 numbers may add up to more
         for name, count in zip(("keys", "values"), bad.flatten(1).sum(-1).tolist(), strict=True):  # one wait for a GPU
             if count:
                 raise NonFiniteValues(
@@ -419,17 +438,27 @@ def keep_entries(
         name = type(method.scorer).__name__
         raise ShapeMismatch(f"{name} gave scores {tuple(scores.shape)}; expected [L, B, H, N] = {expected}.")
     if plan.table is None:
-        allocate, candidates = method.allocator.allocate, plan.valid & ~plan.protected
-        if plan.limits is not None and method.allocator.scope == "model":
-            counted = partial(allocate, scores, candidates, layers)
-            demand = fitted(demand, plan.limits, counted, share=NEAR)
-        counts = allocate(scores, candidates, layers, demand)
+        counts = contest(method, scores, plan.valid & ~plan.protected, layers, plan)
     else:
         counts = plan.table[list(layers)].to(scores.device)
     return [select(s, c, plan.valid, plan.protected, plan.order) for s, c in zip(scores, counts, strict=True)]
 
 
-def _last(pieces: Sequence[Tensor], window: int) -> Tensor:
+def contest(
+    method: Method,
+    scores: Float[Tensor, "layers batch kv_heads tokens"],
+    candidates: Bool[Tensor, "batch tokens"],
+    layers: Sequence[int],
+    plan: Plan,
+) -> Int[Tensor, "layers batch kv_heads"]:
+    """Counts of these layers where they depend on scores."""
+    allocate, demand = method.allocator.allocate, plan.demand
+    if plan.limits is not None and method.allocator.scope == "model":
+        demand = fitted(demand, plan.limits, partial(allocate, scores, candidates, layers), share=NEAR)
+    return allocate(scores, candidates, layers, demand)
+
+
+def last_queries(pieces: Sequence[Tensor], window: int) -> Tensor:
     """The last `window` queries seen so far (a copy, so that the rest can be freed)."""
     joined = torch.cat([*pieces], dim=2) if len(pieces) > 1 else pieces[0]
     return joined[:, :, max(0, joined.shape[2] - window) :].clone()

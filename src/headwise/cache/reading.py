@@ -25,6 +25,7 @@ from headwise.kernels.segments import Segments, quantise
 from headwise.methods.allocate import Uniform
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
+from headwise.methods.reading import EXACT
 from headwise.methods.scores import Streaming
 from headwise.models.families import ModelView, view
 
@@ -91,7 +92,7 @@ class Reading:
             _subset(layer.segments, layer_kept, self.first.valid, plan.quantised(self.first.valid))
             for layer, layer_kept in zip(layers, kept, strict=True)
         ]
-        provenance = {"method": method.provenance(), "keep": str(keep), "entries": entries}
+        provenance = {"method": method.provenance(), "keep": str(keep), "entries": entries, "reading": EXACT}
         value = self.whole.kept.with_segments(segments, provenance=provenance)
         cache = RaggedCache.of(model_view, value, kernel=layers[0].kernel)
         cache.meter = self._as_if_compressed(cache.layers, whole_first=defers(method))

@@ -1,17 +1,39 @@
-"""The second reading: the model repeats the context, so that a scorer sees what it looks at (KVzip)."""
+"""Reading a context, and a second time where a scorer asks for it: the model repeats the context (KVzip)."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from headwise.cache.cache import RaggedCache
-from headwise.cache.context import forward
+from headwise.cache.context import forward, require_filled
 from headwise.cache.prefill import Prefill
 from headwise.errors import BadInput
 from headwise.interfaces import Replay
 from headwise.models.families import TOO_LONG, ModelView
+
+
+def fill(
+    cache: RaggedCache,
+    model_view: ModelView,
+    input_ids: Int[Tensor, "batch tokens"],
+    mask: Int[Tensor, "batch tokens"],
+    size: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Read the context in pieces of `size` tokens, then once more where a scorer asks for it."""
+    prefill, length = cache.prefill, input_ids.shape[1]
+    assert prefill is not None
+    replay = fitting(prefill.replay, model_view.max_positions, int(mask.sum(-1).max()))
+    for start in range(0, length, size):
+        stop = min(length, start + size)
+        forward(model_view.model, input_ids[:, start:stop], mask[:, :stop], cache)
+        require_filled(cache, stop)
+        progress(stop, length * (2 if replay else 1))
+    if replay is not None:
+        repeat(model_view, input_ids, mask, cache, prefill, replay, progress)
 
 
 def repeat(

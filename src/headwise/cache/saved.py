@@ -35,6 +35,7 @@ FIELDS: Mapping[str, strict_json.Check] = {
     "method": strict_json.mapping,
     "keep": strict_json.text,
     "entries": _entries,
+    "reading": strict_json.text,
     "seen": strict_json.size,
     "context_tokens": strict_json.or_none(strict_json.list_of(strict_json.positive)),
     "peak_nbytes": strict_json.count,
@@ -76,7 +77,12 @@ def read(file: Opened, expected: Expected | None = None) -> Saved:
 
     Without a model layers and sizes are those that the file says.
     """
-    written = {"context_tokens": None, "entries": NATIVE, **file.metadata}  # files of earlier versions have none
+    earlier = {
+        "context_tokens": None,
+        "entries": NATIVE,
+        "reading": "exact",
+    }  # what files of earlier versions leave out
+    written = {**earlier, **file.metadata}
     metadata = {**written, **strict_json.checked(written, FIELDS, f"{file.path}: the metadata", ADVICE)}
     present = _layers(file)
     frozen = present if expected is None else set(expected.layers)

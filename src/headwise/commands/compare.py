@@ -22,10 +22,12 @@ from headwise.commands.options import (
     Model,
     NewTokens,
     Protocol,
+    Reading,
     SplitSpecial,
 )
 from headwise.commands.tables import all_native, number, say_sliding, without
-from headwise.files.terminal import count, say, size
+from headwise.files.terminal import complain, count, say, size
+from headwise.methods.reading import require_reading
 from headwise.methods.registry import FULL
 from headwise.models.places import find
 from headwise.tasks.task import PROTOCOLS, require_protocol
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from headwise.evals.compare import Comparison
 
 Question = Annotated[list[str] | None, typer.Option("--question", "-q", help="May be repeated.")]
+METHODS = "full,streaming,snapkv,keydiff,adakv,expected+global"
+NOT_WHOLE = "streaming,snapkv,keydiff,adakv"  # those that need neither the full cache nor all of the context at once
 QuestionFile = Annotated[Path | None, typer.Option(help='Lines such as {"question": "?", "answers": ["!"]}.')]
 ShowAnswers = Annotated[
     bool | None,
@@ -44,7 +48,7 @@ ShowAnswers = Annotated[
 
 def compare(
     model: Model = "reference",
-    methods: Methods = "full,streaming,snapkv,keydiff,adakv,expected+global",
+    methods: Methods = METHODS,
     keep: Keeps = "0.15",
     entries: EntriesList = "native",
     context: Document = None,
@@ -53,6 +57,7 @@ def compare(
     protocol: Protocol = "query-agnostic",
     max_new_tokens: NewTokens = 32,
     prefill_chunk_size: Chunk = None,
+    reading: Reading = "exact",
     split_special_tokens: SplitSpecial = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -60,6 +65,10 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare methods on one document and its questions: memory held, fidelity to the full cache, speed, answers."""
+    require_reading(reading)
+    if reading != "exact" and methods == METHODS:
+        methods = NOT_WHOLE
+        complain(f"with --reading {reading} the methods are {methods}: the full cache may not fit. Name it to have it.")
     names, amounts = parse_methods(methods), {"keep": parse_keeps(keep), "entries": parse_entries(entries)}
     require_protocol(protocol)
     text, asked = read_document(context, question, questions)
@@ -74,11 +83,12 @@ def compare(
             tokenizer,
             text,
             asked,
-            methods=[*names, FULL],
+            methods=[*names, *[FULL] * (reading == "exact")],
             **amounts,
             protocol=protocol,
             max_new_tokens=max_new_tokens,
             prefill_chunk_size=prefill_chunk_size,
+            reading=reading,
             split_special_tokens=split_special_tokens,
             progress=progress,
         )
@@ -107,7 +117,7 @@ def _print(
         f"{count(asked, 'question')} {asking} ({protocol}). Model: {model}", rows, has_answers=has_answers
     )
     if answers if answers is not None else not has_answers:
-        full = next(row for row in measured if row.method == FULL)
+        full = next((row for row in measured if row.method == FULL), None)
         _print_answers([a.question for a in asked], rows, full)
 
 
@@ -134,7 +144,7 @@ def _print_comparisons(title: str, rows: "Sequence[Comparison]", *, has_answers:
             size(row.kv_bytes),
             f"{row.kv_bytes / row.full_kv_bytes:.1%}",
             size(row.peak_kv_bytes),
-            f"{row.accuracy:.2f}",
+            "-" if row.accuracy is None else f"{row.accuracy:.2f}",
             "-" if row.agreement is None else f"{row.agreement:.2f}",
             number(row.kl),
             f"{row.prefill_seconds:.2f} s{'*' * (row.prefill_shared_by > 1)}",
@@ -149,11 +159,11 @@ def _print_comparisons(title: str, rows: "Sequence[Comparison]", *, has_answers:
     say_sliding(rows[0].sliding_kv_bytes)
 
 
-def _print_answers(questions: Sequence[str], rows: "Sequence[Comparison]", full: "Comparison") -> None:
-    """Print every question with the full cache's answer, then the answers that differ from it."""
+def _print_answers(questions: Sequence[str], rows: "Sequence[Comparison]", full: "Comparison | None") -> None:
+    """Print every question with the full cache's answer if it is known, then the answers that differ from it."""
     for i, question in enumerate(questions):
-        expected = full.answers[i].strip()
-        cells = [[FULL, str(full.keep), full.entries, expected]]
+        expected = None if full is None else full.answers[i].strip()
+        cells = [] if full is None else [[FULL, str(full.keep), full.entries, full.answers[i].strip()]]
         for row in rows:
             text = row.answers[i].strip()
             if row.method != FULL:

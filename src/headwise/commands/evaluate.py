@@ -14,12 +14,25 @@ import typer
 from headwise.commands.console import print_json, print_table, progress_bar
 from headwise.commands.inputs import parse_entries, parse_keeps, parse_methods
 from headwise.commands.loading import choose_methods, load_launched
-from headwise.commands.options import SEEDS, AsJson, Device, Dtype, EntriesList, Keeps, Methods, Model, Protocol
+from headwise.commands.options import (
+    SEEDS,
+    AsJson,
+    Chunk,
+    Device,
+    Dtype,
+    EntriesList,
+    Keeps,
+    Methods,
+    Model,
+    Protocol,
+    Reading,
+)
 from headwise.commands.tables import all_native, number, without
 from headwise.errors import BadInput
 from headwise.files.strict_json import MOST
 from headwise.files.terminal import complain, count
 from headwise.methods.keep import Keep
+from headwise.methods.reading import require_reading
 from headwise.models.places import find
 from headwise.tasks.task import require_protocol
 
@@ -65,13 +78,15 @@ def evaluate(
     fidelity: Fidelity = True,
     timed: Timed = 1,
     rows: Rows = 256,
+    prefill_chunk_size: Chunk = None,
+    reading: Reading = "exact",
     brief: Brief = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Measure quality and memory of methods on tasks, against the full cache. Also under 'accelerate launch'."""
-    names, keeps, stored = _parse_options(methods, keep, entries, protocol, out)
+    names, keeps, stored = _parse_options(methods, keep, entries, protocol, require_reading(reading), out)
     source = find(model)
     from headwise.evals.run import summarise
     from headwise.tasks.suites import Sizes, parse_tasks, with_data
@@ -82,6 +97,7 @@ def evaluate(
     sizes = Sizes(samples=samples, length=length, seed=seed, data_dir=data_dir)
     task_list = _make_tasks(named, loaded, tokenizer, sizes)
     chosen = {"seed": seed, "protocol": protocol, "fidelity": fidelity, "timed": timed, "rows": rows, "brief": brief}
+    chosen |= {"prefill_chunk_size": prefill_chunk_size, "reading": reading}
     evaluation = _evaluation(task_list, names, keeps, stored, **chosen)
     folder = None if out is None else _folder(out, loaded, model, evaluation, length, processes)
     records = _measure(loaded, tokenizer, evaluation, folder, processes)
@@ -94,12 +110,12 @@ def evaluate(
 
 
 def _parse_options(
-    methods: str, keep: str, entries: str, protocol: str, out: Path | None
+    methods: str, keep: str, entries: str, protocol: str, reading: str, out: Path | None
 ) -> tuple[list[str], list[Keep], list[str]]:
     """Return methods, keeps and entries. Raises BadInput for all errors that can be known without the model."""
     from headwise.evals.records import require_place
 
-    names, keeps, stored = parse_methods(methods, oracle=True), parse_keeps(keep), parse_entries(entries)
+    names, keeps, stored = parse_methods(methods, oracle=reading == "exact"), parse_keeps(keep), parse_entries(entries)
     require_protocol(protocol)
     if out is not None:
         require_place(out)

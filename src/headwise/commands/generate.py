@@ -19,6 +19,7 @@ from headwise.commands.options import (
     Keep,
     Model,
     NewTokens,
+    Reading,
     SplitSpecial,
 )
 from headwise.errors import BadInput
@@ -26,6 +27,7 @@ from headwise.files.writing import require_file
 from headwise.methods.keep import Keep as ParsedKeep
 from headwise.methods.keep import parse_keep
 from headwise.methods.names import require_names
+from headwise.methods.reading import require_reading
 from headwise.methods.registry import AUTO, FULL
 from headwise.models.places import find
 
@@ -51,6 +53,7 @@ def generate(
     entries: Entries = "native",
     max_new_tokens: NewTokens = 256,
     prefill_chunk_size: Chunk = None,
+    reading: Reading = "exact",
     split_special_tokens: SplitSpecial = False,
     save: Save = None,
     dtype: Dtype = "auto",
@@ -61,6 +64,8 @@ def generate(
     _require_single(question)
     parsed, stored = parse_keep(keep), require_entries(entries)
     require_names([method])
+    if require_reading(reading) != "exact" and method == FULL:
+        raise BadInput(f"--reading {reading} is for methods that compress: 'full' keeps everything in memory.")
     if save is not None:
         _require_place(save, model, method, context)
     text, _ = read_document(context, question, None)
@@ -71,8 +76,9 @@ def generate(
     loaded, tokenizer = load_model(source, dtype, device)
     tokens = _tokens(loaded, tokenizer, text, question, split_special_tokens)
     (name,) = choose_methods([method], loaded)
-    require_possible(loaded, [name], [parsed], tokens, entries=[stored])
-    memory = _read(loaded, tokenizer, tokens, name, parsed, stored, prefill_chunk_size)
+    require_possible(loaded, [name], [parsed], tokens, entries=[stored], reading=reading)
+    pieces = {"prefill_chunk_size": prefill_chunk_size, "reading": reading}
+    memory = _read(loaded, tokenizer, tokens, name, parsed, stored, **pieces)
     kv_bytes = memory.nbytes
     if save is not None:
         _save(memory, save)
@@ -121,7 +127,7 @@ def _read(
     method: str,
     keep: ParsedKeep,
     entries: str,
-    chunk: int | None,
+    **pieces: Any,
 ) -> "Memory":
     """Read and compress the document, and show progress."""
     from headwise.evals.answers import read_context
@@ -129,9 +135,7 @@ def _read(
 
     used = method if method == FULL else instructed(method, tokenizer)
     with progress_bar("tokens") as progress:
-        return read_context(
-            model, tokens.context, used, keep, entries=entries, prefill_chunk_size=chunk, progress=progress
-        )
+        return read_context(model, tokens.context, used, keep, entries=entries, progress=progress, **pieces)
 
 
 def _save(memory: "Memory", path: Path) -> None:

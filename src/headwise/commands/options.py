@@ -25,6 +25,9 @@ Document = Annotated[
     Path | None, typer.Option("--context", "-c", help="Text file (UTF-8); left out: the bundled document.")
 ]
 Chunk = Annotated[int | None, typer.Option(min=1, max=MOST, help="Read the context in pieces of so many tokens.")]
+Reading = Annotated[
+    str, typer.Option(help="exact; evict: pieces are cut as they are read; offload: layers wait outside of memory.")
+]
 NewTokens = Annotated[
     int, typer.Option(min=1, max=MOST, help="Longest answer; it ends at the model's last position at the latest.")
 ]

@@ -7,10 +7,11 @@ import typer
 
 from headwise.commands.console import print_json, print_table
 from headwise.commands.inputs import require_entries
-from headwise.commands.options import AsJson, Dtype, Entries, Keep, Model
+from headwise.commands.options import AsJson, Chunk, Dtype, Entries, Keep, Model, Reading
 from headwise.commands.tables import say_sliding, yes
 from headwise.files.strict_json import MOST
 from headwise.files.terminal import say, size
+from headwise.methods.reading import require_reading
 from headwise.models.places import find
 
 if TYPE_CHECKING:
@@ -28,11 +29,14 @@ def plan(
     entries: Entries = "native",
     memory: Memory = None,
     batch: Batch = 1,
+    reading: Reading = "exact",
+    prefill_chunk_size: Chunk = None,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Compute KV memory before and after, and what fits. Needs the configuration only, no weights."""
     stored, source = require_entries(entries), find(model)
+    require_reading(reading)
     from headwise.methods.keep import parse_bytes, parse_tokens
     from headwise.models.loading import find_dtype, load_config
     from headwise.models.plan import plan as make
@@ -46,6 +50,8 @@ def plan(
         batch=batch,
         memory=None if memory is None else parse_bytes(memory),
         dtype=None if known_dtype == "auto" else known_dtype,
+        reading=reading,
+        prefill_chunk_size=prefill_chunk_size,
     )
     if as_json:
         print_json({"model": model, **asdict(planned)})
@@ -62,10 +68,12 @@ def plan(
 
 def _rows(plan: "Plan") -> list[list[str]]:
     """Return rows of bytes without and with compression, and of what fits if the memory is known."""
+    whole = plan.reading == "exact" and plan.prefill_chunk_size == plan.context
+    pieces = "" if whole else f" ({plan.reading}, {plan.prefill_chunk_size:,} tokens a piece)"
     rows = [
         ["weights", size(plan.weight_bytes), size(plan.weight_bytes)],
         ["KV held", size(plan.full_kv_bytes), size(plan.kv_bytes)],
-        ["KV peak while reading", size(plan.full_kv_bytes), size(plan.peak_kv_bytes)],
+        [f"KV peak while reading{pieces}", size(plan.full_kv_bytes), size(plan.peak_kv_bytes)],
         ["the same, scope 'model'", size(plan.full_kv_bytes), size(plan.peak_kv_bytes_model_scope)],
     ]
     if plan.memory_bytes is not None:

@@ -14,12 +14,14 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from headwise.cache.compress import Progress, compress
 from headwise.cache.prefill import make_plan
 from headwise.cache.states import held_by
+from headwise.cache.ways import how
 from headwise.errors import BadInput, BudgetInfeasible
 from headwise.evals.oracle import as_method
 from headwise.kernels.quantised import NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
 from headwise.methods.names import require_names
+from headwise.methods.reading import EXACT
 from headwise.methods.registry import FULL as FULL
 from headwise.methods.registry import ORACLE
 from headwise.models.families import end_tokens, given, view
@@ -98,19 +100,21 @@ def require_possible(
     tokens: Tokens,
     *,
     entries: Sequence[str] = (NATIVE,),
+    reading: str = EXACT,
     oracle: bool = False,
 ) -> None:
     """Raise an error if one of the methods could not compress the context at one of the keeps. Reads nothing.
 
     `oracle`: allow "oracle" among the methods. Raises BadInput, ArtifactMismatch, UnsupportedModel or BudgetInfeasible.
     """
-    known_methods(methods, oracle=oracle)
+    known_methods(methods, oracle=oracle and reading == EXACT)
     model_view, length = view(model), tokens.context.shape[1]
     for name in methods:
         if name == FULL:
             continue
         method = as_method(name).for_model(model_view.shape, model_view.config_hash)
         model_view.require_parts(method.scorer, method.allocator)
+        how(reading)[0].require(method.scorer)
         for keep, stored in product(keeps, entries):
             try:
                 make_plan(
@@ -135,9 +139,10 @@ def read_context(
     *,
     entries: str = NATIVE,
     prefill_chunk_size: int | None = None,
+    reading: str = EXACT,
     progress: Progress | None = None,
 ) -> Memory:
-    """Read a context and return its cache, compressed by a method, or full for "full"."""
+    """Read a context and return its cache, compressed by a method, or full for "full", whatever the reading."""
     if method == FULL:
         return FullMemory(model, context, prefill_chunk_size)
     return compress(
@@ -147,6 +152,7 @@ def read_context(
         keep=keep,
         entries=entries,
         prefill_chunk_size=prefill_chunk_size,
+        reading=reading,
         progress=progress,
     )
 

@@ -1,7 +1,8 @@
 """Compare several methods, keeps and kinds of entries on one document and its questions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -13,6 +14,9 @@ from headwise.evals.answers import known_methods, require_possible
 from headwise.evals.session import FULL_SETTING, Outcome, Session, Setting, every_setting
 from headwise.kernels.quantised import NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
+from headwise.methods.reading import EXACT
+from headwise.methods.registry import FULL
+from headwise.models.families import view
 from headwise.tasks.document import Asked
 from headwise.tasks.metrics import answers_found
 from headwise.tasks.task import Question, Sample, require_protocol
@@ -23,7 +27,8 @@ class Comparison:
     """One method at one keep, its entries stored in one way. Bytes are of keys and values in storage.
 
     `accuracy` is the mean share of known answers found, over the questions that have some; where none has, the share of
-    answers that are the full cache's. `kl` (nats) and `agreement` (share of tokens with the same first choice) are of
+    answers that are the full cache's, or None if that was not measured: then `kl` and `agreement` are None too, and
+    `full_kv_bytes` is what the full cache would take. `kl` (nats) and `agreement` (share of tokens with the same first choice) are of
     the full cache's own answers, token by token (fidelity.py). `prefill_seconds` is the time of the reading that served
     `prefill_shared_by` rows. `sliding_kv_bytes`, of sliding-window layers, are part of all the other bytes: these
     layers are left whole.
@@ -37,7 +42,7 @@ class Comparison:
     full_kv_bytes: int
     peak_kv_bytes: int
     sliding_kv_bytes: int
-    accuracy: float
+    accuracy: float | None
     kl: float | None
     agreement: float | None
     prefill_seconds: float
@@ -58,6 +63,7 @@ def compare(
     max_new_tokens: int = 32,
     protocol: str = "query-agnostic",
     prefill_chunk_size: int | None = None,
+    reading: str = EXACT,
     split_special_tokens: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> list[Comparison]:
@@ -84,6 +90,9 @@ def compare(
         the document, and reads the document once per question.
     prefill_chunk_size
         Tokens that are read in one forward pass; None: all.
+    reading
+        See headwise.compress. Where it is not "exact", every row has a reading of its own, and "full" is measured only
+        if it is among the methods: the full cache may not fit into memory.
     split_special_tokens
         See `tokenize`.
     progress
@@ -109,14 +118,17 @@ def compare(
         tokenizer=tokenizer,
         query_aware=protocol == "query-aware",
         prefill_chunk_size=prefill_chunk_size,
+        reading=reading,
+        yardstick=reading == EXACT or FULL in methods,
         split_special_tokens=split_special_tokens,
     )
     sample = _sample(context, asked, max_new_tokens)
     for tokens in session.tokens(sample):
-        require_possible(model, methods, keeps, tokens, entries=stored)
+        require_possible(model, methods, keeps, tokens, entries=stored, reading=reading)
     settings = every_setting(methods, keeps, stored)
     outcomes = session.measure(sample, settings, timed=True, progress=progress)
-    return [_row(setting, outcomes[setting], outcomes[FULL_SETTING], asked, protocol) for setting in settings]
+    full, of_full = outcomes.get(FULL_SETTING), partial(_full_bytes, model)
+    return [_row(setting, outcomes[setting], full, of_full, asked, protocol) for setting in settings]
 
 
 def _sample(context: str, asked: Sequence[Asked], max_new_tokens: int) -> Sample:
@@ -140,7 +152,21 @@ def _parse_entries(entries: str | Sequence[str]) -> list[str]:
     return names
 
 
-def _row(setting: Setting, outcome: Outcome, full: Outcome, asked: Sequence[Asked], protocol: str) -> Comparison:
+def _full_bytes(model: PreTrainedModel, outcome: Outcome) -> int:
+    """Return what the full cache of a context would take that was measured without it."""
+    shape = view(model).shape
+    entries = shape.num_heads * outcome.context_tokens
+    return entries * shape.entry_bytes(model.dtype.itemsize) + outcome.sliding_kv_bytes
+
+
+def _row(
+    setting: Setting,
+    outcome: Outcome,
+    full: Outcome | None,
+    full_bytes: Callable[[Outcome], int],
+    asked: Sequence[Asked],
+    protocol: str,
+) -> Comparison:
     assert outcome.step_ms is not None
     return Comparison(
         method=setting.method,
@@ -148,10 +174,10 @@ def _row(setting: Setting, outcome: Outcome, full: Outcome, asked: Sequence[Aske
         entries=setting.entries,
         protocol=protocol,
         kv_bytes=outcome.kv_bytes,
-        full_kv_bytes=full.kv_bytes,
+        full_kv_bytes=full_bytes(outcome) if full is None else full.kv_bytes,
         peak_kv_bytes=outcome.peak_kv_bytes,
         sliding_kv_bytes=outcome.sliding_kv_bytes,
-        accuracy=_accuracy(asked, outcome.predictions, full.predictions),
+        accuracy=_accuracy(asked, outcome.predictions, None if full is None else full.predictions),
         kl=outcome.fidelity.kl,
         agreement=outcome.fidelity.agreement,
         prefill_seconds=outcome.prefill_seconds,
@@ -161,7 +187,9 @@ def _row(setting: Setting, outcome: Outcome, full: Outcome, asked: Sequence[Aske
     )
 
 
-def _accuracy(asked: Sequence[Asked], texts: Sequence[str], full_texts: Sequence[str]) -> float:
+def _accuracy(asked: Sequence[Asked], texts: Sequence[str], full_texts: Sequence[str] | None) -> float | None:
     judged = zip(asked, texts, strict=True)
     scores = [answers_found(text, question.answers) for question, text in judged if question.answers]
+    if full_texts is None:
+        return fmean(scores) if scores else None
     return fmean(scores or [answers_found(text, (full,)) for text, full in zip(texts, full_texts, strict=True)])

@@ -5,8 +5,8 @@
     OUT/maps.jsonl      which tokens the heads kept, for the first sample of every task; none of short records
 
 A killed run, started again with the same --out, repeats no sample and loses none: the last one is dropped if it is not
-complete. Methods, keeps, entries, tasks and samples may be added to a folder; a model, seed, length or protocol of its
-own needs another. A folder may be moved and continued on another machine: what counts are the model's weights, and that
+complete. Methods, keeps, entries, tasks and samples may be added to a folder; a model, seed, length, protocol or
+reading of its own needs another. A folder may be moved and continued on another machine: what counts are the model's weights, and that
 a method is still what it was. One run at a time: `locked` keeps a second one out. Lines are JSON in ASCII, and only a
 line feed ends them. Imports no torch.
 """
@@ -26,8 +26,9 @@ from headwise.files.writing import append, left_of, reason, remove, require_file
 
 FORMAT = 1
 NATIVE = "native"  # entries: those of all records that say nothing of them
+_READ = {"reading": "exact", "prefill_chunk_size": None}  # as in all folders that do not say it
 RUN, RECORDS, MAPS = "run.json", "records.jsonl", "maps.jsonl"
-_MUST_AGREE = ("format", "config_hash", "dtype", "protocol", "seed", "length", "fidelity")
+_MUST_AGREE = ("format", "config_hash", "dtype", "protocol", "seed", "length", "fidelity", *_READ)
 _MAY_GROW = ("tasks", "methods", "keeps", "entries", "samples")
 _OUR_FILES = re.compile(r"run\.json|(records|maps)(\.\d+)?\.jsonl")
 Unit = tuple[str, int]  # a task and the index of a sample
@@ -230,7 +231,7 @@ class RunFolder:
         if not file.is_file():
             return None
         try:
-            earlier = {"entries": [NATIVE], **json.loads(_content(file).decode())}
+            earlier = {"entries": [NATIVE], **_READ, **json.loads(_content(file).decode())}
             return {name: earlier[name] for name in ("latest", *_MAY_GROW)} | earlier
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(f"{file} is damaged: {error}. Name another folder with --out.") from error
@@ -242,10 +243,10 @@ class RunFolder:
         self._require_same_model(earlier)
         self._require_same_methods(earlier)
         for name in _MUST_AGREE:
-            if earlier.get(name) != self.manifest[name]:
+            if earlier.get(name) != (_READ | self.manifest)[name]:
                 raise BadInput(
                     f"{self.path} holds an evaluation with {name}={earlier.get(name)!r}, this one has "
-                    f"{self.manifest[name]!r}: name another folder with --out."
+                    f"{(_READ | self.manifest)[name]!r}: name another folder with --out."
                 )
         grown = self.manifest | {"made_of": earlier.get("made_of", {}) | self.manifest.get("made_of", {})}
         for name in _MAY_GROW:

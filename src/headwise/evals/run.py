@@ -32,6 +32,7 @@ from headwise.kernels import fastest
 from headwise.kernels.quantised import NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
+from headwise.methods.reading import EXACT, piece_size
 from headwise.methods.registry import ORACLE
 from headwise.models.families import view
 from headwise.models.processes import Processes
@@ -83,6 +84,8 @@ class Evaluation:
         How many samples of every task have single decoding steps timed.
     rows
         Sequences that are decoded together, at most.
+    prefill_chunk_size, reading
+        How contexts are read, see `compress`. There is no oracle where the reading is not exact.
     brief
         Whether records are short and no maps are made, for a folder that is kept in a repository.
 
@@ -101,6 +104,8 @@ class Evaluation:
     fidelity: bool = True
     timed: int = 1
     rows: int = 256
+    prefill_chunk_size: int | None = None
+    reading: str = EXACT
     brief: bool = False
 
     def __post_init__(self) -> None:
@@ -113,7 +118,8 @@ class Evaluation:
             raise BadInput("the seed is out of range: choose one from 0 to 2**63 - 1.")
         if min(self.rows, self.timed + 1, self.seed + 1) < 1:
             raise BadInput(f"rows={self.rows} must be at least 1, timed={self.timed} and seed={self.seed} at least 0.")
-        known_methods(self.methods, oracle=True)
+        piece_size(self.reading, self.prefill_chunk_size, 1)
+        known_methods(self.methods, oracle=self.reading == EXACT)
 
     @property
     def settings(self) -> list[Setting]:
@@ -167,11 +173,19 @@ def evaluate(
         query_aware=evaluation.protocol == "query-aware",
         fidelity=evaluation.fidelity,
         rows=evaluation.rows,
+        prefill_chunk_size=evaluation.prefill_chunk_size,
+        reading=evaluation.reading,
     )
     for task in evaluation.tasks:
         for tokens in session.tokens(task.sample(0)):
             require_possible(
-                model, evaluation.methods, evaluation.keeps, tokens, entries=evaluation.entries, oracle=True
+                model,
+                evaluation.methods,
+                evaluation.keeps,
+                tokens,
+                entries=evaluation.entries,
+                reading=evaluation.reading,
+                oracle=True,
             )
     with nullcontext() if folder is None or processes.rank > 0 else folder.locked():
         return _select(_measure_all(session, evaluation, folder, processes, progress), evaluation)
@@ -376,6 +390,8 @@ def manifest(model: PreTrainedModel, name: str, evaluation: Evaluation, length: 
         "latest": [list(setting.names) for setting in evaluation.settings],
         "protocol": evaluation.protocol,
         "fidelity": evaluation.fidelity,
+        "reading": evaluation.reading,
+        "prefill_chunk_size": evaluation.prefill_chunk_size,
         "seed": evaluation.seed,
         "length": length,
         "dtype": str(model.dtype).removeprefix("torch."),

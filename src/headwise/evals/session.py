@@ -5,7 +5,7 @@ Methods share a reading of the context where they can (reading.py). The cut cach
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from statistics import fmean
@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from headwise.cache.cache import RaggedCache
-from headwise.cache.compress import Progress
+from headwise.cache.compress import Progress, compress
 from headwise.cache.reading import can_share, read
 from headwise.errors import BadInput
 from headwise.evals.answers import (
@@ -32,6 +32,8 @@ from headwise.evals.oracle import as_method, foresee
 from headwise.interfaces import AbstractScorer
 from headwise.kernels.quantised import NATIVE
 from headwise.methods.keep import Keep, parse_keep
+from headwise.methods.method import Method
+from headwise.methods.reading import EXACT
 from headwise.methods.registry import ORACLE
 from headwise.models.families import view
 from headwise.models.room import require_room
@@ -95,7 +97,9 @@ class Outcome:
 class Session:
     """How a sample is put to the model. `rows`: sequences that are decoded together, at most.
 
-    `prefill_chunk_size`: contexts are read in pieces of so many tokens. `split_special_tokens`: see `tokenize`.
+    `prefill_chunk_size`, `reading`: contexts are read in pieces of so many tokens, see `compress`. Methods share a
+    reading only if it is exact. `yardstick`: whether the full cache is measured, which must fit into memory then; if
+    not, nothing is compared with it. `split_special_tokens`: see `tokenize`.
     """
 
     model: PreTrainedModel
@@ -104,6 +108,8 @@ class Session:
     fidelity: bool = True
     rows: int = 256
     prefill_chunk_size: int | None = None
+    reading: str = EXACT
+    yardstick: bool = True
     split_special_tokens: bool = False
 
     def tokens(self, sample: Sample) -> list[Tokens]:
@@ -199,17 +205,21 @@ class _Measurement:
     def measure(self, settings: Sequence[Setting], progress: Progress) -> dict[Setting, Outcome]:
         """Return the outcomes. The full cache comes first: the others are compared with what it answers."""
         cut = [setting for setting in dict.fromkeys(settings) if setting.method != FULL]
-        progress(0, 1 + len(cut))
-        start = time.perf_counter()
-        full = FullMemory(self.model, self.tokens.context, self.session.prefill_chunk_size)
-        (full_outcome,) = self._outcomes([(FULL_SETTING, full, time.perf_counter() - start, 1)])
-        outcomes, full_bytes = {FULL_SETTING: full_outcome}, full.nbytes
-        del full
-        progress(1, 1 + len(cut))
+        total = self.session.yardstick + len(cut)
+        progress(0, total)
+        outcomes, full_bytes = self._full() if self.session.yardstick else ({}, 0)
+        progress(len(outcomes), total)
         for group in self._groups(cut, full_bytes):
             outcomes |= zip([setting for setting, *_ in group], self._outcomes(group), strict=True)
-            progress(len(outcomes), 1 + len(cut))
+            progress(len(outcomes), total)
         return outcomes
+
+    def _full(self) -> tuple[dict[Setting, Outcome], int]:
+        """Return what was measured of the full cache, and its bytes."""
+        start = time.perf_counter()
+        full = FullMemory(self.model, self.tokens.context, self.session.prefill_chunk_size)
+        (outcome,) = self._outcomes([(FULL_SETTING, full, time.perf_counter() - start, 1)])
+        return {FULL_SETTING: outcome}, full.nbytes
 
     def _groups(self, settings: Sequence[Setting], full_bytes: int) -> Iterator[list[_Cut]]:
         """Yield cut caches, as many at a time as may be asked together. Their entries are stored alike."""
@@ -230,6 +240,9 @@ class _Measurement:
         """Yield every setting's cache, the seconds its reading took, and how many settings that reading serves."""
         by_reading: dict[tuple[AbstractScorer, ...], list[Setting]] = {}
         methods = {one.method: as_method(one.method, self.tokenizer, chat=self.chat) for one in settings}
+        if self.session.reading != EXACT:
+            yield from self._read_apart(settings, methods)
+            return
         watching = (m.scorer for name, m in methods.items() if name != ORACLE and can_share(m.scorer))
         shared = tuple(dict.fromkeys(watching))
         for setting in settings:
@@ -245,6 +258,21 @@ class _Measurement:
             for setting in sorted(served, key=lambda setting: setting.entries):  # alike ones are asked together
                 cache = reading.cut(methods[setting.method], setting.keep, entries=setting.entries)
                 yield setting, cache, seconds, len(served)
+
+    def _read_apart(self, settings: Sequence[Setting], methods: Mapping[str, Method]) -> Iterator[_Cut]:
+        """Yield every setting's cache from a reading of its own: what it keeps decides what is read after it."""
+        for setting in sorted(settings, key=lambda setting: setting.entries):
+            start = time.perf_counter()
+            cache = compress(
+                self.model,
+                self.tokens.context,
+                methods[setting.method],
+                keep=setting.keep,
+                prefill_chunk_size=self.session.prefill_chunk_size,
+                reading=self.session.reading,
+                entries=setting.entries,
+            )
+            yield setting, cache, time.perf_counter() - start, 1
 
     def _outcomes(self, group: Sequence[_Cut]) -> list[Outcome]:
         memories = [memory for _, memory, *_ in group]
@@ -278,7 +306,7 @@ class _Measurement:
         if self.targets is not None or self.yardstick is None:
             answers = self._decode(memories)
             self.continuations = self.continuations or self._continuations(answers[0].answers)
-            if self.targets is None and not self.session.fidelity:
+            if self.targets is None and not (self.session.fidelity and self.session.yardstick):
                 return answers
             if self.yardstick is None:
                 full, context = memories[0], self.tokens.context

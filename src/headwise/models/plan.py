@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from headwise.errors import BadInput
 from headwise.kernels.quantised import NATIVE, Bits, parse_entries
 from headwise.methods.keep import Keep, parse_keep
+from headwise.methods.reading import EVICT, EXACT, MARGIN, OFFLOAD, piece_size
 from headwise.methods.storage import Storage
 from headwise.models.layout import heads_of, layers_of, max_positions, shape_of, text_config
 
@@ -34,6 +35,8 @@ class Plan:
     kv_bytes: int
     peak_kv_bytes: int  # while the context is read, scope "layer": the compressed cache and one full layer
     peak_kv_bytes_model_scope: int  # at most, scope "model": everything, and what is kept of the first layer to be cut
+    reading: str  # what both peaks are of, see headwise.compress
+    prefill_chunk_size: int  # tokens of a piece
     sliding_kv_bytes: int  # part of both: sliding-window layers, left whole
     memory_bytes: int | None
     full_fits: bool | None
@@ -56,19 +59,24 @@ def plan(
     batch: int = 1,
     memory: int | None = None,
     dtype: torch.dtype | None = None,
+    reading: str = EXACT,
+    prefill_chunk_size: int | None = None,
 ) -> Plan:
     """KV bytes of `batch` contexts of `context` tokens, with everything kept and with `keep`; what fits in `memory`.
 
     `dtype` is that of keys, values and weights; None is the checkpoint's own, as its configuration names it. Weights of
     a quantised checkpoint are counted as it stores them; its keys and values have its dtype. What is kept is stored as
     `entries` says. It is counted for heads that all keep the same, the first tokens among it, which stay native.
+    `reading` and `prefill_chunk_size` are those of headwise.compress; with "evict" a peak is what is kept, the margin and
+    one piece, with "offload" two layers, or what is kept and one. Bytes outside of memory are not counted.
     `max_batch` and `max_context` are what the memory has room for, for an allocator of scope "layer"; `max_context` may
     exceed `max_positions`. Raises BadInput, UnsupportedModel.
     """
     if batch < 1 or context < 1:
         raise BadInput(f"context={context} and batch={batch} must be at least 1.")
     dtype, of_dtype = (dtype, []) if dtype else _own_dtype(config)
-    keep, sizes = parse_keep(keep), _Sizes(config, dtype, parse_entries(entries))
+    size = piece_size(reading, prefill_chunk_size, context)
+    keep, sizes = parse_keep(keep), _Sizes(config, dtype, parse_entries(entries), reading, size)
     full, small = sizes.held(context, batch, None), sizes.held(context, batch, keep)
     weights, of_weights = _weight_bytes(config, dtype)
     of_states = [STATES_NOTE] if any(layer.kind == "state" for layer in layers_of(config)) else []
@@ -83,7 +91,9 @@ def plan(
         full_kv_bytes=full,
         kv_bytes=small,
         peak_kv_bytes=sizes.peak(context, batch, keep),
-        peak_kv_bytes_model_scope=full + min(sizes.layer(context, batch), small - sizes.sliding(context, batch)),
+        peak_kv_bytes_model_scope=sizes.peak(context, batch, keep, whole_first=True),
+        reading=reading,
+        prefill_chunk_size=min(size, context),
         sliding_kv_bytes=sizes.sliding(context, batch),
         memory_bytes=memory,
         **asdict(fit),
@@ -127,7 +137,15 @@ def _own_dtype(config: PretrainedConfig) -> tuple[torch.dtype, list[str]]:
 class _Sizes:
     """KV bytes of one model in one precision, what is kept in perhaps fewer bits."""
 
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, bits: Bits | None):
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        bits: Bits | None,
+        reading: str = EXACT,
+        piece: int | None = None,
+    ):
+        self.reading, self.piece = reading, piece
         self.shape = shape_of(config)
         self.storage = Storage(head_dim=self.shape.head_dim, itemsize=dtype.itemsize, bits=bits)
         self.entry = self.storage.native
@@ -146,8 +164,7 @@ class _Sizes:
         everything = self.layer(context, batch) * len(self.shape.layers)
         if keep is None:
             return everything + self.sliding(context, batch)
-        if keep.kind == "bytes":  # of all rows, which are alike
-            keep = replace(keep, amount=keep.amount / batch)
+        keep = _of_one(keep, batch)
         (entries,) = keep.entries(shape=self.shape, tokens=[context], entry_bytes=self.entry)
         if keep.counts_bytes and self.storage.bits is not None:
             (limit,) = keep.limits(shape=self.shape, tokens=[context], entry_bytes=self.entry)
@@ -161,8 +178,35 @@ class _Sizes:
         fewer, most = self.storage.nbytes(torch.tensor([each, each + 1], dtype=torch.int64, device="cpu")).tolist()
         return (self.shape.num_heads - more) * fewer + more * most
 
-    def peak(self, context: int, batch: int, keep: Keep) -> int:
-        return self.held(context, batch, keep) + self.layer(context, batch)
+    def peak(self, context: int, batch: int, keep: Keep, *, whole_first: bool = False) -> int:
+        """While a context is read; `whole_first`: no layer is cut before all have seen it, or a piece of it."""
+        kept, sliding, layer = self.held(context, batch, keep), self.sliding(context, batch), self.layer(context, batch)
+        layers = len(self.shape.layers)
+        if self.reading == EVICT:
+            piece = self.layer(min(context, self.piece or context), batch) * (layers if whole_first else 1)
+            return min(layers * layer, self._with_margin(context, batch, keep)) + piece + sliding
+        if self.reading == OFFLOAD:
+            return max(kept + layer, 2 * layer + sliding)
+        if whole_first:
+            return layers * layer + sliding + min(layer, kept - sliding)
+        if self.piece is not None and self.piece < context:  # all layers are whole but for the last piece
+            before = (context - 1) // self.piece * self.piece
+            return max(kept + layer, layers * self.layer(before, batch) + layer + sliding)
+        return kept + layer
+
+    def _with_margin(self, context: int, batch: int, keep: Keep) -> int:
+        """Bytes of what is held between pieces: entries are native until the last cut."""
+        keep = _of_one(keep, batch)
+        if keep.counts_bytes and self.storage.bits is not None:
+            each = keep.limits(shape=self.shape, tokens=[context], entry_bytes=self.entry)[0] // self.storage.least
+        else:
+            (each,) = keep.entries(shape=self.shape, tokens=[context], entry_bytes=self.entry)
+        return batch * ceil(each * (1 + MARGIN)) * self.entry
+
+
+def _of_one(keep: Keep, batch: int) -> Keep:
+    """The keep of one of several rows that are alike."""
+    return replace(keep, amount=keep.amount / batch) if keep.kind == "bytes" else keep
 
 
 def _largest(fits: Callable[[int], bool]) -> int:

@@ -1,14 +1,14 @@
 """Scorers that need no queries: they read the keys (Knorm, KeyDiff) or nothing at all (Streaming, Random)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from headwise.interfaces import AbstractScorer, Observation
-from headwise.methods.scores.attention import token_ranks
+from headwise.interfaces import AbstractScorer, Observation, WhileReading
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +21,8 @@ class Knorm(AbstractScorer):
 
     Differs: the authors leave the first layers whole; here every layer is scored, and the allocator decides.
     """
+
+    while_reading: ClassVar[WhileReading] = "once"
 
     def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
         """Score every token by minus the norm of its key."""
@@ -37,8 +39,10 @@ class KeyDiff(AbstractScorer):
         s[j] = -cos(k_j, mean over tokens i of k_i / ||k_i||)
 
     Differs: the paper evicts block by block as the prompt comes in, with the mean of the keys still cached; we score
-    once, with the mean over the whole context (padding excluded).
+    once, with the mean over the whole context (padding excluded). With reading="evict" we do as the paper.
     """
+
+    while_reading: ClassVar[WhileReading] = "anew"
 
     def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
         """Score every token by minus the cosine between its rotated key and the mean direction."""
@@ -59,14 +63,17 @@ class Streaming(AbstractScorer):
     Differs: the paper renumbers the positions of what is kept; here kept keys stay where they were rotated to.
     """
 
+    while_reading: ClassVar[WhileReading] = "once"
+
     @property
     def sink(self) -> int:
         """The first tokens draw attention whatever they say."""
         return 4
 
     def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
-        """Score every token by its index in its row."""
-        return token_ranks(observation.valid).float().unsqueeze(1).repeat(1, observation.keys.shape[1], 1)
+        """Score every token by its distance from the first one of its row."""
+        place = (observation.positions - observation.span[:, :1]).float()
+        return place.unsqueeze(1).repeat(1, observation.keys.shape[1], 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

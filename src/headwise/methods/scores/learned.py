@@ -1,6 +1,7 @@
 """The learned scorer: LKV-T, from an entry's key and value alone."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from headwise.artifacts.gates import Gates, entry_features, shipped_gates
 from headwise.errors import BadInput
-from headwise.interfaces import AbstractScorer, Observation, Provenance
+from headwise.interfaces import AbstractScorer, Observation, Provenance, WhileReading
 from headwise.shapes import ModelShape
 
 
@@ -19,6 +20,8 @@ class LKVT(AbstractScorer):
     Sees of an entry its key before rotation, its value, their norms and its place; no queries, no attention. Scores
     compare between heads if they were taught to predict attention (`Gates.comparable`), else within a head only.
     """
+
+    while_reading: ClassVar[WhileReading] = "once"
 
     gates: Gates
 
@@ -59,13 +62,16 @@ class LKVT(AbstractScorer):
         """Score every token of one layer."""
         network = self.gates.entry_scores.to(observation.keys.device)
         with torch.no_grad():
-            features = entry_features(observation.keys, observation.values, observation.positions, observation.rotary)
+            states = observation.keys, observation.values
+            features = entry_features(*states, observation.positions, observation.rotary, observation.span)
             return network(features, observation.layer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShippedLKVT(AbstractScorer):
     """LKVT with the gates that come with headwise for the model at hand, if there are any."""
+
+    while_reading: ClassVar[WhileReading] = "once"
 
     def resolve(self, shape: ModelShape, config_hash: str) -> LKVT:
         """With the gates for this model. Raises BadInput if none are shipped."""

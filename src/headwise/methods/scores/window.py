@@ -1,7 +1,7 @@
 """Scorers that read attention weights: of the last queries (SnapKV, TOVA) or of all of them (H2O)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from headwise.errors import BadInput
-from headwise.interfaces import AbstractScorer, Chunk, Observation, Statistics
+from headwise.interfaces import AbstractScorer, Chunk, Observation, Statistics, WhileReading
 from headwise.methods.scores.attention import attention, causal_mask, weighting, window_attention
 
 
@@ -26,6 +26,8 @@ class SnapKV(AbstractScorer):
     `pooling="max", kernel_size=7`. The softmax runs over the window too, then the window's own keys are left out of
     the pooling; pooling counts the zeros beyond both ends. kvpress does the same with W = 64.
     """
+
+    while_reading: ClassVar[WhileReading] = "anew"
 
     window_size: int = 32
     kernel_size: int = 5
