@@ -15,7 +15,7 @@ from headwise.cache.compress import Progress, compress
 from headwise.cache.prefill import make_plan
 from headwise.errors import BadInput, BudgetInfeasible, UnsupportedModel
 from headwise.evals.oracle import as_method
-from headwise.kernels.quantised import NATIVE, parse_entries
+from headwise.kernels.quantised import NATIVE
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
 from headwise.methods.names import require_names
@@ -119,7 +119,7 @@ def require_possible(
                     parse_keep(keep),
                     shape=model_view.shape,
                     itemsize=model.dtype.itemsize,
-                    bits=parse_entries(stored),
+                    entries=stored,
                     valid=torch.ones(1, length, dtype=torch.bool, device="cpu"),
                     positions=torch.arange(length, dtype=torch.int64, device="cpu")[None],
                 )

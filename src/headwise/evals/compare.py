@@ -11,7 +11,7 @@ from headwise.cache.compress import Progress
 from headwise.errors import BadInput
 from headwise.evals.answers import known_methods, require_possible
 from headwise.evals.session import FULL_SETTING, Outcome, Session, Setting, every_setting
-from headwise.kernels.quantised import NATIVE, parse_entries
+from headwise.kernels.quantised import NATIVE, require_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.tasks.document import Asked
 from headwise.tasks.metrics import answers_found
@@ -136,7 +136,7 @@ def _parse_entries(entries: str | Sequence[str]) -> list[str]:
     if not names:
         raise BadInput(f"no entries are given; give one kind, such as {NATIVE!r}.")
     for name in names:
-        parse_entries(name)
+        require_entries(name)
     return names
 
 

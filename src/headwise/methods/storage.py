@@ -1,7 +1,8 @@
-"""What entries cost in bytes, and how many of them some bytes hold."""
+"""What entries cost in bytes, how many of them some bytes hold, and who says in which bits heads store theirs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -85,12 +86,29 @@ class Limits:
     """Bytes that each row of a batch may take, and how they are counted."""
 
     nbytes: tuple[int, ...]
-    storage: Storage
+    storages: tuple[Storage, ...]  # one for every kind of entries that a head may have
     first_kept: bool  # whether every head keeps the first tokens before others
 
-    def price(self, counts: Int[Tensor, "*heads"]) -> Int[Tensor, "*heads"]:
+    def price(self, counts: Int[Tensor, "*heads"], kind: int = 0) -> Int[Tensor, "*heads"]:
         """Bytes of heads that keep so many entries: exactly where it is known which are native, else the most."""
-        return self.storage.nbytes(counts) if self.first_kept else self.storage.most(counts)
+        storage = self.storages[kind]
+        return storage.nbytes(counts) if self.first_kept else storage.most(counts)
+
+
+@runtime_checkable
+class ChoosesKinds(Protocol):
+    """An allocator that knows what entries in fewer bits are worth to every head: what `entries="auto"` needs."""
+
+    @property
+    def kinds(self) -> tuple[Bits | None, ...]:
+        """The kinds that it can choose among, native entries (None) first; nothing else if it knows no others."""
+        ...
+
+    def stored(
+        self, demand: Demand, limits: Limits
+    ) -> tuple[Int[Tensor, "layers batch kv_heads"], Int[Tensor, "layers batch kv_heads"]]:
+        """Counts of every head, and which of `kinds` its entries are, for the bytes of each row. On the CPU."""
+        ...
 
 
 def fitted(demand: Demand, limits: Limits, counts: Counts, *, share: int = 0) -> Demand:
@@ -102,7 +120,7 @@ def fitted(demand: Demand, limits: Limits, counts: Counts, *, share: int = 0) ->
     low = torch.tensor(demand.totals, dtype=torch.int64, device="cpu")
     high = torch.tensor([demand.shape.num_heads * n for n in demand.tokens], dtype=torch.int64, device="cpu") + 1
     most = torch.tensor(limits.nbytes, dtype=torch.int64, device="cpu")
-    high = torch.maximum(low + 1, high.minimum(most // limits.storage.least + 1))
+    high = torch.maximum(low + 1, high.minimum(most // limits.storages[0].least + 1))
     near = torch.tensor(1, dtype=torch.int64, device="cpu") if share == 0 else (low // share).clamp(min=1)
     while bool((high - low > near).any()):
         middle = (low + high) // 2
