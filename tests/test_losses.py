@@ -143,6 +143,7 @@ def after_one_step(logits, tail_logits, **options):
     loss, tail_values = OutputLoss(whole, order, 4, **options), torch.randn(1, 2, tail_logits.shape[-1], 16)
     rows = Rows(
         layer=0,
+        queries=torch.zeros(2, 2, 1, 16),  # of which these logits are none: entries in fewer bits are not looked at
         context=logits[0][:, :, None],
         tail=tail_logits[0].logsumexp(-1)[..., None],
         tail_output=(tail_logits[0].softmax(-1) @ tail_values[0])[:, :, None],

@@ -110,6 +110,7 @@ def test_a_profile_says_what_it_was_made_from(loaded, whole):
         "published": False,
         "futures": ["answers"],
         "queries": 128,
+        "entries": ["native"],
     }
     assert found.origin.shape == view(model).shape
     assert found.origin.config_hash == view(model).config_hash

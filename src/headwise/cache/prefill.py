@@ -25,7 +25,7 @@ from headwise.methods.allocate.apportion import require_feasible
 from headwise.methods.keep import MOST, Keep
 from headwise.methods.method import Method
 from headwise.methods.select import protected_mask, protection_order, select
-from headwise.methods.storage import ChoosesKinds, Limits, Storage, fitted
+from headwise.methods.storage import ChoosesKinds, Limits, Storage, fitted, require_bytes
 from headwise.models.families import ModelView
 from headwise.shapes import ModelShape
 
@@ -406,11 +406,7 @@ def kinds_of(method: Method, keep: Keep, entries: str) -> tuple[Bits | None, ...
     """The kinds of entries that heads may have; several with "auto". Raises BadInput where that cannot be chosen."""
     if entries != AUTO:
         return (parse_entries(entries),)
-    if not keep.counts_bytes:
-        raise BadInput(
-            f"entries={AUTO!r} chooses entries AND bits by bytes: give keep as bytes, such as '15%bytes' or '64MiB', "
-            f"not as {keep}."
-        )
+    require_bytes(keep)
     kinds = method.allocator.kinds if isinstance(method.allocator, ChoosesKinds) else ()
     if len(kinds) < 2:
         raise BadInput(

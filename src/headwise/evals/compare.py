@@ -76,7 +76,7 @@ def compare(
     keep
         One or more keeps: fractions, tokens ("1024tok") or bytes ("2GiB", "5%bytes").
     entries
-        How kept entries are stored: "native", "int8", "k8v4" or "int4", one or more. The full cache is native.
+        How kept entries are stored: "native", "int8", "k8v4", "int4" or "auto", one or more. The full cache is native.
     max_new_tokens
         Tokens of an answer, at most.
     protocol

@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from headwise.errors import BadInput
 from headwise.interfaces import Demand
-from headwise.kernels.quantised import GROUP, SINK, Bits, group_of
+from headwise.kernels.quantised import AUTO, GROUP, SINK, Bits, group_of
+from headwise.methods.keep import Keep
 
 Counts = Callable[[Demand], Int[Tensor, "layers batch kv_heads"]]
 
@@ -109,6 +111,15 @@ class ChoosesKinds(Protocol):
     ) -> tuple[Int[Tensor, "layers batch kv_heads"], Int[Tensor, "layers batch kv_heads"]]:
         """Counts of every head, and which of `kinds` its entries are, for the bytes of each row. On the CPU."""
         ...
+
+
+def require_bytes(keep: Keep) -> None:
+    """Raise BadInput unless entries="auto" can be asked for: their number and their bits follow from bytes."""
+    if not keep.counts_bytes:
+        raise BadInput(
+            f"entries={AUTO!r} chooses entries AND bits by bytes: give keep as bytes, such as '15%bytes' or '64MiB', "
+            f"not as {keep}."
+        )
 
 
 def fitted(demand: Demand, limits: Limits, counts: Counts, *, share: int = 0) -> Demand:

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from headwise.errors import BadInput
-from headwise.kernels.quantised import NATIVE, Bits, parse_entries
+from headwise.kernels.quantised import AUTO, NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
-from headwise.methods.storage import Storage
+from headwise.methods.storage import Storage, require_bytes
 from headwise.models.families import max_positions, shape_of
 
 ACTIVATIONS_NOTE = "activations, logits and the framework's own memory are not counted: leave 10-20% free"
@@ -59,14 +59,18 @@ def plan(
 
     `dtype` is that of keys, values and weights; None is the checkpoint's own, as its configuration names it. Weights of
     a quantised checkpoint are counted as it stores them; its keys and values have its dtype. What is kept is stored as
-    `entries` says. It is counted for heads that all keep the same, the first tokens among it, which stay native.
+    `entries` says. It is counted for heads that all keep the same, the first tokens among it, which stay native; with
+    "auto" it takes the bytes that `keep` must then say, however heads share them.
     `max_batch` and `max_context` are what the memory has room for, for an allocator of scope "layer"; `max_context` may
     exceed `max_positions`. Raises BadInput, UnsupportedModel.
     """
     if batch < 1 or context < 1:
         raise BadInput(f"context={context} and batch={batch} must be at least 1.")
     dtype, of_dtype = (dtype, []) if dtype else _own_dtype(config)
-    keep, sizes = parse_keep(keep), _Sizes(config, dtype, parse_entries(entries))
+    keep = parse_keep(keep)
+    if entries == AUTO:
+        require_bytes(keep)
+    sizes = _Sizes(config, dtype, entries)
     full, small = sizes.held(context, batch, None), sizes.held(context, batch, keep)
     weights, of_weights = _weight_bytes(config, dtype)
     fit = _fit(sizes, context, batch, keep, None if memory is None else max(0, memory - weights))
@@ -124,7 +128,9 @@ def _own_dtype(config: PretrainedConfig) -> tuple[torch.dtype, list[str]]:
 class _Sizes:
     """KV bytes of one model in one precision, what is kept in perhaps fewer bits."""
 
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, bits: Bits | None):
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, entries: str):
+        self.auto = entries == AUTO
+        bits = None if self.auto else parse_entries(entries)
         self.shape = shape_of(config)
         self.storage = Storage(head_dim=self.shape.head_dim, itemsize=dtype.itemsize, bits=bits)
         self.entry = self.storage.native
@@ -143,6 +149,9 @@ class _Sizes:
             return everything + self.sliding(context, batch)
         if keep.kind == "bytes":  # of all rows, which are alike
             keep = replace(keep, amount=keep.amount / batch)
+        if self.auto:
+            (limit,) = keep.limits(shape=self.shape, tokens=[context], entry_bytes=self.entry)
+            return batch * min(limit, self.layer(context, 1) * len(self.shape.layers)) + self.sliding(context, batch)
         (entries,) = keep.entries(shape=self.shape, tokens=[context], entry_bytes=self.entry)
         if keep.counts_bytes and self.storage.bits is not None:
             (limit,) = keep.limits(shape=self.shape, tokens=[context], entry_bytes=self.entry)
