@@ -32,7 +32,7 @@ from headwise.evals.records import RUN, RunFolder
 from headwise.evals.run import Evaluation, evaluate, manifest
 from headwise.files.locks import SUFFIX, locked
 from headwise.files.writing import write_bytes
-from headwise.kernels.quantised import ENTRIES, NATIVE, parse_entries
+from headwise.kernels.quantised import ENTRIES, NATIVE, require_entries
 from headwise.methods.keep import parse_keep
 from headwise.models.loading import load
 from headwise.tasks.longbench.data import LONGBENCH_TASKS
@@ -114,7 +114,7 @@ def arguments() -> argparse.Namespace:
     for protocol in asked.protocols or ():
         require_protocol(protocol)
     for entries in asked.entries:
-        parse_entries(entries)
+        require_entries(entries)
     for keep in asked.keeps or ():
         parse_keep(keep)
     return asked

@@ -30,6 +30,7 @@ from headwise.interfaces import Demand
 from headwise.methods.allocate.fixed import Fixed
 from headwise.methods.allocate.profiled import LUKV
 from headwise.methods.method import Method
+from headwise.methods.storage import Limits, Storage
 from headwise.models.families import view
 from headwise.offline import profile as profiling
 from headwise.offline.calibration import load_examples
@@ -125,8 +126,9 @@ def make_profile() -> bytes:
     layers, heads = len(shape().layers), shape().kv_heads
     curves = torch.rand(2, layers, heads, 5 + RANKS, generator=torch.Generator().manual_seed(0))
     curves = curves / curves.sum((1, 2, 3), keepdim=True)
+    small = {"int8": 0.99 * curves, "int4": 0.9 * curves}
     profile = Profile(
-        curves={"keydiff": {name: curves.clone() for name in (*LOSSES, "ideal")}},
+        curves={"keydiff": {name: curves.clone() for name in (*LOSSES, "ideal")} | small},
         domains=("text", "code"),
         contexts=(2, 1),
         protection={"keydiff": (1, 4)},
@@ -161,7 +163,13 @@ def read_budget(path: Path) -> None:
     if budget.hull:
         candidates, layers = torch.ones(1, 60, dtype=torch.bool), range(len(seen.layers))
         scores = torch.zeros(1, 1, 1, 1).expand(len(layers), 1, seen.kv_heads, 60)
-        assert int(LUKV(budget=budget).allocate(scores, candidates, layers, demand).sum()) == demand.totals[0]
+        allocator = LUKV(budget=budget)
+        assert int(allocator.allocate(scores, candidates, layers, demand).sum()) == demand.totals[0]
+        storages = tuple(Storage(head_dim=seen.head_dim, itemsize=4, bits=bits) for bits in allocator.kinds)
+        limits = Limits(nbytes=(20 * seen.num_heads * storages[0].native,), storages=storages, first_kept=False)
+        counts, kinds = allocator.stored(demand, limits)
+        taken = [int(limits.price(n, k)) for n, k in zip(counts.flatten(), kinds.flatten().tolist(), strict=True)]
+        assert sum(taken) <= limits.nbytes[0]
 
 
 def make_gates() -> bytes:

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from headwise.cache.reading import read
 from headwise.cache.whole import states_of
+from headwise.kernels.quantised import ENTRIES
+from headwise.methods.allocate import Uniform
 from headwise.methods.method import Method
 from headwise.methods.select import protected_mask, protection_order, select
 from headwise.models.families import view
-from headwise.offline.losses import RANKS, OutputLoss, keeping_order, marginal_utility, spread_points
-from headwise.offline.watch import Rows, decode
+from headwise.offline.losses import RANKS, OutputLoss, Stored, keeping_order, marginal_utility, spread_points
+from headwise.offline.watch import Rows, Written, decode
 
 CASES = settings(max_examples=60, deadline=None, derandomize=True)
 KEYDIFF = Method.parse("keydiff").scorer
@@ -143,6 +145,7 @@ def after_one_step(logits, tail_logits, **options):
     loss, tail_values = OutputLoss(whole, order, 4, **options), torch.randn(1, 2, tail_logits.shape[-1], 16)
     rows = Rows(
         layer=0,
+        queries=torch.zeros(2, 2, 1, 16),  # of which these logits are none: entries in fewer bits are not looked at
         context=logits[0][:, :, None],
         tail=tail_logits[0].logsumexp(-1)[..., None],
         tail_output=(tail_logits[0].softmax(-1) @ tail_values[0])[:, :, None],
@@ -157,6 +160,48 @@ def after_one_step(logits, tail_logits, **options):
         whole.view.output_weight(0).unflatten(0, (2, -1)),
     )
     return loss.loss()[0], expected.square().sum((-1, -2))  # a single step: nothing is taken off
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_entries_in_fewer_bits_are_those_of_a_cache_and_compared_with_all_native_ones(name):
+    """A head's output over its first entries in fewer bits, beside the tail, against that over all entries."""
+    _, found = model_and_reading("llama")
+    whole, order, written = found.whole, keeping_order(found.scores[KEYDIFF][:, 0], 1, 3), Written(found.whole)
+    small = found.cut(Method(scorer=KEYDIFF, allocator=Uniform()), 1.0, entries=name).frozen_layers[0].segments
+    queries, tail_logits, tail_values = torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, 5), torch.randn(2, 5, 16)
+    keys, values = states_of(whole, 0)
+    stored = {name: Stored(whole, ENTRIES[name], written)}
+    loss = OutputLoss(whole, order, 4, written=written, stored=stored, per_octave=ALL)
+    loss(
+        Rows(
+            layer=0,
+            queries=queries,
+            context=queries @ keys[:, None].mT,
+            tail=tail_logits.logsumexp(-1),
+            tail_output=tail_logits.softmax(-1) @ tail_values[:, None],
+            question=torch.zeros(1, dtype=torch.int64),
+        )
+    )
+    weights = whole.view.output_weight(0).detach().unflatten(0, (2, -1)).double()
+    for head in range(2):
+        codes = [torch.cat(pair) for pair in zip(_first(small, head), small.quantised[0].segment(head), strict=True)]
+        for point, count in enumerate(loss.kept.tolist()):
+            seen = order[0, head, :count]
+            squares = 0.0
+            for member in range(2):
+                query, tail = queries[head, member, 0].double(), tail_logits[head, member, 0].double()
+                full, few = (
+                    torch.cat([k.double() @ query, tail]).softmax(-1) @ torch.cat([v, tail_values[head]]).double()
+                    for k, v in ((keys[head], values[head]), (codes[0][seen], codes[1][seen]))
+                )
+                squares += float(((few - full) @ weights[head, member]).square().sum())
+            assert float(loss.loss(name)[0, head, point]) == pytest.approx(squares, rel=2e-3, abs=1e-6)
+    assert loss.loss(name)[0, :, 0].equal(loss.loss()[0, :, 0]), "nothing is kept: nothing is stored in fewer bits"
+    assert (loss.loss(name)[0, :, -1] > loss.loss()[0, :, -1]).all()
+
+
+def _first(segments, head):
+    return segments.keys[segments.slice(head)], segments.values[segments.slice(head)]
 
 
 @pytest.mark.parametrize("per_octave", [ALL, 2])

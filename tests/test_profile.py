@@ -93,6 +93,62 @@ def test_learned_scores_get_budgets_of_their_own(loaded, tmp_path):
         headwise.compress(model, ids, f"lkv-t@{other}+lukv@{tmp_path / 'b.safetensors'}", keep=0.5)
 
 
+# --- entries in fewer bits ---
+
+
+KINDS = ("int8", "k8v4", "int4")
+
+
+@pytest.fixture(scope="module")
+def with_kinds(loaded, tmp_path_factory):
+    """A profile of all kinds of entries, in another order than theirs."""
+    settings = replace(QUICK, entries=("int4", "native", "k8v4", "int8"))
+    return make(loaded, tmp_path_factory.mktemp("profile") / "p", settings=settings, scorers=["keydiff"])
+
+
+def test_curves_of_fewer_bits_lie_below_those_of_native_entries_and_leave_them_as_they_are(whole, with_kinds):
+    native, found = whole[0].curves["keydiff"], with_kinds.curves["keydiff"]
+    assert all(found[name].equal(curve) for name, curve in native.items())
+    assert found.keys() - native.keys() == set(KINDS)
+    assert with_kinds.kinds("keydiff") == KINDS
+    totals = [float(found[kind].double().sum(dim=(1, 2, 3)).mean()) for kind in KINDS]
+    assert 1 > totals[0] > totals[1] > totals[2] > 0.5
+    assert totals[0] > 0.999
+    # the first tokens are native in every kind
+    assert all(found[kind][..., :1].equal(found["output"][..., :1]) for kind in KINDS)
+
+
+def test_a_budget_knows_what_bits_cost_if_its_profile_does(loaded, whole, with_kinds, tmp_path):
+    with pytest.raises(BadInput, match="needs a budget that knows what fewer bits cost"):
+        headwise.compress(*used(loaded, whole[0], tmp_path), keep="30%bytes", entries="auto")
+    assert solve(with_kinds, "keydiff", loss="raw").kinds == {}
+    cache = headwise.compress(*used(loaded, with_kinds, tmp_path), keep="30%bytes", entries="auto")
+    assert 0.28 < cache.nbytes / (60 * view(loaded[0]).shape.num_heads * 2 * view(loaded[0]).shape.head_dim * 4) <= 0.3
+    assert any(layer.segments.quantised for layer in cache.frozen_layers)
+
+
+def used(loaded, found, folder):
+    """A model, a context, and a method with the budget that is solved from a profile."""
+    solve(found, "keydiff").save(folder / "b.safetensors")
+    return loaded[0], random_ids(1, 60), f"keydiff+lukv@{folder / 'b.safetensors'}"
+
+
+def test_the_bundled_model_loses_more_by_fewer_bits(tmp_path):
+    settings = replace(QUICK, entries=KINDS)
+    found = make(models.load("reference", device="cpu"), tmp_path / "p", EXAMPLES[:1], ["keydiff"], settings=settings)
+    totals = [float(found.curves["keydiff"][name].double().sum()) for name in ("output", *KINDS)]
+    assert totals[0] == pytest.approx(1, abs=1e-5)
+    assert totals[0] > totals[1] > totals[2] > totals[3] > 0.8
+    budget = solve(found, "keydiff")
+    assert budget.kinds.keys() == set(KINDS)
+
+
+def test_unknown_kinds_are_refused():
+    for name in ("int3", "auto"):
+        with pytest.raises(BadInput, match="choose native, int8, k8v4, int4"):
+            Settings(entries=(name,))
+
+
 # --- what is in it ---
 
 
@@ -110,6 +166,7 @@ def test_a_profile_says_what_it_was_made_from(loaded, whole):
         "published": False,
         "futures": ["answers"],
         "queries": 128,
+        "entries": ["native"],
     }
     assert found.origin.shape == view(model).shape
     assert found.origin.config_hash == view(model).config_hash

@@ -382,7 +382,7 @@ def test_from_a_profile_to_an_evaluation_on_the_command_line(run, tmp_path):
     (tmp_path / "more.txt").write_text(sample.context[:600])
     made = run(
         "profile -m {qwen3} --scorer keydiff,snapkv --data {dir} --steps 3 --sink 2 --window 8 --temperature 0.7 "
-        "--seed 5 --published -o {dir}/p.safetensors --json"
+        "--seed 5 --published --entries native,int8,int4 -o {dir}/p.safetensors --json"
     )
     assert made == {"profile": str(tmp_path / "p.safetensors"), "contexts": 2, "scorers": ["keydiff", "snapkv"]}
     for scorer in ("keydiff", "snapkv"):
@@ -400,6 +400,11 @@ def test_from_a_profile_to_an_evaluation_on_the_command_line(run, tmp_path):
     assert len(rows) == 4
     for row in rows:
         assert row["kv_fraction"] == pytest.approx(0.3, abs=0.005)
+    line = line.replace("0.3", "30%bytes --entries int4,auto")
+    (small, auto) = run(line + "keydiff+lukv@{dir}/keydiff")
+    assert (small["entries"], auto["entries"]) == ("int4", "auto")
+    assert small["kv_fraction"] <= 0.3 + 1e-9
+    assert 0.25 < auto["kv_fraction"] <= 0.3 + 1e-9
 
 
 def test_protected_tokens_that_are_a_floor_are_paid_for():

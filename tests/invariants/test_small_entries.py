@@ -18,7 +18,7 @@ from headwise.cache.whole import require_whole
 from headwise.errors import BadInput, BudgetInfeasible, NonFiniteValues
 from headwise.kernels import quantised
 from headwise.kernels.quantised import ENTRIES
-from headwise.kernels.segments import Segments, gather_quantised, quantise
+from headwise.kernels.segments import Segments, gather, quantise
 from headwise.methods.method import Method
 from headwise.methods.storage import Storage
 
@@ -302,7 +302,8 @@ def test_while_a_layer_is_cut_no_copy_of_its_entries_is_made(name, monkeypatch):
     keys, values = torch.randn(2, 1, 2, 2000, 64)
     kept, positions = torch.ones(1, 2, 2000, dtype=torch.bool), torch.arange(2000)[None]
     with Allocations() as made:
-        segments = gather_quantised(keys, values, kept, positions, positions >= 4, ENTRIES[name])
+        later = (positions >= 4)[:, None].expand_as(kept)
+        segments = gather(keys, values, kept, positions, [(ENTRIES[name], later)])
     assert segments.kept == (2000, 2000)
     codes = max(part.nbytes for part in (segments.quantised[0].keys, segments.quantised[0].values))
     index = 2 * 2000 * 8

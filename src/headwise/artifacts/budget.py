@@ -12,11 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headwise.artifacts.contents import (
-    ADVICE,
-    budget_schema,
-    require_hull,
-)
+from headwise.artifacts.contents import ADVICE, KINDS, budget_schema, require_hull
 from headwise.artifacts.origin import Origin
 from headwise.artifacts.tables import load_npy, load_tsv
 from headwise.artifacts.tensors import fingerprint, group_of, opened, write_tensors
@@ -36,7 +32,8 @@ class Budget:
     nothing is kept) and 1 (where everything is). `hull` holds what solves any other ratio exactly: `protected` [heads,
     sink + window], the utility of each protected token, and `width` and `slope` [heads, steps], the hull of the others.
     `evidence` holds what it was solved from, for pictures: `curve`, `scorer` and `ideal` [layers, kv_heads, ranks], as
-    in a Profile. Both may be empty.
+    in a Profile. Both may be empty. `kinds` holds hulls like `hull` for entries in fewer bits, by the kind of bits:
+    `width` is a share of entries, utility is in the unit of `hull`. Empty unless the profile had curves of them.
     """
 
     ratios: Float[Tensor, " ratios"]
@@ -44,6 +41,7 @@ class Budget:
     origin: Origin
     hull: Mapping[str, Tensor] = field(default_factory=dict)
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
+    kinds: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     source: str = ""  # where the file came from, if from the hub: hub:owner/name/file@commit
 
     def __post_init__(self) -> None:
@@ -61,8 +59,11 @@ class Budget:
         if not (self.closed()[0].diff() > 0).all():
             raise BadInput(f"A budget's ratios must ascend strictly within (0, 1), found {self.ratios.tolist()}.")
         schema.require_values(tensors, _UNFIT)
-        if self.hull:
-            require_hull(self.hull["width"], self.hull["slope"])
+        for hull in (self.hull, *self.kinds.values()):
+            if hull:
+                require_hull(hull["width"], hull["slope"])
+        if self.kinds and not self.hull:
+            raise BadInput("A budget with hulls of entries in fewer bits needs those of native entries, too.")
 
     def require(self, shape: ModelShape, config_hash: str = "") -> None:
         """Raise ArtifactMismatch, naming both sides, unless the budget was made for `shape` (and, if known, model)."""
@@ -74,7 +75,7 @@ class Budget:
 
     def _tensors(self) -> dict[str, Tensor]:
         """As they are called in a file."""
-        groups = {"hull": self.hull, "evidence": self.evidence}
+        groups = {"hull": self.hull, "evidence": self.evidence, **self.kinds}
         extra = {f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
         return {"ratios": self.ratios, "fractions": self.fractions, **extra}
 
@@ -114,6 +115,7 @@ class Budget:
                 origin=origin,
                 hull=group_of(tensors, "hull"),
                 evidence=group_of(tensors, "evidence"),
+                kinds={kind: hull for kind in KINDS if (hull := group_of(tensors, kind))},
             )
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from error

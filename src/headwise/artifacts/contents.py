@@ -4,7 +4,7 @@ budget.py and profile.py read the files; files/schema.py and files/strict_json.p
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from headwise.files.schema import Header, Numbers, Schema
 from headwise.shapes import ModelShape
 
 LOSSES = ("output", "normalised", "raw")  # what a profile measures, see losses.py; the first is the default
+KINDS = ("int8", "k8v4", "int4")  # of entries in fewer bits, as in kernels/quantised.py
 ADVICE = "get or make the file again."
 RETRY = "Get or make the file again."
 TOTAL = 1e-3  # by which float32 sums may differ from what they are sums of
@@ -55,6 +56,14 @@ HULL: Mapping[str, Numbers] = {
     "hull.width": _shares("heads", "steps"),
     "hull.slope": Numbers(shape=("heads", "steps")),
 }
+KIND_HULLS: Mapping[str, Mapping[str, Numbers]] = {
+    kind: {
+        f"{kind}.protected": Numbers(shape=("heads", "protected")),
+        f"{kind}.width": _shares("heads", f"steps of {kind}"),
+        f"{kind}.slope": Numbers(shape=("heads", f"steps of {kind}")),
+    }
+    for kind in KINDS
+}
 EVIDENCE: Mapping[str, Numbers] = {
     f"evidence.{name}": Numbers(shape=("layers", "kv_heads", "ranks")) for name in ("curve", "scorer", "ideal")
 }
@@ -84,10 +93,13 @@ def profile_fields(metadata: Mapping[str, Any], path: str | os.PathLike[str]) ->
 
 
 def profile_schema(fields: Mapping[str, Any], shape: ModelShape, headers: Mapping[str, Header]) -> Schema:
-    """Every scorer has all curves; solutions of single questions are there for as many scorers as there are."""
+    """Every scorer has all curves; solutions of single questions are there for as many scorers as there are.
+
+    So are curves of entries in fewer bits.
+    """
     table: dict[str, Numbers] = {}
     for scorer in fields["protection"]:
-        for loss in (*LOSSES, "ideal"):
+        for loss in (*LOSSES, "ideal", *(kind for kind in KINDS if f"curve.{scorer}.{kind}" in headers)):
             table[f"curve.{scorer}.{loss}"] = Numbers(shape=("domains", "layers", "kv_heads", f"ranks of {scorer}"))
         if f"published.{scorer}" in headers:
             table[f"published.{scorer}"] = _shares("domains", 99, "layers", "kv_heads")
@@ -99,11 +111,11 @@ def profile_schema(fields: Mapping[str, Any], shape: ModelShape, headers: Mappin
     return Schema(table=table, sizes=sizes)
 
 
-def part_table(ranks: Mapping[str, int], published: bool) -> dict[str, Numbers]:
+def part_table(ranks: Mapping[str, int], curves: Sequence[str], published: bool) -> dict[str, Numbers]:
     """Of the curves of one context, by scorer: how many ranks they have."""
     table: dict[str, Numbers] = {}
     for scorer, number in ranks.items():
-        table |= {f"{scorer}.{loss}": Numbers(shape=("layers", "kv_heads", number)) for loss in (*LOSSES, "ideal")}
+        table |= {f"{scorer}.{curve}": Numbers(shape=("layers", "kv_heads", number)) for curve in curves}
         if published:
             table[f"{scorer}.published"] = _shares(99, "layers", "kv_heads")
     return table
@@ -112,10 +124,11 @@ def part_table(ranks: Mapping[str, int], published: bool) -> dict[str, Numbers]:
 def budget_schema(names: Mapping[str, Any], shape: ModelShape, protected: int, advice: str = RETRY) -> Schema:
     """What a budget with tensors of these names must be, for heads with so many protected tokens.
 
-    Hull and evidence are each there in full or not at all.
+    Hull, evidence and the hulls of every kind of bits are each there in full or not at all.
     """
     table = dict(BUDGET)
-    for group, prefix in ((HULL, "hull."), (EVIDENCE, "evidence.")):
+    kinds = [(group, f"{kind}.") for kind, group in KIND_HULLS.items()]
+    for group, prefix in ((HULL, "hull."), (EVIDENCE, "evidence."), *kinds):
         if any(name.startswith(prefix) for name in names):
             table |= group
     sizes = {**sizes_of(shape), "protected": protected}
@@ -138,9 +151,12 @@ def require_hull(width: Float[Tensor, "heads steps"], slope: Float[Tensor, "head
         raise BadInput("a hull's slopes must not increase along a head, and unused steps must come last.")
 
 
-def require_totals(curves: Float[Tensor, "domains layers kv_heads ranks"], place: str) -> None:
-    """Raise BadInput unless the curves of all heads sum to 1 (to less where some context had nothing to gain)."""
+def require_totals(curves: Float[Tensor, "domains layers kv_heads ranks"], place: str, *, least: float = 0.0) -> None:
+    """Raise BadInput unless the curves of all heads sum to 1 (to less where some context had nothing to gain).
+
+    Those of entries in fewer bits sum to less, to less than 0 where these are worse than no entries: then `least` is.
+    """
     flat = curves.double().flatten(1)
     totals, room = flat.sum(-1), TOTAL * flat.abs().sum(-1).clamp(min=1)
-    if not ((totals >= -room) & (totals <= 1 + room)).all():
-        raise BadInput(f"{place} sums to {totals.tolist()} over all heads; expected sums from 0 to 1. {RETRY}")
+    if not ((totals >= least - room) & (totals <= 1 + room)).all():
+        raise BadInput(f"{place} sums to {totals.tolist()} over all heads; expected sums from {least:g} to 1. {RETRY}")

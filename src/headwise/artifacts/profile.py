@@ -9,15 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headwise.artifacts.contents import (
-    LOSSES,
-    profile_fields,
-    profile_schema,
-    require_totals,
-)
+from headwise.artifacts.contents import KINDS, LOSSES, profile_fields, profile_schema, require_totals
 from headwise.artifacts.origin import Origin
 from headwise.artifacts.tensors import group_of, opened, write_tensors
 from headwise.errors import BadInput
+from headwise.files.schema import LARGEST
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -26,7 +22,9 @@ class Profile:
 
     `curves[scorer][loss]` are means over the contexts of each domain: the marginal utility by rank, best first; first
     the sink + window protected tokens one by one, then the others in equal shares. Over all heads a curve sums to 1.
-    The losses are those of LOSSES; besides, "ideal" is the raw importance in the order of importance itself.
+    The losses are those of LOSSES; besides, "ideal" is the raw importance in the order of importance itself. Curves of
+    KINDS, where they were asked for, are "output" with what is kept stored in fewer bits, in the unit of "output": they
+    sum to less than 1.
     `published[scorer]` are kept fractions solved for every question by itself at 1% to 99% and averaged, as LU-KV's
     authors do; empty unless asked for.
     """
@@ -48,6 +46,11 @@ class Profile:
         if loss not in self.curves[scorer]:
             raise BadInput(f"loss={loss!r}: choose {', '.join(LOSSES)}.")
         return self._mean(self.curves[scorer][loss], weights)
+
+    def kinds(self, scorer: str) -> tuple[str, ...]:
+        """Kinds of bits that a scorer has curves of."""
+        self._require(scorer)
+        return tuple(kind for kind in KINDS if kind in self.curves[scorer])
 
     def published_fractions(
         self, scorer: str, weights: Mapping[str, float] | None = None
@@ -93,7 +96,8 @@ class Profile:
             tensors = file.read(profile_schema(fields, origin.shape, file.headers))
         curves: dict[str, dict[str, Tensor]] = {}
         for name, tensor in group_of(tensors, "curve").items():
-            require_totals(tensor, f"{path} is damaged: 'curve.{name}'")
             scorer, _, loss = name.rpartition(".")
+            least = -LARGEST if loss in KINDS else 0.0
+            require_totals(tensor, f"{path} is damaged: 'curve.{name}'", least=least)
             curves.setdefault(scorer, {})[loss] = tensor
         return cls(**fields, origin=origin, curves=curves, published=group_of(tensors, "published"))

@@ -127,9 +127,9 @@ class BoundedLayer(FillingLayer):
     def freeze(
         self,
         positions: Int[Tensor, "batch tokens"],
-        quantised: tuple[Bits, Bool[Tensor, "batch tokens"]] | None = None,
+        quantised: Sequence[tuple[Bits, Bool[Tensor, "batch kv_heads tokens"]]] = (),
     ) -> FrozenLayer:
-        """Freeze what is held, the entries of some tokens in fewer bits."""
+        """Freeze what is held, some of it in fewer bits, of one kind at most."""
         self.meter.start_cutting()
         heads, num_heads = self.heads, len(self.heads) // len(positions)
         tokens, rows = [head.tokens for head in heads], [at // num_heads for at in range(len(heads))]
@@ -147,9 +147,8 @@ class BoundedLayer(FillingLayer):
             lengths=tuple(map(len, tokens)),
             kv_heads=num_heads,
         )
-        if quantised is not None:
-            bits, chosen = quantised
-            few = torch.cat([chosen[row, own] for row, own in zip(rows, tokens, strict=True)])
+        for bits, chosen in quantised:
+            few = torch.cat([chosen[row, at % num_heads, tokens[at]] for at, row in enumerate(rows)])
             native, segments = segments, quantise(segments, few, bits)
             self.meter.report(self.model_index, native.nbytes + segments.nbytes)
         return self.frozen_as(segments)

@@ -27,7 +27,7 @@ from headwise.cache.ways import how
 from headwise.errors import BadInput, UnsupportedGeneration, UnsupportedModel
 from headwise.interfaces import AbstractScorer
 from headwise.kernels import Kernel, get_kernel, require_options
-from headwise.kernels.quantised import NATIVE, parse_entries
+from headwise.kernels.quantised import NATIVE, require_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method, for_model
 from headwise.methods.reading import EXACT
@@ -104,15 +104,13 @@ class RaggedCache(Cache, PassAware):
         if prompt_length is not None and prompt_length < 1:
             raise BadInput(f"prompt_length={prompt_length} must be at least 1 token, or None: the first forward pass.")
         _require_replay(model_view, method.scorer, replays)
-        bits = parse_entries(entries)
+        require_entries(entries)
         prefill_kind, layer_kind = how(reading)
-        prefill = prefill_kind(view=model_view, method=method, keep=keep, prompt_length=prompt_length, bits=bits)
+        prefill = prefill_kind(view=model_view, method=method, keep=keep, prompt_length=prompt_length, entries=entries)
         places = {layer: at for at, layer in enumerate(model_view.shape.layers)}
-        chosen, meter = _kernel(model_view, kernel, quantised=bits is not None), Meter()
+        chosen, meter = _kernel(model_view, kernel, quantised=entries != NATIVE), Meter()
         layers = [
-            layer_kind(
-                index=places[i], model_index=i, kernel=chosen, meter=meter, observer=prefill, shared=kind.shared
-            )
+            layer_kind(index=places[i], model_index=i, kernel=chosen, meter=meter, observer=prefill, shared=kind.shared)
             if i in places
             else _left_whole(kind, i, meter)
             for i, kind in enumerate(model_view.layers)
@@ -479,7 +477,8 @@ class RaggedCache(Cache, PassAware):
     def join(caches: Sequence["RaggedCache"]) -> "RaggedCache":
         """One cache whose batch is the rows of all of them: to continue the same context, cut in many ways, at once.
 
-        Copies what they keep. All must have seen equally many tokens and nothing after their context: raises BadInput.
+        Copies what they keep. All must have seen equally many tokens and nothing after their context, and store their
+        entries in the same way: raises BadInput.
         """
         if not caches:
             raise BadInput("there is no cache to join.")
@@ -488,6 +487,8 @@ class RaggedCache(Cache, PassAware):
         seen = {cache.get_seq_length() for cache in caches}
         if len(seen) > 1 or any(layer.tail_length for cache in caches for layer in cache.ragged_layers):
             raise BadInput(f"caches of {sorted(seen)} tokens, or with tokens after their context, cannot be joined.")
+        if len({cache.provenance["entries"] for cache in caches}) > 1:
+            raise BadInput("caches whose entries are stored in different bits cannot be joined.")
         whole, *others = (cache.fork() for cache in caches)
         stacks: Any = zip(whole.layers, *(other.layers for other in others), strict=True)
         whole.meter, whole.tokens_fingerprint = Meter(), None

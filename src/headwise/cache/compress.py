@@ -64,7 +64,7 @@ def compress(
         What decodes: "auto", or a name that `headwise doctor` lists.
     entries
         How kept entries are stored: "native" in the model's dtype, "int8", "k8v4" (keys in 8 bits, values in 4) or
-        "int4". Those of the first 4 tokens, and of what comes after the context, are always native.
+        "int4"; with "auto" a `lukv` budget chooses for every head. The first 4 tokens and the tail are always native.
     progress
         Called with (tokens read, tokens in all).
     listeners

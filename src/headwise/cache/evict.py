@@ -24,9 +24,10 @@ from headwise.cache.prefill import Plan, Prefill, contest, last_queries
 from headwise.errors import BadInput, ShapeMismatch, UnsupportedGeneration, UnsupportedModel
 from headwise.interfaces import AbstractScorer, Demand, Observation
 from headwise.methods.allocate.apportion import apportion
-from headwise.methods.reading import MARGIN
+from headwise.methods.reading import EVICT, MARGIN
 from headwise.methods.registry import SCORERS
 from headwise.methods.select import protected_mask, select
+from headwise.methods.storage import require_kinds
 
 
 class BoundedPrefill(Prefill):
@@ -37,6 +38,7 @@ class BoundedPrefill(Prefill):
         if self.prompt_length is None:
             raise BadInput("reading='evict' needs the length of the context, which the budget is of: give it.")
         self.require(self.method.scorer)
+        require_kinds(EVICT, self.entries)
         if self.view.anatomy.special or any(layer.shared for layer in self.view.layers):
             raise UnsupportedModel(
                 "reading='evict' knows no soft-capped attention, no attention sinks, and no keys that layers share, "
@@ -146,7 +148,7 @@ class BoundedPrefill(Prefill):
         budgets = demand.totals
         if plan.limits is not None:  # bytes of quantised entries: more of them may fit, but not more than so many
             budgets = tuple(
-                min(heads * n, nbytes // plan.storage.least)
+                min(heads * n, nbytes // plan.limits.storages[0].least)
                 for n, nbytes in zip(demand.tokens, plan.limits.nbytes, strict=True)
             )
         floors = tuple(max(1, n) for n in self._protected.sum(-1).tolist())
@@ -234,7 +236,7 @@ class BoundedPrefill(Prefill):
         for layer, own, own_places, own_counts in zip(layers, scores, places, counts, strict=True):
             layer.evict(self._selected(own, own_places, own_counts, protected, order), own, self._fresh)
             if last:
-                self._put(layer.freeze(self.plan.positions, self.plan.quantised(self.plan.valid)))
+                self._put(layer.freeze(self.plan.positions, self.plan.quantised(layer.index)))
 
     def _put(self, frozen: FrozenLayer) -> None:
         super()._put(frozen)

@@ -235,17 +235,12 @@ class FillingLayer(RaggedLayer):
         self,
         kept: Bool[Tensor, "batch kv_heads tokens"],
         positions: Int[Tensor, "batch tokens"],
-        quantised: tuple[Bits, Bool[Tensor, "batch tokens"]] | None = None,
+        quantised: Sequence[tuple[Bits, Bool[Tensor, "batch kv_heads tokens"]]] = (),
     ) -> "FrozenLayer":
-        """Copy the kept entries out, those of some tokens in fewer bits, and let go of everything else."""
+        """Copy the kept entries out, some of them in fewer bits, and let go of everything else."""
         keys, values = self.states
         self.meter.start_cutting()
-        if quantised is None:
-            segments = layout.gather(keys, values, kept, positions)
-        else:
-            bits, tokens = quantised
-            segments = layout.gather_quantised(keys, values, kept, positions, tokens, bits)
-        return self.frozen_as(segments)
+        return self.frozen_as(layout.gather(keys, values, kept, positions, quantised))
 
     def frozen_as(self, segments: Segments) -> "FrozenLayer":
         """Let go of what is held: these entries are what is kept of it."""

@@ -118,7 +118,7 @@ class OffloadedLayer(FillingLayer):
         self,
         kept: Bool[Tensor, "batch kv_heads tokens"],
         positions: Int[Tensor, "batch tokens"],
-        quantised: tuple[Bits, Bool[Tensor, "batch tokens"]] | None = None,
+        quantised: Sequence[tuple[Bits, Bool[Tensor, "batch kv_heads tokens"]]] = (),
     ) -> FrozenLayer:
         """As ever, from wherever it waits."""
         self.fetch()

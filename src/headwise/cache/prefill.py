@@ -20,12 +20,12 @@ from headwise.cache.listener import Listener
 from headwise.cache.masks import require_causal, require_left_padding, tokens_of
 from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch, UnsupportedGeneration
 from headwise.interfaces import AbstractScorer, Chunk, Demand, Observation, Replay, StaticAllocator, Statistics
-from headwise.kernels.quantised import SINK, Bits
+from headwise.kernels.quantised import AUTO, ENTRIES, NATIVE, SINK, Bits, parse_entries
 from headwise.methods.allocate.apportion import require_feasible
 from headwise.methods.keep import MOST, Keep
 from headwise.methods.method import Method
 from headwise.methods.select import protected_mask, protection_order, select
-from headwise.methods.storage import Limits, Storage, fitted
+from headwise.methods.storage import ChoosesKinds, Limits, Storage, fitted, require_bytes
 from headwise.models.families import ModelView
 from headwise.shapes import ModelShape
 
@@ -42,9 +42,10 @@ class Plan:
     order: Int[Tensor, "batch tokens"] | None  # of the protected tokens, where a head may keep fewer of them
     demand: Demand
     spared: bool  # whether a row is kept whole, because it has no more tokens than every head must keep
-    storage: Storage
+    kinds: tuple[Bits | None, ...]  # of entries, one of which every head has; None is the model's dtype
     limits: Limits | None = None  # bytes of each row, where the budget counts quantised entries in bytes
     table: Int[Tensor, "layers batch kv_heads"] | None = None  # all counts, where no scores are needed for them
+    chosen: Int[Tensor, "layers batch kv_heads"] | None = None  # which of `kinds` a head has, where there are several
 
     def summarised(self, method: Method, first: Observation) -> "Plan":
         """With what the method's allocator wants to know of the first layer, and its counts if it needs no more."""
@@ -53,17 +54,27 @@ class Plan:
     def with_summary(self, method: Method, summary: Float[Tensor, "batch width"] | None) -> "Plan":
         """With what is known of the first layer."""
         allocator = method.allocator
-        demand, table = replace(self.demand, summary=summary), None
-        if isinstance(allocator, StaticAllocator):
+        demand, table, chosen = replace(self.demand, summary=summary), None, None
+        if len(self.kinds) > 1 and self.limits is not None and isinstance(allocator, ChoosesKinds):
+            table, chosen = allocator.stored(demand, self.limits)
+            demand = replace(demand, totals=tuple(table.sum((0, 2)).tolist()))
+        elif isinstance(allocator, StaticAllocator):
             if self.limits is not None:
                 demand = fitted(demand, self.limits, allocator.counts)
             table = allocator.counts(demand)
-        return replace(self, demand=demand, table=table)
+        return replace(self, demand=demand, table=table, chosen=chosen)
 
-    def quantised(self, valid: Bool[Tensor, "batch tokens"]) -> tuple[Bits, Bool[Tensor, "batch tokens"]] | None:
-        """How many bits the entries of which tokens are stored in; None: all in the model's dtype."""
-        bits = self.storage.bits
-        return None if bits is None else (bits, valid & ~protected_mask(valid, SINK, 0))
+    def quantised(self, layer: int) -> list[tuple[Bits, Bool[Tensor, "batch kv_heads tokens"]]]:
+        """Every kind of bits in a layer, and the entries that are stored so where they are kept."""
+        tokens = (self.valid & ~protected_mask(self.valid, SINK, 0))[:, None]
+        found: list[tuple[Bits, Tensor]] = []
+        for number, bits in enumerate(self.kinds):
+            if bits is not None and self.chosen is None:
+                found.append((bits, tokens.expand(-1, self.demand.shape.kv_heads, -1)))
+            elif bits is not None and self.chosen is not None:
+                heads = (self.chosen[layer] == number).to(tokens.device)
+                found += [(bits, tokens & heads[..., None])] if bool(heads.any()) else []
+        return found
 
 
 @dataclass(kw_only=True)
@@ -103,12 +114,13 @@ class Prefill:
     _positions: Int[Tensor, "batch tokens"]
 
     def __init__(
-        self, *, view: ModelView, method: Method, keep: Keep, prompt_length: int | None, bits: Bits | None = None
+        self, *, view: ModelView, method: Method, keep: Keep, prompt_length: int | None, entries: str = NATIVE
     ):
+        kinds_of(method, keep, entries)  # refused before anything is read
         self.view = view
         self.method = method
         self.keep = keep
-        self.bits = bits
+        self.entries = entries
         self.prompt_length = prompt_length
         self._filled: Callable[[], Filled | None] = lambda: None
         self.listeners: list[Listener] = []
@@ -250,7 +262,7 @@ class Prefill:
             self.keep,
             shape=self.view.shape,
             itemsize=layer.dtype.itemsize,
-            bits=self.bits,
+            entries=self.entries,
             valid=valid,
             positions=positions,
         )
@@ -338,7 +350,7 @@ class Prefill:
         indices, positions = [layer.index for layer in layers], self.plan.positions
         kept = keep_entries(self.method, torch.stack([self.scores.pop(i) for i in indices]), indices, self.plan)
         for layer, layer_kept in zip(layers, kept, strict=True):
-            self._put(layer.cut(layer_kept, positions, self.plan.quantised(self.plan.valid)))
+            self._put(layer.cut(layer_kept, positions, self.plan.quantised(layer.index)))
 
     def _put(self, frozen: FrozenLayer) -> None:
         """Give the cache a layer that was cut; after the last one nothing is left to be known of the context."""
@@ -373,7 +385,7 @@ def make_plan(
     *,
     shape: ModelShape,
     itemsize: int,
-    bits: Bits | None = None,
+    entries: str = NATIVE,
     valid: Bool[Tensor, "batch tokens"],
     positions: Int[Tensor, "batch tokens"],
 ) -> Plan:
@@ -381,6 +393,7 @@ def make_plan(
 
     A row that has no more tokens than every head must keep is kept whole, whatever the keep.
     """
+    kinds = kinds_of(method, keep, entries)
     require_left_padding(valid)
     tokens = valid.sum(-1).tolist()
     if min(tokens) == 0:
@@ -388,8 +401,8 @@ def make_plan(
     protected = protected_mask(valid, method.sink, method.window)
     num_protected = tuple(protected.sum(-1).tolist())
     floors = [max(1, n * method.keeps_protected) for n in num_protected]
-    storage = Storage(head_dim=shape.head_dim, itemsize=itemsize, bits=bits)
-    asked, limits = _asked(method, keep, storage, shape, tokens)
+    storages = tuple(Storage(head_dim=shape.head_dim, itemsize=itemsize, bits=bits) for bits in kinds)
+    asked, limits = _asked(method, keep, storages, shape, tokens)
     # No keep but everything would suit a context (a short turn of a chat) that has nothing to evict.
     totals = [shape.num_heads * n if n <= floor else a for n, floor, a in zip(tokens, floors, asked, strict=True)]
     if limits is not None:  # a row that is kept whole may take what it takes
@@ -407,22 +420,44 @@ def make_plan(
         order=order,
         demand=demand,
         spared=totals != asked,
-        storage=storage,
+        kinds=kinds,
         limits=limits,
     )
 
 
+def kinds_of(method: Method, keep: Keep, entries: str) -> tuple[Bits | None, ...]:
+    """The kinds of entries that heads may have; several with "auto". Raises BadInput where that cannot be chosen."""
+    if entries != AUTO:
+        return (parse_entries(entries),)
+    require_bytes(keep)
+    kinds = method.allocator.kinds if isinstance(method.allocator, ChoosesKinds) else ()
+    if len(kinds) < 2:
+        raise BadInput(
+            f"entries={AUTO!r} needs a budget that knows what fewer bits cost each head, and this method has "
+            f"{_lacking(method)}. Make one with 'headwise profile --entries {NATIVE},{','.join(ENTRIES)}' and "
+            "'headwise solve', then write scorer+lukv@FILE."
+        )
+    return kinds
+
+
+def _lacking(method: Method) -> str:
+    """What it has instead, as an error says it."""
+    allocator = method.allocator
+    return "one without" if isinstance(allocator, ChoosesKinds) else f"the allocator {type(allocator).__name__}"
+
+
 def _asked(
-    method: Method, keep: Keep, storage: Storage, shape: ModelShape, tokens: Sequence[int]
+    method: Method, keep: Keep, storages: tuple[Storage, ...], shape: ModelShape, tokens: Sequence[int]
 ) -> tuple[list[int], Limits | None]:
     """Entries of each row; and its bytes, where quantised entries are counted in bytes: more may fit then."""
-    if storage.bits is None or not keep.counts_bytes:
-        return keep.entries(shape=shape, tokens=tokens, entry_bytes=storage.native), None
-    nbytes = keep.limits(shape=shape, tokens=tokens, entry_bytes=storage.native)
-    pairs = zip(tokens, nbytes, strict=True)
-    asked = [min(shape.num_heads * n, storage.entries(limit, shape.num_heads)) for n, limit in pairs]
-    first_kept = method.keeps_protected and method.sink >= SINK
-    return asked, Limits(nbytes=tuple(nbytes), storage=storage, first_kept=first_kept)
+    native = storages[0].native
+    if not keep.counts_bytes or all(storage.bits is None for storage in storages):
+        return keep.entries(shape=shape, tokens=tokens, entry_bytes=native), None
+    nbytes = keep.limits(shape=shape, tokens=tokens, entry_bytes=native)
+    fitting = [max(storage.entries(limit, shape.num_heads) for storage in storages) for limit in nbytes]
+    asked = [min(shape.num_heads * n, entries) for n, entries in zip(tokens, fitting, strict=True)]
+    limits = Limits(nbytes=tuple(nbytes), storages=storages, first_kept=method.sink >= SINK)
+    return asked, limits
 
 
 def keep_entries(

@@ -20,7 +20,7 @@ from headwise.cache.meter import Meter
 from headwise.cache.prefill import defers, keep_entries, make_plan
 from headwise.errors import BadInput
 from headwise.interfaces import AbstractScorer, Observation
-from headwise.kernels.quantised import NATIVE, Bits, parse_entries
+from headwise.kernels.quantised import NATIVE, Bits, require_entries
 from headwise.kernels.segments import Segments, quantise
 from headwise.methods.allocate import Uniform
 from headwise.methods.keep import Keep, parse_keep
@@ -71,7 +71,8 @@ class Reading:
 
     def cut(self, method: str | Method, keep: float | str | Keep, *, entries: str = NATIVE) -> RaggedCache:
         """The cache that `compress` makes of this context. Raises BadInput if the scorer did not watch."""
-        model_view, keep, bits = self.whole.view, parse_keep(keep), parse_entries(entries)
+        require_entries(entries)
+        model_view, keep = self.whole.view, parse_keep(keep)
         method = Method.parse(method).for_model(model_view.shape, model_view.config_hash)
         if method.scorer not in self.scores and method.scorer not in self.observations:
             watched = ", ".join(type(scorer).__name__ for scorer in (*self.scores, *self.observations))
@@ -82,14 +83,14 @@ class Reading:
             keep,
             shape=shape,
             itemsize=layers[0].dtype.itemsize,
-            bits=bits,
+            entries=entries,
             valid=self.first.valid,
             positions=self.first.positions,
         ).summarised(method, self.first)
         scores = self._scores(method.scorer, plan.demand.totals)
         kept = keep_entries(method, scores, range(len(layers)), plan)
         segments = [
-            _subset(layer.segments, layer_kept, self.first.valid, plan.quantised(self.first.valid))
+            _subset(layer.segments, layer_kept, self.first.valid, plan.quantised(layer.index))
             for layer, layer_kept in zip(layers, kept, strict=True)
         ]
         provenance = {"method": method.provenance(), "keep": str(keep), "entries": entries, "reading": EXACT}
@@ -169,8 +170,8 @@ def read(
     )
 
 
-def _subset(whole: Segments, kept: Tensor, valid: Tensor, quantised: tuple[Bits, Tensor] | None) -> Segments:
-    """The kept entries of segments that hold every valid token, those of some tokens in fewer bits."""
+def _subset(whole: Segments, kept: Tensor, valid: Tensor, quantised: Sequence[tuple[Bits, Tensor]]) -> Segments:
+    """The kept entries of segments that hold every valid token, some of them in fewer bits."""
     rows = kept[valid[:, None].expand_as(kept)].nonzero()[:, 0]
     segments = Segments(
         keys=whole.keys[rows],
@@ -179,7 +180,9 @@ def _subset(whole: Segments, kept: Tensor, valid: Tensor, quantised: tuple[Bits,
         lengths=tuple(kept.sum(-1).flatten().tolist()),
         kv_heads=whole.kv_heads,
     )
-    if quantised is None:
-        return segments
-    bits, tokens = quantised
-    return quantise(segments, tokens[:, None].expand_as(kept)[kept], bits)
+    native = torch.ones_like(rows, dtype=torch.bool)
+    for bits, entries in quantised:
+        chosen = entries[kept]
+        segments = quantise(segments, chosen[native], bits)
+        native &= ~chosen
+    return segments

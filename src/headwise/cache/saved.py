@@ -17,14 +17,14 @@ from headwise.artifacts.tensors import Opened
 from headwise.errors import BadInput
 from headwise.files import strict_json
 from headwise.files.schema import INTEGERS, Numbers, Schema
-from headwise.kernels.quantised import ENTRIES, GROUP, NATIVE, Bits, parse_entries
+from headwise.kernels.quantised import AUTO, ENTRIES, GROUP, NATIVE, Bits, require_entries
 
 COMPRESS = "Compress the context again."
 
 
 def _entries(value: Any) -> str:
     """One of the ways to store entries. Raises BadInput."""
-    parse_entries(value)
+    require_entries(value)
     return value
 
 
@@ -98,11 +98,11 @@ def read(file: Opened, expected: Expected | None = None) -> Saved:
     tail = max((states["tail_keys"].shape[2] for states in layers.values() if "tail_keys" in states), default=0)
     context = metadata["seen"] - tail
     limit = context if expected is None else expected.max_positions
-    bits = parse_entries(metadata["entries"])
+    entries = metadata["entries"]
     for layer in sorted(frozen):
         place = f"{file.path} is damaged: layer {layer}"
-        if bits_in(layers[layer]) != ([] if bits is None else [bits]):
-            raise BadInput(f"{place} does not hold the {metadata['entries']} entries that it says. {COMPRESS}")
+        if entries != AUTO and bits_in(layers[layer]) != [bits for name, bits in ENTRIES.items() if name == entries]:
+            raise BadInput(f"{place} does not hold the {entries} entries that it says. {COMPRESS}")
         _require_segments(layers[layer], context, limit, place)
     counts = metadata["context_tokens"]
     contexts = len(layers[min(frozen)]["lengths"])

@@ -8,7 +8,7 @@ from headwise.errors import BadInput
 from headwise.files.terminal import split
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.names import require_names
-from headwise.methods.registry import HUB
+from headwise.methods.registry import AUTO, HUB
 from headwise.tasks.texts import Asked, bundled, read_questions, read_text
 
 ENTRIES = ("native", "int8", "k8v4", "int4")  # as in kernels/quantised.py, which imports torch
@@ -49,13 +49,14 @@ def parse_keeps(text: str) -> list[Keep]:
     return [parse_keep(part) for part in split(text)]
 
 
-def parse_entries(text: str) -> list[str]:
-    """Return the kinds of entries of a list. Raises BadInput if one is unknown."""
-    return [require_entries(part) for part in split(text)]
+def parse_entries(text: str, *, auto: bool = True) -> list[str]:
+    """Return the kinds of entries of a list. Raises BadInput if one is unknown. `auto`: allow "auto"."""
+    return [require_entries(part, auto=auto) for part in split(text)]
 
 
-def require_entries(name: str) -> str:
-    """Return the name of a kind of entries. Raises BadInput if it is unknown."""
-    if name not in ENTRIES:
-        raise BadInput(f"entries={name!r} does not exist; choose {', '.join(ENTRIES)}.")
+def require_entries(name: str, *, auto: bool = True) -> str:
+    """Return the name of a kind of entries. Raises BadInput if it is unknown. `auto`: allow "auto"."""
+    known = (*ENTRIES, AUTO) if auto else ENTRIES
+    if name not in known:
+        raise BadInput(f"entries={name!r} does not exist; choose {', '.join(known)}.")
     return name

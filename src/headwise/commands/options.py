@@ -11,8 +11,8 @@ SEEDS = 2**63 - 1  # the largest
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, or 'reference' (bundled).")]
 Keep = Annotated[str, typer.Option("--keep", "-k", help="What to retain: 0.15, 15%, 1024tok, 2GiB or 5%bytes.")]
-Entries = Annotated[str, typer.Option(help="How kept entries are stored: native, int8, k8v4 or int4.")]
-EntriesList = Annotated[str, typer.Option("--entries", help="Comma-separated: native,int8,k8v4,int4.")]
+Entries = Annotated[str, typer.Option(help="How kept entries are stored: native, int8, k8v4, int4 or auto.")]
+EntriesList = Annotated[str, typer.Option("--entries", help="Comma-separated: native,int8,k8v4,int4,auto.")]
 Keeps = Annotated[str, typer.Option("--keep", "-k", help="Comma-separated: 0.15,0.25.")]
 Methods = Annotated[str, typer.Option(help="Comma-separated; see 'headwise methods'.")]
 Protocol = Annotated[str, typer.Option(help="query-agnostic, or query-aware.")]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headwise.commands.console import print_json, progress_bar
-from headwise.commands.inputs import files_read
+from headwise.commands.inputs import files_read, parse_entries
 from headwise.commands.loading import load_launched
 from headwise.commands.options import (
     SEEDS,
@@ -48,6 +48,12 @@ Queries = Annotated[
 ]
 Temperature = Annotated[float, typer.Option(min=0, max=MOST, help="0 decodes greedily.")]
 Seed = Annotated[int, typer.Option(min=-SEEDS, max=SEEDS, help="Seed of sampling.")]
+Entries = Annotated[
+    str,
+    typer.Option(
+        help="Kinds of entries to measure: native,int8,k8v4,int4. A budget of all of them serves --entries auto."
+    ),
+]
 Published = Annotated[bool, typer.Option("--published", help="Also solve every question by itself, as the paper does.")]
 
 
@@ -66,6 +72,7 @@ def profile(
     window: Window = 32,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    entries: Entries = "native",
     published: Published = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -77,14 +84,14 @@ def profile(
     from headwise.offline.profile import profile as run
     from headwise.offline.watch import Sampling
 
-    scorers = split(scorer)
+    scorers, kinds = split(scorer), parse_entries(entries, auto=False)
     texts = Texts(data=data, length=length, contexts=contexts, questions=parse_questions(questions))
     require_file(out, inputs=files_read(model, scorers, Path(data)))
     require_folder(f"{out}.parts")
     processes, loaded, tokenizer = load_launched(source, dtype, device)
     examples = texts.examples(tokenizer, max_positions=view(loaded).max_positions)
     sampling = Sampling(temperature=temperature, seed=seed)
-    settings = _settings(tokenizer, examples, future, steps, queries, sampling, sink, window, published)
+    settings = _settings(tokenizer, examples, future, steps, queries, sampling, sink, window, kinds, published)
     with progress_bar("contexts") as progress:
         run(loaded, tokenizer, examples, scorers, out, settings=settings, processes=processes, progress=progress)
     if processes.rank == 0:
@@ -100,6 +107,7 @@ def _settings(
     sampling: "Sampling",
     sink: int,
     window: int,
+    entries: Sequence[str],
     published: bool,
 ) -> "Settings":
     """Return how losses are measured. Defaults follow from the model's language and the examples."""
@@ -113,6 +121,7 @@ def _settings(
         sampling=sampling,
         sink=sink,
         window=window,
+        entries=tuple(entries),
         published=published,
     )
 

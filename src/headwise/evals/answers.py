@@ -17,7 +17,7 @@ from headwise.cache.states import held_by
 from headwise.cache.ways import how
 from headwise.errors import BadInput, BudgetInfeasible
 from headwise.evals.oracle import as_method
-from headwise.kernels.quantised import NATIVE, parse_entries
+from headwise.kernels.quantised import NATIVE
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
 from headwise.methods.names import require_names
@@ -81,7 +81,8 @@ class FullMemory:
             copy.copy(layer) if hasattr(layer, "keys") else copy.deepcopy(layer) for layer in self.cache.layers
         ]
         if copies > 1:
-            cache.reorder_cache(torch.zeros(copies, dtype=torch.int64, device=self.device))
+            row: Any = torch.zeros(copies, dtype=torch.int64, device=self.device)
+            cache.reorder_cache(row)
         return cache
 
 
@@ -122,7 +123,7 @@ def require_possible(
                     parse_keep(keep),
                     shape=model_view.shape,
                     itemsize=model.dtype.itemsize,
-                    bits=parse_entries(stored),
+                    entries=stored,
                     valid=torch.ones(1, length, dtype=torch.bool, device="cpu"),
                     positions=torch.arange(length, dtype=torch.int64, device="cpu")[None],
                 )

@@ -12,7 +12,7 @@ from headwise.cache.compress import Progress
 from headwise.errors import BadInput
 from headwise.evals.answers import known_methods, require_possible
 from headwise.evals.session import FULL_SETTING, Outcome, Session, Setting, every_setting
-from headwise.kernels.quantised import NATIVE, parse_entries
+from headwise.kernels.quantised import NATIVE, require_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.reading import EXACT
 from headwise.methods.registry import FULL
@@ -82,7 +82,7 @@ def compare(
     keep
         One or more keeps: fractions, tokens ("1024tok") or bytes ("2GiB", "5%bytes").
     entries
-        How kept entries are stored: "native", "int8", "k8v4" or "int4", one or more. The full cache is native.
+        How kept entries are stored: "native", "int8", "k8v4", "int4" or "auto", one or more. The full cache is native.
     max_new_tokens
         Tokens of an answer, at most.
     protocol
@@ -148,7 +148,7 @@ def _parse_entries(entries: str | Sequence[str]) -> list[str]:
     if not names:
         raise BadInput(f"no entries are given; give one kind, such as {NATIVE!r}.")
     for name in names:
-        parse_entries(name)
+        require_entries(name)
     return names
 
 

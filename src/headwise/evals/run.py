@@ -29,7 +29,7 @@ from headwise.evals.answers import FULL, known_methods, require_possible
 from headwise.evals.records import Record, RunFolder
 from headwise.evals.session import FULL_SETTING, Outcome, Session, Setting, every_setting
 from headwise.kernels import fastest
-from headwise.kernels.quantised import NATIVE, parse_entries
+from headwise.kernels.quantised import NATIVE, require_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
 from headwise.methods.reading import EXACT, piece_size
@@ -112,7 +112,7 @@ class Evaluation:
         if not (self.tasks and self.keeps and self.entries):
             raise BadInput("there is nothing to evaluate: give at least one task, one keep and one kind of entries.")
         for stored in self.entries:
-            parse_entries(stored)
+            require_entries(stored)
         require_protocol(self.protocol)
         if abs(self.seed) >= 2**63:
             raise BadInput("the seed is out of range: choose one from 0 to 2**63 - 1.")

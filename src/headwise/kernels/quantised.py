@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from headwise.kernels.segments import ChunkTable
 
 NATIVE = "native"  # entries in the model's dtype
+AUTO = "auto"  # every head has entries of one kind, which the allocator chooses
 GROUP = {8: 64, 4: 32}  # entries of a block of keys, and channels of a group of values, at most
 SINK = 4  # first tokens of a context, whose entries stay in the model's dtype
 LARGEST = 65504.0  # number of float16
@@ -56,6 +57,12 @@ def parse_entries(name: str) -> Bits | None:
     if not isinstance(name, str) or name not in ENTRIES:
         raise BadInput(f"entries={name!r} does not exist; choose {NATIVE}, {', '.join(ENTRIES)}.")
     return ENTRIES[name]
+
+
+def require_entries(name: str) -> None:
+    """Raise BadInput unless entries can be stored so: all of one kind, or those of every head as "auto" chooses."""
+    if name != AUTO and (not isinstance(name, str) or name not in (NATIVE, *ENTRIES)):
+        raise BadInput(f"entries={name!r} does not exist; choose {', '.join((NATIVE, *ENTRIES, AUTO))}.")
 
 
 def group_of(head_dim: int, bits: int) -> int:

@@ -7,7 +7,7 @@ Storage is never changed once made, so any number of caches can share it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from headwise.errors import BadInput, ShapeMismatch
+from headwise.errors import ShapeMismatch
 from headwise.kernels import quantised as small
-from headwise.kernels.quantised import Bits, Quantised
+from headwise.kernels.quantised import ENTRIES, Bits, Quantised
 
 MIN_PAGE, MAX_PAGE = 16, 256
 MIN_CHUNK, MAX_CHUNK = 128, 2048
@@ -181,8 +181,17 @@ def gather(
     values: Float[Tensor, "batch kv_heads tokens head_dim"],
     kept: Bool[Tensor, "batch kv_heads tokens"],
     positions: Int[Tensor, "batch tokens"],
+    quantised: Sequence[tuple[Bits, Bool[Tensor, "batch kv_heads tokens"]]] = (),
 ) -> Segments:
-    """Copy the kept entries of every head into flat storage of their own."""
+    """Copy the kept entries of every head into flat storage of their own, some of them in fewer bits.
+
+    No copy of those is made in between. `quantised` names every kind of bits and its entries, which no other kind has.
+    Raises BadInput, NonFiniteValues.
+    """
+    parts: list[Quantised] = []
+    for bits, entries in quantised:
+        parts.append(_gather_quantised(keys, values, kept & entries, positions, bits))
+        kept = kept & ~entries
     row, head, token = kept.nonzero(as_tuple=True)
     return Segments(
         keys=keys[row, head, token],
@@ -190,32 +199,20 @@ def gather(
         positions=positions[row, token].to(torch.int32),
         lengths=tuple(kept.sum(-1).flatten().tolist()),
         kv_heads=kept.shape[1],
+        quantised=tuple(parts),
     )
 
 
-def gather_quantised(
-    keys: Float[Tensor, "batch kv_heads tokens head_dim"],
-    values: Float[Tensor, "batch kv_heads tokens head_dim"],
-    kept: Bool[Tensor, "batch kv_heads tokens"],
-    positions: Int[Tensor, "batch tokens"],
-    chosen: Bool[Tensor, "batch tokens"],
-    bits: Bits,
-) -> Segments:
-    """As `gather`, but the entries of the chosen tokens in fewer bits: no copy of them is made in between.
-
-    Raises BadInput, NonFiniteValues.
-    """
-    few = kept & chosen.unsqueeze(1)
-    row, head, token = few.nonzero(as_tuple=True)
-    part = small.quantise(
+def _gather_quantised(keys: Tensor, values: Tensor, kept: Tensor, positions: Tensor, bits: Bits) -> Quantised:
+    row, head, token = kept.nonzero(as_tuple=True)
+    return small.quantise(
         lambda rows: keys[row[rows], head[rows], token[rows]],
         lambda rows: values[row[rows], head[rows], token[rows]],
         positions[row, token].to(torch.int32),
-        tuple(few.sum(-1).flatten().tolist()),
+        tuple(kept.sum(-1).flatten().tolist()),
         kept.shape[1],
         bits,
     )
-    return replace(gather(keys, values, kept & ~chosen.unsqueeze(1), positions), quantised=(part,))
 
 
 def quantise(segments: Segments, chosen: Bool[Tensor, " rows"], bits: Bits) -> Segments:
@@ -242,18 +239,27 @@ def quantise(segments: Segments, chosen: Bool[Tensor, " rows"], bits: Bits) -> S
 
 
 def join(parts: Sequence[Segments]) -> Segments:
-    """Contexts of several storages in one, in their order; copied. Raises BadInput unless their bits are the same."""
-    kinds = [[part.bits for part in segments.quantised] for segments in parts]
-    if any(kind != kinds[0] for kind in kinds):
-        raise BadInput("caches whose entries are stored in different bits cannot be joined.")
+    """Contexts of several storages in one, in their order; copied. Each may have entries in other bits."""
+    storages = [{part.bits: part for part in segments.quantised} for segments in parts]
+    kinds = [bits for bits in ENTRIES.values() if any(bits in own for own in storages)]
     return Segments(
         keys=torch.cat([part.keys for part in parts]),
         values=torch.cat([part.values for part in parts]),
         positions=torch.cat([part.positions for part in parts]),
         lengths=tuple(length for part in parts for length in part.lengths),
         kv_heads=parts[0].kv_heads,
-        quantised=tuple(small.join(same) for same in zip(*(part.quantised for part in parts), strict=True)),
+        quantised=tuple(
+            small.join([own.get(bits) or _none(bits, part) for own, part in zip(storages, parts, strict=True)])
+            for bits in kinds
+        ),
     )
+
+
+def _none(bits: Bits, segments: Segments) -> Quantised:
+    """No entry of a kind in any of the segments."""
+    nothing, lengths = segments.keys[:0], (0,) * len(segments.lengths)
+    states = lambda rows: nothing[rows]  # noqa: E731
+    return small.quantise(states, states, segments.positions[:0], lengths, segments.kv_heads, bits)
 
 
 def masked_value(dtype: torch.dtype) -> float:

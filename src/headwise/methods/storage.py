@@ -1,14 +1,18 @@
-"""What entries cost in bytes, and how many of them some bytes hold."""
+"""What entries cost in bytes, how many of them some bytes hold, and who says in which bits heads store theirs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from headwise.errors import BadInput
 from headwise.interfaces import Demand
-from headwise.kernels.quantised import GROUP, SINK, Bits, group_of
+from headwise.kernels.quantised import AUTO, GROUP, SINK, Bits, group_of
+from headwise.methods.keep import Keep
+from headwise.methods.reading import EVICT, EXACT, OFFLOAD
 
 Counts = Callable[[Demand], Int[Tensor, "layers batch kv_heads"]]
 
@@ -85,12 +89,46 @@ class Limits:
     """Bytes that each row of a batch may take, and how they are counted."""
 
     nbytes: tuple[int, ...]
-    storage: Storage
+    storages: tuple[Storage, ...]  # one for every kind of entries that a head may have
     first_kept: bool  # whether every head keeps the first tokens before others
 
-    def price(self, counts: Int[Tensor, "*heads"]) -> Int[Tensor, "*heads"]:
+    def price(self, counts: Int[Tensor, "*heads"], kind: int = 0) -> Int[Tensor, "*heads"]:
         """Bytes of heads that keep so many entries: exactly where it is known which are native, else the most."""
-        return self.storage.nbytes(counts) if self.first_kept else self.storage.most(counts)
+        storage = self.storages[kind]
+        return storage.nbytes(counts) if self.first_kept else storage.most(counts)
+
+
+@runtime_checkable
+class ChoosesKinds(Protocol):
+    """An allocator that knows what entries in fewer bits are worth to every head: what `entries="auto"` needs."""
+
+    @property
+    def kinds(self) -> tuple[Bits | None, ...]:
+        """The kinds that it can choose among, native entries (None) first; nothing else if it knows no others."""
+        ...
+
+    def stored(
+        self, demand: Demand, limits: Limits
+    ) -> tuple[Int[Tensor, "layers batch kv_heads"], Int[Tensor, "layers batch kv_heads"]]:
+        """Counts of every head, and which of `kinds` its entries are, for the bytes of each row. On the CPU."""
+        ...
+
+
+def require_bytes(keep: Keep) -> None:
+    """Raise BadInput unless entries="auto" can be asked for: their number and their bits follow from bytes."""
+    if not keep.counts_bytes:
+        raise BadInput(
+            f"entries={AUTO!r} chooses entries AND bits by bytes: give keep as bytes, such as '15%bytes' or '64MiB', "
+            f"not as {keep}."
+        )
+
+
+def require_kinds(reading: str, entries: str) -> None:
+    """Raise BadInput if what is kept cannot be stored so: bits are chosen when the whole context has been read."""
+    if reading == EVICT and entries == AUTO:
+        raise BadInput(
+            f"reading={EVICT!r} cannot be used with entries={AUTO!r}: name the bits, or use {EXACT!r} or {OFFLOAD!r}."
+        )
 
 
 def fitted(demand: Demand, limits: Limits, counts: Counts, *, share: int = 0) -> Demand:
@@ -102,7 +140,7 @@ def fitted(demand: Demand, limits: Limits, counts: Counts, *, share: int = 0) ->
     low = torch.tensor(demand.totals, dtype=torch.int64, device="cpu")
     high = torch.tensor([demand.shape.num_heads * n for n in demand.tokens], dtype=torch.int64, device="cpu") + 1
     most = torch.tensor(limits.nbytes, dtype=torch.int64, device="cpu")
-    high = torch.maximum(low + 1, high.minimum(most // limits.storage.least + 1))
+    high = torch.maximum(low + 1, high.minimum(most // limits.storages[0].least + 1))
     near = torch.tensor(1, dtype=torch.int64, device="cpu") if share == 0 else (low // share).clamp(min=1)
     while bool((high - low > near).any()):
         middle = (low + high) // 2

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from headwise.errors import BadInput
-from headwise.kernels.quantised import NATIVE, Bits, parse_entries
+from headwise.kernels.quantised import AUTO, NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.reading import EVICT, EXACT, MARGIN, OFFLOAD, piece_size
-from headwise.methods.storage import Storage
+from headwise.methods.storage import Storage, require_bytes, require_kinds
 from headwise.models.layout import heads_of, layers_of, max_positions, shape_of, text_config
 
 ACTIVATIONS_NOTE = "activations, logits and the framework's own memory are not counted: leave 10-20% free"
@@ -66,7 +66,8 @@ def plan(
 
     `dtype` is that of keys, values and weights; None is the checkpoint's own, as its configuration names it. Weights of
     a quantised checkpoint are counted as it stores them; its keys and values have its dtype. What is kept is stored as
-    `entries` says. It is counted for heads that all keep the same, the first tokens among it, which stay native.
+    `entries` says. It is counted for heads that all keep the same, the first tokens among it, which stay native; with
+    "auto" it takes the bytes that `keep` must then say, however heads share them.
     `reading` and `prefill_chunk_size` are those of headwise.compress; with "evict" a peak is what is kept, the margin and
     one piece, with "offload" two layers, or what is kept and one. Bytes outside of memory are not counted.
     `max_batch` and `max_context` are what the memory has room for, for an allocator of scope "layer"; `max_context` may
@@ -75,8 +76,11 @@ def plan(
     if batch < 1 or context < 1:
         raise BadInput(f"context={context} and batch={batch} must be at least 1.")
     dtype, of_dtype = (dtype, []) if dtype else _own_dtype(config)
-    size = piece_size(reading, prefill_chunk_size, context)
-    keep, sizes = parse_keep(keep), _Sizes(config, dtype, parse_entries(entries), reading, size)
+    size, keep = piece_size(reading, prefill_chunk_size, context), parse_keep(keep)
+    require_kinds(reading, entries)
+    if entries == AUTO:
+        require_bytes(keep)
+    sizes = _Sizes(config, dtype, entries, reading, size)
     full, small = sizes.held(context, batch, None), sizes.held(context, batch, keep)
     weights, of_weights = _weight_bytes(config, dtype)
     of_states = [STATES_NOTE] if any(layer.kind == "state" for layer in layers_of(config)) else []
@@ -141,11 +145,13 @@ class _Sizes:
         self,
         config: PretrainedConfig,
         dtype: torch.dtype,
-        bits: Bits | None,
+        entries: str,
         reading: str = EXACT,
         piece: int | None = None,
     ):
         self.reading, self.piece = reading, piece
+        self.auto = entries == AUTO
+        bits = None if self.auto else parse_entries(entries)
         self.shape = shape_of(config)
         self.storage = Storage(head_dim=self.shape.head_dim, itemsize=dtype.itemsize, bits=bits)
         self.entry = self.storage.native
@@ -165,6 +171,9 @@ class _Sizes:
         if keep is None:
             return everything + self.sliding(context, batch)
         keep = _of_one(keep, batch)
+        if self.auto:
+            (limit,) = keep.limits(shape=self.shape, tokens=[context], entry_bytes=self.entry)
+            return batch * min(limit, self.layer(context, 1) * len(self.shape.layers)) + self.sliding(context, batch)
         (entries,) = keep.entries(shape=self.shape, tokens=[context], entry_bytes=self.entry)
         if keep.counts_bytes and self.storage.bits is not None:
             (limit,) = keep.limits(shape=self.shape, tokens=[context], entry_bytes=self.entry)

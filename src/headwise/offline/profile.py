@@ -42,6 +42,7 @@ from headwise.files.locks import lock_of, locked
 from headwise.files.schema import Schema
 from headwise.files.writing import remove_leftovers, require_file
 from headwise.interfaces import AbstractScorer
+from headwise.kernels.quantised import ENTRIES, NATIVE, Bits, parse_entries
 from headwise.methods.allocate.profiled import published_counts
 from headwise.methods.method import Method
 from headwise.methods.scores.reconstruct import INSTRUCTION
@@ -50,11 +51,11 @@ from headwise.models.fingerprint import model_fingerprint
 from headwise.models.processes import Processes
 from headwise.models.room import require_room
 from headwise.offline.calibration import Example, encode
-from headwise.offline.losses import PER_OCTAVE, RANKS, OutputLoss, keeping_order, marginal_utility
+from headwise.offline.losses import PER_OCTAVE, RANKS, OutputLoss, Stored, keeping_order, marginal_utility
 from headwise.offline.watch import Importance, Reader, Sampling, Written, decode, follow
 from headwise.tasks.seams import following_ids
 
-CURVES = (*LOSSES, "ideal")
+CURVES = (*LOSSES, "ideal")  # besides, one for every kind of entries in fewer bits that is asked for
 FUTURES = ("answers", "repeat", "following")
 PIECE, OVERLAP = 1024, 8  # tokens of a text that are read in one pass, and of the piece before that come first
 
@@ -78,11 +79,13 @@ class Settings:
         What later queries come from, of FUTURES.
     queries
         How many evenly spread queries count, of every 1,024 tokens that are read as a future.
+    entries
+        Kinds of entries whose changes of the output are measured: "native", which always is, "int8", "k8v4", "int4".
 
     Raises
     ------
     BadInput
-        If a future is unknown or there is none, or a number is out of range.
+        If a future or a kind of entries is unknown or there is none, or a number is out of range.
     """
 
     steps: int = 64
@@ -92,15 +95,28 @@ class Settings:
     published: bool = False
     futures: tuple[str, ...] = ("answers",)
     queries: int = 128
+    entries: tuple[str, ...] = (NATIVE,)
 
     def __post_init__(self) -> None:
         unknown = [future for future in self.futures if future not in FUTURES]
         if unknown or not self.futures:
             raise BadInput(f"future={','.join(self.futures)!r}: choose one or more of {', '.join(FUTURES)}.")
+        for kind in self.entries:
+            parse_entries(kind)
         if self.queries < 1:
             raise BadInput(f"queries={self.queries}: at least one query of a text must count.")
         if self.published and "answers" not in self.futures:
             raise BadInput("published solves every question by itself: it needs the future 'answers'.")
+
+    @property
+    def kinds(self) -> dict[str, Bits]:
+        """Return the kinds of entries in fewer bits, always in one order."""
+        return {kind: bits for kind, bits in ENTRIES.items() if kind in self.entries}
+
+    @property
+    def curves(self) -> tuple[str, ...]:
+        """Return the names of a scorer's curves."""
+        return (*CURVES, *self.kinds)
 
     def protection(self, scorer: AbstractScorer) -> tuple[int, int]:
         """Return sink and window of a scorer, in tokens."""
@@ -275,7 +291,8 @@ def measure(
 ) -> dict[AbstractScorer, dict[str, Tensor]]:
     """Return the curves of one context for every scorer [layers, kv_heads, sink + window + RANKS], float64.
 
-    They are those of CURVES; over all heads each sums to 1. If settings.published, also "published" [99, layers,
+    They are those of settings.curves; over all heads each of CURVES sums to 1, and that of a kind of entries has the
+    unit of "output". If settings.published, also "published" [99, layers,
     kv_heads]: the kept fractions of the questions, each solved by itself, averaged. `report` is called with the share
     of the work that is done.
     """
@@ -284,7 +301,8 @@ def measure(
     orders = {s: keeping_order(reading.scores[s][:, 0], *settings.protection(s)) for s in scorers}
     written = Written(reading.whole)
     importance = Importance(reading.whole, written)
-    outputs = {s: OutputLoss(reading.whole, orders[s], protected[s], written=written) for s in scorers}
+    stored = {kind: Stored(reading.whole, bits, written) for kind, bits in settings.kinds.items()}
+    outputs = {s: OutputLoss(reading.whole, orders[s], protected[s], written=written, stored=stored) for s in scorers}
     scale = importance.scale[:, None, None]
     pooled, solved = torch.zeros_like(scale), {scorer: [] for scorer in scorers}
     for questions in _futures(model, lesson, reading.whole, [importance, *outputs.values()], settings, report):
@@ -303,7 +321,9 @@ def measure(
             "raw": marginal_utility(pooled, orders[scorer], protected[scorer]),
             "ideal": marginal_utility(pooled, ideal, protected[scorer]),
         }
-        measured[scorer] = {name: _normalise(curve) for name, curve in curves.items()}
+        measured[scorer] = {name: _normalise(curve, curve) for name, curve in curves.items()}
+        for kind in stored:
+            measured[scorer][kind] = _normalise(outputs[scorer].marginal(kind), curves["output"])
         if settings.published:
             measured[scorer]["published"] = torch.stack(solved[scorer]).double().mean(0) / lesson.context.shape[1]
     return measured
@@ -335,9 +355,11 @@ def _futures(
         report(done / work)
 
 
-def _normalise(curve: Float[Tensor, "layers kv_heads steps"]) -> Float[Tensor, "layers kv_heads steps"]:
-    """Return the curve as shares of all that can be gained; zeros if nothing can."""
-    total = curve.sum()
+def _normalise(
+    curve: Float[Tensor, "layers kv_heads steps"], whole: Float[Tensor, "layers kv_heads steps"]
+) -> Float[Tensor, "layers kv_heads steps"]:
+    """Return the curve as shares of all that can be gained, on the curve `whole`; zeros if nothing can."""
+    total = whole.sum()
     return curve / total if total > 0 else torch.zeros_like(curve)
 
 
@@ -478,7 +500,7 @@ def _merge(
         return torch.stack([total[key, d] / counts[d] for d in names]).float()
 
     return Profile(
-        curves={name: {curve: mean(f"{name}.{curve}") for curve in CURVES} for name in scorers},
+        curves={name: {curve: mean(f"{name}.{curve}") for curve in settings.curves} for name in scorers},
         domains=tuple(names),
         contexts=tuple(counts[d] for d in names),
         protection={name: settings.protection(scorer) for name, scorer in scorers.items()},
@@ -493,7 +515,7 @@ def _part_schema(scorers: Mapping[str, AbstractScorer], settings: Settings, orig
     """Return what the file of one context must hold."""
     ranks = {name: sum(settings.protection(scorer)) + RANKS for name, scorer in scorers.items()}
     return Schema(
-        table=part_table(ranks, settings.published),
+        table=part_table(ranks, settings.curves, settings.published),
         sizes=sizes_of(origin.shape),
         advice="Remove it, and it is measured again.",
     )

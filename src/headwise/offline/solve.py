@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headwise.artifacts.budget import Budget
 from headwise.artifacts.contents import LOSSES
-from headwise.artifacts.hulls import concave_hulls, share
+from headwise.artifacts.hulls import Hulls, concave_hulls, share
 from headwise.artifacts.origin import Origin
 from headwise.artifacts.profile import Profile
 from headwise.errors import BadInput
@@ -64,7 +64,8 @@ def solve(
     -------
     Budget
         It has hulls, which solve any keep exactly, and kept fractions [ratios, layers, kv_heads] of a long context, in
-        which the protected tokens do not count.
+        which the protected tokens do not count. With the loss "output" it has hulls of entries in fewer bits, too, if
+        the profile has curves of them: what `entries="auto"` needs.
 
     Raises
     ------
@@ -74,10 +75,14 @@ def solve(
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise BadInput(f"ratios {[float(ratio) for ratio in ratios]} must lie strictly between 0 and 1.")
     _require_loss(loss)
+    kinds = profile.kinds(scorer) if loss == LOSSES[0] else ()
     exact = sorted({Fraction(str(ratio)) for ratio in ratios})
-    curve, shape = profile.curve(scorer, domain_weights, loss=loss), profile.origin.shape
-    protected, unprotected = curve.flatten(0, 1).tensor_split([sum(profile.protection[scorer])], dim=-1)
-    hulls = concave_hulls(unprotected)
+    shape = profile.origin.shape
+    solved, *others = [
+        _hull(profile.curve(scorer, domain_weights, loss=curve), sum(profile.protection[scorer]))
+        for curve in (loss, *kinds)
+    ]
+    hulls = Hulls(width=solved["width"], slope=solved["slope"])
     heads = len(hulls.width)
     rows = [share(hulls, entries=GRID, total=int(ratio * GRID * heads)) for ratio in exact]
     evidence = {"curve": loss, "scorer": "raw", "ideal": "ideal"}
@@ -85,9 +90,17 @@ def solve(
         ratios=torch.tensor([float(ratio) for ratio in exact], dtype=torch.float64, device="cpu"),
         fractions=torch.stack(rows).unflatten(1, (len(shape.layers), shape.kv_heads)).double() / GRID,
         origin=_origin(profile, scorer, loss),
-        hull={"protected": protected.contiguous(), "width": hulls.width, "slope": hulls.slope},
+        hull=solved,
         evidence={k: profile.curve(scorer, domain_weights, loss=v).float() for k, v in evidence.items()},
+        kinds=dict(zip(kinds, others, strict=True)),
     )
+
+
+def _hull(curve: Float[Tensor, "layers kv_heads ranks"], protected: int) -> dict[str, Tensor]:
+    """Return a hull as a Budget has it: of protected tokens what each is worth, of the others the hull."""
+    first, rest = curve.flatten(0, 1).tensor_split([protected], dim=-1)
+    hulls = concave_hulls(rest)
+    return {"protected": first.contiguous(), "width": hulls.width, "slope": hulls.slope}
 
 
 def published(profile: Profile, scorer: str, *, domain_weights: Mapping[str, float] | None = None) -> Budget:

@@ -48,6 +48,7 @@ class Rows:
     """Queries of one layer that come after a context: what they look at. float32, logits before the softmax."""
 
     layer: int
+    queries: Float[Tensor, "kv_heads group rows head_dim"]  # scaled: their products with keys are logits
     context: Float[Tensor, "kv_heads group rows tokens"]  # logits at the context's entries
     tail: Float[Tensor, "kv_heads group rows"]  # log-sum-exp of the logits at what else they see, which came later
     tail_output: Float[Tensor, "kv_heads group rows head_dim"]  # attention's output on that alone
@@ -249,9 +250,11 @@ class _Recorder(Listener):
     def _pass_on(self, layer: int) -> None:
         waiting = self._waiting.pop(layer)
         keys = states_of(self.whole, layer)[0].float()
+        queries = torch.cat([part.queries for part in waiting], dim=2)
         rows = Rows(
             layer=layer,
-            context=torch.cat([part.queries for part in waiting], dim=2) @ keys[:, None].mT,
+            queries=queries,
+            context=queries @ keys[:, None].mT,
             tail=torch.cat([part.tail for part in waiting], dim=2),
             tail_output=torch.cat([part.tail_output for part in waiting], dim=2),
             question=torch.cat([part.question for part in waiting]),

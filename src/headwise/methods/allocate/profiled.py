@@ -15,8 +15,11 @@ from headwise.artifacts.shipped import shipped
 from headwise.artifacts.tensors import fingerprint
 from headwise.errors import ArtifactMismatch, BadInput
 from headwise.interfaces import AbstractScorer, Demand, Provenance, StaticAllocator
+from headwise.kernels.quantised import ENTRIES, Bits
 from headwise.methods.allocate.apportion import even_shares, require_feasible
+from headwise.methods.allocate.mixed import share_bytes, worth
 from headwise.methods.allocate.unresolved import Shipped
+from headwise.methods.storage import Limits
 from headwise.shapes import ModelShape
 
 LEAST_SHARE = Fraction(1, 100)  # of the context: what every head keeps; a budget below that is shared evenly
@@ -29,7 +32,8 @@ class LUKV(StaticAllocator):
     LU-KV (arXiv 2602.08585). Every head keeps at least 1% of the context; what is left goes to the steepest steps of
     all heads' hulls. Exact at any total and nested: more never takes an entry from a head. Ours differs from the
     authors' online step, which takes the nearest of 99 tables and rounds within a layer, and in that protected tokens
-    come first in every head, but how many of them a head keeps is solved like everything else.
+    come first in every head, but how many of them a head keeps is solved like everything else. With a budget that has
+    hulls of entries in fewer bits it also chooses each head's bits (mixed.py).
     """
 
     keeps_protected: ClassVar[bool] = False
@@ -53,8 +57,9 @@ class LUKV(StaticAllocator):
 
     def provenance(self) -> Provenance:
         """Name, and which budget: its origin and a fingerprint of its hulls."""
-        hull = fingerprint(*(self.budget.hull[name] for name in ("protected", "width", "slope")))
-        return {"name": type(self).__name__, "budget": self.budget.provenance(hull)}
+        hulls = [self.budget.hull, *(hull for _, hull in sorted(self.budget.kinds.items()))]
+        used = fingerprint(*(hull[name] for hull in hulls for name in ("protected", "width", "slope")))
+        return {"name": type(self).__name__, "budget": self.budget.provenance(used)}
 
     def resolve(self, scorer: AbstractScorer, shape: ModelShape, config_hash: str) -> "LUKV":
         """Itself. Raises ArtifactMismatch for another scorer (its parameters included), model or shape."""
@@ -78,6 +83,28 @@ class LUKV(StaticAllocator):
         rows = [lukv_counts(first, rest, *row) for row in limits]
         table = torch.stack(rows, dim=1).unflatten(0, (len(demand.shape.layers), demand.shape.kv_heads))
         return table.transpose(1, 2)  # [L, H, B] -> [L, B, H]
+
+    @property
+    def kinds(self) -> tuple[Bits | None, ...]:
+        """Native, and the bits that the budget has hulls of."""
+        return (None, *(bits for name, bits in ENTRIES.items() if name in self.budget.kinds))
+
+    def stored(
+        self, demand: Demand, limits: Limits
+    ) -> tuple[Int[Tensor, "layers batch kv_heads"], Int[Tensor, "layers batch kv_heads"]]:
+        """Counts and kinds from the hulls of all kinds. Raises ArtifactMismatch if they are for another ModelShape."""
+        self.budget.require(demand.shape)
+        hulls = [self.budget.hull, *(self.budget.kinds[name] for name in ENTRIES if name in self.budget.kinds)]
+        rows: list[list[tuple[int, int]]] = []
+        for tokens, floor, nbytes in zip(demand.tokens, demand.floors, limits.nbytes, strict=True):
+            counts = torch.arange(tokens + 1, dtype=torch.int64, device="cpu")
+            kinds = [worth(hull, limits.price(counts, number)) for number, hull in enumerate(hulls)]
+            floor, least = max(floor, int(LEAST_SHARE * tokens)), min(floor, tokens)
+            choices = share_bytes(kinds, nbytes=nbytes, floor=floor, least=least)
+            rows.append([(choice.count, choice.kind) for choice in choices])
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu").unflatten(1, (-1, demand.shape.kv_heads))
+        counts, chosen = table.transpose(0, 1).unbind(-1)  # [B, L, H, 2] -> [L, B, H]
+        return counts, chosen
 
 
 def published_counts(

@@ -20,6 +20,7 @@ KINDS = {
     "part": "a part of a profile that is being made, or was killed",
     "training": "the state of a training that is under way, or was killed",
 }
+KINDS_OF_ENTRIES = ("int8", "k8v4", "int4")  # as in kernels/quantised.py, which imports torch
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}
 BITS = re.compile(r"\.k([48])v([48])_")  # of a number of a key and of a value, in the names of a layer's tensors
 STATES = re.compile(r"\.(k[48]v[48]_)?(keys|values|key_scales|value_scales)$")
@@ -72,6 +73,9 @@ def _budget(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> Iterator[
     if origin.get("loss"):
         yield "solved for", f"the loss {origin['loss']!r}"
     yield "keep", "any" if solved else f"any, between {facts['tensors']['ratios']['shape'][0]} tabulated ones"
+    kinds = [kind for kind in KINDS_OF_ENTRIES if f"{kind}.width" in facts["tensors"]]
+    if kinds:
+        yield "entries", f"auto, or any: what {', '.join(kinds)} cost every head is known"
     yield from _protected(origin)
 
 
@@ -94,6 +98,9 @@ def _profile(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> Iterator
     yield "scorers", ", ".join(scorers)
     domains = zip(facts.get("domains", []), facts.get("contexts", []), strict=False)
     yield "contexts", ", ".join(f"{number} of {name}" for name, number in domains)
+    kinds = [kind for kind in KINDS_OF_ENTRIES if any(name.endswith(f".{kind}") for name in facts["tensors"])]
+    if kinds:
+        yield "entries", f"native, {', '.join(kinds)}"
     yield "next", f"headwise solve {path} --scorer {scorers[0] if scorers else 'SCORER'} --out ..."
 
 
@@ -128,10 +135,14 @@ def _stored(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if not small:
         yield "entries", f"{facts.get('entries')}: {native}"
         return
-    ((keys, values),) = {match.groups() for name in small if (match := BITS.search(name))}
-    bits = f"{keys} bits a key, {values} a value"
-    yield "entries", f"{facts.get('entries')}: {_entries(small):,} with {bits}, {size(_nbytes(small))} with scales"
-    yield "", f"{_entries(large):,} of the first tokens {native}, {size(_nbytes(large))}"
+    label = "entries"
+    for keys, values in sorted({match.groups() for name in small if (match := BITS.search(name))}, reverse=True):
+        own = {name: header for name, header in small.items() if f".k{keys}v{values}_" in name}
+        told = f"{_entries(own):,} with {keys} bits a key, {values} a value, {size(_nbytes(own))} with scales"
+        yield label, told if label == "" else f"{facts.get('entries')}: {told}"
+        label = ""
+    of_first = "" if facts.get("entries") == "auto" else "of the first tokens "
+    yield "", f"{_entries(large):,} {of_first}{native}, {size(_nbytes(large))}"
 
 
 def _entries(tensors: Mapping[str, Any]) -> int:
