@@ -81,8 +81,8 @@ class FullMemory:
             copy.copy(layer) if hasattr(layer, "keys") else copy.deepcopy(layer) for layer in self.cache.layers
         ]
         if copies > 1:
-            row: Any = torch.zeros(copies, dtype=torch.int64, device=self.device)
-            cache.reorder_cache(row)
+            first: Any = torch.zeros(copies, dtype=torch.int64, device=self.device)
+            cache.reorder_cache(first)  # states cannot be repeated in another way
         return cache
 
 

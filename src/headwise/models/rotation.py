@@ -86,7 +86,8 @@ class Rotation:
     def of(self, decoder: nn.Module, head_dim: int) -> ModelRotary:
         """As the latest forward pass has used it. Frequencies are copied, for the next pass may choose others."""
         if not self.buffer:
-            return ModelRotary(frequencies=torch.zeros(0), attention_scaling=1.0, head_dim=head_dim)  # turns nothing
+            nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
+            return ModelRotary(frequencies=nothing, attention_scaling=1.0, head_dim=head_dim)
         module: Any = decoder.get_submodule(self.module)
         scaling = getattr(module, self.buffer.removesuffix("inv_freq") + "attention_scaling", 1.0)
         return ModelRotary(
