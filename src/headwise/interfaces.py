@@ -126,8 +126,8 @@ class AbstractScorer(Part, ABC):
     """Says which entries of a head matter."""
 
     needs_budget: ClassVar[bool] = False  # whether scores depend on `Observation.totals`
-    # How entries are scored if some are evicted while the context is read. "once": by themselves and `Observation.span`.
-    # "anew": after every piece, all that a head holds, by the last queries. "never": without the whole context, not.
+    # How it scores if entries are evicted while the context is read. "once": an entry by itself and `Observation.span`;
+    # "anew": after every piece all that a head holds, by the last queries; "never": only the whole context.
     while_reading: ClassVar[WhileReading] = "never"
 
     @property
@@ -189,7 +189,7 @@ class AbstractAllocator(Part, ABC):
         return self
 
     def summarise(self, first: Observation) -> Float[Tensor, "batch width"] | None:
-        """What it wants to know of a context: a mean over tokens of the first layer (`Demand.summary`); None: nothing."""
+        """What it wants to know of a context (`Demand.summary`): a mean over the first layer's tokens, or None."""
         return None
 
     @abstractmethod

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import headwise
 from headwise import RaggedCache
+from headwise.cache.offload import OffloadedLayer
 from headwise.errors import BadInput, UnsupportedGeneration, WriteFailed
 
 METHODS = ["knorm", "snapkv+adakv", "expected+global", "h2o", "kvzip", "criticalkv"]
@@ -60,19 +61,18 @@ def test_little_of_it_is_in_memory(method, tmp_path, monkeypatch):
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=97, intermediate_size=64, num_hidden_layers=16, **sizes)).eval()
     ids, layer, most = random_ids(1, 2048), 2 * 2048 * 4 * 16 * 4, []
-    hooks = [block.register_forward_hook(lambda *_: most.append(mapped_kib() * 1024)) for block in model.model.layers]
+    rest = OffloadedLayer.rest
+    monkeypatch.setattr(OffloadedLayer, "rest", lambda layer: (most.append(mapped_kib() * 1024), rest(layer)))
     cache = headwise.compress(model, ids, method, keep=0.1, prefill_chunk_size=512, reading="offload")
     assert cache.peak_nbytes <= 0.1 * 16 * layer + 2 * layer < 0.3 * 16 * layer
-    assert layer / 2 < max(most) <= 2.5 * layer
+    assert layer / 4 < max(most) <= 2.5 * layer
     assert not os.listdir(tmp_path)
-    for hook in hooks:
-        hook.remove()
 
 
 def test_room_that_cannot_be_had_is_an_error_before_anything_is_read(tmp_path, monkeypatch):
     model, ids, options = tiny_model(), random_ids(1, 60), {"keep": 0.5, "reading": "offload"}
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    with pytest.raises(WriteFailed, match="none could be made: No such file or directory. Set TMPDIR"):
+    with pytest.raises(WriteFailed, match=r"none could be made: No such file or directory. Set TMPDIR"):
         headwise.compress(model, ids, "knorm", **options)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
@@ -103,5 +103,5 @@ def test_the_length_of_the_context_must_be_known_and_right():
     with pytest.raises(BadInput, match="the length of the context"):
         RaggedCache(model, "knorm", keep=0.5, reading="offload")
     cache = RaggedCache(model, "knorm", keep=0.5, prompt_length=40, reading="offload")
-    with torch.no_grad(), pytest.raises(UnsupportedGeneration, match="40 tokens that the context was to have, and 50"):
+    with torch.no_grad(), pytest.raises(UnsupportedGeneration, match=r"room for 40 tokens.*50 came"):
         model(random_ids(1, 50), past_key_values=cache)

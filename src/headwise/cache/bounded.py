@@ -117,10 +117,12 @@ class BoundedLayer(FillingLayer):
             empty = Held(keys=nothing, values=nothing, tokens=places, scores=scores[0][:0])
             self.heads = [empty] * len(kept)
         for at, (head_kept, head_scores) in enumerate(zip(kept, scores, strict=True)):
-            joined = self.candidates(at, fresh[at // num_heads])
-            keys, values, tokens = (part[head_kept] for part in joined)
-            self._report(*joined[:2], keys, values)
-            self.heads[at] = Held(keys=keys, values=values, tokens=tokens, scores=head_scores[head_kept])
+            held, (row, head), tokens = self.heads[at], divmod(at, num_heads), self.places(at, fresh[at // num_heads])
+            old, new = head_kept.tensor_split([len(held.tokens)])
+            parts = zip((held.keys, held.values), self.states, strict=True)
+            keys, values = (_chosen(past, old, piece[row, head], fresh[row][new]) for past, piece in parts)
+            self._report(keys, values)
+            self.heads[at] = Held(keys=keys, values=values, tokens=tokens[head_kept], scores=head_scores[head_kept])
         self.held = []
         self._report()
 
@@ -163,6 +165,20 @@ class BoundedLayer(FillingLayer):
         flat = torch.cat(parts)
         self._report(flat, *parts, *others)
         return flat
+
+
+def _chosen(
+    past: Float[Tensor, "held head_dim"],
+    old: Bool[Tensor, " held"],
+    piece: Float[Tensor, "tokens head_dim"],
+    new: Int[Tensor, " new"],
+) -> Float[Tensor, "kept head_dim"]:
+    """Some entries of the past and some of the piece, copied once."""
+    old_rows = old.nonzero()[:, 0]
+    chosen = past.new_empty(len(old_rows) + len(new), past.shape[1])
+    torch.index_select(past, 0, old_rows, out=chosen[: len(old_rows)])
+    torch.index_select(piece, 0, new, out=chosen[len(old_rows) :])
+    return chosen
 
 
 def _visible(mask: Tensor | None, query: Tensor) -> Bool[Tensor, "batch queries queries"]:

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,9 +35,14 @@ class OffloadingPrefill(Prefill):
         for layer in layers:
             layer.capacity = self.prompt_length
         for layer, following in zip(layers, layers[1:] + layers[:1], strict=True):
-            layer.following = lambda layer=following: layer
-        if layers:
-            layers[0].reserve = lambda like: [layer.make_room(like) for layer in layers]
+            layer.following = ref(following)
+        layers[0].reserve = self.reserve
+
+    def reserve(self, like: Float[Tensor, "batch kv_heads new head_dim"]) -> None:
+        """Have all layers make room, before the first one takes anything. Raises WriteFailed."""
+        for layer in self.filling:
+            if isinstance(layer, OffloadedLayer):
+                layer.make_room(like)
 
 
 class OffloadedLayer(FillingLayer):
@@ -46,8 +52,8 @@ class OffloadedLayer(FillingLayer):
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        self.following: Callable[[], OffloadedLayer] = lambda: self
-        self.reserve: Callable[[Tensor], object] = lambda like: None
+        self.following: Callable[[], OffloadedLayer | None] = lambda: None  # weak: a cycle would keep files alive
+        self.reserve: Callable[[Tensor], None] = lambda like: None  # of the first layer: makes room for all
         self.store: Sequence[Tensor] = ()  # keys and values [B, H, capacity, D], outside of memory
         self.mapping: mmap.mmap | None = None  # where they are a file
         self.stream: Any = None  # that copies to a GPU
@@ -70,19 +76,20 @@ class OffloadedLayer(FillingLayer):
 
     def take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Put new tokens behind those held, and have the next layer fetched. A replay's are shown and forgotten."""
-        self.reserve(value_states) if not self.store else None
+        if not self.store:
+            self.reserve(value_states)
         self.fetch()
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
         states = super().take(key_states, value_states) if self.replaying else self._append(key_states, value_states)
         following = self.following()
-        if following is not self:
+        if following is not None and following is not self:
             following.fetch()
         return states
 
     def fetch(self) -> None:
         """Begin to bring what is held into memory."""
-        if self.resident or not self.seen:
+        if self.resident or not self.seen or not self.store:
             return
         self.resident = True
         if self.mapping is not None:
@@ -135,7 +142,7 @@ class OffloadedLayer(FillingLayer):
         count = new[0].shape[2]
         if self.seen + count > self.capacity:
             raise UnsupportedGeneration(
-                f"there is room for the {self.capacity} tokens that the context was to have, and {self.seen + count} came."
+                f"there is room for {self.capacity} tokens, those the context was to have: {self.seen + count} came."
             )
         stop = self.seen + count
         for part, states in zip(self.store, new, strict=True):

@@ -28,10 +28,10 @@ class Comparison:
 
     `accuracy` is the mean share of known answers found, over the questions that have some; where none has, the share of
     answers that are the full cache's, or None if that was not measured: then `kl` and `agreement` are None too, and
-    `full_kv_bytes` is what the full cache would take. `kl` (nats) and `agreement` (share of tokens with the same first choice) are of
-    the full cache's own answers, token by token (fidelity.py). `prefill_seconds` is the time of the reading that served
-    `prefill_shared_by` rows. `sliding_kv_bytes`, of sliding-window layers, are part of all the other bytes: these
-    layers are left whole.
+    `full_kv_bytes` is what the full cache would take. `kl` (nats) and `agreement` (share of tokens with the same first
+    choice) are of the full cache's own answers, token by token (fidelity.py). `prefill_seconds` is the time of
+    the reading that served `prefill_shared_by` rows. `sliding_kv_bytes`, of sliding-window layers, are part of all
+    the other bytes: these layers are left whole.
     """
 
     method: str

@@ -6,9 +6,9 @@
 
 A killed run, started again with the same --out, repeats no sample and loses none: the last one is dropped if it is not
 complete. Methods, keeps, entries, tasks and samples may be added to a folder; a model, seed, length, protocol or
-reading of its own needs another. A folder may be moved and continued on another machine: what counts are the model's weights, and that
-a method is still what it was. One run at a time: `locked` keeps a second one out. Lines are JSON in ASCII, and only a
-line feed ends them. Imports no torch.
+reading of its own needs another. A folder may be moved and continued on another machine: what counts are the model's
+weights, and that a method is still what it was. One run at a time: `locked` keeps a second one out. Lines are JSON in
+ASCII, and only a line feed ends them. Imports no torch.
 """
 
 import json

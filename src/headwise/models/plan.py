@@ -68,8 +68,8 @@ def plan(
     a quantised checkpoint are counted as it stores them; its keys and values have its dtype. What is kept is stored as
     `entries` says. It is counted for heads that all keep the same, the first tokens among it, which stay native; with
     "auto" it takes the bytes that `keep` must then say, however heads share them.
-    `reading` and `prefill_chunk_size` are those of headwise.compress; with "evict" a peak is what is kept, the margin and
-    one piece, with "offload" two layers, or what is kept and one. Bytes outside of memory are not counted.
+    `reading` and `prefill_chunk_size` are those of headwise.compress; with "evict" a peak is what is kept, the margin
+    and one piece, with "offload" two layers, or what is kept and one. Bytes outside of memory are not counted.
     `max_batch` and `max_context` are what the memory has room for, for an allocator of scope "layer"; `max_context` may
     exceed `max_positions`. Raises BadInput, UnsupportedModel.
     """
