@@ -140,8 +140,14 @@ def test_what_is_chosen_is_quantised_and_the_rest_is_as_it_was():
     assert twice.kept == 2 * lengths
     assert twice.nbytes == 2 * segments.nbytes
     other = quantised_segments(whole, positions >= 4, ENTRIES["int4"])
-    with pytest.raises(BadInput, match="different bits"):
-        joined([segments, other])
+    both = joined([segments, other])
+    assert [part.bits for part in both.quantised] == [ENTRIES["int8"], ENTRIES["int4"]]
+    assert [part.lengths for part in both.quantised] == [(46, 0, 3, 29, 0, 0, 0, 0), (0, 0, 0, 0, 46, 0, 3, 29)]
+    assert (both.kept, both.nbytes) == (2 * lengths, segments.nbytes + other.nbytes)
+    for segment in (0, 3):
+        for own, all_of_it in ((segments, both.quantised[0]), (other, both.quantised[1])):
+            expected, found = own.quantised[0].segment(segment), all_of_it.segment(segment + 4 * (own is other))
+            assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 
 
 DAMAGED = {
