@@ -1,6 +1,6 @@
 """Peak of keys and values while a long context is read, by the way it is read. No weights: a random model.
 
-    python benchmarks/bounded_reading.py evict 65536 2048 0.05 2
+python benchmarks/bounded_reading.py evict 65536 2048 0.05 2
 """
 
 import sys
