@@ -155,6 +155,20 @@ def test_compare_has_a_row_for_all_kinds_of_entries(run):
     assert "entries" not in succeed(run, line.replace("native,int4", "native"))
 
 
+def test_compare_reads_with_little_memory(run):
+    """Between pieces a layer holds half as much again as the budget; what is kept in the end takes the same bytes."""
+    line = f"compare {OWN} --keep 0.2 --max-new-tokens 2 --prefill-chunk-size 64 --methods keydiff --json"
+    exact, evict, offload = (
+        json.loads(succeed(run, f"{line} --reading {reading}")) for reading in ("exact", "evict", "offload")
+    )
+    for rows in (evict, offload):
+        assert [(row["method"], row["kv_bytes"]) for row in rows] == [("keydiff", exact[0]["kv_bytes"])]
+        assert rows[0]["peak_kv_bytes"] < exact[0]["peak_kv_bytes"]
+    few = run(f"compare {OWN} --keep 0.2 --max-new-tokens 1 --prefill-chunk-size 64 --reading evict --json")
+    assert few.exit_code == 0 and "full" not in {row["method"] for row in json.loads(few.stdout)}
+    assert "the full cache may not fit. Name it to have it." in few.stderr
+
+
 def test_the_command_line_knows_all_kinds_of_entries():
     """It says them without torch."""
     assert (quantised.NATIVE, *quantised.ENTRIES) == inputs.ENTRIES
@@ -227,6 +241,17 @@ def test_generate_streams_the_answer_it_reports(run):
     assert (found["method"], found["keep"]) == ("keydiff", 0.5)
     assert found["answer"]
     assert succeed(run, line).strip() == found["answer"]
+
+
+def test_generate_reads_with_little_memory(run):
+    line = (
+        "generate -m {base} -c {dir}/text.txt -q '? locker apple' --keep 0.5 --max-new-tokens 4 --method knorm --json"
+    )
+    exact, evict, offload = (
+        json.loads(succeed(run, f"{line} --prefill-chunk-size 64 --reading {reading}"))
+        for reading in ("exact", "evict", "offload")
+    )
+    assert offload == exact and evict["kv_bytes"] == exact["kv_bytes"]
 
 
 def test_generate_stores_entries_as_asked_and_inspect_says_it(run, tmp_path):
@@ -324,6 +349,12 @@ LIGHT = {  # answered before torch is imported, which takes seconds
     "generate -q who --entries native,int4": "choose native, int8, k8v4, int4",
     "plan --entries INT4": "choose native, int8, k8v4, int4",
     "compare --protocol aware": "choose query-agnostic or query-aware",
+    "compare --reading never": "reading='never' does not exist; choose exact, evict, offload",
+    "eval --reading all": "choose exact, evict, offload",
+    "plan --reading EVICT": "choose exact, evict, offload",
+    "plan --reading evict --keep 5%bytes --entries auto": "cannot be used with entries='auto'",
+    "generate -q who --reading evict --method full": "is for methods that compress",
+    "generate -q who --reading evict --method kvzip --keep 0.5": "scores a context that is all there",
     "compare -c {dir}/nowhere.txt -q who": "cannot read the document",
     "compare -c {dir}/binary -q who": "is not UTF-8 text",
     "compare --questions {dir}/bad.jsonl": "is no question",
@@ -628,6 +659,20 @@ def test_plan_needs_the_configuration_only(run, model_folders, tmp_path):
     assert "Too long for the model: it was made for 1,024 tokens, so 2,048 are refused." in succeed(
         run, f"plan --model {tmp_path} -c 2k"
     )
+
+
+def test_plan_says_what_a_reading_takes(run):
+    """Whole layers, or what is kept and half as much again and one piece, or two layers."""
+    line = "plan --context 1k --keep 0.1 --prefill-chunk-size 128"
+    plans = {
+        name: json.loads(succeed(run, f"{line} --reading {name} --json")) for name in ("exact", "evict", "offload")
+    }
+    full, layer = plans["exact"]["full_kv_bytes"], plans["exact"]["full_kv_bytes"] // 4
+    assert plans["exact"]["peak_kv_bytes"] > full * 0.9
+    assert plans["evict"]["peak_kv_bytes"] == pytest.approx(full * (0.15 + 1 / 8 / 4), rel=0.02)
+    assert plans["offload"]["peak_kv_bytes"] == 2 * layer
+    assert {plan["prefill_chunk_size"] for plan in plans.values()} == {128}
+    assert "(evict, 128 tokens a piece)" in succeed(run, f"{line} --reading evict")
 
 
 def test_plan_counts_entries_as_they_are_stored(run):
