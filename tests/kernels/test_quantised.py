@@ -269,7 +269,8 @@ def test_a_kernel_that_does_not_read_codes_is_never_given_any(monkeypatch):
     assert get_kernel("poor") is reference.attend
     with pytest.raises(BadInput, match="kernel='poor' does not read quantised entries; choose auto, reference"):
         get_kernel("poor", quantised=True)
-    assert kernels._by_device("cpu", False) is reference.attend
-    assert kernels._by_device("cpu", True) is not reference.attend
+    assert kernels._by_device("cpu", kernels.Needs()) is reference.attend
+    for need in ("quantised", "softcap", "sinks"):
+        assert kernels._by_device("cpu", kernels.Needs(**{need: True})) is not reference.attend
     kernels._by_device.cache_clear()
     kernels.why_not.cache_clear()
