@@ -164,9 +164,9 @@ def test_compare_reads_with_little_memory(run):
     for rows in (evict, offload):
         assert [(row["method"], row["kv_bytes"]) for row in rows] == [("keydiff", exact[0]["kv_bytes"])]
         assert rows[0]["peak_kv_bytes"] < exact[0]["peak_kv_bytes"]
-    few = run(f"compare {OWN} --keep 0.2 --max-new-tokens 1 --prefill-chunk-size 64 --reading evict --json")
-    assert few.exit_code == 0 and "full" not in {row["method"] for row in json.loads(few.stdout)}
-    assert "the full cache may not fit. Name it to have it." in few.stderr
+    code, out, err = run(f"compare {OWN} --keep 0.2 --max-new-tokens 1 --prefill-chunk-size 64 --reading evict --json")
+    assert code == 0 and "full" not in {row["method"] for row in json.loads(out)}
+    assert "the full cache may not fit. Name it to have it." in err
 
 
 def test_the_command_line_knows_all_kinds_of_entries():
@@ -667,9 +667,9 @@ def test_plan_says_what_a_reading_takes(run):
     plans = {
         name: json.loads(succeed(run, f"{line} --reading {name} --json")) for name in ("exact", "evict", "offload")
     }
-    full, layer = plans["exact"]["full_kv_bytes"], plans["exact"]["full_kv_bytes"] // 4
+    full, layer = plans["exact"]["full_kv_bytes"], plans["exact"]["full_kv_bytes"] // 6
     assert plans["exact"]["peak_kv_bytes"] > full * 0.9
-    assert plans["evict"]["peak_kv_bytes"] == pytest.approx(full * (0.15 + 1 / 8 / 4), rel=0.02)
+    assert plans["evict"]["peak_kv_bytes"] == pytest.approx(0.15 * full + layer / 8, rel=0.01)
     assert plans["offload"]["peak_kv_bytes"] == 2 * layer
     assert {plan["prefill_chunk_size"] for plan in plans.values()} == {128}
     assert "(evict, 128 tokens a piece)" in succeed(run, f"{line} --reading evict")
