@@ -784,10 +784,10 @@ def test_a_wrong_command_line_is_code_2(run, line):
 
 
 def test_what_cannot_be_done_is_code_1(run, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
     for line, words in {
-        f"compare -m {tmp_path} -c {{dir}}/text.txt -q who": "'gpt2' is not supported",
-        f"plan -m {tmp_path}": "'gpt2' is not supported",
+        f"compare -m {tmp_path} -c {{dir}}/text.txt -q who": "'roberta' is not supported",
+        f"plan -m {tmp_path}": "'roberta' is not supported",
         f"compare {OWN} --methods snapkv --keep 0.01": "The smallest keep that works",
         "inspect {base}/model.safetensors": "headwise did not write it",
     }.items():

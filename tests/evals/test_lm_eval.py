@@ -10,7 +10,7 @@ from importlib import import_module
 import pytest
 import torch
 from folders import save_model, word_tokenizer
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, RobertaConfig
 
 from headwise.cache.compress import compress
 from headwise.errors import BadInput, BudgetInfeasible, UnsupportedModel
@@ -295,8 +295,9 @@ def test_wrong_arguments_are_refused_before_the_model_is_loaded(harness, options
 
 
 def test_an_unsupported_model_is_refused_before_any_task(harness, model_folders):
-    small = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=97))
-    with pytest.raises(UnsupportedModel, match="gpt2"):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
+    small = AutoModelForCausalLM.from_config(RobertaConfig(**sizes, vocab_size=97, is_decoder=True))
+    with pytest.raises(UnsupportedModel, match="roberta"):
         harness.HeadwiseLM(small, tokenizer=word_tokenizer(), method="keydiff", keep=0.5)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoConfig, AutoTokenizer, GPT2Config
+from transformers import AutoConfig, AutoTokenizer, RobertaConfig
 
 from headwise.errors import BadInput, UnsupportedModel
 from headwise.files import hub
@@ -61,8 +61,8 @@ def test_the_configuration_alone_needs_no_weights(spoiled):
 
 
 def test_an_unsupported_model_is_refused_before_weights_are_read(tmp_path):
-    GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="'gpt2' is not supported"):
+    RobertaConfig().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="'roberta' is not supported"):
         load(str(tmp_path))
 
 
@@ -139,7 +139,7 @@ def test_a_name_server_that_takes_its_time(online, monkeypatch):
 @pytest.fixture
 def options(monkeypatch):
     """Those with which transformers is asked for anything."""
-    noted, config = [], GPT2Config()
+    noted, config = [], RobertaConfig()
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **options: noted.append(options) or config)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: noted.append(options))
     return noted

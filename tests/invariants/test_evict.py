@@ -56,7 +56,7 @@ def test_scores_that_never_change_keep_the_entries_of_one_shot(method, piece):
 
 
 @pytest.mark.parametrize("method", [*ALLOCATED, *ANEW])
-@pytest.mark.parametrize("keep", ["0.3", "43.25tok", "60000B", "1.0"])
+@pytest.mark.parametrize("keep", ["0.3", "43.25tok", "80000B", "1.0"])
 def test_totals_are_exact_and_protected_tokens_are_kept(method, keep):
     model, (ids, mask) = tiny_model(), padded_ids(LENGTHS)
     method = method_for(method, model)

@@ -92,7 +92,7 @@ class ModelView:
     def lacks(self, need: str) -> str:
         """Why the model cannot give what a method needs (`Part.needs`); empty where it can."""
         parts = self.anatomy.parts
-        if need == "rotation" and any(part.rotation is None for part in parts):
+        if need in ("rotation", "queries") and any(part.rotation is None for part in parts):
             return "how the layers of this model rotate their keys is not known"
         if need == "queries" and not all(part.turns_queries for part in parts):
             return "the layers of this model rotate their queries in another way than their keys"

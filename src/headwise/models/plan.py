@@ -80,7 +80,8 @@ def plan(
     require_kinds(reading, entries)
     if entries == AUTO:
         require_bytes(keep)
-    sizes = _Sizes(config, dtype, entries, reading, size)
+    pieces = None if size == context and reading == EXACT else size  # None: all at once, however long
+    sizes = _Sizes(config, dtype, entries, reading, pieces)
     full, small = sizes.held(context, batch, None), sizes.held(context, batch, keep)
     weights, of_weights = _weight_bytes(config, dtype)
     of_states = [STATES_NOTE] if any(layer.kind == "state" for layer in layers_of(config)) else []
