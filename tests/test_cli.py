@@ -352,6 +352,9 @@ LIGHT = {  # answered before torch is imported, which takes seconds
     "compare --reading never": "reading='never' does not exist; choose exact, evict, offload",
     "eval --reading all": "choose exact, evict, offload",
     "plan --reading EVICT": "choose exact, evict, offload",
+    "plan --reading evict --keep 5%bytes --entries auto": "cannot be used with entries='auto'",
+    "compare --reading evict --keep 5%bytes --entries auto": "cannot be used with entries='auto'",
+    "eval --reading evict --keep 5%bytes --entries auto": "cannot be used with entries='auto'",
     "generate -q who --reading evict --method full": "is for methods that compress",
     "compare -c {dir}/nowhere.txt -q who": "cannot read the document",
     "compare -c {dir}/binary -q who": "is not UTF-8 text",
@@ -689,7 +692,6 @@ def test_the_plan_of_the_bundled_model_is_what_auto_loads_it_in(run):
 # --- errors ---
 
 WRONG = {
-    "plan --reading evict --keep 5%bytes --entries auto": "cannot be used with entries='auto'",
     "generate -q who --reading evict --method kvzip --keep 0.5": "scores a context that is all there",
     "compare -m {base} -c {dir}/text.txt": "a document needs questions",
     "compare -m {base} -c {dir}/text.txt -q ''": "a question is empty",

@@ -1,4 +1,4 @@
-"""The axes used everywhere, and the sizes of a model's KV cache.
+"""The axes used everywhere, the sizes of a model's KV cache, and the names of how its entries are stored.
 
 Legend, in code comments and in jaxtyping annotations:
 
@@ -12,6 +12,9 @@ from reprlib import repr as shown
 
 from headwise.errors import BadInput
 
+NATIVE = "native"  # entries in the model's dtype
+AUTO = "auto"  # every head has entries of one kind, which the allocator chooses
+KINDS = ("int8", "k8v4", "int4")  # of entries in fewer bits, see kernels/quantised.py
 MOST_LAYERS, MOST_HEADS, MOST_HEAD_DIM = 2**12, 2**12, 2**16
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from headwise.errors import BadInput
 from headwise.files import strict_json
 from headwise.files.schema import Header, Numbers, Schema
+from headwise.shapes import KINDS as KINDS
 from headwise.shapes import ModelShape
 
 LOSSES = ("output", "normalised", "raw")  # what a profile measures, see losses.py; the first is the default
-KINDS = ("int8", "k8v4", "int4")  # of entries in fewer bits, as in kernels/quantised.py
 ADVICE = "get or make the file again."
 RETRY = "Get or make the file again."
 TOTAL = 1e-3  # by which float32 sums may differ from what they are sums of

@@ -24,10 +24,9 @@ from headwise.cache.prefill import Plan, Prefill, contest, last_queries
 from headwise.errors import BadInput, ShapeMismatch, UnsupportedGeneration, UnsupportedModel
 from headwise.interfaces import AbstractScorer, Demand, Observation
 from headwise.methods.allocate.apportion import apportion
-from headwise.methods.reading import EVICT, MARGIN
+from headwise.methods.reading import EVICT, MARGIN, require_reading
 from headwise.methods.registry import SCORERS
 from headwise.methods.select import protected_mask, select
-from headwise.methods.storage import require_kinds
 
 
 class BoundedPrefill(Prefill):
@@ -38,7 +37,7 @@ class BoundedPrefill(Prefill):
         if self.prompt_length is None:
             raise BadInput("reading='evict' needs the length of the context, which the budget is of: give it.")
         self.require(self.method.scorer)
-        require_kinds(EVICT, self.entries)
+        require_reading(EVICT, self.entries)
         if self.view.anatomy.special or any(layer.shared for layer in self.view.layers):
             raise UnsupportedModel(
                 "reading='evict' knows no soft-capped attention, no attention sinks, and no keys that layers share, "

@@ -65,11 +65,12 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare methods on one document and its questions: memory held, fidelity to the full cache, speed, answers."""
-    require_reading(reading)
+    stored = parse_entries(entries)
+    require_reading(reading, *stored)
     if reading != "exact" and methods == METHODS:
         methods = NOT_WHOLE
         complain(f"with --reading {reading} the methods are {methods}: the full cache may not fit. Name it to have it.")
-    names, amounts = parse_methods(methods), {"keep": parse_keeps(keep), "entries": parse_entries(entries)}
+    names, amounts = parse_methods(methods), {"keep": parse_keeps(keep), "entries": stored}
     require_protocol(protocol)
     text, asked = read_document(context, question, questions)
     source = find(model)

@@ -86,7 +86,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure quality and memory of methods on tasks, against the full cache. Also under 'accelerate launch'."""
-    names, keeps, stored = _parse_options(methods, keep, entries, protocol, require_reading(reading), out)
+    names, keeps, stored = _parse_options(methods, keep, entries, protocol, reading, out)
     source = find(model)
     from headwise.evals.run import summarise
     from headwise.tasks.suites import Sizes, parse_tasks, with_data
@@ -117,6 +117,7 @@ def _parse_options(
 
     names, keeps, stored = parse_methods(methods, oracle=reading == "exact"), parse_keeps(keep), parse_entries(entries)
     require_protocol(protocol)
+    require_reading(reading, *stored)
     if out is not None:
         require_place(out)
     return names, keeps, stored

@@ -64,7 +64,7 @@ def generate(
     _require_single(question)
     parsed, stored = parse_keep(keep), require_entries(entries)
     require_names([method])
-    if require_reading(reading) != "exact" and method == FULL:
+    if require_reading(reading, stored) != "exact" and method == FULL:
         raise BadInput(f"--reading {reading} is for methods that compress: 'full' keeps everything in memory.")
     if save is not None:
         _require_place(save, model, method, context)

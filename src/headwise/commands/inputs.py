@@ -8,10 +8,11 @@ from headwise.errors import BadInput
 from headwise.files.terminal import split
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.names import require_names
-from headwise.methods.registry import AUTO, HUB
+from headwise.methods.registry import HUB
+from headwise.shapes import AUTO, KINDS, NATIVE
 from headwise.tasks.texts import Asked, bundled, read_questions, read_text
 
-ENTRIES = ("native", "int8", "k8v4", "int4")  # as in kernels/quantised.py, which imports torch
+ENTRIES = (NATIVE, *KINDS)
 
 
 def read_document(

@@ -36,7 +36,7 @@ def plan(
 ) -> None:
     """Compute KV memory before and after, and what fits. Needs the configuration only, no weights."""
     stored, source = require_entries(entries), find(model)
-    require_reading(reading)
+    require_reading(reading, stored)
     from headwise.methods.keep import parse_bytes, parse_tokens
     from headwise.models.loading import find_dtype, load_config
     from headwise.models.plan import plan as make

@@ -23,12 +23,13 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch
+from headwise.shapes import AUTO as AUTO
+from headwise.shapes import KINDS
+from headwise.shapes import NATIVE as NATIVE
 
 if TYPE_CHECKING:
     from headwise.kernels.segments import ChunkTable
 
-NATIVE = "native"  # entries in the model's dtype
-AUTO = "auto"  # every head has entries of one kind, which the allocator chooses
 GROUP = {8: 64, 4: 32}  # entries of a block of keys, and channels of a group of values, at most
 SINK = 4  # first tokens of a context, whose entries stay in the model's dtype
 LARGEST = 65504.0  # number of float16
@@ -45,9 +46,8 @@ class Bits:
     values: int
 
 
-ENTRIES: Mapping[str, Bits] = MappingProxyType(
-    {"int8": Bits(keys=8, values=8), "k8v4": Bits(keys=8, values=4), "int4": Bits(keys=4, values=4)}
-)
+_BITS = (Bits(keys=8, values=8), Bits(keys=8, values=4), Bits(keys=4, values=4))
+ENTRIES: Mapping[str, Bits] = MappingProxyType(dict(zip(KINDS, _BITS, strict=True)))
 
 
 def parse_entries(name: str) -> Bits | None:

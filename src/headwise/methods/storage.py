@@ -12,7 +12,6 @@ from headwise.errors import BadInput
 from headwise.interfaces import Demand
 from headwise.kernels.quantised import AUTO, GROUP, SINK, Bits, group_of
 from headwise.methods.keep import Keep
-from headwise.methods.reading import EVICT, EXACT, OFFLOAD
 
 Counts = Callable[[Demand], Int[Tensor, "layers batch kv_heads"]]
 
@@ -120,14 +119,6 @@ def require_bytes(keep: Keep) -> None:
         raise BadInput(
             f"entries={AUTO!r} chooses entries AND bits by bytes: give keep as bytes, such as '15%bytes' or '64MiB', "
             f"not as {keep}."
-        )
-
-
-def require_kinds(reading: str, entries: str) -> None:
-    """Raise BadInput if what is kept cannot be stored so: bits are chosen when the whole context has been read."""
-    if reading == EVICT and entries == AUTO:
-        raise BadInput(
-            f"reading={EVICT!r} cannot be used with entries={AUTO!r}: name the bits, or use {EXACT!r} or {OFFLOAD!r}."
         )
 
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from headwise.errors import BadInput
 from headwise.kernels.quantised import AUTO, NATIVE, parse_entries
 from headwise.methods.keep import Keep, parse_keep
-from headwise.methods.reading import EVICT, EXACT, MARGIN, OFFLOAD, piece_size
-from headwise.methods.storage import Storage, require_bytes, require_kinds
+from headwise.methods.reading import EVICT, EXACT, MARGIN, OFFLOAD, piece_size, require_reading
+from headwise.methods.storage import Storage, require_bytes
 from headwise.models.layout import heads_of, layers_of, max_positions, shape_of, text_config
 
 ACTIVATIONS_NOTE = "activations, logits and the framework's own memory are not counted: leave 10-20% free"
@@ -77,7 +77,7 @@ def plan(
         raise BadInput(f"context={context} and batch={batch} must be at least 1.")
     dtype, of_dtype = (dtype, []) if dtype else _own_dtype(config)
     size, keep = piece_size(reading, prefill_chunk_size, context), parse_keep(keep)
-    require_kinds(reading, entries)
+    require_reading(reading, entries)
     if entries == AUTO:
         require_bytes(keep)
     pieces = None if size == context and reading == EXACT else size  # None: all at once, however long

@@ -11,6 +11,7 @@ from typing import Any
 
 from headwise.errors import BadInput
 from headwise.files.terminal import size
+from headwise.shapes import KINDS as KINDS_OF_ENTRIES
 
 KINDS = {
     "budget": "a budget: how much every head keeps",
@@ -20,7 +21,6 @@ KINDS = {
     "part": "a part of a profile that is being made, or was killed",
     "training": "the state of a training that is under way, or was killed",
 }
-KINDS_OF_ENTRIES = ("int8", "k8v4", "int4")  # as in kernels/quantised.py, which imports torch
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}
 BITS = re.compile(r"\.k([48])v([48])_")  # of a number of a key and of a value, in the names of a layer's tensors
 STATES = re.compile(r"\.(k[48]v[48]_)?(keys|values|key_scales|value_scales)$")
