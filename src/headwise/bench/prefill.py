@@ -26,6 +26,7 @@ from headwise.evals.answers import known_methods
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
 from headwise.models.families import given, view
+from headwise.models.interface import Call
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,20 +205,12 @@ class _Timed:
         self._observer = layer.observer
         layer.observer = self
 
-    def observe(
-        self,
-        layer: FillingLayer,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        position_ids: Tensor | None,
-    ) -> None:
+    def observe(self, layer: FillingLayer, call: Call) -> None:
         """What the observer does, timed."""
-        _wait(query.device)
+        _wait(call.query.device)
         start = time.perf_counter()
-        self._observer.observe(layer, query, key, mask, scaling, position_ids)
-        _wait(query.device)
+        self._observer.observe(layer, call)
+        _wait(call.query.device)
         self.seconds += time.perf_counter() - start
 
 

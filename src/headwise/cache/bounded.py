@@ -68,7 +68,7 @@ class BoundedLayer(FillingLayer):
     def attention(self, call: Call) -> Tensor:
         """The model's own attention for the first piece, then ours; then this layer is told what has passed."""
         out = self._attend(call.query, call.mask, call.scaling) if self.heads else call.exact()
-        self.observe(call.query, call.key, call.mask, call.scaling, call.position_ids)
+        self.observe(call)
         return out
 
     def _attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

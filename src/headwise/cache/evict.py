@@ -27,6 +27,7 @@ from headwise.methods.allocate.apportion import apportion
 from headwise.methods.reading import EVICT, MARGIN, require_reading
 from headwise.methods.registry import SCORERS
 from headwise.methods.select import protected_mask, select
+from headwise.models.interface import Call
 
 
 class BoundedPrefill(Prefill):
@@ -79,44 +80,38 @@ class BoundedPrefill(Prefill):
         window = max(self.method.window, self.method.scorer.query_window)
         return protected_mask(self._valid, self.method.sink, window)
 
-    def _observe(
-        self,
-        layer: FillingLayer,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        position_ids: Tensor | None,
-    ) -> None:
+    def _observe(self, layer: FillingLayer, call: Call) -> None:
         assert isinstance(layer, BoundedLayer)
         if layer.index == 0:
-            self._extend(layer, query, mask, position_ids)
-        self._require_finite(layer, self._valid[:, -query.shape[2] :])
+            self._extend(layer, call)
+        self._require_finite(layer, self._valid[:, -self._piece :])
         earlier = self._queries.get(layer.index)
-        queries = (query,) if earlier is None else (earlier, query)
+        queries = (call.query,) if earlier is None else (earlier, call.query)
         self._queries[layer.index] = last_queries(queries, self.method.scorer.query_window)
         if layer.index == 0:
-            self._share_out(layer, scaling)
-        self._held_scores[layer.index] = self._scores_of(layer, scaling)
+            self._share_out(layer, call.scaling)
+        self._held_scores[layer.index] = self._scores_of(layer, call.scaling)
         if self.method.allocator.scope == "layer":
             self._evict([layer])
         elif layer.index == len(self.view.shape.layers) - 1:
             self._evict([each for each in self.filling if isinstance(each, BoundedLayer)])
 
-    def _tokens(self, layer: FillingLayer, query: Tensor, mask: Tensor | None) -> Bool[Tensor, "batch tokens"]:
+    def _tokens(self, layer: FillingLayer, call: Call) -> Bool[Tensor, "batch tokens"]:
         """Which of the tokens seen are no padding; a mask covers the newest piece only."""
-        new = tokens_of(mask, query.shape[0], query.shape[2], query.device)
-        require_causal(mask, new)
-        return new if layer.seen == query.shape[2] else torch.cat([self._valid, new], dim=-1)
+        new = tokens_of(call.mask, call.query.shape[0], call.query.shape[2], call.query.device)
+        require_causal(call.mask, new)
+        return new if layer.seen == new.shape[1] else torch.cat([self._valid, new], dim=-1)
 
-    def _extend(self, layer: FillingLayer, query: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> None:
+    def _extend(self, layer: FillingLayer, call: Call) -> None:
         """As ever; and plan for the whole context: what is still to come is no padding."""
-        super()._extend(layer, query, mask, position_ids)
-        self._fresh = [row.nonzero()[:, 0] for row in self._valid[:, -query.shape[2] :]]
+        super()._extend(layer, call)
+        self._fresh = [row.nonzero()[:, 0] for row in self._valid[:, -self._piece :]]
         self._seen = self._valid.sum(-1).tolist()
         if not self._last:
-            ahead = torch.arange(1, (self.prompt_length or 0) - layer.seen + 1, device=query.device, dtype=torch.int64)
-            coming = torch.ones(len(self._valid), len(ahead), dtype=torch.bool, device=query.device)
+            ahead = torch.arange(
+                1, (self.prompt_length or 0) - layer.seen + 1, device=self._valid.device, dtype=torch.int64
+            )
+            coming = torch.ones(len(self._valid), len(ahead), dtype=torch.bool, device=ahead.device)
             positions = torch.cat([self._positions, self._positions[:, -1:] + ahead], dim=-1)
             self.plan = self._planned(layer, torch.cat([self._valid, coming], dim=-1), positions)
 

@@ -9,6 +9,7 @@ FrozenLayer    after the cut: the kept entries (`segments`, shared by forks) and
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
@@ -146,16 +147,8 @@ class RaggedLayer(CacheLayerMixin, ABC):
 class Observer(Protocol):
     """Told about every piece of prefill a layer sees."""
 
-    def observe(
-        self,
-        layer: "FillingLayer",
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        position_ids: Tensor | None,
-    ) -> None:
-        """A piece of prefill has passed through `layer`: `key` and what follows is what its attention was given."""
+    def observe(self, layer: "FillingLayer", call: Call) -> None:
+        """A piece of prefill has passed through `layer`, whose attention was asked for by `call`."""
         ...
 
 
@@ -173,8 +166,6 @@ class FillingLayer(RaggedLayer):
         self.shared = shared  # whether other layers of the model read what it returns, which stays until they have
         self.replaying = False  # whether tokens are looked at, and not stored
         self.held: list[Tensor] = []  # keys and values, once there are any
-        self.softcap: float | None = None  # of its attention, as `Call` has them
-        self.sinks: Tensor | None = None
 
     @property
     def states(self) -> tuple[Tensor, Tensor]:
@@ -214,17 +205,14 @@ class FillingLayer(RaggedLayer):
         """
         out = call.exact()
         if self.unattended:
-            self.softcap, self.sinks = call.softcap, call.sinks
-            self.observe(call.query, call.key, call.mask, call.scaling, call.position_ids)
+            self.observe(call)
         return out
 
-    def observe(
-        self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None
-    ) -> None:
+    def observe(self, call: Call) -> None:
         """A piece of prefill has passed; when it was the last, the observer cuts this layer."""
         self.unattended = False
-        with no_autocast(query):
-            self.observer.observe(self, query.to(self.dtype), key.detach(), mask, scaling, position_ids)
+        with no_autocast(call.query):
+            self.observer.observe(self, replace(call, query=call.query.to(self.dtype), key=call.key.detach()))
         if self.replaying:
             self._report()
 

@@ -21,6 +21,7 @@ from headwise.cache.layer import FillingLayer, FrozenLayer
 from headwise.cache.prefill import Filled, Prefill
 from headwise.errors import BadInput, UnsupportedGeneration, WriteFailed
 from headwise.kernels.quantised import Bits
+from headwise.models.interface import Call
 
 
 class OffloadingPrefill(Prefill):
@@ -114,11 +115,9 @@ class OffloadedLayer(FillingLayer):
             self.held = []
         self._report()
 
-    def observe(
-        self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, position_ids: Tensor | None
-    ) -> None:
+    def observe(self, call: Call) -> None:
         """A piece has passed: once it is looked at, this layer leaves memory."""
-        super().observe(query, key, mask, scaling, position_ids)
+        super().observe(call)
         self.rest()
 
     def cut(

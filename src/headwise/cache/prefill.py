@@ -27,6 +27,7 @@ from headwise.methods.method import Method
 from headwise.methods.select import protected_mask, protection_order, select
 from headwise.methods.storage import ChoosesKinds, Limits, Storage, fitted, require_bytes
 from headwise.models.families import ModelView
+from headwise.models.interface import Call
 from headwise.shapes import ModelShape
 
 NEAR = 1000  # where counts need all scores, a budget in bytes may stay below what fits by one in so many entries
@@ -85,6 +86,8 @@ class _Trace:
     statistics: Statistics = field(default_factory=dict)
     queries: tuple[Tensor, ...] = ()  # the last ones, in one tensor
     scaling: float = 1.0
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     def add(self, chunk: Chunk) -> None:
         """Take in a chunk. A second reading is for those who asked for it, and its queries are not the context's."""
@@ -92,7 +95,7 @@ class _Trace:
             self.statistics = self.scorer.accumulate(self.statistics, chunk)
         if chunk.repeats is None:
             self.queries = (last_queries((*self.queries, chunk.queries), self.scorer.query_window),)
-            self.scaling = chunk.scaling
+            self.scaling, self.softcap, self.sinks = chunk.scaling, chunk.softcap, chunk.sinks
 
 
 @runtime_checkable
@@ -185,18 +188,10 @@ class Prefill:
                 "is not complete and nothing has been cut. Give the prompt's length, or None if it comes in one piece."
             )
 
-    def observe(
-        self,
-        layer: FillingLayer,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        position_ids: Tensor | None,
-    ) -> None:
+    def observe(self, layer: FillingLayer, call: Call) -> None:
         """Take in one piece of prefill of one layer; cut the layer if it was the last piece."""
         try:
-            self._observe(layer, query, key, mask, scaling, position_ids)
+            self._observe(layer, call)
         except BaseException as error:  # an interrupt too leaves layers half-filled
             self._failure = f"{type(error).__name__}: {error}"
             raise
@@ -216,18 +211,10 @@ class Prefill:
             layer.rest()
         self._cut(filling)
 
-    def _observe(
-        self,
-        layer: FillingLayer,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        position_ids: Tensor | None,
-    ) -> None:
+    def _observe(self, layer: FillingLayer, call: Call) -> None:
         if layer.index == 0 and not layer.replaying:
-            self._extend(layer, query, mask, position_ids)
-        chunk = self._chunk(layer, query, key, mask, scaling, position_ids)
+            self._extend(layer, call)
+        chunk = self._chunk(layer, call)
         if layer.index not in self._traces:
             self._traces[layer.index] = [_Trace(scorer=scorer) for scorer in self.scorers]
         for trace in self._traces[layer.index]:
@@ -235,11 +222,11 @@ class Prefill:
         if not layer.replaying and layer.seen >= (self.prompt_length or 0):
             self._finish(layer)
 
-    def _extend(self, layer: FillingLayer, query: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> None:
+    def _extend(self, layer: FillingLayer, call: Call) -> None:
         """Note which tokens are padding, and every token's position; refuse what cannot work, before any cut."""
-        first, self._piece = not self._piece, query.shape[2]
-        valid = self._tokens(layer, query, mask)
-        fresh = _positions(position_ids, valid, query.shape[2])
+        first, self._piece = not self._piece, call.query.shape[2]
+        valid = self._tokens(layer, call)
+        fresh = _positions(call.position_ids, valid, self._piece)
         self._valid = valid
         self._positions = fresh if first else torch.cat([self._positions, fresh], dim=-1)
         needed = int(fresh.max()) + 1
@@ -250,10 +237,10 @@ class Prefill:
             if self.plan.spared:
                 self._warn_of_short_context(self.plan)
 
-    def _tokens(self, layer: FillingLayer, query: Tensor, mask: Tensor | None) -> Bool[Tensor, "batch tokens"]:
+    def _tokens(self, layer: FillingLayer, call: Call) -> Bool[Tensor, "batch tokens"]:
         """Which of the tokens seen are no padding. Raises BadInput for a mask that is not causal."""
-        valid = tokens_of(mask, query.shape[0], layer.seen, query.device)
-        require_causal(mask, valid)
+        valid = tokens_of(call.mask, call.query.shape[0], layer.seen, call.query.device)
+        require_causal(call.mask, valid)
         return valid
 
     def _planned(self, layer: FillingLayer, valid: Tensor, positions: Tensor) -> Plan:
@@ -277,29 +264,22 @@ class Prefill:
             stacklevel=2,
         )
 
-    def _chunk(
-        self,
-        layer: FillingLayer,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        position_ids: Tensor | None,
-    ) -> Chunk:
+    def _chunk(self, layer: FillingLayer, call: Call) -> Chunk:
+        (batch, _, new, _), tokens = call.query.shape, call.key.shape[2]
         valid, positions = self._valid, self._positions
         if layer.replaying:
-            valid = tokens_of(mask, query.shape[0], key.shape[2], query.device)
-            positions = torch.cat([positions, _positions(position_ids, valid, query.shape[2])], dim=-1)
+            valid = tokens_of(call.mask, batch, tokens, call.query.device)
+            positions = torch.cat([positions, _positions(call.position_ids, valid, new)], dim=-1)
         return Chunk(
-            queries=query,
-            keys=key,
+            queries=call.query,
+            keys=call.key,
             valid=valid,
             positions=positions,
-            offset=key.shape[2] - query.shape[2],
-            scaling=scaling,
+            offset=tokens - new,
+            scaling=call.scaling,
             rotary=self.view.rotary(layer.index),
-            softcap=layer.softcap,
-            sinks=layer.sinks,
+            softcap=call.softcap,
+            sinks=call.sinks,
             repeats=self.repeats,
         )
 
@@ -341,8 +321,8 @@ class Prefill:
             rotary=self.view.rotary(layer.index),
             statistics=trace.statistics,
             totals=self.plan.demand.totals,
-            softcap=layer.softcap,
-            sinks=layer.sinks,
+            softcap=trace.softcap,
+            sinks=trace.sinks,
         )
 
     def _cut(self, layers: Sequence[FillingLayer]) -> None:
