@@ -59,7 +59,8 @@ def compress(
         pieces of 2048 tokens where `reading` is not "exact".
     reading
         "exact": every layer stays whole until the last piece. "evict": after every piece a layer keeps what the budget
-        allows and half as much again, and later pieces attend to that; not every scorer can. See docs/python.md.
+        allows and half as much again, and later pieces attend to that; not every scorer can. "offload": exact, but
+        layers that are not at work wait outside of memory. See docs/python.md.
     kernel
         What decodes: "auto", or a name that `headwise doctor` lists.
     entries

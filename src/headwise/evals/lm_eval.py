@@ -27,7 +27,7 @@ from headwise.cache.compress import compress
 from headwise.errors import BadInput, BudgetInfeasible, HeadwiseError
 from headwise.evals.answers import FULL
 from headwise.files.terminal import complain, open_streams
-from headwise.kernels.quantised import NATIVE, parse_entries
+from headwise.kernels.quantised import NATIVE, require_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
 from headwise.models.families import given, view
@@ -61,7 +61,7 @@ class HeadwiseLM(HFLM):
     keep
         A fraction, tokens ("256tok") or bytes ("2GiB").
     entries
-        How what is kept is stored: "native", "int8", "k8v4" or "int4".
+        How what is kept is stored: "native", "int8", "k8v4", "int4" or "auto".
     protocol
         "query-aware" is the only one.
     options
@@ -222,7 +222,8 @@ def _require_query_aware(protocol: str) -> None:
 
 def _parse(method: str | None, keep: str | float | int | Keep | None, entries: str) -> tuple[Method | None, Keep]:
     """Return the method (None for "full") and the keep. Both must be given, for results quote the arguments."""
-    if parse_entries(entries) is not None and method == FULL:
+    require_entries(entries)
+    if method == FULL and entries != NATIVE:
         raise BadInput(f"method={FULL} is the harness's own model, whose cache is native; use keep=1.0 of a method.")
     if method == FULL:
         return None, parse_keep(1.0)
