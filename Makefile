@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-llm quick style types units test tests docs wheel test-oldest test-lm-eval test-vllm fixtures clean
+.PHONY: demo demo-llm quick style types units test tests docs wheel test-oldest test-newest test-lm-eval test-vllm fixtures clean
 
 demo: $(VENV)/.installed  ## Install, then compare methods on the bundled model and document
 	$(BIN)/headwise compare --model reference --methods full,random,streaming,snapkv,keydiff,pyramidkv,adakv,expected+global,snapkv+lukv,keydiff+lukv,lkv --keep 0.15
@@ -49,6 +49,14 @@ test-oldest:  ## The core invariants on the oldest transformers the package decl
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' 'transformers==5.4.0'
 	.venv-oldest/bin/python -m pytest tests/invariants tests/kernels tests/cache
 
+test-newest:  ## The newest transformers there is, tried or not: which models of the table break, and the core invariants
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --pre --upgrade transformers
+	.venv-newest/bin/python recipes/model_families.py --changes
+	.venv-newest/bin/python -m pytest tests/invariants tests/kernels tests/cache
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
@@ -91,4 +99,4 @@ test-vllm: .venv-vllm/.installed  ## The plugin in vLLM itself: types, and the b
 	.venv-vllm/bin/python -m pytest -W default -s --durations=5 tests/serving/engine
 
 clean:
-	rm -rf $(VENV) site dist .models .venv-oldest .venv-lm-eval .venv-vllm
+	rm -rf $(VENV) site dist .models .venv-oldest .venv-newest .venv-lm-eval .venv-vllm

@@ -2,6 +2,7 @@
 
     python recipes/model_families.py                # every type; writes models/families.json and docs/models.md
     python recipes/model_families.py llama gemma2   # these types only; prints their rows and writes nothing
+    python recipes/model_families.py --changes      # every type; says what the table has otherwise and writes nothing
 
 Of each type a tiny random model is built, and the invariants are run on it (`checked`): what holds is written down, and
 what does not hold is refused with its reason. Tests build the same models for a sample of types.
@@ -34,7 +35,7 @@ from headwise.errors import HeadwiseError
 from headwise.methods.method import Method
 from headwise.models.families import given, view
 from headwise.models.layout import FAMILIES, text_config
-from headwise.models.table import UNTRIED, Row, Table
+from headwise.models.table import UNTRIED, Row, Table, table
 
 ROOT = Path(__file__).parents[1]
 TABLE, PAGE = ROOT / "src/headwise/models/families.json", ROOT / "docs/models.md"
@@ -428,11 +429,44 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def main(chosen: list[str]) -> None:
-    """Examine these types, or all and write the table."""
+def changes(before: Table, rows: list[Row]) -> list[str]:
+    """What rows have otherwise than a table, in words: what works no more comes first."""
+    said: list[tuple[bool, str]] = []
+    for row in rows:
+        old = before.row(row.type)
+        if old is None:
+            said.append((False, f"{row.type} is new: {row.layers or row.refused}"))
+        elif old.supported and not row.supported:
+            said.append((True, f"{row.type} is refused now: {row.refused}"))
+        elif row.supported and not old.supported:
+            said.append((False, f"{row.type} is supported now; it was not: {old.refused}"))
+        elif lost := sorted(set(old.methods) - set(row.methods)):
+            said.append((True, f"{row.type} has lost {', '.join(lost)}: {row.without[lost[0]]}"))
+        elif old != row:
+            said.append((False, f"{row.type}: {row.layers} {_without(row)} {row.refused}".rstrip()))
+    gone = {row.type for row in before.families} - {row.type for row in rows}
+    said += [(True, f"{kind} is not in this transformers") for kind in sorted(gone)]
+    return [f"{'BROKEN' if broken else 'changed'}  {line}" for broken, line in sorted(said, key=lambda one: not one[0])]
+
+
+def compare() -> None:
+    """Examine every type and say what the table has otherwise. The exit code is 1 if something works no more."""
+    _quiet()
+    said = changes(table(), [examine(kind) for kind in types()])
+    print(f"transformers {transformers.__version__}, the table is of {table().transformers}: {len(said)} changes")
+    print("\n".join(said))
+    sys.exit(int(any(line.startswith("BROKEN") for line in said)))
+
+
+def _quiet() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+
+
+def main(chosen: list[str]) -> None:
+    """Examine these types, or all and write the table."""
+    _quiet()
     began, rows = time.perf_counter(), []
     for kind in chosen or types():
         rows.append(examine(kind))
@@ -448,4 +482,4 @@ def main(chosen: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    compare() if sys.argv[1:] == ["--changes"] else main(sys.argv[1:])

@@ -5,13 +5,16 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 from families import random_ids, tiny_model
+from mixed_budgets import mixed_budget
 
 import headwise
 from headwise import RaggedCache
 from headwise.cache.kept import Kept
 from headwise.cache.reading import read
 from headwise.errors import UnsupportedGeneration
+from headwise.methods.allocate.profiled import LUKV
 from headwise.methods.method import Method
+from headwise.methods.registry import SCORERS
 
 FAMILIES = ["llama", "gemma3_text"]
 
@@ -82,6 +85,15 @@ def test_a_file_holds_it(family, tmp_path):
     cache.save(tmp_path / "cache.safetensors")
     assert (tmp_path / "kept.safetensors").read_bytes() == (tmp_path / "cache.safetensors").read_bytes()
     assert Kept.load(tmp_path / "kept.safetensors", tiny_model(family)) == cache.kept
+
+
+def test_a_file_of_a_budget_says_what_the_cache_says(tmp_path):
+    budget = mixed_budget(tiny_model())  # its origin has tuples, which JSON does not
+    method = Method(scorer=SCORERS["keydiff"].make(), allocator=LUKV(budget=budget))
+    cache = headwise.compress(tiny_model(), random_ids(1, 40), method, keep=0.5)
+    cache.save(tmp_path / "cache.safetensors")
+    assert Kept.load(tmp_path / "cache.safetensors", tiny_model()) == cache.kept
+    assert read(tiny_model(), random_ids(1, 40), [method.scorer]).cut(method, 0.5).kept.provenance == cache.provenance
 
 
 def test_a_reading_cuts_to_the_value_that_compress_keeps():

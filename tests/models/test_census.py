@@ -1,6 +1,7 @@
 """The table of model types that comes with headwise is what the census gives, and says it in docs/models.md."""
 
 import json
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from headwise import cli
 from headwise.errors import UnsupportedModel
 from headwise.models.available import overview
-from headwise.models.table import table
+from headwise.models.table import Row, table
 
 ROOT = Path(__file__).parents[2]
 SAME = transformers.__version__ == table().transformers
@@ -54,6 +55,24 @@ def test_what_the_table_promises():
 
 def test_the_page_shows_the_table(census):
     assert census.page(table()) == (ROOT / "docs" / "models.md").read_text()
+
+
+def test_what_another_transformers_changes_is_said_and_what_breaks_comes_first(census):
+    before = table()
+    new = Row(type="zebra", supported=False, refused="no layer of it has keys and values")
+    rows = [row for row in before.families if row.type != "xlnet"]
+    assert census.changes(before, list(before.families)) == []
+    llama, bloom = before.row("llama"), before.row("bloom")
+    rows[rows.index(llama)] = replace(llama, methods=llama.methods[1:], without={llama.methods[0]: "it does not score"})
+    rows[rows.index(bloom)] = replace(llama, type="bloom")
+    rows[rows.index(before.row("opt"))] = Row(type="opt", supported=False, refused="it is gone")
+    assert census.changes(before, [*rows, new]) == [
+        "BROKEN  llama has lost keydiff: it does not score",
+        "BROKEN  opt is refused now: it is gone",
+        "BROKEN  xlnet is not in this transformers",
+        f"changed  bloom is supported now; it was not: {bloom.refused}",
+        "changed  zebra is new: no layer of it has keys and values",
+    ]
 
 
 def test_families_are_printed():

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from headwise.cache.kept import Kept, KeptLayer
+from headwise.cache.kept import Kept, KeptLayer, provenance_of
 from headwise.cache.layer import FrozenLayer, RaggedLayer
 from headwise.cache.listener import Listener
 from headwise.cache.masks import require_whole_context
@@ -115,8 +115,7 @@ class RaggedCache(Cache, PassAware):
             else _left_whole(kind, i, meter)
             for i, kind in enumerate(model_view.layers)
         ]
-        provenance = {"method": method.provenance(), "keep": str(keep), "entries": entries, "reading": reading}
-        self._set_up(model_view, layers, meter, provenance)
+        self._set_up(model_view, layers, meter, provenance_of(method, keep, entries, reading))
         self.prefill = prefill
         self._replays = replays
         prefill.watch(self)

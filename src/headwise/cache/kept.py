@@ -4,6 +4,7 @@
 model and the context that it belongs to. Nothing changes it: caches that continue from it grow on their own.
 """
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from headwise.cache.transcript import Transcript
 from headwise.errors import ArtifactMismatch
 from headwise.kernels.quantised import Bits, Quantised
 from headwise.kernels.segments import Segments
+from headwise.methods.keep import Keep
+from headwise.methods.method import Method
 from headwise.models.families import ModelView, view
 from headwise.models.fingerprint import model_fingerprint
 
@@ -200,6 +203,12 @@ class Kept:
         yield {} if self.transcript.ids is None else {IDS: self.transcript.ids}
         for layer in self.layers:
             yield layer.tensors()
+
+
+def provenance_of(method: Method, keep: Keep, entries: str, reading: str) -> dict[str, Any]:
+    """What made a cache, in the words that a file can hold: what is read again equals what was written."""
+    about = {"method": method.provenance(), "keep": str(keep), "entries": entries, "reading": reading}
+    return json.loads(json.dumps(about))
 
 
 def tokens_fingerprint(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from headwise.cache.cache import RaggedCache
 from headwise.cache.compress import Progress, compress
+from headwise.cache.kept import provenance_of
 from headwise.cache.listener import Listener
 from headwise.cache.meter import Meter
 from headwise.cache.prefill import defers, keep_entries, make_plan
@@ -93,7 +94,7 @@ class Reading:
             _subset(layer.segments, layer_kept, self.first.valid, plan.quantised(layer.index))
             for layer, layer_kept in zip(layers, kept, strict=True)
         ]
-        provenance = {"method": method.provenance(), "keep": str(keep), "entries": entries, "reading": EXACT}
+        provenance = provenance_of(method, keep, entries, EXACT)
         value = self.whole.kept.with_segments(segments, provenance=provenance)
         cache = RaggedCache.of(model_view, value, kernel=layers[0].kernel)
         cache.meter = self._as_if_compressed(cache.layers, whole_first=defers(method))

@@ -78,7 +78,7 @@ def compare(
 
     loaded, tokenizer = load_model(source, dtype, device)
     names = choose_methods(names, loaded)
-    with progress_bar("methods") as progress:
+    with progress_bar("rows") as progress:
         rows = run(
             loaded,
             tokenizer,
