@@ -274,7 +274,7 @@ def test_the_code_for_avx512(avx512, monkeypatch, dtype, group, num_new, dim, th
 
 @needs_compiler
 @pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="the emulation is made of AVX2")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("dim", "group"), [(32, 1), (64, 3), (128, 4), (256, 2)])
 def test_the_code_for_avx512_over_quantised_entries(avx512, monkeypatch, dtype, kind, dim, group):

@@ -107,10 +107,10 @@ inline Floats exp_of(Floats x) {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
 #endif
 
-// Lane i of the result is the sum of the lanes of a[i].
-inline Floats sums_of(const Floats* a) {
+// Lane i of the result is the sum of the lanes of a[i]: of Floats or Ints.
+template <class Numbers> inline Numbers sums_of(const Numbers* a) {
 #if defined(__AVX512F__)
-  Floats b[8], c[4], d[2];
+  Numbers b[8], c[4], d[2];
   for (int i = 0; i < 8; i++)
     b[i] = SHUFFLE(a[2 * i], a[2 * i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
            SHUFFLE(a[2 * i], a[2 * i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
@@ -123,7 +123,7 @@ inline Floats sums_of(const Floats* a) {
   return SHUFFLE(d[0], d[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
          SHUFFLE(d[0], d[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 #else
-  Floats b[4], c[2];
+  Numbers b[4], c[2];
   for (int i = 0; i < 4; i++)
     b[i] = SHUFFLE(a[2 * i], a[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13) +
            SHUFFLE(a[2 * i], a[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
@@ -134,6 +134,24 @@ inline Floats sums_of(const Floats* a) {
          SHUFFLE(c[0], c[1], 4, 5, 6, 7, 12, 13, 14, 15);
 #endif
 }
+
+// The other half of the lanes, then of these the other half, ...
+template <class Use> inline Floats over_lanes(Floats x, Use use) {
+#if defined(__AVX512F__)
+  x = use(x, SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  x = use(x, SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  x = use(x, SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  return use(x, SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#else
+  x = use(x, SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+  x = use(x, SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
+  return use(x, SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
+#endif
+}
+
+inline float sum_of(Floats x) { return over_lanes(x, [](Floats a, Floats b) { return a + b; })[0]; }
+
+inline float largest_of(Floats x) { return over_lanes(x, [](Floats a, Floats b) { return a > b ? a : b; })[0]; }
 
 // What will be read next: while keys are multiplied the values of the same tile, while values are added the next keys.
 template <class T> inline void prefetch(const T* from, int64_t count) {
@@ -350,6 +368,9 @@ template <int BITS> inline Floats centred(Ints codes) {
   return __builtin_convertvector(codes - (1 << (BITS - 1)), Floats);
 }
 
+constexpr int BLOCK = 64;        // keys that share scales, at most
+constexpr int MOST_GROUPS = 16;  // of 16 channels or more, in heads of 256 at most
+
 // Quantised entries of one kind, from a first row and block on. `groups` of channels of a value share a scale.
 struct Codes {
   const uint8_t *keys, *values;
@@ -373,8 +394,7 @@ inline void scale_queries(const Query* queries, const Float16* scales, int dim, 
       store(scaled + g * dim + d, q * scale);
       sum += q * (load(scales + dim + d) + scale * middle);
     }
-    zeros[g] = 0;
-    for (int i = 0; i < LANES; i++) zeros[g] += sum[i];
+    zeros[g] = sum_of(sum);
   }
 }
 
@@ -386,10 +406,8 @@ inline void multiply_codes(const float* queries, const float* zeros, const Codes
   for (int i = 0; i < LANES; i++) base[i] = zeros[i % QUERIES];
   for (int t = 0; t < tokens; t += TOKENS) {
     const uint8_t* rows[TOKENS];
-    for (int j = 0; j < TOKENS; j++) {
-      rows[j] = codes.keys + std::min(t + j, tokens - 1) * codes.key_bytes;
-      prefetch(codes.values + (t + j) * codes.value_bytes, codes.value_bytes);
-    }
+    for (int j = 0; j < TOKENS; j++) rows[j] = codes.keys + std::min(t + j, tokens - 1) * codes.key_bytes;
+    prefetch(codes.values + t * codes.value_bytes, TOKENS * codes.value_bytes);
     Floats sums[LANES] = {};
     if constexpr (BITS == 8) {
       for (int d = 0; d < dim; d += LANES) {
@@ -476,6 +494,18 @@ struct Whole {  // vectors of 16-bit numbers, and of the 32-bit sums of products
     return _mm512_cvtepu8_epi16(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)from), _mm256_set1_epi8(15)));
   }
   static Vector high(const uint8_t* from) { return _mm512_srli_epi16(widened(from), 4); }
+  // Bytes of SIZE places of two rows, side by side; `ordered` puts sums over them into the order of places.
+  static void pair(const uint8_t* a, const uint8_t* b, Vector* pairs) {
+    const __m256i x = _mm256_loadu_si256((const __m256i*)a), y = _mm256_loadu_si256((const __m256i*)b);
+    pairs[0] = _mm512_cvtepu8_epi16(_mm256_unpacklo_epi8(x, y));
+    pairs[1] = _mm512_cvtepu8_epi16(_mm256_unpackhi_epi8(x, y));
+  }
+  static Vector low_half(Vector pairs) { return (Vector)((Words)pairs & 0x000f000fu); }
+  static Vector high_half(Vector pairs) { return _mm512_srli_epi16(pairs, 4); }
+  static void ordered(const Floats* sums, Floats* places) {
+    places[0] = SHUFFLE(sums[0], sums[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    places[1] = SHUFFLE(sums[0], sums[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
 #if defined(__AVX512VNNI__)
   static Vector add(Vector sum, Vector a, Vector b) { return _mm512_dpwssd_epi32(sum, a, b); }
 #else
@@ -495,7 +525,19 @@ struct Whole {
     return _mm256_cvtepu8_epi16(_mm_and_si128(_mm_loadu_si128((const __m128i*)from), _mm_set1_epi8(15)));
   }
   static Vector high(const uint8_t* from) { return _mm256_srli_epi16(widened(from), 4); }
+  static void pair(const uint8_t* a, const uint8_t* b, Vector* pairs) {
+    const __m128i x = _mm_loadu_si128((const __m128i*)a), y = _mm_loadu_si128((const __m128i*)b);
+    pairs[0] = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(x, y));
+    pairs[1] = _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(x, y));
+  }
+  static Vector low_half(Vector pairs) { return (Vector)((Words)pairs & 0x000f000fu); }
+  static Vector high_half(Vector pairs) { return _mm256_srli_epi16(pairs, 4); }
+  static void ordered(const Floats* sums, Floats* places) { places[0] = sums[0], places[1] = sums[1]; }
+#if defined(__AVXVNNI__)
+  static Vector add(Vector sum, Vector a, Vector b) { return _mm256_dpwssd_avx_epi32(sum, a, b); }
+#else
   static Vector add(Vector sum, Vector a, Vector b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+#endif
   static void round(Floats x, int16_t* to) {
     const __m256i whole = _mm256_cvtps_epi32((__m256)x);
     _mm_storeu_si128((__m128i*)to, _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
@@ -519,18 +561,14 @@ inline void multiply_whole(const float* scaled, const float* zeros, const Codes&
       tops = tops > x ? tops : x;
       tops = tops > -x ? tops : -x;
     }
-    float top = 0;
-    for (int i = 0; i < LANES; i++) top = std::max(top, tops[i]);
-    const float times = top > 0 ? most / top : 0;
+    const float top = largest_of(tops), times = top > 0 ? most / top : 0;
     for (int d = 0; d < dim; d += LANES) Whole::round(load(scaled + g * dim + d) * times, rounded + g * dim + d);
     for (int i = g; i < LANES; i += QUERIES) base[i] = zeros[g], worth[i] = top / most;
   }
   for (int t = 0; t < tokens; t += TOKENS) {
     const uint8_t* rows[TOKENS];
-    for (int j = 0; j < TOKENS; j++) {
-      rows[j] = codes.keys + std::min(t + j, tokens - 1) * codes.key_bytes;
-      prefetch(codes.values + (t + j) * codes.value_bytes, codes.value_bytes);
-    }
+    for (int j = 0; j < TOKENS; j++) rows[j] = codes.keys + std::min(t + j, tokens - 1) * codes.key_bytes;
+    prefetch(codes.values + t * codes.value_bytes, TOKENS * codes.value_bytes);
     Whole::Vector sums[LANES] = {};
     for (int d = 0; d < dim * BITS / 8; d += SIZE) {
       Whole::Vector q[QUERIES], more[QUERIES];
@@ -551,25 +589,128 @@ inline void multiply_whole(const float* scaled, const float* zeros, const Codes&
         }
       }
     }
-    Floats found[LANES];
+    Ints found[LANES];
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) found[i] = __builtin_convertvector((Ints)sums[i], Floats);
-    store(logits + t * QUERIES, sums_of(found) * worth + base);
+    for (int i = 0; i < LANES; i++) found[i] = (Ints)sums[i];
+    store(logits + t * QUERIES, __builtin_convertvector(sums_of(found), Floats) * worth + base);
+  }
+}
+
+#if defined(__AVX512F__)
+#define EACH_LANE(of) of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7), of(8), of(9), of(10), of(11), of(12), \
+                      of(13), of(14), of(15)
+#else
+#define EACH_LANE(of) of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7)
+#endif
+
+// Weights of a block of values as whole numbers of 15 bits, for every query and group of channels: the weight is times
+// the group's scale. Token t and token t + half are a pair, the two halves of a word.
+struct Rounded {
+  static constexpr int MOST = 32;  // queries times groups
+  alignas(64) int32_t pairs[BLOCK / 2 * MOST];
+  alignas(64) float worth[MOST], zeros[MOST];  // what 1 stands for; sums of weights times zeros
+  int half, stride;
+};
+
+// `weights` and `scales` as `add_codes` has them. Lanes are [query][group].
+template <int QUERIES, int GROUPS>
+inline void round_weights(const float* weights, const float* scales, int tokens, Rounded& to) {
+  constexpr int STRIDE = std::max(QUERIES * GROUPS, LANES), VECTORS = STRIDE / LANES;
+  constexpr auto query_of = [](int lane) { return lane / GROUPS; };
+  constexpr auto group_of = [](int lane) { return lane % GROUPS; };
+  alignas(64) float scaled[(BLOCK + 1) * STRIDE];
+  Floats tops[VECTORS] = {}, zeros[VECTORS] = {};
+  for (int t = 0; t < tokens; t++) {
+    const Floats own = load(scales + 2 * t * GROUPS), others = load(scales + (2 * t + 1) * GROUPS);
+    const Floats scale = SHUFFLE(own, own, EACH_LANE(group_of)), zero = SHUFFLE(others, others, EACH_LANE(group_of));
+#pragma GCC unroll 4
+    for (int i = 0; i < VECTORS; i++) {
+      const Floats some = load(weights + t * QUERIES + i * LANES / GROUPS);
+      const Floats weight = SHUFFLE(some, some, EACH_LANE(query_of)), x = weight * scale;
+      store(scaled + t * STRIDE + i * LANES, x);
+      tops[i] = tops[i] > x ? tops[i] : x;
+      zeros[i] += weight * zero;
+    }
+  }
+  std::fill(scaled + tokens * STRIDE, scaled + (tokens + 1) * STRIDE, 0.0f);  // the other one of an odd token
+  to.half = (tokens + 1) / 2;
+  to.stride = STRIDE;
+  for (int i = 0; i < STRIDE; i += LANES) {
+    const Floats top = tops[i / LANES], times = top > 0.0f ? 32767.0f / top : Floats{};
+    store(to.worth + i, top / 32767.0f);
+    store(to.zeros + i, zeros[i / LANES]);
+    for (int t = 0; t < to.half; t++) {
+      const Ints a = __builtin_convertvector(load(scaled + t * STRIDE + i) * times + 0.5f, Ints);
+      const Ints b = __builtin_convertvector(load(scaled + (t + to.half) * STRIDE + i) * times + 0.5f, Ints);
+      const Ints pair = a | b << 16;
+      std::memcpy(to.pairs + t * STRIDE + i, &pair, sizeof pair);
+    }
+  }
+}
+
+// As add_codes does, but in whole numbers: from bytes from:until of a value on, SIZE * CHUNKS at a time.
+template <int QUERIES, int BITS, int CHUNKS>
+inline void add_whole(const Rounded& weights, const Codes& codes, int tokens, int dim, int from, float* out) {
+  constexpr int SIZE = Whole::SIZE, PARTS = 8 / BITS;  // of a byte
+  const int size = dim / codes.groups, bytes = int(codes.value_bytes);
+  for (; from + SIZE * CHUNKS <= bytes; from += SIZE * CHUNKS) {
+    Whole::Vector sums[PARTS][CHUNKS][QUERIES][2] = {};
+    int group[PARTS][CHUNKS];
+    for (int p = 0; p < PARTS; p++)
+      for (int c = 0; c < CHUNKS; c++) group[p][c] = (p * bytes + from + c * SIZE) / size;
+    // Of the next keys a share for every pair, by those passes that begin a line of the processor's cache.
+    const int64_t share = from % 64 ? 0 : 2 * codes.key_bytes * std::min(bytes, 64) / bytes;
+    const uint8_t *first = codes.values + from, *next = codes.keys + tokens * codes.key_bytes * (bytes + from) / bytes;
+    for (int t = 0; t < weights.half; t++) {
+      const uint8_t *a = first + t * bytes, *b = first + std::min(t + weights.half, tokens - 1) * bytes;
+      prefetch(next + t * share, share);
+#pragma GCC unroll 2
+      for (int c = 0; c < CHUNKS; c++) {
+        Whole::Vector both[2], x[PARTS][2];
+        Whole::pair(a + c * SIZE, b + c * SIZE, both);
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+          x[0][i] = BITS == 8 ? both[i] : Whole::low_half(both[i]);
+          if (BITS == 4) x[PARTS - 1][i] = Whole::high_half(both[i]);
+        }
+#pragma GCC unroll 2
+        for (int p = 0; p < PARTS; p++)
+#pragma GCC unroll 4
+          for (int g = 0; g < QUERIES; g++) {
+            const int32_t pair = weights.pairs[t * weights.stride + g * codes.groups + group[p][c]];
+            const auto weight = (Whole::Vector)(Ints{} + pair);
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) sums[p][c][g][i] = Whole::add(sums[p][c][g][i], x[p][i], weight);
+          }
+      }
+    }
+    for (int p = 0; p < PARTS; p++)
+      for (int c = 0; c < CHUNKS; c++)
+        for (int g = 0; g < QUERIES; g++) {
+          const int place = g * codes.groups + group[p][c];
+          Floats found[2], places[2];
+          for (int i = 0; i < 2; i++) found[i] = __builtin_convertvector((Ints)sums[p][c][g][i], Floats);
+          Whole::ordered(found, places);
+          for (int i = 0; i < 2; i++) {
+            float* to = out + g * dim + p * bytes + from + c * SIZE + i * LANES;
+            store(to, load(to) + places[i] * weights.worth[place] + weights.zeros[place]);
+          }
+        }
+  }
+  if constexpr (CHUNKS > 1) {
+    if (from < bytes) add_whole<QUERIES, BITS, CHUNKS / 2>(weights, codes, tokens, dim, from, out);
   }
 }
 #else
 #define HAS_WHOLE_PRODUCTS 0
 #endif
 
-constexpr int BLOCK = 64;        // keys that share scales, at most
-constexpr int MOST_GROUPS = 16;  // of 16 channels or more, in heads of 256 at most
-
-// Logits of a block of keys. Where queries have 16 bits anyway, they are multiplied as whole numbers.
-template <int QUERIES, int BITS, class Query>
+// Logits of a block of keys. WHOLE: as whole numbers, where the model's numbers have 16 bits anyway.
+template <int QUERIES, int BITS, bool WHOLE, class Query>
 inline void multiply_block(const Query* queries, const Codes& codes, int tokens, int dim, float* logits) {
   alignas(64) float scaled[256 * QUERIES], zeros[QUERIES];
 #if HAS_WHOLE_PRODUCTS
-  if (sizeof(Query) == 2 && dim * BITS / 8 % Whole::SIZE == 0) {
+  if (WHOLE && dim * BITS / 8 % Whole::SIZE == 0) {
     scale_queries<QUERIES>(queries, codes.key_scales, dim, 0.0f, scaled, zeros);
     return multiply_whole<QUERIES, BITS>(scaled, zeros, codes, tokens, dim, logits);
   }
@@ -578,35 +719,47 @@ inline void multiply_block(const Query* queries, const Codes& codes, int tokens,
   multiply_codes<QUERIES, BITS>(scaled, zeros, codes, tokens, dim, logits);
 }
 
-template <int QUERIES, int BITS>
+template <int QUERIES, int BITS, bool WHOLE>
 inline void add_coded_values(const float* weights, const Codes& codes, int tokens, int dim, float* out) {
   alignas(64) float scales[BLOCK * 2 * MOST_GROUPS + LANES];
   const int count = tokens * 2 * codes.groups, whole = count / LANES * LANES;
   for (int i = 0; i < whole; i += LANES) store(scales + i, load(codes.value_scales + i));
   for (int i = whole; i < count; i++) scales[i] = number(codes.value_scales[i]);
+#if HAS_WHOLE_PRODUCTS
+  const bool known = codes.groups == 2 || codes.groups == 4 || codes.groups == 8;
+  if (WHOLE && known && dim / codes.groups % Whole::SIZE == 0 && codes.value_bytes % Whole::SIZE == 0) {
+    Rounded rounded;
+    switch (codes.groups) {
+      case 2: round_weights<QUERIES, 2>(weights, scales, tokens, rounded); break;
+      case 4: round_weights<QUERIES, 4>(weights, scales, tokens, rounded); break;
+      default: round_weights<QUERIES, 8>(weights, scales, tokens, rounded);
+    }
+    return add_whole<QUERIES, BITS, LANES == 16 && BITS == 8 ? 2 : 1>(rounded, codes, tokens, dim, 0, out);
+  }
+#endif
   const int half = BITS == 4 ? dim / 2 : dim;
   constexpr int VECTORS = QUERIES == 4 && LANES == 8 ? 2 : 4;
   for (int from = 0; from < dim; from += half)
     add_codes<QUERIES, BITS, VECTORS>(weights, codes, scales, tokens, dim, from, from + half, out);
 }
 
-template <int QUERIES, class Query>
+template <int QUERIES, bool WHOLE, class Query>
 void see_block(const Query* queries, const Codes& codes, int tokens, int dim, const Scale& scale, Part part) {
   alignas(64) float weights[(BLOCK + LANES) * QUERIES];
   prefetch(codes.value_scales, tokens * 2 * codes.groups);
   prefetch(codes.key_scales + 2 * dim, 2 * dim);  // of the next block
   if (codes.key_bytes < dim)
-    multiply_block<QUERIES, 4>(queries, codes, tokens, dim, weights);
+    multiply_block<QUERIES, 4, WHOLE>(queries, codes, tokens, dim, weights);
   else
-    multiply_block<QUERIES, 8>(queries, codes, tokens, dim, weights);
+    multiply_block<QUERIES, 8, WHOLE>(queries, codes, tokens, dim, weights);
   soften<QUERIES>(weights, tokens, dim, scale, Mask{}, 0, 0, part);
   if (codes.value_bytes < dim)
-    add_coded_values<QUERIES, 4>(weights, codes, tokens, dim, part.out);
+    add_coded_values<QUERIES, 4, WHOLE>(weights, codes, tokens, dim, part.out);
   else
-    add_coded_values<QUERIES, 8>(weights, codes, tokens, dim, part.out);
+    add_coded_values<QUERIES, 8, WHOLE>(weights, codes, tokens, dim, part.out);
 }
 
-template <class Query>
+template <bool WHOLE, class Query>
 void see_codes(const Query* queries, int64_t num_queries, const Codes& codes, int64_t tokens, int block, int dim,
                const Scale& scale, Part part) {
   part.clear(num_queries, dim);
@@ -615,10 +768,10 @@ void see_codes(const Query* queries, int64_t num_queries, const Codes& codes, in
     const Codes here = codes.from(t, t / block, dim);
     int64_t q = 0;
     for (; q + 4 <= num_queries; q += 4)
-      see_block<4>(queries + q * dim, here, count, dim, scale, part.from(q, dim));
+      see_block<4, WHOLE>(queries + q * dim, here, count, dim, scale, part.from(q, dim));
     for (; q + 2 <= num_queries; q += 2)
-      see_block<2>(queries + q * dim, here, count, dim, scale, part.from(q, dim));
-    if (q < num_queries) see_block<1>(queries + q * dim, here, count, dim, scale, part.from(q, dim));
+      see_block<2, WHOLE>(queries + q * dim, here, count, dim, scale, part.from(q, dim));
+    if (q < num_queries) see_block<1, WHOLE>(queries + q * dim, here, count, dim, scale, part.from(q, dim));
   }
 }
 #endif
@@ -758,7 +911,7 @@ template <class How, class T> void attend(const Call& call, const Scale& scale) 
       const Stored& of = at<const Stored>(call.stored)[x.stored];
       const Codes codes{at<const uint8_t>(of.keys), at<const uint8_t>(of.values), at<const Float16>(of.key_scales),
                         at<const Float16>(of.value_scales), of.key_bytes, of.value_bytes, int(of.groups)};
-      see_codes(packed.data() + x.query * dim, x.num_queries, codes.from(x.start, x.block, dim), x.tokens,
+      see_codes<sizeof(T) == 2>(packed.data() + x.query * dim, x.num_queries, codes.from(x.start, x.block, dim), x.tokens,
                 int(of.block), dim, scale, part);
       continue;
     }
