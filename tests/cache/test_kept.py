@@ -1,6 +1,6 @@
 """A kept context is a value: equal to what it was made from, changed by nothing, and enough to continue from."""
 
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, dataclass, replace
 
 import pytest
 import torch
@@ -12,6 +12,8 @@ from headwise import RaggedCache
 from headwise.cache.kept import Kept
 from headwise.cache.reading import read
 from headwise.errors import UnsupportedGeneration
+from headwise.interfaces import AbstractScorer
+from headwise.methods.allocate import Uniform
 from headwise.methods.allocate.profiled import LUKV
 from headwise.methods.method import Method
 from headwise.methods.registry import SCORERS
@@ -94,6 +96,25 @@ def test_a_file_of_a_budget_says_what_the_cache_says(tmp_path):
     cache.save(tmp_path / "cache.safetensors")
     assert Kept.load(tmp_path / "cache.safetensors", tiny_model()) == cache.kept
     assert read(tiny_model(), random_ids(1, 40), [method.scorer]).cut(method, 0.5).kept.provenance == cache.provenance
+
+
+def test_parameters_of_any_kind_are_told(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Weighted(AbstractScorer):
+        weights: torch.Tensor
+        how: object
+
+        def score(self, observation):
+            return observation.keys.norm(dim=-1)
+
+    def kept(weights):
+        method = Method(scorer=Weighted(weights=weights, how=set()), allocator=Uniform())
+        return headwise.compress(tiny_model(), random_ids(1, 40), method, keep=0.5)
+
+    cache = kept(torch.ones(3))
+    cache.save(tmp_path / "cache.safetensors")
+    assert Kept.load(tmp_path / "cache.safetensors", tiny_model()) == cache.kept == kept(torch.ones(3)).kept
+    assert cache.kept != kept(torch.zeros(3)).kept
 
 
 def test_a_reading_cuts_to_the_value_that_compress_keeps():

@@ -206,9 +206,12 @@ class Kept:
 
 
 def provenance_of(method: Method, keep: Keep, entries: str, reading: str) -> dict[str, Any]:
-    """What made a cache, in the words that a file can hold: what is read again equals what was written."""
+    """What made a cache, in the words that a file can hold: what is read again equals what was written.
+
+    Scorers of users may have parameters of any kind: of a tensor its fingerprint is told, of other things their repr.
+    """
     about = {"method": method.provenance(), "keep": str(keep), "entries": entries, "reading": reading}
-    return json.loads(json.dumps(about))
+    return json.loads(json.dumps(about, default=lambda x: fingerprint(x) if isinstance(x, Tensor) else repr(x)))
 
 
 def tokens_fingerprint(
