@@ -4,7 +4,7 @@ kept.py writes and loads the files; a map of kept tokens reads one without the m
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +130,9 @@ def bits_in(names: Iterable[str]) -> list[Bits]:
     return [bits for bits in ENTRIES.values() if any(prefix_of(bits) + name in found for name in QUANTISED)]
 
 
-def _ahead(written: list[int] | None, counts: tuple[int, ...] | None, limit: int, place: str) -> tuple[int, ...] | None:
+def _ahead(
+    written: Sequence[int] | None, counts: tuple[int, ...] | None, limit: int, place: str
+) -> tuple[int, ...] | None:
     """How far positions after each context are ahead. Raises BadInput where no positions come of it."""
     if written is None:
         return None

@@ -30,11 +30,14 @@ def tell(holder: Any, ahead: Int[Tensor, " batch"] | None) -> None:
 def ahead_of(
     position_ids: Tensor | None, mask: Tensor | None, shape: tuple[int, int], device: torch.device
 ) -> Int[Tensor, " batch"]:
-    """By how much what follows these first tokens [batch, tokens] is ahead of their number (mostly negative)."""
+    """By how much what follows these first tokens [batch, tokens] is ahead of their number (mostly negative).
+
+    It goes on after the last one's largest position: padding is on the left, and the last token of a grid is its end.
+    """
     rows, tokens = shape
     places = _places(position_ids, 0, shape, device)
     counts = torch.full((rows,), tokens, dtype=torch.int64, device=device) if mask is None else mask.long().sum(-1)
-    return places.amax((0, 2)) + 1 - counts
+    return places[..., -1].amax(0) + 1 - counts
 
 
 def on_grid(position_ids: Tensor | None) -> bool:
