@@ -164,6 +164,9 @@ def test_a_padded_batch_answers_as_its_rows(kind):
         assert distance(together[row : row + 1], asked(kind, alone.fork())) < TOLERANCE
         answer = seeing(kind).generate(**alone.inputs(QUESTION), **GREEDY)
         assert torch.equal(answers[row, -5:], answer[0, -5:])
+    turned = cache.fork()
+    turned.batch_select_indices(torch.tensor([1, 0]))
+    assert distance(asked(kind, turned, mask.flip(0), question), together.flip(0)) < TOLERANCE
     joined = headwise.RaggedCache.join([cache.fork(), cache.fork()])
     twice = asked(kind, joined, mask.repeat(2, 1), QUESTION.expand(4, -1))
     assert distance(twice, together.repeat(2, 1, 1)) < TOLERANCE
@@ -201,7 +204,8 @@ def test_text_only(kind):
 
 @pytest.mark.parametrize("reading", ["exact", "offload"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ways_to_read(kind, reading):
+def test_ways_to_read(kind, reading, monkeypatch):
+    monkeypatch.setattr("headwise.methods.reading.PIECE", 16)  # what texts are read in, if nobody says how much
     cache = compressed(kind, reading=reading)
     assert distance(asked(kind, cache), stock(kind, shown(kind))) < TOLERANCE
 
@@ -253,6 +257,32 @@ def test_scorers_look_at_the_attention_of_the_model(kind):
         assert torch.allclose(listener.found[snap][index][:, :-8], grouped[..., -8:, :-8].mean((1, 2)), atol=1e-6)
         count = (grouped > 0).sum(2).float()
         assert torch.allclose(listener.found[heavy][index], (grouped.sum(2) / count).mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_of_text_may_follow_the_image(kind):
+    """Positions go on, whatever the model has read in between, and what tokens of the image have seen is remembered."""
+    model, inputs, text = seeing(kind), shown(kind, after=2), words(7, seed=5)
+    whole, scorers = followed(kind, inputs, text), (SnapKV(window_size=16, kernel_size=1), H2O())
+    cache = headwise.RaggedCache(model, "keydiff", keep=1.0, prompt_length=whole["input_ids"].shape[1])
+    pieces, once = _Scores(*scorers), _Scores(*scorers)
+    cache.listen(pieces)
+    with torch.no_grad():
+        model(**inputs, **given(model, cache))
+        compressed(kind, whole, listeners=[once])
+        model(input_ids=text, **given(model, cache))
+    assert distance(asked(kind, cache), stock(kind, whole)) < TOLERANCE
+    for scorer in scorers:
+        assert torch.allclose(torch.stack(pieces.found[scorer]), torch.stack(once.found[scorer]), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_in_a_later_piece_is_refused(kind):
+    late = headwise.RaggedCache(seeing(kind), "keydiff", keep=0.7, prompt_length=60)
+    with torch.no_grad():
+        seeing(kind)(input_ids=words(7), **given(seeing(kind), late))
+    with pytest.raises(BadInput, match="images belong to the context, which is read in one piece"):
+        seeing(kind)(**shown(kind) | {"attention_mask": None}, **given(seeing(kind), late))
 
 
 @pytest.mark.parametrize("kind", KINDS)

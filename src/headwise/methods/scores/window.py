@@ -151,9 +151,9 @@ def _block_attention(chunk: Chunk, start: int, size: int) -> Float[Tensor, "batc
 
 def _beyond(statistics: Statistics, chunk: Chunk) -> Statistics:
     """How many queries see each token before it comes, where tokens of an image see one another."""
-    earlier, new = statistics.get("beyond"), chunk.queries.shape[2]
     if chunk.until is None:
-        return {} if earlier is None else {"beyond": functional.pad(earlier, (0, new))}
+        return {}
+    earlier, new = statistics.get("beyond"), chunk.queries.shape[2]
     steps = torch.zeros(len(chunk.until), chunk.offset + new + 1, dtype=torch.int64, device=chunk.until.device)
     after = torch.arange(chunk.offset + 1, chunk.offset + new + 1, dtype=torch.int64, device=steps.device)
     steps[:, after] += 1
