@@ -462,7 +462,8 @@ class RaggedCache(Cache, PassAware):
     def positions(self, layer: int, row: int, head: int) -> Int[Tensor, " kept"]:
         """Rotary positions, ascending, of the entries a head has kept, in a context that was compressed.
 
-        `layer` counts compressible layers. Raises UnsupportedGeneration before the cut, BadInput.
+        `layer` counts compressible layers. Where a model places images on a grid, a token's number stands for its three
+        positions. Raises UnsupportedGeneration before the cut, BadInput.
         """
         self._require_compressed()
         _require_index("layer", layer, len(self.ragged_layers))

@@ -1,9 +1,8 @@
 """What attention masks may say to a cache whose context is compressed: who is padding, and what the tail may see.
 
 While the context is read, a mask must be causal with padding on the left, but for images whose tokens see one another
-(Gemma 3); anything else (packed documents, hidden
-passages, preferences) would be read as something it is not, and is refused. Later any mask over the tail is honoured,
-and all of the context must be visible.
+(Gemma 3); anything else (packed documents, hidden passages, preferences) would be read as something it is not, and is
+refused. Later any mask over the tail is honoured, and all of the context must be visible.
 """
 
 import torch
@@ -52,7 +51,7 @@ def require_causal(
                 "documents one by one, and leave hidden passages out."
             )
     seen = torch.cat(last, dim=-1)
-    return seen if bool((seen != number[length - num_queries :]).any()) else None
+    return seen if images and bool((seen != number[length - num_queries :]).any()) else None
 
 
 def require_left_padding(valid: Bool[Tensor, "batch tokens"]) -> None:
