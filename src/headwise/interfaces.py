@@ -52,6 +52,9 @@ class Chunk:
     sinks: Float[Tensor, " query_heads"] | None = None
     # Tokens start:stop that these queries repeat in a second reading (`replay`), whose keys then follow the context's.
     repeats: tuple[int, int] | None = None
+    # The last token that each query sees, in a context where tokens of an image see one another (Gemma 3) and they
+    # have come already. None: itself.
+    until: Int[Tensor, "batch queries"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +76,7 @@ class Observation:
     softcap: float | None = None
     sinks: Float[Tensor, " query_heads"] | None = None
     ends: Int[Tensor, "batch 2"] | None = None  # first and last position of the context, if `keys` are a part of it
+    until: Int[Tensor, "batch window"] | None = None  # of `queries`, as `Chunk` has it
 
     @property
     def span(self) -> Int[Tensor, "batch 2"]:

@@ -31,8 +31,10 @@ from headwise.kernels.quantised import NATIVE, require_entries
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method, for_model
 from headwise.methods.reading import EXACT
-from headwise.models import attention
+from headwise.models import attention, grids
 from headwise.models.families import ModelView, given, view
+from headwise.models.images import are_read as images_are_read
+from headwise.models.images import images_in, require_no_images
 from headwise.models.layout import Layer
 from headwise.models.passes import PassAware
 
@@ -152,6 +154,12 @@ class RaggedCache(Cache, PassAware):
         self._set_up(model_view, layers, meter, dict(kept.provenance))
         self.tokens_fingerprint, self.context_tokens = kept.tokens_fingerprint, kept.context_tokens
         self._noted = kept.transcript
+        if self._grids is not None:
+            if kept.ahead is None:
+                raise BadInput(
+                    "this cache does not say at which position its context ends: compress the context again."
+                )
+            self._ahead = torch.tensor(kept.ahead, dtype=torch.int64, device=model_view.model.device)
 
     def _set_up(self, model_view: ModelView, layers: list[Any], meter: Meter, provenance: Mapping[str, Any]) -> None:
         self.view: ModelView = model_view
@@ -161,6 +169,8 @@ class RaggedCache(Cache, PassAware):
         self.context_tokens: tuple[int, ...] | None = None  # of every context, padding excluded, where it is known
         self._pass: _Pass | None = None  # that has begun and not ended
         self._just_cut = False  # whether the context was cut here and nothing has come after it yet
+        self._grids = grids.holder_of(model_view.model)  # where the model keeps how far positions are ahead, if it does
+        self._ahead: Tensor | None = None  # [contexts], as `Kept` has it
         self.meter = meter
         self.prefill: Prefill | None = None  # of a context that is, or was, read here
         attention.enable(model_view)
@@ -207,6 +217,7 @@ class RaggedCache(Cache, PassAware):
             provenance=self.provenance,
             tokens_fingerprint=self.tokens_fingerprint,
             peak_nbytes=self.peak_nbytes,
+            ahead=None if self._ahead is None else tuple(self._ahead.tolist()),
         )
 
     @property
@@ -262,16 +273,74 @@ class RaggedCache(Cache, PassAware):
         self._undo_unfinished()
         return super().get_mask_sizes(query_length, layer_idx)
 
-    def begin(self, ids: Tensor | None, mask: Tensor | None, num_tokens: int) -> None:
+    def begin(self, ids: Tensor | None, mask: Tensor | None, num_tokens: int, images: Mapping[str, Any]) -> None:
         """A forward pass begins. One before it that did not end well is undone: raises where it cannot be.
 
-        Raises BadInput for a mask that does not fit, UnsupportedGeneration.
+        Raises BadInput for a mask or images that do not fit, UnsupportedGeneration, UnsupportedModel.
         """
         self._settle()
         seen = self._stood_at()
         if mask is not None and mask.ndim == 2:
             self._require_mask(mask, seen, num_tokens)
+        if seen:
+            require_no_images(self.view.model, ids, images, look=num_tokens > 1)  # one may be a model's own word
+        elif images_are_read(self.view.model, ids, images) and self.prefill is not None:
+            self.prefill.take_images(on_grid=self._grids is not None)
+        self.tell_positions(0)
         self._pass = _Pass(seen=seen, compressed=self.compressed, ids=ids, handled=sys.exception())
+
+    def tell_positions(self, rows: int) -> None:
+        """The model is about to work out positions of new tokens: it shall know how far they are ahead.
+
+        `rows` are those of the ids, which beams share; 0 for those of this cache.
+        """
+        if self._grids is not None:
+            ahead = self._ahead_of_rows() if self._stood_at() else None
+            grids.tell(self._grids, ahead if ahead is None or not rows else ahead[:: max(1, len(ahead) // rows)])
+
+    def place(self, position_ids: Tensor | None, mask: Tensor | None, shape: tuple[int, int]) -> None:
+        """The decoder is about to read new tokens [batch, tokens] at these positions, which may be on a grid.
+
+        Raises BadInput if they do not go on from the context, UnsupportedModel for methods that grids are nothing for.
+        """
+        seen, device = self._stood_at(), self.view.model.device
+        if mask is not None and mask.ndim != 2:
+            raise BadInput("a model that places images on a grid needs an attention_mask [batch, tokens], or none.")
+        if not seen:
+            if position_ids is None and self._pass is not None and self._pass.ids is None:
+                raise BadInput("inputs_embeds do not say where images are: give position_ids, or input_ids.")
+            self._ahead = grids.ahead_of(position_ids, mask, shape, device)
+            if self.prefill is not None and grids.on_grid(position_ids):
+                self.prefill.refuse_turning()
+        elif self._can_look(shape[1], device) and (mask is None or len(mask) == shape[0]):
+            real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask[:, -shape[1] :].bool()
+            grids.require_placed(position_ids, seen, self._expected_positions(mask, shape), real)
+
+    def _expected_positions(self, mask: Tensor | None, shape: tuple[int, int]) -> Int[Tensor, "batch new"]:
+        """Where the new tokens go on from what has been seen."""
+        new = torch.arange(shape[1], dtype=torch.int64, device=self.view.model.device)
+        if mask is not None:
+            counts = (mask.long().cumsum(-1) - 1)[:, -shape[1] :]
+        elif self.context_tokens is not None and isinstance(self.ragged_layers[0], FrozenLayer):
+            first = self.ragged_layers[0]
+            counts = torch.tensor(self.context_tokens, dtype=torch.int64, device=new.device)[first.rows]
+            counts = counts[:, None] + first.tail_length + new
+        else:
+            counts = (self._stood_at() + new).expand(shape)
+        return counts + self._ahead_of_rows()[:, None]
+
+    def _ahead_of_rows(self) -> Int[Tensor, " batch"]:
+        """By how much positions of every row are ahead of its tokens."""
+        first, ahead = self.ragged_layers[0], self._ahead
+        if ahead is None:
+            raise UnsupportedGeneration(
+                "this cache has not been told at which positions its context was read: read it without torch.compile."
+            )
+        return ahead[first.rows] if isinstance(first, FrozenLayer) else ahead
+
+    def _can_look(self, num_tokens: int, device: torch.device) -> bool:
+        """Whether numbers may be looked at: on a GPU once per turn, for a decoding step must not wait for it."""
+        return num_tokens > 1 or self.ragged_layers[0].tail_length == 0 or device.type == "cpu"
 
     def end(self) -> None:
         """The forward pass is over. If it has raised, go back to where it began, else what it brought has been seen."""
@@ -329,9 +398,8 @@ class RaggedCache(Cache, PassAware):
                 f"attention_mask is for {mask.shape[1]} tokens, but this cache has seen {seen} and {num_tokens} are "
                 f"new: {ADVICE}."
             )
-        # Once per turn on a GPU, for which a decoding step must not wait.
-        looked_at = num_tokens > 1 or first.tail_length == 0 or mask.device.type == "cpu"
-        if looked_at and isinstance(first, FrozenLayer) and self.context_tokens is not None:
+        can_look = self._can_look(num_tokens, mask.device)
+        if can_look and isinstance(first, FrozenLayer) and self.context_tokens is not None:
             counts = torch.tensor(self.context_tokens, dtype=torch.int64, device=first.rows.device)
             require_whole_context(mask[:, : seen - first.tail_length], counts[first.rows])
 
@@ -394,7 +462,8 @@ class RaggedCache(Cache, PassAware):
     def positions(self, layer: int, row: int, head: int) -> Int[Tensor, " kept"]:
         """Rotary positions, ascending, of the entries a head has kept, in a context that was compressed.
 
-        `layer` counts compressible layers. Raises UnsupportedGeneration before the cut, BadInput.
+        `layer` counts compressible layers. Where a model places images on a grid, a token's number stands for its three
+        positions. Raises UnsupportedGeneration before the cut, BadInput.
         """
         self._require_compressed()
         _require_index("layer", layer, len(self.ragged_layers))
@@ -414,6 +483,7 @@ class RaggedCache(Cache, PassAware):
         self,
         input_ids: Int[Tensor, "batch new"] | Int[Tensor, " new"],
         attention_mask: Int[Tensor, "batch new"] | None = None,
+        **images: Any,
     ) -> dict[str, Any]:
         """What generate() is given to go on from here: all ids, their mask, and this cache.
 
@@ -421,12 +491,16 @@ class RaggedCache(Cache, PassAware):
 
         `input_ids` are the new tokens only, with their own `attention_mask` if rows are padded on the left. What the
         cache has seen comes before them, a loaded cache's context too. The cache has the name that this version of
-        transformers calls it by. Raises BadInput where the rows do not fit, UnsupportedGeneration where the tokens seen
-        are not known.
+        transformers calls it by. A cache that has seen nothing takes `images` along, all that the processor has made
+        (`pixel_values` and what comes with them). Raises BadInput where the rows or images do not fit,
+        UnsupportedGeneration where the tokens seen are not known, UnsupportedModel for models not tried with images.
         """
         self._settle()
         new = torch.atleast_2d(input_ids)
         mask = torch.ones_like(new) if attention_mask is None else attention_mask
+        if self._stood_at():
+            require_no_images(self.view.model, new, images, look=True)
+        shown = images_in(self.view.model, new, images)
         if self._stood_at():
             known = self.transcript.ids
             if known is None:
@@ -440,7 +514,7 @@ class RaggedCache(Cache, PassAware):
                 )
             mask = torch.cat([self._seen_mask(known).to(mask), mask.to(new.device)], dim=-1)
             new = torch.cat([known.to(new), new], dim=-1)
-        return {"input_ids": new, "attention_mask": mask, **given(self.view.model, self)}
+        return {"input_ids": new, "attention_mask": mask, **shown, **given(self.view.model, self)}
 
     def _seen_mask(self, known: Int[Tensor, "batch seen"]) -> Int[Tensor, "batch seen"]:
         """0 at the padding of contexts, which lies before them."""
@@ -493,6 +567,8 @@ class RaggedCache(Cache, PassAware):
         whole.meter, whole.tokens_fingerprint = Meter(), None
         whole._noted = Transcript.stacked([cache.transcript for cache in caches])
         counts = [cache.context_tokens for cache in caches]
+        ahead = [cache._ahead for cache in caches if cache._ahead is not None]
+        whole._ahead = torch.cat(ahead) if ahead else None
         known = [count for count in counts if count is not None]
         whole.context_tokens = sum(known, ()) if len(known) == len(counts) else None
         whole.layers = [first.joined(rest, whole.meter) for first, *rest in stacks]
@@ -575,6 +651,7 @@ def load(
     input_ids: Int[Tensor, "batch tokens"] | None = None,
     attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"] | None = None,
     kernel: str = "auto",
+    **images: Any,
 ) -> RaggedCache:
     """Read a cache that `RaggedCache.save` wrote, onto the model's device and in the model's dtype.
 
@@ -588,6 +665,8 @@ def load(
         The context, to check that the cache is of it. None: it is not checked.
     kernel
         What decodes: "auto", or a name that `headwise doctor` lists.
+    images
+        With `input_ids`: what the processor has made of the context's images, as `compress` was given it.
 
     Raises
     ------
@@ -597,7 +676,7 @@ def load(
         The file is missing or damaged.
     """
     model_view = view(model)
-    kept = Kept.load(path, model_view, input_ids=input_ids, attention_mask=attention_mask)
+    kept = Kept.load(path, model_view, input_ids=input_ids, attention_mask=attention_mask, **images)
     return RaggedCache.of(model_view, kept, kernel=kernel)
 
 

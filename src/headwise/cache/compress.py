@@ -1,6 +1,7 @@
 """The online flow: read a context once, keep what the method keeps, and hand back a cache to ask questions of."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -18,6 +19,7 @@ from headwise.methods.method import Method
 from headwise.methods.reading import EXACT, piece_size
 from headwise.methods.registry import AUTO
 from headwise.models.families import ModelView, view
+from headwise.models.images import images_in
 
 Progress = Callable[[int, int], None]
 
@@ -36,11 +38,17 @@ def compress(
     entries: str = NATIVE,
     progress: Progress | None = None,
     listeners: Sequence[Listener] = (),
+    **images: Any,
 ) -> RaggedCache:
     """Read a context and keep only what `method` keeps of it, before any question is seen (query-agnostic).
 
     >>> cache = headwise.compress(model, context_ids, "snapkv+adakv", keep=0.15)
     >>> model.generate(**cache.inputs(question_ids))
+
+    A model that sees takes what its processor has made, images and all:
+
+    >>> inputs = processor(text=text, images=images, return_tensors="pt")
+    >>> cache = headwise.compress(model, **inputs, method="snapkv+adakv", keep=0.15)
 
     Parameters
     ----------
@@ -70,6 +78,9 @@ def compress(
         Called with (tokens read, tokens in all).
     listeners
         They hear what passes through the layers, and go on listening.
+    images
+        What the model's processor has made of images: `pixel_values` and what comes with them, as tensors. See
+        docs/models.md for the types of models. Such a context is read in one piece.
 
     Returns
     -------
@@ -89,12 +100,14 @@ def compress(
     """
     model_view = view(model)
     mask = checked_mask(model_view, input_ids, attention_mask)
+    shown = images_in(model_view.model, input_ids, images)
     length = input_ids.shape[1]
-    size = piece_size(reading, prefill_chunk_size, length)
+    asked = length if shown and prefill_chunk_size is None else prefill_chunk_size
+    size = piece_size(reading, asked, length)
     options = {"kernel": kernel, "entries": entries, "reading": reading, "replays": True}
     cache = RaggedCache(model_view, method, keep=keep, prompt_length=length, **options)
     for listener in listeners:
         cache.listen(listener)
-    fill(cache, model_view, input_ids, mask, size, progress or (lambda done, total: None))
-    cache.tokens_fingerprint = tokens_fingerprint(input_ids, mask)
+    fill(cache, model_view, input_ids, mask, size, progress or (lambda done, total: None), shown)
+    cache.tokens_fingerprint = tokens_fingerprint(input_ids, mask, shown)
     return cache

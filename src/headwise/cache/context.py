@@ -1,5 +1,7 @@
 """A context: what it must be, and one pass of the model over a part of it."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,15 +12,22 @@ from transformers import PreTrainedModel
 from headwise.cache.cache import RaggedCache
 from headwise.errors import BadInput, ShapeMismatch, UnsupportedModel
 from headwise.models.families import ModelView, given
+from headwise.models.grids import holder_of
+
+NO_IMAGES: Mapping[str, Tensor] = MappingProxyType({})
 
 
-def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: RaggedCache) -> None:
-    """Let the model read the tokens `ids`, the last ones of those that `mask` covers, into `cache`."""
+def forward(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: RaggedCache, images: Mapping[str, Tensor] = NO_IMAGES
+) -> None:
+    """Let the model read the tokens `ids`, the last ones of those that `mask` covers, and `images`, into `cache`."""
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    on_grid = images and holder_of(model) is not None  # where the model works positions out itself
     model(
         input_ids=ids,
         attention_mask=mask,
-        position_ids=positions,
+        position_ids=None if on_grid else positions,
+        **images,
         **given(model, cache),
         use_cache=True,
         logits_to_keep=1,

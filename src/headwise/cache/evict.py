@@ -67,6 +67,17 @@ class BoundedPrefill(Prefill):
             "reading='exact' or 'offload'."
         )
 
+    def _note_seen(self, layer: FillingLayer, call: Call, valid: Bool[Tensor, "batch tokens"]) -> None:
+        """As ever, of the newest piece: that is what a mask covers."""
+        require_causal(call.mask, valid[:, -self._piece :])
+
+    def take_images(self, *, on_grid: bool) -> NoReturn:
+        """Refuse: a context with images is one piece."""
+        raise UnsupportedGeneration(
+            "reading='evict' reads a context in pieces, and one with images is read in one: use reading='exact' or "
+            "'offload'."
+        )
+
     @property
     def _last(self) -> bool:
         """Whether the newest piece is the last one."""
@@ -99,7 +110,6 @@ class BoundedPrefill(Prefill):
     def _tokens(self, layer: FillingLayer, call: Call) -> Bool[Tensor, "batch tokens"]:
         """Which of the tokens seen are no padding; a mask covers the newest piece only."""
         new = tokens_of(call.mask, call.query.shape[0], call.query.shape[2], call.query.device)
-        require_causal(call.mask, new)
         return new if layer.seen == new.shape[1] else torch.cat([self._valid, new], dim=-1)
 
     def _extend(self, layer: FillingLayer, call: Call) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from headwise.methods.keep import Keep
 from headwise.methods.method import Method
 from headwise.models.families import ModelView, view
 from headwise.models.fingerprint import model_fingerprint
+from headwise.models.images import images_in
 
 LARGEST_STATE = 1e9  # of a key or value: what attention makes of them is finite
 
@@ -116,6 +118,8 @@ class Kept:
     provenance: Mapping[str, Any]  # the method and the keep
     tokens_fingerprint: str | None  # of the context, if it was read by compress()
     peak_nbytes: int  # the most bytes of keys and values that were held meanwhile
+    # Of every context, for models that place images on a grid: how far positions of what follows are ahead of tokens.
+    ahead: tuple[int, ...] | None = None
 
     @property
     def segments(self) -> tuple[Segments, ...]:
@@ -144,6 +148,7 @@ class Kept:
             "seen": self.seen,
             "context_tokens": self.context_tokens,
             "peak_nbytes": self.peak_nbytes,
+            **({} if self.ahead is None else {"ahead": self.ahead}),
         }
         write_tensors(path, "cache", tensors, metadata)
 
@@ -155,20 +160,22 @@ class Kept:
         *,
         input_ids: Int[Tensor, "batch tokens"] | None = None,
         attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"] | None = None,
+        **images: Any,
     ) -> "Kept":
         """What `save` wrote, onto the model's device and in the model's dtype.
 
-        With `input_ids` (and `attention_mask`, if there was one) it is checked that it is of that context.
+        With `input_ids` (and `attention_mask` and `images`, if there were any) it is checked that it is of these.
         Raises ArtifactMismatch for one of another model or context, BadInput for a missing or damaged file.
         """
         model_view = view(model)
+        shown = images_in(model_view.model, input_ids, images)
         with opened(path, "cache") as file:
             _require_model(file.metadata, model_view, path)
             saved = read(file, _expected(model_view))
         metadata, ids = saved.metadata, saved.ids
         if input_ids is not None:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            _require_context(tokens_fingerprint(input_ids, mask), metadata["tokens_fingerprint"], path)
+            _require_context(tokens_fingerprint(input_ids, mask, shown), metadata["tokens_fingerprint"], path)
             if ids is None and input_ids.shape[1] == metadata["seen"]:  # of a file without ids, the context
                 ids = input_ids
         layers: list[KeptLayer | KeptWindow | KeptState] = []
@@ -186,12 +193,13 @@ class Kept:
             provenance={name: metadata[name] for name in ("method", "keep", "entries", "reading")},
             tokens_fingerprint=metadata["tokens_fingerprint"],
             peak_nbytes=metadata["peak_nbytes"],
+            ahead=saved.ahead,
         )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Kept):
             return NotImplemented
-        facts = ("seen", "context_tokens", "provenance", "tokens_fingerprint", "peak_nbytes")
+        facts = ("seen", "context_tokens", "provenance", "tokens_fingerprint", "peak_nbytes", "ahead")
         if any(getattr(self, name) != getattr(other, name) for name in facts) or len(self.layers) != len(other.layers):
             return False
         return all(_equal(*pair) for pair in zip(self._tensors(), other._tensors(), strict=True))
@@ -215,10 +223,15 @@ def provenance_of(method: Method, keep: Keep, entries: str, reading: str) -> dic
 
 
 def tokens_fingerprint(
-    input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"]
+    input_ids: Int[Tensor, "batch tokens"],
+    attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"],
+    images: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> str:
-    """Names a context, whatever integers its ids and its mask are made of."""
-    return fingerprint(input_ids.long(), attention_mask.long())
+    """Names a context, whatever integers its ids and its mask are made of, and the images that it has."""
+    parts: list[str | Tensor] = [input_ids.long(), attention_mask.long()]
+    for name, value in sorted(images.items()):
+        parts += [name, value.float() if value.is_floating_point() else value.long()]
+    return fingerprint(*parts)
 
 
 def _state(tensors: Mapping[str, Tensor]) -> KeptState:

@@ -1,8 +1,8 @@
 """What attention masks may say to a cache whose context is compressed: who is padding, and what the tail may see.
 
-While the context is read, a mask must be causal with padding on the left; anything else (packed documents, hidden
-passages, preferences) would be read as something it is not, and is refused. Later any mask over the tail is honoured,
-and all of the context must be visible.
+While the context is read, a mask must be causal with padding on the left, but for images whose tokens see one another
+(Gemma 3); anything else (packed documents, hidden passages, preferences) would be read as something it is not, and is
+refused. Later any mask over the tail is honoured, and all of the context must be visible.
 """
 
 import torch
@@ -23,22 +23,35 @@ def tokens_of(mask: Tensor | None, batch: int, length: int, device: torch.device
     return _visible(mask)[:, 0, -1, :length].expand(batch, -1).clone()
 
 
-def require_causal(mask: Tensor | None, valid: Bool[Tensor, "batch tokens"]) -> None:
-    """Raise BadInput unless the newest queries see every valid token up to themselves, and nothing else."""
+def require_causal(
+    mask: Tensor | None, valid: Bool[Tensor, "batch tokens"], *, images: bool = False
+) -> Int[Tensor, "batch queries"] | None:
+    """Raise BadInput unless the newest queries see every valid token up to themselves, and nothing else.
+
+    With `images` they may see further, as tokens of one image do. Returns the last token that each query sees; None
+    where that is always itself.
+    """
     if mask is None:
-        return
+        return None
     require_left_padding(valid)
     length, num_queries = valid.shape[1], mask.shape[-2]
     visible, number = _visible(mask)[..., :length], torch.arange(length, dtype=torch.int64, device=valid.device)
+    last: list[Tensor] = []
     for rows in number[length - num_queries :].split(BLOCK):
         part = visible[:, :, rows - (length - num_queries)]
-        wrong = (part != ((number <= rows[:, None]) & valid[:, None, None])).any(-1)
+        until = rows.expand(len(valid), -1)
+        if images:
+            until = until.maximum(torch.where(part & valid[:, rows, None][:, None], number, 0).amax((1, 3)))
+        last.append(until)
+        wrong = (part != ((number <= until[:, None, :, None]) & valid[:, None, None])).any(-1)
         mixed = part.any(-1) & ~part.all(-1)  # padding sees nothing, or all where a softmax over nothing would be NaN
         if bool(torch.where(valid[:, None, rows], wrong, mixed).any()):
             raise BadInput(
                 f"the attention mask hides tokens that are not padding, or shows later ones. {ONLY}: compress packed "
                 "documents one by one, and leave hidden passages out."
             )
+    seen = torch.cat(last, dim=-1)
+    return seen if images and bool((seen != number[length - num_queries :]).any()) else None
 
 
 def require_left_padding(valid: Bool[Tensor, "batch tokens"]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from headwise.cache.layer import FillingLayer, FrozenLayer, RaggedLayer
 from headwise.cache.listener import Listener
 from headwise.cache.masks import require_causal, require_left_padding, tokens_of
-from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch, UnsupportedGeneration
+from headwise.errors import BadInput, NonFiniteValues, ShapeMismatch, UnsupportedGeneration, UnsupportedModel
 from headwise.interfaces import AbstractScorer, Chunk, Demand, Observation, Replay, StaticAllocator, Statistics
 from headwise.kernels.quantised import AUTO, ENTRIES, NATIVE, SINK, Bits, parse_entries
 from headwise.methods.allocate.apportion import require_feasible
@@ -131,6 +131,8 @@ class Prefill:
         self.repeats: tuple[int, int] | None = None  # tokens of the context that a second reading is at
         self._traces: dict[int, list[_Trace]] = {}  # of each layer, by scorer
         self._piece = 0  # tokens of the latest piece of prefill
+        self.has_images = False  # whether the context has some
+        self._until: Tensor | None = None  # the last token that each one sees, where that is not always itself
         self._failure = ""
 
     @classmethod
@@ -172,6 +174,30 @@ class Prefill:
                     "one of them at a time."
                 )
         self.listeners.append(listener)
+
+    def take_images(self, *, on_grid: bool) -> None:
+        """The context has images. Raises UnsupportedGeneration for scorers that have the model repeat it.
+
+        Raises UnsupportedModel for methods that cannot be used where images are placed on a grid.
+        """
+        if on_grid:
+            self.refuse_turning()
+        for scorer in self.scorers:
+            if scorer.replay is not None:
+                raise UnsupportedGeneration(
+                    f"{type(scorer).__name__} has the model repeat the context, which has images here: these come with "
+                    "the context once. Choose a method that reads it once, such as snapkv or keydiff."
+                )
+        self.has_images = True
+
+    def refuse_turning(self) -> None:
+        """Tokens are on a grid. Raises UnsupportedModel for what turns keys or queries by one position a token."""
+        for part in (*self.scorers, self.method.allocator):
+            if part.needs & {"rotation", "queries"}:
+                raise UnsupportedModel(
+                    f"{type(part).__name__} cannot be used: tokens of images have three positions each in this model, "
+                    "and it turns keys by one. Choose a method that needs keys and values only, such as keydiff."
+                )
 
     def refuse_failed(self) -> NoReturn:
         """Raise UnsupportedGeneration: what was read is not whole, and cannot be read again."""
@@ -226,6 +252,7 @@ class Prefill:
         """Note which tokens are padding, and every token's position; refuse what cannot work, before any cut."""
         first, self._piece = not self._piece, call.query.shape[2]
         valid = self._tokens(layer, call)
+        self._note_seen(layer, call, valid)
         fresh = _positions(call.position_ids, valid, self._piece)
         self._valid = valid
         self._positions = fresh if first else torch.cat([self._positions, fresh], dim=-1)
@@ -238,10 +265,16 @@ class Prefill:
                 self._warn_of_short_context(self.plan)
 
     def _tokens(self, layer: FillingLayer, call: Call) -> Bool[Tensor, "batch tokens"]:
-        """Which of the tokens seen are no padding. Raises BadInput for a mask that is not causal."""
-        valid = tokens_of(call.mask, call.query.shape[0], layer.seen, call.query.device)
-        require_causal(call.mask, valid)
-        return valid
+        """Which of the tokens seen are no padding."""
+        return tokens_of(call.mask, call.query.shape[0], layer.seen, call.query.device)
+
+    def _note_seen(self, layer: FillingLayer, call: Call, valid: Bool[Tensor, "batch tokens"]) -> None:
+        """Note how far tokens see. Raises BadInput for a mask that is not causal, but for images."""
+        until, before = require_causal(call.mask, valid, images=self.has_images), layer.seen - call.query.shape[2]
+        if until is not None or self._until is not None:
+            number = torch.arange(layer.seen, dtype=torch.int64, device=valid.device).expand_as(valid)
+            past = number[:, :before] if self._until is None else self._until
+            self._until = torch.cat([past, number[:, before:] if until is None else until], dim=-1)
 
     def _planned(self, layer: FillingLayer, valid: Tensor, positions: Tensor) -> Plan:
         return make_plan(
@@ -281,6 +314,7 @@ class Prefill:
             softcap=call.softcap,
             sinks=call.sinks,
             repeats=self.repeats,
+            until=None if self._until is None else self._until[:, tokens - new :],
         )
 
     def _finish(self, layer: FillingLayer) -> None:
@@ -323,6 +357,7 @@ class Prefill:
             totals=self.plan.demand.totals,
             softcap=trace.softcap,
             sinks=trace.sinks,
+            until=None if self._until is None else self._until[:, keys.shape[2] - queries.shape[2] :],
         )
 
     def _cut(self, layers: Sequence[FillingLayer]) -> None:
@@ -340,6 +375,7 @@ class Prefill:
         if not self.filling:
             if filled is not None:
                 filled.context_tokens = self.plan.demand.tokens
+            self._until = None
             del self.plan, self._valid, self._positions
 
     def _require_finite(self, layer: FillingLayer, valid: Bool[Tensor, "batch tokens"]) -> None:

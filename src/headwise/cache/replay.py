@@ -1,6 +1,6 @@
 """Reading a context, and a second time where a scorer asks for it: the model repeats the context (KVzip)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from headwise.cache.cache import RaggedCache
-from headwise.cache.context import forward, require_filled
+from headwise.cache.context import NO_IMAGES, forward, require_filled
 from headwise.cache.prefill import Prefill
 from headwise.errors import BadInput
 from headwise.interfaces import Replay
@@ -22,14 +22,23 @@ def fill(
     mask: Int[Tensor, "batch tokens"],
     size: int,
     progress: Callable[[int, int], None],
+    images: Mapping[str, Tensor] = NO_IMAGES,
 ) -> None:
-    """Read the context in pieces of `size` tokens, then once more where a scorer asks for it."""
+    """Read the context in pieces of `size` tokens, then once more where a scorer asks for it.
+
+    Raises BadInput for pieces of a context with images.
+    """
     prefill, length = cache.prefill, input_ids.shape[1]
+    if images and size < length:
+        raise BadInput(
+            f"a context with images is read in one piece, and prefill_chunk_size={size} is less than its {length} "
+            "tokens: leave prefill_chunk_size out."
+        )
     assert prefill is not None
     replay = fitting(prefill.replay, model_view.max_positions, int(mask.sum(-1).max()))
     for start in range(0, length, size):
         stop = min(length, start + size)
-        forward(model_view.model, input_ids[:, start:stop], mask[:, :stop], cache)
+        forward(model_view.model, input_ids[:, start:stop], mask[:, :stop], cache, images)
         require_filled(cache, stop)
         progress(stop, length * (2 if replay else 1))
     if replay is not None:

@@ -4,7 +4,7 @@ kept.py writes and loads the files; a map of kept tokens reads one without the m
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ FIELDS: Mapping[str, strict_json.Check] = {
     "seen": strict_json.size,
     "context_tokens": strict_json.or_none(strict_json.list_of(strict_json.positive)),
     "peak_nbytes": strict_json.count,
+    "ahead": strict_json.or_none(strict_json.list_of(strict_json.whole)),
 }
 IDS = "ids"  # of all tokens seen, where they are known
 QUANTISED = ("keys", "key_scales", "values", "value_scales", "positions", "lengths")
@@ -64,11 +65,15 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Saved:
-    """What a file holds, on the CPU. `context_tokens` and `ids` are None where they were not known."""
+    """What a file holds, on the CPU. `context_tokens` and `ids` are None where they were not known.
+
+    `ahead` is of models that place images on a grid: by how much positions after a context are ahead of its tokens.
+    """
 
     layers: dict[int, dict[str, Tensor]]
     ids: Int[Tensor, "batch seen"] | None
     context_tokens: tuple[int, ...] | None
+    ahead: tuple[int, ...] | None
     metadata: dict[str, Any]
 
 
@@ -79,6 +84,7 @@ def read(file: Opened, expected: Expected | None = None) -> Saved:
     """
     earlier = {
         "context_tokens": None,
+        "ahead": None,
         "entries": NATIVE,
         "reading": "exact",
     }  # what files of earlier versions leave out
@@ -109,7 +115,8 @@ def read(file: Opened, expected: Expected | None = None) -> Saved:
     if counts is not None and (len(counts) != contexts or max(counts) > context):
         raise BadInput(f"{file.path} is damaged: {counts!r:.60} are no tokens of its {contexts} contexts. {COMPRESS}")
     known = None if counts is None else tuple(counts)
-    return Saved(layers=layers, ids=tensors.get(IDS), context_tokens=known, metadata=metadata)
+    ahead = _ahead(metadata["ahead"], known, limit, f"{file.path} is damaged")
+    return Saved(layers=layers, ids=tensors.get(IDS), context_tokens=known, ahead=ahead, metadata=metadata)
 
 
 def prefix_of(bits: Bits) -> str:
@@ -121,6 +128,18 @@ def bits_in(names: Iterable[str]) -> list[Bits]:
     """Of the quantised entries of a layer that has tensors of these names."""
     found = set(names)
     return [bits for bits in ENTRIES.values() if any(prefix_of(bits) + name in found for name in QUANTISED)]
+
+
+def _ahead(
+    written: Sequence[int] | None, counts: tuple[int, ...] | None, limit: int, place: str
+) -> tuple[int, ...] | None:
+    """How far positions after each context are ahead. Raises BadInput where no positions come of it."""
+    if written is None:
+        return None
+    ends = [count + ahead for count, ahead in zip(counts or (), written, strict=False)]
+    if counts is None or len(counts) != len(written) or not all(0 < end <= limit for end in ends):
+        raise BadInput(f"{place}: its contexts cannot be {written!r:.60} positions ahead of their tokens. {COMPRESS}")
+    return tuple(written)
 
 
 def _layers(file: Opened) -> set[int]:

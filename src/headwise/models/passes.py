@@ -2,7 +2,8 @@
 
 A cache is handed to the model as an argument; from inside its layers it sees neither ids nor whether a pass came to its
 end. So the model gets two hooks of PyTorch's, and `generate` shows a cache the whole prompt before it cuts off what the
-cache has seen. All three do nothing for any cache but ours.
+cache has seen. A model that places images on a grid is told where a cache stands before it works out positions, and a
+hook on its decoder shows what it has made of that. All of it does nothing for any cache but ours.
 """
 
 from abc import ABC, abstractmethod
@@ -17,14 +18,25 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from headwise.errors import BadInput, UnsupportedGeneration
+from headwise.models.given import decoder_of
+from headwise.models.grids import holder_of
+from headwise.models.images import brought
 
 
 class PassAware(ABC):
     """A cache that must know when a forward pass begins and ends."""
 
     @abstractmethod
-    def begin(self, ids: Tensor | None, mask: Tensor | None, num_tokens: int) -> None:
-        """A forward pass begins, with so many new tokens a row; `ids` and `mask` are what it was given."""
+    def begin(self, ids: Tensor | None, mask: Tensor | None, num_tokens: int, images: Mapping[str, Any]) -> None:
+        """A forward pass begins, with so many new tokens a row; `ids`, `mask` and `images` are what it was given."""
+
+    @abstractmethod
+    def place(self, position_ids: Tensor | None, mask: Tensor | None, shape: tuple[int, int]) -> None:
+        """The decoder of a model with grids is about to read new tokens [batch, tokens] at these positions."""
+
+    @abstractmethod
+    def tell_positions(self, rows: int) -> None:
+        """A model with grids is about to work out positions for so many rows: it shall know where this cache stands."""
 
     @abstractmethod
     def end(self) -> None:
@@ -41,8 +53,13 @@ def tell_caches(model: nn.Module) -> None:
     if _begin not in inner._forward_pre_hooks.values():
         inner.register_forward_pre_hook(_begin, with_kwargs=True)
         inner.register_forward_hook(_end, with_kwargs=True, always_call=True)
-    for kind in (_Shown, _Refused) if isinstance(inner, GenerationMixin) else ():
-        kind.put_on(inner)
+    on_grids = holder_of(inner) is not None
+    decoder: nn.Module = decoder_of(inner)
+    if on_grids and _place not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(_place, with_kwargs=True)
+    if isinstance(inner, GenerationMixin):
+        for kind in (_Shown, _Refused, _Placed) if on_grids else (_Shown, _Refused):
+            kind.put_on(inner)
 
 
 class _Instead:
@@ -118,6 +135,18 @@ class _Refused(_Instead):
         return self.original(*args, **kwargs)
 
 
+class _Placed(_Instead):
+    """Where generate() works out positions, which a model with grids does by what it knows of the cache."""
+
+    name = "_prepare_position_ids_for_generation"
+
+    def __call__(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
+        cache = _cache_in(model_kwargs)
+        if cache is not None:
+            cache.tell_positions(len(inputs_tensor))
+        return self.original(inputs_tensor, model_kwargs)
+
+
 def _begin(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     given = _arguments(module, args, kwargs)
     cache = _cache_in(given)
@@ -132,7 +161,19 @@ def _begin(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     new = ids if ids is not None else given.get("inputs_embeds")
     if new is not None:
-        cache.begin(ids, mask if isinstance(mask, Tensor) else None, new.shape[1])
+        cache.begin(ids, mask if isinstance(mask, Tensor) else None, new.shape[1], brought(module, given))
+
+
+def _place(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Show a cache the positions of the new tokens. From a mask the model makes those of all that it covers."""
+    given = _arguments(module, args, kwargs)
+    cache, ids, positions = _cache_in(given), given.get("input_ids"), given.get("position_ids")
+    if cache is None or torch.compiler.is_compiling():
+        return None
+    rows, tokens = (ids if ids is not None else given["inputs_embeds"]).shape[:2]
+    new = None if positions is None else positions[..., -tokens:]
+    cache.place(new, given.get("attention_mask"), (rows, tokens))
+    return (), {**given, "position_ids": new}
 
 
 def _end(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:

@@ -21,15 +21,19 @@ def token_ranks(valid: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch token
 
 
 def causal_mask(
-    valid: Bool[Tensor, "batch tokens"], *, offset: int, num_queries: int
+    valid: Bool[Tensor, "batch tokens"],
+    *,
+    offset: int,
+    num_queries: int,
+    until: Int[Tensor, "batch queries"] | None = None,
 ) -> Bool[Tensor, "batch queries tokens"]:
-    """Return what query token `offset + t` may see: itself and what came before, padding excluded.
+    """Return what query token `offset + t` may see: what comes before the end of `until`, padding excluded.
 
-    A padding query sees nothing.
+    That is itself if `until` is None. A padding query sees nothing.
     """
     tokens = torch.arange(valid.shape[1], device=valid.device, dtype=torch.int64)
     rows = tokens[offset : offset + num_queries]
-    causal = tokens <= rows.unsqueeze(-1)
+    causal = tokens <= (rows if until is None else until).unsqueeze(-1)
     return causal & valid.unsqueeze(1) & valid[:, rows].unsqueeze(-1)
 
 
@@ -68,5 +72,5 @@ def window_attention(observation: Observation) -> Float[Tensor, "batch kv_heads 
     """Return the weights of the last queries of the context, those in `observation.queries`."""
     num_queries = observation.queries.shape[2]
     offset = observation.keys.shape[2] - num_queries
-    visible = causal_mask(observation.valid, offset=offset, num_queries=num_queries)
+    visible = causal_mask(observation.valid, offset=offset, num_queries=num_queries, until=observation.until)
     return attention(observation.queries, observation.keys, visible, **weighting(observation))

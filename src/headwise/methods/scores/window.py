@@ -127,13 +127,15 @@ class H2O(AbstractScorer):
         for start in range(0, chunk.queries.shape[2], self.block_size):
             weights = _block_attention(chunk, start, self.block_size)
             received[..., : weights.shape[-1]] += weights.sum(3, dtype=torch.float64).mean(2)
-        return {**statistics, "received": received}
+        return {**statistics, "received": received, **_beyond(statistics, chunk)}
 
     def score(self, observation: Observation) -> Float[Tensor, "batch kv_heads tokens"]:
         """Score every token by the attention accumulated over the context."""
         received = observation.statistics["received"]
         if self.normalise:
             num_seeing = observation.valid.long().flip(-1).cumsum(-1).flip(-1).clamp(min=1)  # [B, N]
+            if "beyond" in observation.statistics:
+                num_seeing = num_seeing + observation.statistics["beyond"]
             received = received / num_seeing.unsqueeze(1)
         return received.float()
 
@@ -141,6 +143,20 @@ class H2O(AbstractScorer):
 def _block_attention(chunk: Chunk, start: int, size: int) -> Float[Tensor, "batch kv_heads group block tokens"]:
     queries = chunk.queries[:, :, start : start + size]
     offset = chunk.offset + start
-    end = offset + queries.shape[2]  # nothing later is visible
-    visible = causal_mask(chunk.valid[:, :end], offset=offset, num_queries=queries.shape[2])
+    until = None if chunk.until is None else chunk.until[:, start : start + size]
+    end = chunk.keys.shape[2] if until is not None else offset + queries.shape[2]  # nothing later is visible
+    visible = causal_mask(chunk.valid[:, :end], offset=offset, num_queries=queries.shape[2], until=until)
     return attention(queries, chunk.keys[:, :, :end], visible, **weighting(chunk))
+
+
+def _beyond(statistics: Statistics, chunk: Chunk) -> Statistics:
+    """How many queries see each token before it comes, where tokens of an image see one another."""
+    if chunk.until is None:
+        return {}
+    earlier, new = statistics.get("beyond"), chunk.queries.shape[2]
+    steps = torch.zeros(len(chunk.until), chunk.offset + new + 1, dtype=torch.int64, device=chunk.until.device)
+    after = torch.arange(chunk.offset + 1, chunk.offset + new + 1, dtype=torch.int64, device=steps.device)
+    steps[:, after] += 1
+    steps.scatter_add_(1, chunk.until + 1, -torch.ones_like(chunk.until))
+    beyond = steps.cumsum(-1)[:, :-1]
+    return {"beyond": beyond if earlier is None else beyond + functional.pad(earlier, (0, new))}
