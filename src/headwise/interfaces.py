@@ -52,9 +52,7 @@ class Chunk:
     sinks: Float[Tensor, " query_heads"] | None = None
     # Tokens start:stop that these queries repeat in a second reading (`replay`), whose keys then follow the context's.
     repeats: tuple[int, int] | None = None
-    # The last token that each query sees, in a context where tokens of an image see one another (Gemma 3) and they
-    # have come already. None: itself.
-    until: Int[Tensor, "batch queries"] | None = None
+    until: Int[Tensor, "batch queries"] | None = None  # last token that each sees (Gemma 3's images). None: itself
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

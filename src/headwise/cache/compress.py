@@ -45,11 +45,6 @@ def compress(
     >>> cache = headwise.compress(model, context_ids, "snapkv+adakv", keep=0.15)
     >>> model.generate(**cache.inputs(question_ids))
 
-    A model that sees takes what its processor has made, images and all:
-
-    >>> inputs = processor(text=text, images=images, return_tensors="pt")
-    >>> cache = headwise.compress(model, **inputs, method="snapkv+adakv", keep=0.15)
-
     Parameters
     ----------
     model
@@ -79,8 +74,7 @@ def compress(
     listeners
         They hear what passes through the layers, and go on listening.
     images
-        What the model's processor has made of images: `pixel_values` and what comes with them, as tensors. See
-        docs/models.md for the types of models. Such a context is read in one piece.
+        `compress(model, **processor(text=..., images=..., return_tensors="pt"), method=..., keep=...)`, in one piece.
 
     Returns
     -------
