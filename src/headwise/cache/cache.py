@@ -333,7 +333,7 @@ class RaggedCache(Cache, PassAware):
         looked_at = num_tokens > 1 or first.tail_length == 0 or mask.device.type == "cpu"
         if looked_at and isinstance(first, FrozenLayer) and self.context_tokens is not None:
             counts = torch.tensor(self.context_tokens, dtype=torch.int64, device=first.rows.device)
-            require_whole_context(mask[:, : seen - first.tail_length], counts[first.rows])
+            require_whole_context(mask[:, : seen - first.tail_length], counts[first.rows].to(mask.device))
 
     @property
     def is_dummy(self) -> list[bool]:
@@ -576,7 +576,7 @@ def load(
     attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"] | None = None,
     kernel: str = "auto",
 ) -> RaggedCache:
-    """Read a cache that `RaggedCache.save` wrote, onto the model's device and in the model's dtype.
+    """Read a cache that `RaggedCache.save` wrote, onto the devices of the model's layers and in the model's dtype.
 
     Parameters
     ----------

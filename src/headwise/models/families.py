@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -19,7 +20,8 @@ from headwise.errors import BadInput, UnsupportedModel
 from headwise.interfaces import Part as MethodPart
 from headwise.interfaces import Rotary
 from headwise.models import layout
-from headwise.models.anatomy import Anatomy, anatomy_of
+from headwise.models.anatomy import Anatomy, anatomy_of, forget_moved
+from headwise.models.devices import device_of
 from headwise.models.given import decoder_of, unchanged
 from headwise.models.given import given as given
 from headwise.models.layout import max_positions as max_positions
@@ -43,6 +45,16 @@ class ModelView:
     def max_positions(self) -> int:
         """Longest sequence the model may have been made for."""
         return max_positions(self.model.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the first device of a model that is spread over several."""
+        return device_of(self.model)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where each layer of the model computes, and what a cache holds of it is."""
+        return self.anatomy.devices
 
     @property
     def layers(self) -> tuple[layout.Layer, ...]:
@@ -107,6 +119,14 @@ class ModelView:
                 f"this model has soft-capped attention or attention sinks, which {what} cannot do yet."
             )
 
+    def require_one_device(self, what: str) -> None:
+        """Raise UnsupportedModel if the model is spread over several devices, which `what` does not know."""
+        devices = sorted({str(device) for device in self.devices})
+        if len(devices) > 1:
+            raise UnsupportedModel(
+                f"this model is spread over {', '.join(devices)}, which {what} cannot do: load it onto one device."
+            )
+
     def projection(self, layer: int) -> nn.Module:
         """The output projection of a layer. Raises UnsupportedModel where there is none that is known."""
         name = self.anatomy.parts[layer].projection
@@ -119,7 +139,7 @@ class ModelView:
 
         Where a layer gates what its heads write, by the hidden state, the gate is not part of it.
         """
-        return output_weight(self.projection(layer), self.shape)
+        return output_weight(self.projection(layer), self.shape, self.devices[self.shape.layers[layer]])
 
     def unchanged(self) -> AbstractContextManager[None]:
         """Whatever the model reads inside, its rotary embedding is afterwards what it was before."""
@@ -172,12 +192,7 @@ def view(model: Any) -> ModelView:
         return model
     model = _require_model(model)
     shape = shape_of(model.config)
-    devices = {weight.device for weight in model.parameters()}
-    if len(devices) > 1:
-        raise UnsupportedModel(
-            f"the model is spread over {', '.join(sorted(map(str, devices)))}; headwise needs all of it on one device: "
-            "load it without device_map, or with device_map={'': 0}."
-        )
+    forget_moved(model)
     return ModelView(model=model, shape=shape)
 
 

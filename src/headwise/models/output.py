@@ -18,15 +18,23 @@ TOLERANCE = 0.05  # by which what a layer makes of a random vector may differ fr
 
 
 @torch.no_grad()
-def output_weight(projection: nn.Module, shape: ModelShape) -> Float[Tensor, "query_heads head_dim hidden"]:
-    """W_O, one slice per query head: a view where the projection is a plain linear layer, else made anew.
+def output_weight(
+    projection: nn.Module, shape: ModelShape, device: torch.device
+) -> Float[Tensor, "query_heads head_dim hidden"]:
+    """W_O, one slice per query head: a view where the projection is a plain linear layer, else made anew on `device`.
 
-    Raises UnsupportedModel if the projection is not linear.
+    `device` is where the layer computes. Raises UnsupportedModel if the projection is not linear, or has no numbers.
     """
+    if any(weight.is_meta for weight in projection.parameters()) and "forward" not in vars(projection):
+        raise UnsupportedModel(  # with a hook of its own it has them whenever it is called
+            f"the output projection of an attention layer ({type(projection).__name__}) is on the device 'meta', without "
+            "numbers, so its W_O, which this method reads, is not known. Offload without preload_module_classes, or "
+            "choose a method without W_O, such as keydiff."
+        )
     if _is_plain(projection):
         weight = projection.weight  # [hidden, query_heads * D]
     else:
-        weight = _effective(projection, shape.query_heads * shape.head_dim).T
+        weight = _effective(projection, shape.query_heads * shape.head_dim, device).T
     return weight.view(-1, shape.query_heads, shape.head_dim).permute(1, 2, 0)
 
 
@@ -40,10 +48,9 @@ def _is_plain(projection: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-def _effective(projection: nn.Module, width: int) -> Float[Tensor, "width hidden"]:
+def _effective(projection: nn.Module, width: int, device: torch.device) -> Float[Tensor, "width hidden"]:
     """What is made of unit vectors, less what is made of nothing (a bias)."""
     like = next((t for t in [*projection.parameters(), *projection.buffers()] if t.is_floating_point()), None)
-    device = next((t.device for t in [*projection.parameters(), *projection.buffers()]), torch.device("cpu"))
     dtype = torch.float32 if like is None else like.dtype
     eye = torch.eye(width, device=device, dtype=dtype)
 

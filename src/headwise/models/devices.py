@@ -1,0 +1,47 @@
+"""Where the parts of a model are: on one device, spread over several, or out of the way until they are at work.
+
+Spreading and offloading is accelerate's work (`device_map`). Its hooks move what a layer is given to where the layer
+computes. Weights that wait on the CPU or on a disk are on PyTorch's device `meta` between passes, without numbers.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.errors import UnsupportedModel
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model takes its token ids. Raises UnsupportedModel if it has no weights yet."""
+    if model.device.type != "meta":
+        return model.device
+    for module in model.modules():
+        for hook in _hooks(module):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
+    raise UnsupportedModel("the weights of this model are on the device 'meta', without numbers: load them.")
+
+
+def placement_of(model: nn.Module) -> tuple[torch.device, ...]:
+    """Where each weight is; another one after the model, or a part of it, was moved."""
+    return tuple(weight.device for weight in model.parameters())
+
+
+def offloaded(within: nn.Module, name: str) -> Tensor:
+    """The numbers of a weight that waits out of the way. Raises UnsupportedModel where nobody has them."""
+    module, parts = within, name.split(".")
+    for at in range(len(parts)):
+        for hook in _hooks(module):
+            found = (getattr(hook, "weights_map", None) or {}).get(".".join(parts[at:]))
+            if found is not None:
+                return found
+        module = getattr(module, parts[at])
+    raise UnsupportedModel(f"the weight {name} of this model is on the device 'meta', without numbers: load it.")
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    """accelerate's, of one module."""
+    hook = vars(module).get("_hf_hook")
+    yield from getattr(hook, "hooks", (hook,))  # some are several in a row
