@@ -1,7 +1,7 @@
 """Two more devices on a machine that has a CPU only: tensors that say they are elsewhere, and compute on the CPU.
 
-Inside `more_devices()` a tensor can be moved to FIRST and SECOND. An operation on tensors of several devices fails, as on
-GPUs; the exceptions are PyTorch's own: copies, single numbers of the CPU, and indices of the CPU.
+Inside `more_devices()` tensors can be made on FIRST and SECOND, and moved there. An operation on tensors of several
+devices fails, as on GPUs. What is allowed is what PyTorch allows: copies, and single numbers and indices of the CPU.
 """
 
 from contextlib import contextmanager
@@ -15,27 +15,50 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyDeviceGuard
 
 FIRST, SECOND = torch.device("privateuseone", 0), torch.device("privateuseone", 1)
-CPU = torch.device("cpu")
+CPU, KIND = torch.device("cpu"), FIRST.type
 aten = torch.ops.aten
 COPIES = {aten.copy_.default, aten._to_copy.default}
-INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}  # by indices that may be on the CPU
+INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+
+
+@contextmanager
+def more_devices():
+    """Inside there are two more devices."""
+    if not hasattr(torch, KIND):
+        torch._register_device_module(KIND, _Module(KIND))
+        torch._C._acc.register_python_privateuseone_device_guard(_DummyDeviceGuard())
+    before = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # else torch.tensor() asks no mode where it puts its numbers
+    try:
+        with _Factories():
+            yield
+    finally:
+        torch._C._set_only_lift_cpu_tensors(before)
+
+
+def spread(model, devices=(FIRST, SECOND)):
+    """The model by accelerate's hooks: its layers on these devices in turn, everything else on the first."""
+    others = [f"model.{name}" for name, _ in model.model.named_children() if name != "layers"]
+    places = dict.fromkeys([*others, "lm_head"], str(devices[0]))
+    places |= {f"model.layers.{i}": str(devices[i % len(devices)]) for i in range(len(model.model.layers))}
+    return dispatch_model(model, places, main_device=str(devices[0]), skip_keys=model._skip_keys_device_placement)
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor of another device; `own` holds its numbers."""
+    """A tensor of another device; `own` has its numbers."""
 
     @staticmethod
-    def __new__(cls, own, device):
-        size, stride, start = own.size(), own.stride(), own.storage_offset()
-        return torch.Tensor._make_wrapper_subclass(
-            cls, size, strides=stride, storage_offset=start, dtype=own.dtype, device=device, requires_grad=False
-        )
+    def __new__(cls, own, device=None, requires_grad=False):
+        if device is None:  # accelerate makes a parameter anew by the class that it had
+            return torch.nn.Parameter(own, requires_grad)
+        layout = {"strides": own.stride(), "storage_offset": own.storage_offset(), "dtype": own.dtype}
+        return torch.Tensor._make_wrapper_subclass(cls, own.size(), **layout, device=device)
 
-    def __init__(self, own, device):
-        self.own = own
+    def __init__(self, own, device=None, requires_grad=False):
+        self.own = own.own if isinstance(own, Elsewhere) else own
 
     def untyped_storage(self):
-        """What is measured: views share it, as those of any tensor do."""
+        """What is measured. Views share it, as those of any tensor do."""
         return self.own.untyped_storage()
 
     def tolist(self):
@@ -47,7 +70,7 @@ class Elsewhere(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is functional.scaled_dot_product_attention:  # which PyTorch would take apart, and only here
+        if func is functional.scaled_dot_product_attention:  # a device has its own; PyTorch would take it apart here
             return _computed(func, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -58,14 +81,14 @@ class Elsewhere(torch.Tensor):
 
 
 class _Factories(TorchDispatchMode):
-    """Sends here what is made on one of these devices, or copied to it, of no tensor or of one on the CPU."""
+    """Sees operations on no tensors or on those of the CPU, too: their results may be on another device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _computed(func, args, kwargs or {})
 
 
 class _Module(ModuleType):
-    """What PyTorch asks of a kind of devices; no accelerator, so that nobody takes it for the default."""
+    """What PyTorch asks of a kind of device. It is no accelerator, so nobody takes it for the default."""
 
     def __getattr__(self, name):
         answers = {"is_available": False, "_is_in_bad_fork": False, "get_amp_supported_dtype": [torch.bfloat16]}
@@ -74,52 +97,29 @@ class _Module(ModuleType):
         return lambda *given: answers.get(name)
 
 
-def spread(model, first=FIRST, then=SECOND):
-    """The model by accelerate's hooks: embedding, first layer and logits on one device, the other layers on another."""
-    names = [name for name, _ in model.model.named_children() if name != "layers"]
-    places = dict.fromkeys([f"model.{name}" for name in names] + ["lm_head", "model.layers.0"], str(first))
-    later = [f"model.layers.{i}" for i in range(1, len(model.model.layers))]
-    places |= dict.fromkeys(later, str(then))
-    return dispatch_model(model, places, main_device=str(first), skip_keys=model._skip_keys_device_placement)
-
-
-@contextmanager
-def more_devices():
-    """Inside there are two more devices."""
-    if not hasattr(torch, FIRST.type):
-        torch._register_device_module(FIRST.type, _Module(FIRST.type))
-        torch._C._acc.register_python_privateuseone_device_guard(_DummyDeviceGuard())
-    before = torch._C._only_lift_cpu_tensors()
-    torch._C._set_only_lift_cpu_tensors(True)  # else torch.tensor() asks no mode where it puts numbers
-    try:
-        with _Factories():
-            yield
-    finally:
-        torch._C._set_only_lift_cpu_tensors(before)
-
-
-def _device_of(func, tensors):
-    """Where an operation computes: None if it is given no tensors. Raises RuntimeError as PyTorch does."""
-    if func in INDEXED:
-        tensors = [t for t in tensors[:1]] + [t for t in tensors[1:] if t.device != CPU]
-    devices = {t.device for t in tensors if t.ndim or t.device != CPU} or {t.device for t in tensors}
-    if len(devices) > 1 and func not in COPIES:
-        raise RuntimeError(f"Expected all tensors to be on the same device: {func} was given {devices}")
-    return tensors[0].device if func in COPIES else next(iter(devices), None)
-
-
-def _own(value):
-    return tree_map_only(Elsewhere, lambda tensor: tensor.own, value)
-
-
 def _computed(func, args, kwargs):
+    """The operation, done on the CPU; its result is where it would be."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     device = _device_of(func, tensors)
     if kwargs.get("device") is not None:
         device = torch.device(kwargs["device"])
-        kwargs = {**kwargs, "device": CPU if device.type == FIRST.type else device}
-    out = func(*_own(args), **_own(kwargs))
-    if device is None or device.type != FIRST.type:
+        kwargs = {**kwargs, "device": CPU if device.type == KIND else device}
+    args, kwargs = tree_map_only(Elsewhere, lambda tensor: tensor.own, (args, kwargs))
+    out = func(*args, **kwargs)
+    if device is None or device.type != KIND:
         return out
-    changed = {id(tensor.own): tensor for tensor in tensors if isinstance(tensor, Elsewhere)}
-    return tree_map_only(torch.Tensor, lambda own: changed[id(own)] if id(own) in changed else Elsewhere(own, device), out)
+    given = {id(tensor.own): tensor for tensor in tensors if isinstance(tensor, Elsewhere)}  # what is changed in place
+    return tree_map_only(torch.Tensor, lambda own: given[id(own)] if id(own) in given else Elsewhere(own, device), out)
+
+
+def _device_of(func, tensors):
+    """Where an operation computes; None if it is given no tensors. Raises RuntimeError as PyTorch does."""
+    if func in COPIES:
+        return tensors[0].device
+    if func in INDEXED:
+        tensors = [tensor for at, tensor in enumerate(tensors) if at == 0 or tensor.device != CPU]
+    several = [tensor for tensor in tensors if tensor.ndim or tensor.device != CPU] or tensors
+    devices = {tensor.device for tensor in several}
+    if len(devices) > 1:
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {func} was given {devices}")
+    return devices.pop() if devices else None

@@ -288,7 +288,7 @@ def test_a_compiled_model_is_the_model_that_was_compiled():
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (random_ids(1, 40).to("meta"), "input_ids are on meta, the model is on cpu"),
+        (random_ids(1, 40).to("meta"), "input_ids are on meta, the model takes them on cpu"),
         (random_ids(1, 40) + 97, "this model knows 0 to 96. Is the tokenizer that of the model"),
         (random_ids(1, 40) - 50, "input_ids go from -"),
     ],

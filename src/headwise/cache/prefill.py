@@ -347,7 +347,8 @@ class Prefill:
     def _require_finite(self, layer: FillingLayer, valid: Bool[Tensor, "batch tokens"]) -> None:
         """Padding may hold anything; a real token's key or value may not be NaN or infinite."""
         sums = torch.stack([states.sum(-1, dtype=torch.float32) for states in layer.states])
-        bad = ~torch.isfinite(sums) & valid[:, None].to(sums.device)  # float32: finite float16 numbers may add up to more
+        valid = valid.to(sums.device)
+        bad = ~torch.isfinite(sums) & valid[:, None]  # float32: finite float16 numbers may add up to more
         for name, count in zip(("keys", "values"), bad.flatten(1).sum(-1).tolist(), strict=True):  # one wait for a GPU
             if count:
                 raise NonFiniteValues(

@@ -29,8 +29,10 @@ def placement_of(model: nn.Module) -> tuple[torch.device, ...]:
     return tuple(weight.device for weight in model.parameters())
 
 
-def offloaded(within: nn.Module, name: str) -> Tensor:
-    """The numbers of a weight that waits out of the way. Raises UnsupportedModel where nobody has them."""
+def at_hand(within: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """A weight of this name, or its copy that waits out of the way. Raises UnsupportedModel where there is none."""
+    if not weight.is_meta:
+        return weight
     module, parts = within, name.split(".")
     for at in range(len(parts)):
         for hook in _hooks(module):

@@ -6,6 +6,7 @@ in one forward pass, and proven there (anatomy.py). Where something is not known
 """
 
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -120,12 +121,12 @@ class ModelView:
             )
 
     def require_one_device(self, what: str) -> None:
-        """Raise UnsupportedModel if the model is spread over several devices, which `what` does not know."""
-        devices = sorted({str(device) for device in self.devices})
-        if len(devices) > 1:
-            raise UnsupportedModel(
-                f"this model is spread over {', '.join(devices)}, which {what} cannot do: load it onto one device."
-            )
+        """Raise UnsupportedModel if layers compute on several devices, which `what` does not know."""
+        _require_one(self.devices, what)
+
+    def require_weights_together(self, what: str) -> None:
+        """Raise UnsupportedModel if weights are on several devices, or wait out of the way, which `what` cannot do."""
+        _require_one(self.anatomy.placement, what)
 
     def projection(self, layer: int) -> nn.Module:
         """The output projection of a layer. Raises UnsupportedModel where there is none that is known."""
@@ -194,6 +195,14 @@ def view(model: Any) -> ModelView:
     shape = shape_of(model.config)
     forget_moved(model)
     return ModelView(model=model, shape=shape)
+
+
+def _require_one(devices: Sequence[torch.device], what: str) -> None:
+    names = sorted({str(device) for device in devices})
+    if len(names) > 1 or "meta" in names:
+        raise UnsupportedModel(
+            f"this model is spread over {', '.join(names)}, which {what} cannot do: load all of it onto one device."
+        )
 
 
 def _stretches_linearly(config: PretrainedConfig) -> bool:

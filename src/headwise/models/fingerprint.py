@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from headwise.artifacts.tensors import fingerprint
-from headwise.models.devices import offloaded
+from headwise.models.devices import at_hand
 from headwise.models.families import ModelView, view
 
 _SAMPLE = 64  # values looked at in each weight
@@ -62,7 +62,7 @@ def _weights_at_work(model_view: ModelView) -> Iterator[tuple[str, Tensor]]:
             yield name, weight
         # What waits out of the way was there for the pass only, as another tensor.
         elif weight.is_meta and decoder.get_submodule(name.rpartition(".")[0]) in called:
-            yield name, offloaded(decoder, name)
+            yield name, at_hand(decoder, name, weight)
 
 
 class _Touched(TorchDispatchMode):

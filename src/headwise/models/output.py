@@ -27,9 +27,9 @@ def output_weight(
     """
     if any(weight.is_meta for weight in projection.parameters()) and "forward" not in vars(projection):
         raise UnsupportedModel(  # with a hook of its own it has them whenever it is called
-            f"the output projection of an attention layer ({type(projection).__name__}) is on the device 'meta', without "
-            "numbers, so its W_O, which this method reads, is not known. Offload without preload_module_classes, or "
-            "choose a method without W_O, such as keydiff."
+            f"the output projection of an attention layer ({type(projection).__name__}) is on the device 'meta', "
+            "without numbers, so its W_O, which this method reads, is not known. Offload without "
+            "preload_module_classes, or choose a method without W_O, such as keydiff."
         )
     if _is_plain(projection):
         weight = projection.weight  # [hidden, query_heads * D]
