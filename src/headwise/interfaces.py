@@ -56,7 +56,10 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
-    """Everything a scorer may look at, for one layer, when the whole context has passed through it."""
+    """Everything a scorer may look at, for one layer, when the whole context has passed through it.
+
+    Tensors are where the layer is: a model may be spread over several devices.
+    """
 
     shape: ModelShape
     layer: int  # among the compressible layers

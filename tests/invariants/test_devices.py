@@ -1,14 +1,17 @@
 """A model that is spread over two devices does what it does on one; what is kept of a layer is where the layer is."""
 
+from copy import deepcopy
 from functools import lru_cache
 
+import families
 import pytest
 import torch
-from families import padded_ids, random_ids, tiny_model
+from families import WITH_EXPERTS, padded_ids, random_ids, tiny_model
 from folders import word_tokenizer
 from mixed_budgets import mixed_budget
 from random_gates import method_for
 from second_device import CPU, FIRST, SECOND, more_devices, spread
+from torch.distributed.tensor import distribute_tensor
 
 import headwise
 from headwise.cache.reading import read
@@ -48,12 +51,15 @@ def _more_devices():
 
 @lru_cache
 def on_one(family, **changes):
-    return tiny_model(family, **changes)
+    model = tiny_model(family, **changes)
+    if family in WITH_EXPERTS:
+        model.set_experts_implementation("eager")  # the other asks which kind of device it is on
+    return model
 
 
 @lru_cache
 def on_two(family, **changes):
-    return spread(tiny_model(family, **changes))
+    return spread(deepcopy(on_one(family, **changes)))
 
 
 def method(name, model):
@@ -172,7 +178,7 @@ def test_forks_rows_and_joins(family):
     require_in_place(joined)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_files_are_for_the_model_wherever_it_is(family, tmp_path):
     one, two = both(family)
     for cache, path in ((one, tmp_path / "one"), (two, tmp_path / "two")):
@@ -235,6 +241,20 @@ def test_a_model_that_was_moved_is_looked_at_again():
     assert set(view(model).devices) == {CPU}
     spread(model)
     assert set(view(model).devices) == {FIRST, SECOND}
+
+
+def test_a_model_that_is_shared_out_is_not():
+    """Processes that hold shares of its weights must pass through it at the same time."""
+    model = tiny_model()
+    known = view(model).anatomy
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.data, mesh))
+        model.model.norm.to(FIRST)
+        assert view(model).anatomy is known
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_what_needs_one_device_says_so(tmp_path):

@@ -5,7 +5,9 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from families import random_ids, tiny_model
 from folders import word_tokenizer
+from random_gates import method_for
 from second_device import CPU, FIRST, more_devices
+from torch import nn
 
 import headwise
 from headwise.errors import BadInput, UnsupportedModel
@@ -92,10 +94,42 @@ def test_w_o_is_read_through_the_hook(offload, tmp_path):
         assert torch.allclose(weight.cpu(), whole.output_weight(layer), atol=1e-6)
 
 
+class Adapted(nn.Module):
+    """As adapters are: its weights are those of its parts, and these have the hooks."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.twice = base_layer, nn.Linear(64, 64, bias=False)
+
+    def forward(self, states):
+        return self.base_layer(states) + self.twice(states)
+
+
+@pytest.mark.parametrize("together", [[], ["Adapted"]])
+def test_w_o_with_an_adapter(together):
+    whole, offloaded = tiny_model(), tiny_model()
+    for model in (whole, offloaded):
+        torch.manual_seed(0)
+        model.model.layers[1].self_attn.o_proj = Adapted(model.model.layers[1].self_attn.o_proj)
+    cpu_offload(offloaded, CPU, preload_module_classes=together)
+    assert torch.allclose(view(offloaded).output_weight(1), view(whole).output_weight(1), atol=1e-6)
+    assert not torch.allclose(view(offloaded).output_weight(1), view(tiny_model()).output_weight(1), atol=1e-2)
+    assert model_fingerprint(offloaded) == model_fingerprint(whole) != model_fingerprint(tiny_model())
+
+
 def test_w_o_without_numbers_is_refused():
     """Between passes nobody fetches one projection alone, where whole layers come and go."""
     with pytest.raises(UnsupportedModel, match="'meta', without numbers, so its W_O"):
         view(in_blocks(tiny_model(), None)).output_weight(0)
+
+
+def test_frequencies_that_wait_are_not_known():
+    model = tiny_model()
+    model.model.rotary_emb.register_buffer("inv_freq", model.model.rotary_emb.inv_freq, persistent=True)
+    cpu_offload(model, CPU, offload_buffers=True)
+    with pytest.raises(UnsupportedModel, match="LKVT cannot be used: how the layers of this model rotate their keys"):
+        headwise.compress(model, random_ids(1, 40), method_for("lkv-t", tiny_model()), keep=0.5)
+    assert headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5).compressed
 
 
 def test_a_model_without_numbers_is_refused():

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
@@ -72,9 +73,14 @@ def anatomy_of(model: Any, shape: ModelShape) -> Anatomy:
 
 
 def forget_moved(model: Any) -> None:
-    """Look again at a model of which a part was moved to another device: what is known says where its layers are."""
+    """Look again at a model of which a part was moved to another device: what is known says where its layers are.
+
+    Not at one whose weights were shared out among processes meanwhile: they would have to look at the same time.
+    """
     known = _known.get(model)
-    if known is not None and known.placement != placement_of(model):
+    if known is None or known.placement == placement_of(model):
+        return
+    if not any(isinstance(weight, DTensor) for weight in model.parameters()):
         del _known[model]
 
 

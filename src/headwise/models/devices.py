@@ -43,6 +43,15 @@ def at_hand(within: nn.Module, name: str, weight: Tensor) -> Tensor:
     raise UnsupportedModel(f"the weight {name} of this model is on the device 'meta', without numbers: load it.")
 
 
+def has_numbers(module: nn.Module) -> bool:
+    """Whether a module finds its weights when it is called: they are there, or are fetched for it or for its parts."""
+    fetching = [hook for hook in _hooks(module) if getattr(hook, "weights_map", None) is not None]
+    if any(hook.place_submodules for hook in fetching):
+        return True
+    own = bool(fetching) or not any(weight.is_meta for weight in module.parameters(recurse=False))
+    return own and all(map(has_numbers, module.children()))
+
+
 def _hooks(module: nn.Module) -> Iterator[Any]:
     """accelerate's, of one module."""
     hook = vars(module).get("_hf_hook")

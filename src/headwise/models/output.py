@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from headwise.errors import UnsupportedModel
+from headwise.models.devices import has_numbers
 from headwise.shapes import ModelShape
 
 BLOCK = 512  # unit vectors projected at once
@@ -21,12 +22,13 @@ TOLERANCE = 0.05  # by which what a layer makes of a random vector may differ fr
 def output_weight(
     projection: nn.Module, shape: ModelShape, device: torch.device
 ) -> Float[Tensor, "query_heads head_dim hidden"]:
-    """W_O, one slice per query head: a view where the projection is a plain linear layer, else made anew on `device`.
+    """W_O, one slice per query head: a view where the projection is a plain linear layer, else made anew.
 
-    `device` is where the layer computes. Raises UnsupportedModel if the projection is not linear, or has no numbers.
+    `device` is where it computes if its own weights do not say it. Raises UnsupportedModel if the projection is not
+    linear, or if its weights wait elsewhere and are not fetched for it alone.
     """
-    if any(weight.is_meta for weight in projection.parameters()) and "forward" not in vars(projection):
-        raise UnsupportedModel(  # with a hook of its own it has them whenever it is called
+    if not has_numbers(projection):
+        raise UnsupportedModel(
             f"the output projection of an attention layer ({type(projection).__name__}) is on the device 'meta', "
             "without numbers, so its W_O, which this method reads, is not known. Offload without "
             "preload_module_classes, or choose a method without W_O, such as keydiff."
@@ -51,6 +53,7 @@ def _is_plain(projection: nn.Module) -> TypeGuard[nn.Linear]:
 def _effective(projection: nn.Module, width: int, device: torch.device) -> Float[Tensor, "width hidden"]:
     """What is made of unit vectors, less what is made of nothing (a bias)."""
     like = next((t for t in [*projection.parameters(), *projection.buffers()] if t.is_floating_point()), None)
+    device = next((t.device for t in [*projection.parameters(), *projection.buffers()] if not t.is_meta), device)
     dtype = torch.float32 if like is None else like.dtype
     eye = torch.eye(width, device=device, dtype=dtype)
 
