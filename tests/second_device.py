@@ -36,12 +36,17 @@ def more_devices():
         torch._C._set_only_lift_cpu_tensors(before)
 
 
-def spread(model, devices=(FIRST, SECOND)):
-    """The model by accelerate's hooks: its layers on these devices in turn, everything else on the first."""
+def spread(model, devices=(FIRST, SECOND), main=None):
+    """The model by accelerate's hooks: its layers on these devices in turn, everything else on the first.
+
+    Layers on the "cpu" wait there, and compute on the device `main`, the first if it is not named.
+    """
     others = [f"model.{name}" for name, _ in model.model.named_children() if name != "layers"]
     places = dict.fromkeys([*others, "lm_head"], str(devices[0]))
     places |= {f"model.layers.{i}": str(devices[i % len(devices)]) for i in range(len(model.model.layers))}
-    return dispatch_model(model, places, main_device=str(devices[0]), skip_keys=model._skip_keys_device_placement)
+    return dispatch_model(
+        model, places, main_device=str(main or devices[0]), skip_keys=model._skip_keys_device_placement
+    )
 
 
 class Elsewhere(torch.Tensor):

@@ -6,12 +6,13 @@ from functools import lru_cache
 import families
 import pytest
 import torch
-from families import WITH_EXPERTS, padded_ids, random_ids, tiny_model
+from families import COMMON, KINDS, WITH_EXPERTS, padded_ids, random_ids, tiny_model
 from folders import word_tokenizer
 from mixed_budgets import mixed_budget
 from random_gates import method_for
 from second_device import CPU, FIRST, SECOND, more_devices, spread
 from torch.distributed.tensor import distribute_tensor
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 import headwise
 from headwise.cache.reading import read
@@ -255,6 +256,21 @@ def test_a_model_that_is_shared_out_is_not():
         assert view(model).anatomy is known
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_keys_that_layers_share_must_stay_on_their_device():
+    """The model moves them itself, and attention could not tell any more whose they are."""
+    sizes = {"num_hidden_layers": 6, "layer_types": 3 * KINDS[:2], "num_kv_shared_layers": 2, "head_dim": 16}
+    own = {"activation_sparsity_pattern": [0.0] * 6, "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8}
+    config = Gemma3nTextConfig(**COMMON | sizes | own, laurel_rank=8, sliding_window=16)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert headwise.compress(deepcopy(model), random_ids(1, 40), "keydiff", keep=0.5).compressed
+    for last in (SECOND, "cpu"):  # only a layer that has no keys of its own is, or computes, elsewhere
+        apart = spread(deepcopy(model), [FIRST] * 5 + [last], main=SECOND)
+        with pytest.raises(UnsupportedModel, match="layers of this model read the keys of other layers"):
+            headwise.compress(apart, random_ids(1, 40).to(FIRST), "keydiff", keep=0.5)
+    together = spread(deepcopy(model), [FIRST] * 5 + ["cpu"])
+    assert headwise.compress(together, random_ids(1, 40).to(FIRST), "keydiff", keep=0.5).compressed
 
 
 def test_what_needs_one_device_says_so(tmp_path):

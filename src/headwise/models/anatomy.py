@@ -22,10 +22,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from headwise.errors import HeadwiseError, UnsupportedModel
-from headwise.models.devices import device_of, placement_of
+from headwise.models.devices import device_of, is_spread, placement_of
 from headwise.models.given import decoder_of, given, unchanged
 from headwise.models.interface import NAME, Call, register, tag
-from headwise.models.layout import text_config
+from headwise.models.layout import layers_of, text_config
 from headwise.models.rotation import Rotation, find
 from headwise.shapes import ModelShape
 
@@ -173,6 +173,11 @@ def _examine(model: Any, shape: ModelShape) -> Anatomy:
     if "position_ids" not in signature(type(decoder).forward).parameters:
         raise UnsupportedModel(
             f"{type(decoder).__name__} takes no position_ids, so it counts padding as tokens and cannot be served."
+        )
+    if any(layer.shared for layer in layers_of(config)) and is_spread(model):
+        raise UnsupportedModel(
+            "layers of this model read the keys of other layers, which it moves from device to device past the cache: "
+            "load all of it onto one device."
         )
     layers: list[Any] = DynamicCache(config=config).layers
     names = {module: name for name, module in decoder.named_modules()}

@@ -17,11 +17,15 @@ def device_of(model: Any) -> torch.device:
     """Where a model takes its token ids. Raises UnsupportedModel if it has no weights yet."""
     if model.device.type != "meta":
         return model.device
-    for module in model.modules():
-        for hook in _hooks(module):
-            if getattr(hook, "execution_device", None) is not None:
-                return torch.device(hook.execution_device)
-    raise UnsupportedModel("the weights of this model are on the device 'meta', without numbers: load them.")
+    device = next(_computing(model), None)
+    if device is None:
+        raise UnsupportedModel("the weights of this model are on the device 'meta', without numbers: load them.")
+    return device
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether parts of the model are, or compute, on several devices."""
+    return len({device for device in placement_of(model) if device.type != "meta"} | {*_computing(model)}) > 1
 
 
 def placement_of(model: nn.Module) -> tuple[torch.device, ...]:
@@ -50,6 +54,14 @@ def has_numbers(module: nn.Module) -> bool:
         return True
     own = bool(fetching) or not any(weight.is_meta for weight in module.parameters(recurse=False))
     return own and all(map(has_numbers, module.children()))
+
+
+def _computing(model: nn.Module) -> Iterator[torch.device]:
+    """Where hooks send what modules are given."""
+    for module in model.modules():
+        for hook in _hooks(module):
+            if getattr(hook, "execution_device", None) is not None:
+                yield torch.device(hook.execution_device)
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
