@@ -85,6 +85,12 @@ def test_the_fingerprint_is_that_of_the_numbers(offload, tmp_path):
     assert model_fingerprint(offload(changed, tmp_path / "changed")) not in (whole, other)
 
 
+def test_an_idle_weight_does_not_count():
+    model = tiny_model()
+    model.model.layers[0].idle = nn.Linear(4, 4)
+    assert model_fingerprint(on_cpu(model, None)) == model_fingerprint(tiny_model())
+
+
 @pytest.mark.parametrize("offload", [on_cpu, on_disk, in_part])
 def test_w_o_is_read_through_the_hook(offload, tmp_path):
     whole, offloaded = view(tiny_model()), view(offload(tiny_model(), tmp_path))
@@ -119,8 +125,12 @@ def test_w_o_with_an_adapter(together):
 
 def test_w_o_without_numbers_is_refused():
     """Between passes nobody fetches one projection alone, where whole layers come and go."""
-    with pytest.raises(UnsupportedModel, match="'meta', without numbers, so its W_O"):
-        view(in_blocks(tiny_model(), None)).output_weight(0)
+    model = tiny_model()
+    model.model.layers[1].self_attn.o_proj = Adapted(model.model.layers[1].self_attn.o_proj)
+    in_blocks(model, None)
+    for layer in (0, 1):
+        with pytest.raises(UnsupportedModel, match="'meta', without numbers, so its W_O"):
+            view(model).output_weight(layer)
 
 
 def test_frequencies_that_wait_are_not_known():

@@ -140,7 +140,7 @@ class ModelView:
 
         Where a layer gates what its heads write, by the hidden state, the gate is not part of it.
         """
-        return output_weight(self.projection(layer), self.shape, self.devices[self.shape.layers[layer]])
+        return output_weight(self.projection(layer), self.shape)
 
     def unchanged(self) -> AbstractContextManager[None]:
         """Whatever the model reads inside, its rotary embedding is afterwards what it was before."""

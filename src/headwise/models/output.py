@@ -19,13 +19,11 @@ TOLERANCE = 0.05  # by which what a layer makes of a random vector may differ fr
 
 
 @torch.no_grad()
-def output_weight(
-    projection: nn.Module, shape: ModelShape, device: torch.device
-) -> Float[Tensor, "query_heads head_dim hidden"]:
+def output_weight(projection: nn.Module, shape: ModelShape) -> Float[Tensor, "query_heads head_dim hidden"]:
     """W_O, one slice per query head: a view where the projection is a plain linear layer, else made anew.
 
-    `device` is where it computes if its own weights do not say it. Raises UnsupportedModel if the projection is not
-    linear, or if its weights wait elsewhere and are not fetched for it alone.
+    Raises UnsupportedModel if the projection is not linear, or if its weights wait elsewhere and are not fetched for it
+    alone.
     """
     if not has_numbers(projection):
         raise UnsupportedModel(
@@ -36,7 +34,7 @@ def output_weight(
     if _is_plain(projection):
         weight = projection.weight  # [hidden, query_heads * D]
     else:
-        weight = _effective(projection, shape.query_heads * shape.head_dim, device).T
+        weight = _effective(projection, shape.query_heads * shape.head_dim).T
     return weight.view(-1, shape.query_heads, shape.head_dim).permute(1, 2, 0)
 
 
@@ -50,10 +48,12 @@ def _is_plain(projection: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-def _effective(projection: nn.Module, width: int, device: torch.device) -> Float[Tensor, "width hidden"]:
+def _effective(projection: nn.Module, width: int) -> Float[Tensor, "width hidden"]:
     """What is made of unit vectors, less what is made of nothing (a bias)."""
-    like = next((t for t in [*projection.parameters(), *projection.buffers()] if t.is_floating_point()), None)
-    device = next((t.device for t in [*projection.parameters(), *projection.buffers()] if not t.is_meta), device)
+    tensors = [*projection.parameters(), *projection.buffers()]
+    like = next((t for t in tensors if t.is_floating_point()), None)
+    # What fetches weights that wait moves what a module is given to where it puts them.
+    device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
     dtype = torch.float32 if like is None else like.dtype
     eye = torch.eye(width, device=device, dtype=dtype)
 
