@@ -443,13 +443,6 @@ def test_the_hash_of_a_configuration_survives_saving_and_serving(family, tmp_pat
     assert hf.view(model).config_hash == hf.view(again).config_hash == before
 
 
-def test_a_model_on_several_devices_is_refused():
-    model = tiny_model()
-    model.get_decoder().layers[0].mlp.to("meta")
-    with pytest.raises(UnsupportedModel, match="cpu, meta"):
-        hf.view(model)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cache_is_given_by_the_name_that_this_transformers_wants(family):
     """Story: 5.24 renamed past_key_values to cache, and every forward pass of ours warned its users."""

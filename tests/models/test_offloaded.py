@@ -142,9 +142,10 @@ def test_frequencies_that_wait_are_not_known():
     assert headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5).compressed
 
 
-def test_a_model_without_numbers_is_refused():
-    with torch.device("meta"):
-        model = tiny_model()
+@pytest.mark.parametrize("part", ["", "model.embed_tokens", "model.layers.2.mlp"])
+def test_a_model_without_numbers_is_refused(part):
+    model = tiny_model()
+    model.get_submodule(part).to("meta")
     with pytest.raises(UnsupportedModel, match="'meta', without numbers: load them"):
         headwise.compress(model, random_ids(1, 40), "keydiff", keep=0.5)
 

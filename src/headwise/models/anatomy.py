@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from headwise.errors import HeadwiseError, UnsupportedModel
-from headwise.models.devices import device_of, is_spread, placement_of
+from headwise.models.devices import device_of, is_spread, placement_of, require_numbers
 from headwise.models.given import decoder_of, given, unchanged
 from headwise.models.interface import NAME, Call, register, tag
 from headwise.models.layout import layers_of, text_config
@@ -170,6 +170,7 @@ def _is_doubled(rows: Tensor) -> bool:
 def _examine(model: Any, shape: ModelShape) -> Anatomy:
     decoder: nn.Module = decoder_of(model)
     config = text_config(model.config)
+    require_numbers(decoder)
     if "position_ids" not in signature(type(decoder).forward).parameters:
         raise UnsupportedModel(
             f"{type(decoder).__name__} takes no position_ids, so it counts padding as tokens and cannot be served."

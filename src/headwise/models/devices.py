@@ -17,10 +17,8 @@ def device_of(model: Any) -> torch.device:
     """Where a model takes its token ids. Raises UnsupportedModel if it has no weights yet."""
     if model.device.type != "meta":
         return model.device
-    device = next(_computing(model), None)
-    if device is None:
-        raise UnsupportedModel("the weights of this model are on the device 'meta', without numbers: load them.")
-    return device
+    require_numbers(model)
+    return next(_computing(model))
 
 
 def is_spread(model: nn.Module) -> bool:
@@ -45,6 +43,12 @@ def at_hand(within: nn.Module, name: str, weight: Tensor) -> Tensor:
                 return found
         module = getattr(module, parts[at])
     raise UnsupportedModel(f"the weight {name} of this model is on the device 'meta', without numbers: load it.")
+
+
+def require_numbers(model: nn.Module) -> None:
+    """Raise UnsupportedModel if weights have no numbers, and nothing fetches them when they are needed."""
+    if not has_numbers(model):
+        raise UnsupportedModel("weights of this model are on the device 'meta', without numbers: load them.")
 
 
 def has_numbers(module: nn.Module) -> bool:
