@@ -32,6 +32,7 @@ SLOW = {
     "kernels/test_native.py",
     "models/test_families.py",
     "models/test_fingerprint.py",
+    "models/test_offloaded.py",
     "models/test_vision.py",
     "test_available.py",
     "test_calibration.py",

@@ -1,8 +1,10 @@
 """Tiny random models that differ in what matters: on every one of them all invariants run. The census has all types."""
 
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Cache,
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
@@ -98,6 +100,8 @@ WITHOUT_SDPA = ("gemma2", "gpt_oss")  # SDPA does neither soft caps nor sinks
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> PreTrainedModel:
     """A random model; weights large enough that its attention is not uniform."""
+    if family == "qwen3_next" and not hasattr(Cache, "has_previous_state"):
+        pytest.skip("this version of transformers keeps linear attention in a cache of another kind; it is refused")
     config = CONFIGS[family]()
     for name, value in changes.items():
         setattr(config, name, value)

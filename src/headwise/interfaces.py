@@ -57,7 +57,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
-    """Everything a scorer may look at, for one layer, when the whole context has passed through it."""
+    """All a scorer may look at, on the device of one layer, when the whole context has passed through the layer."""
 
     shape: ModelShape
     layer: int  # among the compressible layers

@@ -19,7 +19,7 @@ from headwise.models.interface import Call
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Held:
-    """What one head of one row holds, in the order of the tokens."""
+    """What one head of one row holds, in the order of the tokens. What is known of it is where the plan is."""
 
     keys: Float[Tensor, "held head_dim"]
     values: Float[Tensor, "held head_dim"]
@@ -93,7 +93,8 @@ class BoundedLayer(FillingLayer):
         """Keys, values [K, D] and places [K] of what head `at` holds and of the tokens `fresh` of the newest piece."""
         (keys, values), places = self.states, self.places(at, fresh)
         row, head = divmod(at, keys.shape[1])
-        keys, values = keys[row, head, fresh], values[row, head, fresh]
+        new = fresh.to(keys.device)
+        keys, values = keys[row, head, new], values[row, head, new]
         if not self.heads:
             return keys, values, places
         held = self.heads[at]
@@ -142,16 +143,17 @@ class BoundedLayer(FillingLayer):
         keys.clear()
         flat_values = self._flat(values, [flat_keys])
         values.clear()
+        places = torch.cat([positions[row, own] for row, own in zip(rows, tokens, strict=True)])
         segments = Segments(
             keys=flat_keys,
             values=flat_values,
-            positions=torch.cat([positions[row, own] for row, own in zip(rows, tokens, strict=True)]).to(torch.int32),
+            positions=places.to(flat_keys.device, torch.int32),
             lengths=tuple(map(len, tokens)),
             kv_heads=num_heads,
         )
         for bits, chosen in quantised:
             few = torch.cat([chosen[row, at % num_heads, tokens[at]] for at, row in enumerate(rows)])
-            native, segments = segments, quantise(segments, few, bits)
+            native, segments = segments, quantise(segments, few.to(flat_keys.device), bits)
             self.meter.report(self.model_index, native.nbytes + segments.nbytes)
         return self.frozen_as(segments)
 
@@ -174,7 +176,7 @@ def _chosen(
     new: Int[Tensor, " new"],
 ) -> Float[Tensor, "kept head_dim"]:
     """Some entries of the past and some of the piece, copied once."""
-    old_rows = old.nonzero()[:, 0]
+    old_rows, new = old.nonzero()[:, 0].to(past.device), new.to(past.device)
     chosen = past.new_empty(len(old_rows) + len(new), past.shape[1])
     torch.index_select(past, 0, old_rows, out=chosen[: len(old_rows)])
     torch.index_select(piece, 0, new, out=chosen[len(old_rows) :])

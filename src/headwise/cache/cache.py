@@ -159,7 +159,7 @@ class RaggedCache(Cache, PassAware):
                 raise BadInput(
                     "this cache does not say at which position its context ends: compress the context again."
                 )
-            self._ahead = torch.tensor(kept.ahead, dtype=torch.int64, device=model_view.model.device)
+            self._ahead = torch.tensor(kept.ahead, dtype=torch.int64, device=model_view.device)
 
     def _set_up(self, model_view: ModelView, layers: list[Any], meter: Meter, provenance: Mapping[str, Any]) -> None:
         self.view: ModelView = model_view
@@ -170,6 +170,8 @@ class RaggedCache(Cache, PassAware):
         self._pass: _Pass | None = None  # that has begun and not ended
         self._just_cut = False  # whether the context was cut here and nothing has come after it yet
         self._grids = grids.holder_of(model_view.model)  # where the model keeps how far positions are ahead, if it does
+        if self._grids is not None:
+            model_view.require_weights_together("a cache that places images on a grid")
         self._ahead: Tensor | None = None  # [contexts], as `Kept` has it
         self.meter = meter
         self.prefill: Prefill | None = None  # of a context that is, or was, read here
@@ -285,6 +287,7 @@ class RaggedCache(Cache, PassAware):
         if seen:
             require_no_images(self.view.model, ids, images, look=num_tokens > 1)  # one may be a model's own word
         elif images_are_read(self.view.model, ids, images) and self.prefill is not None:
+            self.view.require_weights_together("a context with images")
             self.prefill.take_images(on_grid=self._grids is not None)
         self.tell_positions(0)
         self._pass = _Pass(seen=seen, compressed=self.compressed, ids=ids, handled=sys.exception())
@@ -303,7 +306,7 @@ class RaggedCache(Cache, PassAware):
 
         Raises BadInput if they do not go on from the context, UnsupportedModel for methods that grids are nothing for.
         """
-        seen, device = self._stood_at(), self.view.model.device
+        seen, device = self._stood_at(), self.view.device
         if mask is not None and mask.ndim != 2:
             raise BadInput("a model that places images on a grid needs an attention_mask [batch, tokens], or none.")
         if not seen:
@@ -318,7 +321,7 @@ class RaggedCache(Cache, PassAware):
 
     def _expected_positions(self, mask: Tensor | None, shape: tuple[int, int]) -> Int[Tensor, "batch new"]:
         """Where the new tokens go on from what has been seen."""
-        new = torch.arange(shape[1], dtype=torch.int64, device=self.view.model.device)
+        new = torch.arange(shape[1], dtype=torch.int64, device=self.view.device)
         if mask is not None:
             counts = (mask.long().cumsum(-1) - 1)[:, -shape[1] :]
         elif self.context_tokens is not None and isinstance(self.ragged_layers[0], FrozenLayer):
@@ -401,7 +404,7 @@ class RaggedCache(Cache, PassAware):
         can_look = self._can_look(num_tokens, mask.device)
         if can_look and isinstance(first, FrozenLayer) and self.context_tokens is not None:
             counts = torch.tensor(self.context_tokens, dtype=torch.int64, device=first.rows.device)
-            require_whole_context(mask[:, : seen - first.tail_length], counts[first.rows])
+            require_whole_context(mask[:, : seen - first.tail_length], counts[first.rows].to(mask.device))
 
     @property
     def is_dummy(self) -> list[bool]:
@@ -653,7 +656,7 @@ def load(
     kernel: str = "auto",
     **images: Any,
 ) -> RaggedCache:
-    """Read a cache that `RaggedCache.save` wrote, onto the model's device and in the model's dtype.
+    """Read a cache that `RaggedCache.save` wrote, onto the devices of the model's layers and in the model's dtype.
 
     Parameters
     ----------

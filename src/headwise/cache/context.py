@@ -75,9 +75,10 @@ def _require_ids(model_view: ModelView, ids: Any) -> None:
         raise BadInput("the context is empty: input_ids has no tokens.")
     if ids.dtype not in (torch.int64, torch.int32):
         raise BadInput(f"input_ids are {ids.dtype}; token ids are int64 or int32.")
-    if ids.device != model_view.model.device:
+    if ids.device != model_view.device:
         raise BadInput(
-            f"input_ids are on {ids.device}, the model is on {model_view.model.device}: use input_ids.to(model.device)."
+            f"input_ids are on {ids.device}, the model takes them on {model_view.device}: use "
+            f"input_ids.to({str(model_view.device)!r})."
         )
     embedding: Any = model_view.model.get_input_embeddings()
     known = embedding.weight.shape[0]

@@ -183,22 +183,24 @@ class BoundedPrefill(Prefill):
     def _piece_scores(self, layer: BoundedLayer, row: int, scaling: float) -> list[Float[Tensor, " new"]]:
         """Scores of the newest piece alone, head by head."""
         fresh, piece = self._fresh[row], slice(-self._piece, None)
-        keys, values = (states[row : row + 1, :, fresh] for states in layer.states)
+        if not len(fresh):
+            return [*fresh.new_empty(self.view.shape.kv_heads, 0, dtype=torch.float32)]
+        keys, values = (states[row : row + 1, :, fresh.to(states.device)] for states in layer.states)
         positions, queries = self._positions[row : row + 1, piece][:, fresh], self._queries[layer.index][row : row + 1]
         observation = self._observed(layer, keys, values, positions, queries, scaling, row=row)
-        return list(_checked(self.method.scorer, observation)[0]) if len(fresh) else [*keys.new_empty(keys.shape[1], 0)]
+        return list(_checked(self.method.scorer, observation)[0].to(fresh.device))
 
     def _head_scores(self, layer: BoundedLayer, at: int, scaling: float) -> Float[Tensor, " candidates"]:
         """Scores of what one head holds and of the newest piece."""
         shape, (row, head) = self.view.shape, divmod(at, self.view.shape.kv_heads)
         keys, values, places = layer.candidates(at, self._fresh[row])
         if not len(places):
-            return keys.new_empty(0, dtype=torch.float32)
+            return places.new_empty(0, dtype=torch.float32)
         queries = self._queries[layer.index][row : row + 1, head * shape.group : (head + 1) * shape.group]
         queries = queries[:, :, max(0, queries.shape[2] - self._seen[row]) :]  # padding before the row has none
         positions = self._positions[row : row + 1, places]
         observation = self._observed(layer, keys[None, None], values[None, None], positions, queries, scaling, row=row)
-        return _checked(self.method.scorer.of_heads(slice(head, head + 1)), observation)[0, 0]
+        return _checked(self.method.scorer.of_heads(slice(head, head + 1)), observation)[0, 0].to(places.device)
 
     def _observed(
         self,
@@ -215,6 +217,7 @@ class BoundedPrefill(Prefill):
         """What a scorer or an allocator is given of some entries: of all rows, or of one and without its padding."""
         rows = slice(None) if row is None else slice(row, row + 1)
         whole, first = self.plan.positions[rows], self.plan.valid[rows].int().argmax(-1, keepdim=True)
+        positions = positions.to(keys.device)
         return Observation(
             shape=self.view.shape,
             layer=layer.index,
@@ -228,7 +231,7 @@ class BoundedPrefill(Prefill):
             rotary=self.view.rotary(layer.index),
             statistics={},
             totals=self.plan.demand.totals[rows],
-            ends=torch.cat([whole.gather(-1, first), whole[:, -1:]], dim=-1),
+            ends=torch.cat([whole.gather(-1, first), whole[:, -1:]], dim=-1).to(keys.device),
         )
 
     def _evict(self, layers: Sequence[BoundedLayer]) -> None:
@@ -240,7 +243,8 @@ class BoundedPrefill(Prefill):
         for layer, own, own_places, own_counts in zip(layers, scores, places, counts, strict=True):
             layer.evict(self._selected(own, own_places, own_counts, protected, order), own, self._fresh)
             if last:
-                self._put(layer.freeze(self.plan.positions, self.plan.quantised(layer.index)))
+                quantised = self.plan.quantised(layer.index, self.plan.valid.device)
+                self._put(layer.freeze(self.plan.positions, quantised))
 
     def _put(self, frozen: FrozenLayer) -> None:
         super()._put(frozen)

@@ -162,7 +162,7 @@ class Kept:
         attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"] | None = None,
         **images: Any,
     ) -> "Kept":
-        """What `save` wrote, onto the model's device and in the model's dtype.
+        """What `save` wrote, onto the devices of the model's layers and in the model's dtype.
 
         With `input_ids` (and `attention_mask` and `images`, if there were any) it is checked that it is of these.
         Raises ArtifactMismatch for one of another model or context, BadInput for a missing or damaged file.
@@ -179,16 +179,16 @@ class Kept:
             if ids is None and input_ids.shape[1] == metadata["seen"]:  # of a file without ids, the context
                 ids = input_ids
         layers: list[KeptLayer | KeptWindow | KeptState] = []
-        for i, kind in enumerate(model_view.layers):
+        for i, (kind, device) in enumerate(zip(model_view.layers, model_view.devices, strict=True)):
             states = saved.layers.get(i, {})
             own = {
-                name: _for_model(name, states.pop(name), model_view.model) for name in list(states)
+                name: _for_model(name, states.pop(name), device, model_view.model.dtype) for name in list(states)
             }  # one copy at a time
             layers.append(_OF_KIND.get(kind.kind, _state)(own))
         return cls(
             layers=tuple(layers),
             seen=metadata["seen"],
-            transcript=Transcript().followed_by(None if ids is None else ids.to(model_view.model.device)),
+            transcript=Transcript().followed_by(None if ids is None else ids.to(model_view.device)),
             context_tokens=saved.context_tokens,
             provenance={name: metadata[name] for name in ("method", "keep", "entries", "reading")},
             tokens_fingerprint=metadata["tokens_fingerprint"],
@@ -284,7 +284,7 @@ def _quantised(tensors: Mapping[str, Tensor], bits: Bits) -> Quantised:
     return Quantised(**own, lengths=tuple(lengths.flatten().tolist()), kv_heads=lengths.shape[1])
 
 
-def _for_model(name: str, tensor: Tensor, model: PreTrainedModel) -> Tensor:
+def _for_model(name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     # Scales, and states that are summed up in more bits than the model has, stay what they are.
     native = tensor.is_floating_point() and not name.endswith("_scales") and not name.startswith("recurrent_")
-    return tensor.to(model.device, model.dtype if native else tensor.dtype)
+    return tensor.to(device, dtype if native else tensor.dtype)

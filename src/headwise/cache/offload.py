@@ -31,6 +31,7 @@ class OffloadingPrefill(Prefill):
         """As ever. Raises BadInput where the length of the context is not known."""
         if self.prompt_length is None:
             raise BadInput("reading='offload' needs the length of the context, which room is made for: give it.")
+        self.view.require_one_device("reading='offload'")
         super().watch(filled)
         layers = [layer for layer in self.filling if isinstance(layer, OffloadedLayer)]
         for layer in layers:

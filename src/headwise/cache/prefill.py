@@ -35,7 +35,7 @@ NEAR = 1000  # where counts need all scores, a budget in bytes may stay below wh
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What is known about a context before any layer is scored."""
+    """What is known about a context before any layer is scored. Its tensors are where the first layer is."""
 
     valid: Bool[Tensor, "batch tokens"]
     positions: Int[Tensor, "batch tokens"]
@@ -65,9 +65,9 @@ class Plan:
             table = allocator.counts(demand)
         return replace(self, demand=demand, table=table, chosen=chosen)
 
-    def quantised(self, layer: int) -> list[tuple[Bits, Bool[Tensor, "batch kv_heads tokens"]]]:
-        """Every kind of bits in a layer, and the entries that are stored so where they are kept."""
-        tokens = (self.valid & ~protected_mask(self.valid, SINK, 0))[:, None]
+    def quantised(self, layer: int, device: torch.device) -> list[tuple[Bits, Bool[Tensor, "batch kv_heads tokens"]]]:
+        """Every kind of bits in a layer, and the entries that are stored so where they are kept; on its `device`."""
+        tokens = (self.valid & ~protected_mask(self.valid, SINK, 0))[:, None].to(device)
         found: list[tuple[Bits, Tensor]] = []
         for number, bits in enumerate(self.kinds):
             if bits is not None and self.chosen is None:
@@ -299,9 +299,10 @@ class Prefill:
 
     def _chunk(self, layer: FillingLayer, call: Call) -> Chunk:
         (batch, _, new, _), tokens = call.query.shape, call.key.shape[2]
-        valid, positions = self._valid, self._positions
+        device = call.query.device
+        valid, positions = self._valid.to(device), self._positions.to(device)
         if layer.replaying:
-            valid = tokens_of(call.mask, batch, tokens, call.query.device)
+            valid = tokens_of(call.mask, batch, tokens, device)
             positions = torch.cat([positions, _positions(call.position_ids, valid, new)], dim=-1)
         return Chunk(
             queries=call.query,
@@ -329,7 +330,7 @@ class Prefill:
             self._cut(self.filling)
 
     def _score(self, layer: FillingLayer) -> Float[Tensor, "batch kv_heads tokens"]:
-        """Scores of the method's scorer; listeners are given what every scorer is given."""
+        """Scores of the method's scorer, where the plan is; listeners are given what every scorer is given."""
         traces = self._traces.pop(layer.index)
         observations = [self._observation(layer, trace) for trace in traces]
         if layer.index == 0:
@@ -338,7 +339,7 @@ class Prefill:
             for listener in self.listeners:
                 if trace.scorer is traces[0].scorer or trace.scorer in listener.scorers:
                     listener.observed(trace.scorer, observation)
-        return self.method.scorer.score(observations[0])
+        return self.method.scorer.score(observations[0]).to(self.plan.valid.device)
 
     def _observation(self, layer: FillingLayer, trace: _Trace) -> Observation:
         (keys, values), (queries,) = layer.states, trace.queries
@@ -348,8 +349,8 @@ class Prefill:
             keys=keys,
             values=values,
             queries=queries,
-            valid=self.plan.valid,
-            positions=self.plan.positions,
+            valid=self.plan.valid.to(keys.device),
+            positions=self.plan.positions.to(keys.device),
             project=partial(self.view.output_weight, layer.index),
             scaling=trace.scaling,
             rotary=self.view.rotary(layer.index),
@@ -362,10 +363,11 @@ class Prefill:
 
     def _cut(self, layers: Sequence[FillingLayer]) -> None:
         """Allocate counts to these layers and freeze them."""
-        indices, positions = [layer.index for layer in layers], self.plan.positions
+        indices = [layer.index for layer in layers]
         kept = keep_entries(self.method, torch.stack([self.scores.pop(i) for i in indices]), indices, self.plan)
         for layer, layer_kept in zip(layers, kept, strict=True):
-            self._put(layer.cut(layer_kept, positions, self.plan.quantised(layer.index)))
+            quantised = self.plan.quantised(layer.index, layer.device)
+            self._put(layer.cut(layer_kept.to(layer.device), self.plan.positions.to(layer.device), quantised))
 
     def _put(self, frozen: FrozenLayer) -> None:
         """Give the cache a layer that was cut; after the last one nothing is left to be known of the context."""
@@ -381,6 +383,7 @@ class Prefill:
     def _require_finite(self, layer: FillingLayer, valid: Bool[Tensor, "batch tokens"]) -> None:
         """Padding may hold anything; a real token's key or value may not be NaN or infinite."""
         sums = torch.stack([states.sum(-1, dtype=torch.float32) for states in layer.states])
+        valid = valid.to(sums.device)
         bad = ~torch.isfinite(sums) & valid[:, None]  # float32: finite float16 numbers may add up to more
         for name, count in zip(("keys", "values"), bad.flatten(1).sum(-1).tolist(), strict=True):  # one wait for a GPU
             if count:

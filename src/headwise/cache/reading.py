@@ -91,7 +91,7 @@ class Reading:
         scores = self._scores(method.scorer, plan.demand.totals)
         kept = keep_entries(method, scores, range(len(layers)), plan)
         segments = [
-            _subset(layer.segments, layer_kept, self.first.valid, plan.quantised(layer.index))
+            _subset(layer.segments, layer_kept, self.first.valid, plan.quantised(layer.index, layer.device))
             for layer, layer_kept in zip(layers, kept, strict=True)
         ]
         provenance = provenance_of(method, keep, entries, EXACT)
@@ -103,7 +103,7 @@ class Reading:
     def _scores(self, scorer: AbstractScorer, totals: tuple[int, ...]) -> Float[Tensor, "layers batch kv_heads tokens"]:
         if scorer in self.scores:
             return self.scores[scorer]
-        return torch.stack([scorer.score(replace(layer, totals=totals)) for layer in self.observations[scorer]])
+        return _stacked([scorer.score(replace(layer, totals=totals)) for layer in self.observations[scorer]])
 
     def _as_if_compressed(self, cut: Sequence[Any], whole_first: bool) -> Meter:
         """What `compress` would have held: each layer whole, then with what is copied out of it, then that alone."""
@@ -163,7 +163,7 @@ def read(
         progress=progress,
         listeners=[watching],
     )
-    scores = {scorer: torch.stack(layers) for scorer, layers in watching.scores.items() if layers}
+    scores = {scorer: _stacked(layers) for scorer, layers in watching.scores.items() if layers}
     length = input_ids.shape[1]
     before = (length - 1) // (prefill_chunk_size or length) * (prefill_chunk_size or length)
     return Reading(
@@ -171,8 +171,14 @@ def read(
     )
 
 
+def _stacked(layers: Sequence[Float[Tensor, "batch kv_heads tokens"]]) -> Float[Tensor, "layers batch kv_heads tokens"]:
+    """Scores of all layers, where the first layer is."""
+    return torch.stack([scores.to(layers[0].device) for scores in layers])
+
+
 def _subset(whole: Segments, kept: Tensor, valid: Tensor, quantised: Sequence[tuple[Bits, Tensor]]) -> Segments:
     """The kept entries of segments that hold every valid token, some of them in fewer bits."""
+    kept, valid = kept.to(whole.keys.device), valid.to(whole.keys.device)
     rows = kept[valid[:, None].expand_as(kept)].nonzero()[:, 0]
     segments = Segments(
         keys=whole.keys[rows],

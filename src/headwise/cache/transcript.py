@@ -40,7 +40,8 @@ class Transcript:
         """With new tokens; without their ids nothing is known any more."""
         if ids is None or self.pieces is None:
             return Transcript(pieces=None)
-        pieces = (*self.pieces, ids.detach().to(torch.int64, copy=True))
+        device = self.pieces[0].device if self.pieces else ids.device  # a model on several takes ids from anywhere
+        pieces = (*self.pieces, ids.detach().to(device, torch.int64, copy=True))
         if len(pieces) >= PIECES:
             pieces = (torch.cat(pieces, dim=-1),)
         return Transcript(pieces=pieces, length=self.length + ids.shape[1])

@@ -286,5 +286,6 @@ def follow(context: Tensor, questions: Sequence[Tensor], pad: int) -> tuple[Tens
 
 
 def _synchronize(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    device = view(model).device  # where logits come out, which wait for all others
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -86,7 +86,7 @@ def squared_attention(
         positions = whole.get_seq_length() + torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)[None]
         cache.listen(paid)
         model(input_ids=ids, position_ids=positions, **given(model, cache), use_cache=True, logits_to_keep=1)
-    return torch.stack(paid.sums)
+    return torch.stack([received.to(paid.sums[0].device) for received in paid.sums])
 
 
 class _SquaredAttention(Listener):

@@ -34,6 +34,7 @@ from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
 from headwise.methods.reading import EXACT, piece_size
 from headwise.methods.registry import ORACLE
+from headwise.models.devices import at_hand
 from headwise.models.families import view
 from headwise.models.processes import Processes
 from headwise.tasks.document import Tokens
@@ -370,10 +371,11 @@ def manifest(model: PreTrainedModel, name: str, evaluation: Evaluation, length: 
     """Return what run.json says of an evaluation."""
     model_view = view(model)
     shape = model_view.shape
+    weights = (at_hand(model, name, weight) for name, weight in model.named_parameters())
     return {
         "model": name,
         "config_hash": model_view.config_hash,
-        "weights": fingerprint(*(weight.detach().reshape(-1)[:HASHED_NUMBERS].cpu() for weight in model.parameters())),
+        "weights": fingerprint(*(weight.detach().reshape(-1)[:HASHED_NUMBERS].cpu() for weight in weights)),
         "shape": {
             "num_layers": shape.num_layers,
             "layers": list(shape.layers),
@@ -395,9 +397,9 @@ def manifest(model: PreTrainedModel, name: str, evaluation: Evaluation, length: 
         "seed": evaluation.seed,
         "length": length,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "hardware": hardware(model.device),
-        "kernel": fastest(model.device),
+        "device": model_view.device.type,
+        "hardware": hardware(model_view.device),
+        "kernel": fastest(model_view.device),
         "versions": versions(),
         "command": command,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),

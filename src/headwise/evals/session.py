@@ -125,7 +125,7 @@ class Session:
             self.tokenizer,
             sample.context,
             [question.prompt for question in sample.questions],
-            device=self.model.device,
+            device=view(self.model).device,
             separator="" if sample.verbatim else "\n\n",
             prefixes=[question.answer_prefix for question in sample.questions],
             chat=sample.chat,
@@ -145,7 +145,8 @@ class Session:
                 "a text whose end is predicted has no question, so nothing can be query-aware. Measure perplexity with "
                 "the protocol query-agnostic."
             )
-        context, following = (torch.tensor(part, dtype=torch.long, device=self.model.device) for part in ids)
+        device = view(self.model).device
+        context, following = (torch.tensor(part, dtype=torch.long, device=device) for part in ids)
         tokens = Tokens(context=context[None], questions=(following,))
         room_for_answers(self.model, tokens)
         return tokens

@@ -15,14 +15,17 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from headwise.errors import HeadwiseError, UnsupportedModel
+from headwise.models.devices import device_of, is_spread, placement_of, require_numbers
 from headwise.models.given import decoder_of, given, unchanged
 from headwise.models.interface import NAME, Call, register, tag
-from headwise.models.layout import text_config
+from headwise.models.layout import layers_of, text_config
 from headwise.models.rotation import Rotation, find
 from headwise.shapes import ModelShape
 
@@ -49,6 +52,8 @@ class Anatomy:
     softcap: bool
     sinks: bool
     windows: Mapping[int, tuple[int, int]]  # KV heads and their size of layers with a sliding window
+    devices: tuple[torch.device, ...]  # where every layer of the model computes
+    placement: tuple[torch.device, ...]  # where its weights were
 
     @property
     def special(self) -> bool:
@@ -65,6 +70,18 @@ def anatomy_of(model: Any, shape: ModelShape) -> Anatomy:
     if known is None:
         known = _known[model] = _examine(model, shape)
     return known
+
+
+def forget_moved(model: Any) -> None:
+    """Look again at a model of which a part was moved to another device: what is known says where its layers are.
+
+    Not at one whose weights were shared out among processes meanwhile: they would have to look at the same time.
+    """
+    known = _known.get(model)
+    if known is None or known.placement == placement_of(model):
+        return
+    if not any(isinstance(weight, DTensor) for weight in model.parameters()):
+        del _known[model]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -153,13 +170,19 @@ def _is_doubled(rows: Tensor) -> bool:
 def _examine(model: Any, shape: ModelShape) -> Anatomy:
     decoder: nn.Module = decoder_of(model)
     config = text_config(model.config)
+    require_numbers(decoder)
     if "position_ids" not in signature(type(decoder).forward).parameters:
         raise UnsupportedModel(
             f"{type(decoder).__name__} takes no position_ids, so it counts padding as tokens and cannot be served."
         )
+    if any(layer.shared for layer in layers_of(config)) and is_spread(model):
+        raise UnsupportedModel(
+            "layers of this model read the keys of other layers, which it moves from device to device past the cache: "
+            "load all of it onto one device."
+        )
     layers: list[Any] = DynamicCache(config=config).layers
     names = {module: name for name, module in decoder.named_modules()}
-    watch = _Watch(names=names)
+    watch, placement = _Watch(names=names), placement_of(model)
     seen = {index: _Seen(index=index) for index in shape.layers}
     for index, noted in seen.items():
         layers[index] = _SeeingLayer(noted, watch)
@@ -172,7 +195,14 @@ def _examine(model: Any, shape: ModelShape) -> Anatomy:
         softcap=any(call.softcap is not None for call in calls),
         sinks=any(call.sinks is not None for call in calls),
         windows={i: layer.keys.shape[1::2] for i, layer in enumerate(layers) if _is_window(layer)},
+        devices=tuple(_device(layer, positions.device) for layer in layers),
+        placement=placement,
     )
+
+
+def _device(layer: Any, otherwise: torch.device) -> torch.device:
+    """Where a cache's layer has what it was given; one that holds nothing is anywhere."""
+    return next((held.device for held in tree_leaves(vars(layer)) if isinstance(held, Tensor)), otherwise)
 
 
 def _is_window(layer: Any) -> bool:
@@ -181,7 +211,7 @@ def _is_window(layer: Any) -> bool:
 
 def _run(model: Any, decoder: nn.Module, config: Any, layers: list[Any], watch: _Watch) -> Tensor:
     """The forward pass; returns the positions of its rows."""
-    device = next(decoder.parameters()).device
+    device = device_of(model)
     longest = (getattr(config, "max_position_embeddings", None) or 2**31) - 1
     positions = torch.tensor([[min(p, longest)] for p in _POSITIONS], dtype=torch.int64, device=device)
     ids = torch.full_like(positions, min(_TOKEN, config.vocab_size - 1))
@@ -254,7 +284,7 @@ def _part(
             f"its configuration says {shape.kv_heads} KV heads and {shape.query_heads} query heads of "
             f"{shape.head_dim}, for keys and values alike."
         )
-    keys, queries, at = keys[:-1], call.query[:-1], positions[:-1]
+    keys, queries, at = keys[:-1], call.query[:-1], positions[:-1].to(keys.device)
     rotation = find(decoder, keys, at)
     turned = rotation is not None and find(decoder, queries, at) == rotation
     return Part(

@@ -6,10 +6,12 @@ in one forward pass, and proven there (anatomy.py). Where something is not known
 """
 
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -19,7 +21,8 @@ from headwise.errors import BadInput, UnsupportedModel
 from headwise.interfaces import Part as MethodPart
 from headwise.interfaces import Rotary
 from headwise.models import layout
-from headwise.models.anatomy import Anatomy, anatomy_of
+from headwise.models.anatomy import Anatomy, anatomy_of, forget_moved
+from headwise.models.devices import device_of
 from headwise.models.given import decoder_of, unchanged
 from headwise.models.given import given as given
 from headwise.models.layout import max_positions as max_positions
@@ -43,6 +46,16 @@ class ModelView:
     def max_positions(self) -> int:
         """Longest sequence the model may have been made for."""
         return max_positions(self.model.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the first device of a model that is spread over several."""
+        return device_of(self.model)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where each layer of the model computes, and what a cache holds of it is."""
+        return self.anatomy.devices
 
     @property
     def layers(self) -> tuple[layout.Layer, ...]:
@@ -106,6 +119,14 @@ class ModelView:
             raise UnsupportedModel(
                 f"this model has soft-capped attention or attention sinks, which {what} cannot do yet."
             )
+
+    def require_one_device(self, what: str) -> None:
+        """Raise UnsupportedModel if layers compute on several devices, which `what` does not know."""
+        _require_one(self.devices, what)
+
+    def require_weights_together(self, what: str) -> None:
+        """Raise UnsupportedModel if weights are on several devices, or wait out of the way, which `what` cannot do."""
+        _require_one(self.anatomy.placement, what)
 
     def projection(self, layer: int) -> nn.Module:
         """The output projection of a layer. Raises UnsupportedModel where there is none that is known."""
@@ -172,13 +193,16 @@ def view(model: Any) -> ModelView:
         return model
     model = _require_model(model)
     shape = shape_of(model.config)
-    devices = {weight.device for weight in model.parameters()}
-    if len(devices) > 1:
-        raise UnsupportedModel(
-            f"the model is spread over {', '.join(sorted(map(str, devices)))}; headwise needs all of it on one device: "
-            "load it without device_map, or with device_map={'': 0}."
-        )
+    forget_moved(model)
     return ModelView(model=model, shape=shape)
+
+
+def _require_one(devices: Sequence[torch.device], what: str) -> None:
+    names = sorted({str(device) for device in devices})
+    if len(names) > 1 or "meta" in names:
+        raise UnsupportedModel(
+            f"this model is spread over {', '.join(names)}, and {what} needs all of it on one device: load it there."
+        )
 
 
 def _stretches_linearly(config: PretrainedConfig) -> bool:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from headwise.artifacts.tensors import fingerprint
+from headwise.models.devices import at_hand
 from headwise.models.families import ModelView, view
 
 _SAMPLE = 64  # values looked at in each weight
@@ -45,13 +47,22 @@ def _weights_at_work(model_view: ModelView) -> Iterator[tuple[str, Tensor]]:
         yield from weights.items()
         return
     watch = _Touched()
-    ids = torch.arange(_PROBE, dtype=torch.int64, device=model_view.model.device)[None]
+    ids = torch.arange(_PROBE, dtype=torch.int64, device=model_view.device)[None]
     # Autocast would give operations copies of the weights, which it made earlier.
-    plain = torch.autocast(model_view.model.device.type, enabled=False)
-    with torch.no_grad(), plain, model_view.unchanged(), watch:
-        decoder(input_ids=ids, use_cache=False)
-    # What is packed away in an object (torch's dynamic quantisation) is no argument of any operation.
-    yield from ((n, w) for n, w in weights.items() if id(w) in watch.tensors or w is not state[n])
+    plain, called = torch.autocast(model_view.device.type, enabled=False), set[nn.Module]()
+    handle = register_module_forward_pre_hook(lambda module, given: called.add(module))
+    try:
+        with torch.no_grad(), plain, model_view.unchanged(), watch:
+            decoder(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+    for name, weight in weights.items():
+        # What is packed away in an object (torch's dynamic quantisation) is no argument of any operation.
+        if id(weight) in watch.tensors or weight is not state[name]:
+            yield name, weight
+        # What waits out of the way was there for the pass only, as another tensor.
+        elif weight.is_meta and decoder.get_submodule(name.rpartition(".")[0]) in called:
+            yield name, at_hand(decoder, name, weight)
 
 
 class _Touched(TorchDispatchMode):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headwise.errors import BadInput, ShapeMismatch, UnsupportedModel
+from headwise.models.devices import device_of
 
 PIXELS = "pixel_values"
 ENCODED = "mm_encoder_outputs"  # what generate() makes of pixel values before it reads the prompt
@@ -128,8 +129,8 @@ def _require_known(inner: Any, name: str, value: Any) -> None:
         raise BadInput(f"headwise does not know what the argument {name!r} does to a context: leave it out.")
     if not isinstance(value, Tensor):
         raise BadInput(f"{name} is a {type(value).__name__}; expected a tensor: use return_tensors='pt'.")
-    if value.device != inner.device:
-        raise BadInput(f"{name} is on {value.device}, the model on {inner.device}: use inputs.to(model.device).")
+    if value.device != device_of(inner):
+        raise BadInput(f"{name} is on {value.device}, the model on {device_of(inner)}: use inputs.to(model.device).")
 
 
 def _refuse_type(inner: Any, name: str) -> NoReturn:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from headwise.errors import UnsupportedModel
+from headwise.models.devices import has_numbers
 from headwise.shapes import ModelShape
 
 BLOCK = 512  # unit vectors projected at once
@@ -21,8 +22,15 @@ TOLERANCE = 0.05  # by which what a layer makes of a random vector may differ fr
 def output_weight(projection: nn.Module, shape: ModelShape) -> Float[Tensor, "query_heads head_dim hidden"]:
     """W_O, one slice per query head: a view where the projection is a plain linear layer, else made anew.
 
-    Raises UnsupportedModel if the projection is not linear.
+    Raises UnsupportedModel if the projection is not linear, or if its weights wait elsewhere and are not fetched for it
+    alone.
     """
+    if not has_numbers(projection):
+        raise UnsupportedModel(
+            f"the output projection of an attention layer ({type(projection).__name__}) is on the device 'meta', "
+            "without numbers, so its W_O, which this method reads, is not known. Offload without "
+            "preload_module_classes, or choose a method without W_O, such as keydiff."
+        )
     if _is_plain(projection):
         weight = projection.weight  # [hidden, query_heads * D]
     else:
@@ -42,8 +50,10 @@ def _is_plain(projection: nn.Module) -> TypeGuard[nn.Linear]:
 
 def _effective(projection: nn.Module, width: int) -> Float[Tensor, "width hidden"]:
     """What is made of unit vectors, less what is made of nothing (a bias)."""
-    like = next((t for t in [*projection.parameters(), *projection.buffers()] if t.is_floating_point()), None)
-    device = next((t.device for t in [*projection.parameters(), *projection.buffers()]), torch.device("cpu"))
+    tensors = [*projection.parameters(), *projection.buffers()]
+    like = next((t for t in tensors if t.is_floating_point()), None)
+    # What fetches weights that wait moves what a module is given to where it puts them.
+    device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
     dtype = torch.float32 if like is None else like.dtype
     eye = torch.eye(width, device=device, dtype=dtype)
 

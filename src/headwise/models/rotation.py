@@ -137,7 +137,8 @@ def _candidates(decoder: nn.Module, dim: int) -> Iterator[Rotation]:
     yield Rotation()
     for name, buffer in decoder.named_buffers():
         module, _, own = name.rpartition(".")
-        if not own.endswith("inv_freq") or "original" in own or buffer.ndim != 1 or 2 * len(buffer) > dim:
+        frequencies = own.endswith("inv_freq") and "original" not in own and buffer.ndim == 1 and not buffer.is_meta
+        if not frequencies or 2 * len(buffer) > dim:
             continue
         for start in sorted({0, dim - 2 * len(buffer)}):
             for interleaved, backwards in product((False, True), repeat=2):

@@ -399,6 +399,7 @@ def _lesson(
 ) -> Lesson:
     """Return an example as tokens. Raises BadInput if they are too many for the model or too few for a scorer."""
     view(model).require_plain("headwise profile")
+    view(model).require_weights_together("headwise profile")
     limit = view(model).max_positions
     require_room(tokenizer, example.context, limit)
     context, questions = encode(tokenizer, example, device=model.device)

@@ -437,6 +437,7 @@ def _require(
             f"{settings.contexts_per_step} contexts; give 10 or more."
         )
     view(model).require_plain("headwise train")
+    view(model).require_weights_together("headwise train")
     limit = view(model).max_positions
     for example in examples:
         require_room(tokenizer, example.context, limit)
