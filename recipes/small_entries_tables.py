@@ -29,6 +29,7 @@ NEAR = 0.12  # as near, relatively, a setting's bytes must be to such a share; t
 KINDS = (NATIVE, *ENTRIES)
 QUANTISED = "quantised.json"  # of a model: what recipes/compare_quantised.py has written
 THEIRS = "QuantizedCache, "
+SCORED = {"ruler-1k": "RULER at 1,024 tokens", "longbench-2k": "LongBench at 2,048 tokens"}  # sets of real_models.py
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +52,7 @@ def main() -> None:
     places = {path.name: path / "books" / "query-agnostic" / "books" for path in models(asked.runs)}
     books = {name: points(place) for name, place in places.items() if (place / RUN).is_file()}
     stored = {path.name: read_stored(path / QUANTISED) for path in models(asked.runs) if (path / QUANTISED).is_file()}
-    text = "\n".join([*book_tables(books), *needle_tables(asked.runs), *stored_table(stored)])
+    text = "\n".join([*book_tables(books), *scored_tables(asked.runs), *stored_table(stored)])
     if asked.page is None:
         print(text)
         return
@@ -120,26 +121,31 @@ def book_tables(books: dict[str, list[Point]]) -> Iterator[str]:
         yield ""
 
 
-def needle_tables(runs: Path) -> Iterator[str]:
-    """Of RULER: mean scores over tasks, and KL on the full cache's answers."""
-    for path in models(runs):
-        folders = sorted(run.parent for run in path.glob(f"ruler-1k/query-agnostic/*/{RUN}"))
-        if not folders:
-            continue
-        (section,) = load(folders).sections
-        records = fully_measured(section.records)
-        summary = summarise(replace(section, records=records))
-        samples = len({(record.task, record.index) for record in records})
-        full = summary.overall[Setting(FULL, "1")].score
-        yield f"### {path.name}, RULER at 1,024 tokens\n"
-        yield f"{samples} samples of {len(summary.tasks)} tasks, query-agnostic. Full cache: {shown(full, 3)}.\n"
-        yield f"| | {' | '.join(KINDS)} |\n|---|{'---|' * len(KINDS)}"
-        for keep in summary.keeps:
-            cells = [summary.overall.get(Setting("lkv", keep, kind)) for kind in KINDS]
-            if any(cells):
-                yield f"| keep {keep}: score | {' | '.join(shown(c.score, 3) if c else '' for c in cells)} |"
-                yield f"| keep {keep}: nats | {' | '.join(shown(c.kl, 4) if c else '' for c in cells)} |"
-        yield ""
+def scored_tables(runs: Path) -> Iterator[str]:
+    """Of RULER and LongBench: mean scores over tasks, and KL on the full cache's answers."""
+    for name, told in SCORED.items():
+        for path in models(runs):
+            folders = sorted(run.parent for run in path.glob(f"{name}/query-agnostic/*/{RUN}"))
+            if folders:
+                yield f"### {path.name}, {told}\n"
+                yield from scored_table(folders)
+
+
+def scored_table(folders: list[Path]) -> Iterator[str]:
+    """The table of the tasks in some folders."""
+    (section,) = load(folders).sections
+    records = fully_measured(section.records)
+    summary = summarise(replace(section, records=records))
+    samples = len({(record.task, record.index) for record in records})
+    full = summary.overall[Setting(FULL, "1")].score
+    yield f"{samples} samples of {len(summary.tasks)} tasks, query-agnostic. Full cache: {shown(full, 3)}.\n"
+    yield f"| | {' | '.join(KINDS)} |\n|---|{'---|' * len(KINDS)}"
+    for keep in summary.keeps:
+        cells = [summary.overall.get(Setting("lkv", keep, kind)) for kind in KINDS]
+        if any(cells):
+            yield f"| keep {keep}: score | {' | '.join(shown(c.score, 3) if c else '' for c in cells)} |"
+            yield f"| keep {keep}: nats | {' | '.join(shown(c.kl, 4) if c else '' for c in cells)} |"
+    yield ""
 
 
 def read_stored(path: Path) -> dict[str, Any]:
