@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -65,35 +65,30 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare methods on one document and its questions: memory held, fidelity to the full cache, speed, answers."""
-    stored = parse_entries(entries)
-    require_reading(reading, *stored)
-    if reading != "exact" and methods == METHODS:
-        methods = NOT_WHOLE
-        complain(f"with --reading {reading} the methods are {methods}: the full cache may not fit. Name it to have it.")
-    names, amounts = parse_methods(methods), {"keep": parse_keeps(keep), "entries": stored}
+    names, stored = _parse_options(methods, entries, reading)
     require_protocol(protocol)
+    chosen: dict[str, Any] = {"keep": parse_keeps(keep), "entries": stored, "protocol": protocol}
+    chosen |= {"prefill_chunk_size": prefill_chunk_size, "reading": reading, "max_new_tokens": max_new_tokens}
     text, asked = read_document(context, question, questions)
     source = find(model)
     from headwise.evals.compare import compare as run
 
     loaded, tokenizer = load_model(source, dtype, device)
     names = choose_methods(names, loaded)
+    chosen |= {"methods": [*names, *[FULL] * (reading == "exact")], "split_special_tokens": split_special_tokens}
     with progress_bar("rows") as progress:
-        rows = run(
-            loaded,
-            tokenizer,
-            text,
-            asked,
-            methods=[*names, *[FULL] * (reading == "exact")],
-            **amounts,
-            protocol=protocol,
-            max_new_tokens=max_new_tokens,
-            prefill_chunk_size=prefill_chunk_size,
-            reading=reading,
-            split_special_tokens=split_special_tokens,
-            progress=progress,
-        )
+        rows = run(loaded, tokenizer, text, asked, **chosen, progress=progress)
     _print(rows, names, asked, protocol=protocol, model=model, answers=answers, as_json=as_json)
+
+
+def _parse_options(methods: str, entries: str, reading: str) -> tuple[list[str], list[str]]:
+    """Return methods and entries. Where the full cache may not fit, methods that need it are not the default."""
+    stored = parse_entries(entries)
+    require_reading(reading, *stored)
+    if reading != "exact" and methods == METHODS:
+        methods = NOT_WHOLE
+        complain(f"with --reading {reading} the methods are {methods}: the full cache may not fit. Name it to have it.")
+    return parse_methods(methods), stored
 
 
 def _print(

@@ -95,18 +95,15 @@ def evaluate(
     processes, loaded, tokenizer = load_launched(source, dtype, device, shared_out=False)
     names = choose_methods(names, loaded, quiet=processes.rank > 0)
     sizes = Sizes(samples=samples, length=length, seed=seed, data_dir=data_dir)
-    task_list = _make_tasks(named, loaded, tokenizer, sizes)
+    made = _make_tasks(named, loaded, tokenizer, sizes)
     chosen = {"seed": seed, "protocol": protocol, "fidelity": fidelity, "timed": timed, "rows": rows, "brief": brief}
-    chosen |= {"prefill_chunk_size": prefill_chunk_size, "reading": reading}
-    evaluation = _evaluation(task_list, names, keeps, stored, **chosen)
+    evaluation = _evaluation(made, names, keeps, stored, prefill_chunk_size, reading=reading, **chosen)
     folder = None if out is None else _folder(out, loaded, model, evaluation, length, processes)
     records = _measure(loaded, tokenizer, evaluation, folder, processes)
-    if processes.rank > 0:
-        return
-    title = (
-        f"Up to {count(range(samples), 'sample')} per task, {length} tokens, seed {seed}, {protocol}. Model: {model}"
+    measured = f"Up to {count(range(samples), 'sample')} per task, {length} tokens, seed {seed}, {protocol}"
+    _print(
+        f"{measured}. Model: {model}", [summary for summary in summarise(records) if summary.method in names], as_json
     )
-    _print(title, [summary for summary in summarise(records) if summary.method in names], as_json)
 
 
 def _parse_options(
@@ -142,12 +139,14 @@ def _evaluation(
     methods: Sequence[str],
     keeps: Sequence[Keep],
     entries: Sequence[str],
+    prefill_chunk_size: int | None,
     **chosen: Any,
 ) -> "Evaluation":
     """Return what to measure, as the library takes it."""
     from headwise.evals.run import Evaluation
 
-    return Evaluation(tasks=tuple(tasks), methods=tuple(methods), keeps=tuple(keeps), entries=tuple(entries), **chosen)
+    lists = {"tasks": tuple(tasks), "methods": tuple(methods), "keeps": tuple(keeps), "entries": tuple(entries)}
+    return Evaluation(**lists, prefill_chunk_size=prefill_chunk_size, **chosen)
 
 
 def _folder(

@@ -63,9 +63,7 @@ def generate(
     """Compress a document, ask one question, stream the answer."""
     _require_single(question)
     parsed, stored = parse_keep(keep), require_entries(entries)
-    require_names([method])
-    if require_reading(reading, stored) != "exact" and method == FULL:
-        raise BadInput(f"--reading {reading} is for methods that compress: 'full' keeps everything in memory.")
+    _require_method(method, reading, stored)
     if save is not None:
         _require_place(save, model, method, context)
     text, _ = read_document(context, question, None)
@@ -83,11 +81,19 @@ def generate(
     if save is not None:
         _save(memory, save)
     streamer = None if as_json else AnswerStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    (text_of_answer,) = answer(loaded, tokenizer, memory, tokens, max_new_tokens=max_new_tokens, streamer=streamer)
+    (said,) = answer(loaded, tokenizer, memory, tokens, max_new_tokens=max_new_tokens, streamer=streamer)
     if as_json:
-        kept, stored = (1.0, "native") if name == FULL else (parsed.value, stored)
-        facts = {"method": name, "keep": kept, "entries": stored, "answer": text_of_answer, "kv_bytes": kv_bytes}
-        print_json(facts)
+        print_json({"method": name, **_kept(name, parsed, stored), "answer": said, "kv_bytes": kv_bytes})
+
+
+def _require_method(method: str, reading: str, entries: str) -> None:
+    require_names([method])
+    if require_reading(reading, entries) != "exact" and method == FULL:
+        raise BadInput(f"--reading {reading} is for methods that compress: 'full' keeps everything in memory.")
+
+
+def _kept(method: str, keep: ParsedKeep, entries: str) -> dict[str, Any]:
+    return {"keep": 1.0, "entries": "native"} if method == FULL else {"keep": keep.value, "entries": entries}
 
 
 def _require_single(questions: list[str]) -> None:

@@ -56,11 +56,10 @@ def plan(
     if as_json:
         print_json({"model": model, **asdict(planned)})
         return
-    title = (
-        f"{model}, made for {planned.max_positions:,} tokens: {planned.context:,} x {planned.batch}, {planned.dtype}"
-    )
+    title = f"{model}, made for {planned.max_positions:,} tokens"
     kind = "" if planned.entries == "native" else f", {planned.entries}"
-    print_table(title, ["", "everything kept", f"keep {planned.keep}" + kind], _rows(planned))
+    heads = ["", "everything kept", f"keep {planned.keep}" + kind]
+    print_table(f"{title}: {planned.context:,} x {planned.batch}, {planned.dtype}", heads, _rows(planned))
     say_sliding(planned.sliding_kv_bytes)
     _say_limits(planned)
     say(f"Note: {planned.note}.")

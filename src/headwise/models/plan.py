@@ -76,15 +76,10 @@ def plan(
     if batch < 1 or context < 1:
         raise BadInput(f"context={context} and batch={batch} must be at least 1.")
     dtype, of_dtype = (dtype, []) if dtype else _own_dtype(config)
-    size, keep = piece_size(reading, prefill_chunk_size, context), parse_keep(keep)
-    require_reading(reading, entries)
-    if entries == AUTO:
-        require_bytes(keep)
+    size, keep = piece_size(reading, prefill_chunk_size, context), _parse_keep(keep, reading, entries)
     pieces = None if size == context and reading == EXACT else size  # None: all at once, however long
     sizes = _Sizes(config, dtype, entries, reading, pieces)
-    full, small = sizes.held(context, batch, None), sizes.held(context, batch, keep)
     weights, of_weights = _weight_bytes(config, dtype)
-    of_states = [STATES_NOTE] if any(layer.kind == "state" for layer in layers_of(config)) else []
     fit = _fit(sizes, context, batch, keep, None if memory is None else max(0, memory - weights))
     return Plan(
         context=context,
@@ -93,8 +88,8 @@ def plan(
         batch=batch,
         dtype=_name(dtype),
         weight_bytes=weights,
-        full_kv_bytes=full,
-        kv_bytes=small,
+        full_kv_bytes=sizes.held(context, batch, None),
+        kv_bytes=sizes.held(context, batch, keep),
         peak_kv_bytes=sizes.peak(context, batch, keep),
         peak_kv_bytes_model_scope=sizes.peak(context, batch, keep, whole_first=True),
         reading=reading,
@@ -104,8 +99,21 @@ def plan(
         **asdict(fit),
         max_positions=max_positions(config),
         beyond_positions=context > max_positions(config),
-        note="; ".join([ACTIVATIONS_NOTE, *of_dtype, *of_weights, *of_states]),
+        note="; ".join([ACTIVATIONS_NOTE, *of_dtype, *of_weights, *_of_states(config)]),
     )
+
+
+def _parse_keep(keep: float | str | Keep, reading: str, entries: str) -> Keep:
+    """Raises BadInput where it, the reading and the entries do not go together."""
+    parsed = parse_keep(keep)
+    require_reading(reading, entries)
+    if entries == AUTO:
+        require_bytes(parsed)
+    return parsed
+
+
+def _of_states(config: PretrainedConfig) -> list[str]:
+    return [STATES_NOTE] if any(layer.kind == "state" for layer in layers_of(config)) else []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
