@@ -147,6 +147,8 @@ def test_a_file_of_other_bits_than_it_says_is_refused(tmp_path):
         {"0.k4v4_lengths": tensors["0.k4v4_lengths"] + 1},
         {"0.k4v4_positions": tensors["0.k4v4_positions"] + 2000},
         {"0.k4v4_value_scales": tensors["0.k4v4_value_scales"] * torch.inf},
+        {"0.k4v4_value_scales": tensors["0.k4v4_value_scales"] * -1},
+        {"0.k4v4_key_scales": tensors["0.k4v4_key_scales"] * -1},
     ):
         save_file({**tensors, **changes}, file, metadata)
         with pytest.raises(headwise.HeadwiseError):

@@ -249,6 +249,9 @@ def _require_segments(layer: Mapping[str, Tensor], context: int, limit: int, pla
             raise BadInput(f"{place} has a head whose positions do not ascend. {COMPRESS}")
         if bits is not None and int((-(-lengths // GROUP[bits.keys])).sum()) != len(layer[f"{prefix}key_scales"]):
             raise BadInput(f"{place} has {entries} keys, but not the scales of as many blocks. {COMPRESS}")
+        scales = [] if bits is None else [layer[f"{prefix}{name}_scales"][:, 0] for name in ("key", "value")]
+        if any(bool((scale < 0).any()) for scale in scales):  # kernels count on it
+            raise BadInput(f"{place} has scales below 0. {COMPRESS}")
         places.append(
             torch.arange(len(lengths), dtype=torch.int64, device="cpu").repeat_interleave(lengths) * limit + positions
         )

@@ -1,7 +1,7 @@
 """Frozen storage in 8 or 4 bits: further entries of the segments of one layer, quantised once and never changed.
 
 A number x of a group is stored as a code c: x is about `zero + scale * c`, where the group's smallest number has code 0
-and its largest one 2^bits - 1 (asymmetric, round to nearest). `scale` and `zero` are float16.
+and its largest one 2^bits - 1 (asymmetric, round to nearest). `scale`, at least 0, and `zero` are float16.
 
 Keys     a group is one channel of a block of consecutive entries of one head: 64 entries in 8 bits, 32 in 4 bits. A
          channel that is large in every entry, as biases of the key projection make them, then costs the others nothing.
