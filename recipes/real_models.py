@@ -97,6 +97,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="folder of a model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sets", type=names, default=tuple(SETS), help=f"of {', '.join(SETS)}")
+    parser.add_argument("--tasks", type=names, help="of RULER and LongBench, instead of all")
     parser.add_argument("--methods", type=names, help="instead of those of the set")
     parser.add_argument("--keeps", type=names, help="instead of those of the set")
     parser.add_argument("--entries", type=names, default=(NATIVE,), help=f"of {', '.join((NATIVE, *ENTRIES))}")
@@ -136,7 +137,7 @@ def tasks_of(chosen: Set, asked: argparse.Namespace, tokenizer: Any) -> Iterator
         return
     sizes = Sizes(samples=samples, length=chosen.length, seed=SEED, data_dir=places[chosen.suite])
     known = RULER_TASKS if chosen.suite == "ruler" else [name for name in LONGBENCH_TASKS if name not in CHINESE]
-    for name in known:
+    for name in known if asked.tasks is None else asked.tasks:
         yield from make_tasks([(chosen.suite, name)], tokenizer, sizes)
 
 
