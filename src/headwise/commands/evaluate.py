@@ -101,9 +101,8 @@ def evaluate(
     folder = None if out is None else _folder(out, loaded, model, evaluation, length, processes)
     records = _measure(loaded, tokenizer, evaluation, folder, processes)
     measured = f"Up to {count(range(samples), 'sample')} per task, {length} tokens, seed {seed}, {protocol}"
-    _print(
-        f"{measured}. Model: {model}", [summary for summary in summarise(records) if summary.method in names], as_json
-    )
+    if processes.rank == 0:
+        _print(f"{measured}. Model: {model}", [row for row in summarise(records) if row.method in names], as_json)
 
 
 def _parse_options(
