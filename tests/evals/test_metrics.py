@@ -5,7 +5,7 @@ import string
 from collections import Counter
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.tasks.metrics import METRICS, answers_found, exact_match, word_f1
@@ -209,17 +209,20 @@ FEW = st.sampled_from(["a", "A", "ab", "the", "1", "12", " ", "  ", ".", "-", "_
 ASCII = st.one_of(st.lists(FEW, max_size=8).map("".join), st.text(st.characters(max_codepoint=127), max_size=12))
 
 
-@given(ASCII, st.lists(ASCII, min_size=1, max_size=3), st.data())
+NOT_BLANK = st.tuples(ASCII, st.sampled_from(["a", "the", "ab", "12", "."]), ASCII).map("".join)
+
+
+@given(ASCII, st.lists(NOT_BLANK, min_size=1, max_size=3), st.data())
 def test_english_is_judged_as_by_squad_and_by_whole_words(text, answers, data):
-    if text:  # else hardly any answer would be there
+    if text.strip():  # else hardly any answer would be there
         start = data.draw(st.integers(0, len(text) - 1))
-        answers = [*answers, text[start : start + data.draw(st.integers(1, 5))]]
-    assume(all(answer.strip() for answer in answers))
+        taken = text[start : start + data.draw(st.integers(1, 5))]
+        answers = [*answers, taken] if taken.strip() else answers
     assert answers_found(text, answers) == found_as_regular_expressions_do(text, answers)
     said, wanted = squad_words(text), [squad_words(answer) for answer in answers]
-    assume(all(wanted))
-    assert exact_match(text, answers) == float(said in wanted)
-    assert word_f1(text, answers) == max(squad_f1(said, words) for words in wanted)
+    if all(wanted):  # not where an answer has no word but articles
+        assert exact_match(text, answers) == float(said in wanted)
+        assert word_f1(text, answers) == max(squad_f1(said, words) for words in wanted)
 
 
 @given(st.text(min_size=1, max_size=12))

@@ -175,7 +175,9 @@ def _examine(model: Any, shape: ModelShape) -> Anatomy:
         raise UnsupportedModel(
             f"{type(decoder).__name__} takes no position_ids, so it counts padding as tokens and cannot be served."
         )
-    if any(layer.shared for layer in layers_of(config)) and is_spread(model):
+    # transformers 5.4 does not say which layers share, only how many.
+    shared = any(layer.shared for layer in layers_of(config)) or bool(getattr(config, "num_kv_shared_layers", 0))
+    if shared and is_spread(model):
         raise UnsupportedModel(
             "layers of this model read the keys of other layers, which it moves from device to device past the cache: "
             "load all of it onto one device."
