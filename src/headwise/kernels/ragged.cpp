@@ -490,18 +490,13 @@ struct Whole {  // vectors of 16-bit numbers, and of the 32-bit sums of products
   static constexpr int SIZE = 32;
   static Vector read(const int16_t* from) { return _mm512_loadu_si512(from); }
   static Vector widened(const uint8_t* from) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from)); }
-  static Vector low(const uint8_t* from) {
-    return _mm512_cvtepu8_epi16(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)from), _mm256_set1_epi8(15)));
-  }
-  static Vector high(const uint8_t* from) { return _mm512_srli_epi16(widened(from), 4); }
+  static Vector high(Vector bytes) { return _mm512_srli_epi16(bytes, 4); }
   // Bytes of SIZE places of two rows, side by side; `ordered` puts sums over them into the order of places.
   static void pair(const uint8_t* a, const uint8_t* b, Vector* pairs) {
     const __m256i x = _mm256_loadu_si256((const __m256i*)a), y = _mm256_loadu_si256((const __m256i*)b);
     pairs[0] = _mm512_cvtepu8_epi16(_mm256_unpacklo_epi8(x, y));
     pairs[1] = _mm512_cvtepu8_epi16(_mm256_unpackhi_epi8(x, y));
   }
-  static Vector low_half(Vector pairs) { return (Vector)((Words)pairs & 0x000f000fu); }
-  static Vector high_half(Vector pairs) { return _mm512_srli_epi16(pairs, 4); }
   static void ordered(const Floats* sums, Floats* places) {
     places[0] = SHUFFLE(sums[0], sums[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
     places[1] = SHUFFLE(sums[0], sums[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
@@ -521,17 +516,12 @@ struct Whole {
   static constexpr int SIZE = 16;
   static Vector read(const int16_t* from) { return _mm256_loadu_si256((const __m256i*)from); }
   static Vector widened(const uint8_t* from) { return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from)); }
-  static Vector low(const uint8_t* from) {
-    return _mm256_cvtepu8_epi16(_mm_and_si128(_mm_loadu_si128((const __m128i*)from), _mm_set1_epi8(15)));
-  }
-  static Vector high(const uint8_t* from) { return _mm256_srli_epi16(widened(from), 4); }
+  static Vector high(Vector bytes) { return _mm256_srli_epi16(bytes, 4); }
   static void pair(const uint8_t* a, const uint8_t* b, Vector* pairs) {
     const __m128i x = _mm_loadu_si128((const __m128i*)a), y = _mm_loadu_si128((const __m128i*)b);
     pairs[0] = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(x, y));
     pairs[1] = _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(x, y));
   }
-  static Vector low_half(Vector pairs) { return (Vector)((Words)pairs & 0x000f000fu); }
-  static Vector high_half(Vector pairs) { return _mm256_srli_epi16(pairs, 4); }
   static void ordered(const Floats* sums, Floats* places) { places[0] = sums[0], places[1] = sums[1]; }
 #if defined(__AVXVNNI__)
   static Vector add(Vector sum, Vector a, Vector b) { return _mm256_dpwssd_avx_epi32(sum, a, b); }
@@ -544,6 +534,9 @@ struct Whole {
   }
 };
 #endif
+
+// The low halves of bytes that were widened; `Whole::high` has the high ones.
+inline Whole::Vector low_of(Whole::Vector bytes) { return (Whole::Vector)((Words)bytes & 0x000f000fu); }
 
 // Logits from queries in 15 bits: whole numbers, whose products with codes are exact. Their rounding is finer than that
 // of the queries themselves where these have 16 bits.
@@ -579,11 +572,11 @@ inline void multiply_whole(const float* scaled, const float* zeros, const Codes&
       }
 #pragma GCC unroll 16
       for (int j = 0; j < TOKENS; j++) {
-        const Whole::Vector k = BITS == 8 ? Whole::widened(rows[j] + d) : Whole::low(rows[j] + d);
+        const Whole::Vector bytes = Whole::widened(rows[j] + d), k = BITS == 8 ? bytes : low_of(bytes);
 #pragma GCC unroll 4
         for (int g = 0; g < QUERIES; g++) sums[j * QUERIES + g] = Whole::add(sums[j * QUERIES + g], k, q[g]);
         if constexpr (BITS == 4) {
-          const Whole::Vector high = Whole::high(rows[j] + d);
+          const Whole::Vector high = Whole::high(bytes);
 #pragma GCC unroll 4
           for (int g = 0; g < QUERIES; g++) sums[j * QUERIES + g] = Whole::add(sums[j * QUERIES + g], high, more[g]);
         }
@@ -648,7 +641,7 @@ inline void round_weights(const float* weights, const float* scales, int tokens,
   }
 }
 
-// As add_codes does, but in whole numbers: from bytes from:until of a value on, SIZE * CHUNKS at a time.
+// As add_codes does, but in whole numbers, for bytes of a value from `from` on: SIZE * CHUNKS at a time.
 template <int QUERIES, int BITS, int CHUNKS>
 inline void add_whole(const Rounded& weights, const Codes& codes, int tokens, int dim, int from, float* out) {
   constexpr int SIZE = Whole::SIZE, PARTS = 8 / BITS;  // of a byte
@@ -670,8 +663,8 @@ inline void add_whole(const Rounded& weights, const Codes& codes, int tokens, in
         Whole::pair(a + c * SIZE, b + c * SIZE, both);
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
-          x[0][i] = BITS == 8 ? both[i] : Whole::low_half(both[i]);
-          if (BITS == 4) x[PARTS - 1][i] = Whole::high_half(both[i]);
+          x[0][i] = BITS == 8 ? both[i] : low_of(both[i]);
+          if (BITS == 4) x[PARTS - 1][i] = Whole::high(both[i]);
         }
 #pragma GCC unroll 2
         for (int p = 0; p < PARTS; p++)
