@@ -11,13 +11,15 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoConfig, AutoTokenizer, RobertaConfig
+from seeing import KINDS, config_of
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, RobertaConfig, T5Config
 
 from headwise.errors import BadInput, UnsupportedModel
 from headwise.files import hub
 from headwise.models import loading as models
 from headwise.models import places
 from headwise.models.loading import is_out_of_memory, load, load_config, load_tokenizer
+from headwise.models.plan import plan
 
 
 @pytest.fixture
@@ -64,6 +66,28 @@ def test_an_unsupported_model_is_refused_before_weights_are_read(tmp_path):
     RobertaConfig().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match="'roberta' is not supported"):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_sees_is_loaded_with_its_eyes_and_planned_for(kind, model_folders, tmp_path):
+    made = AutoModelForImageTextToText.from_config(config_of(kind), dtype=torch.float32)
+    made.save_pretrained(tmp_path)
+    load_tokenizer(str(model_folders["base"])).save_pretrained(tmp_path)
+    model, _ = load(str(tmp_path))
+    assert type(model) is type(made)
+    assert all(torch.equal(weight, made.state_dict()[name]) for name, weight in model.state_dict().items())
+    assert plan(load_config(str(tmp_path)), context=64, keep=0.5).weight_bytes == sum(
+        weight.nbytes for weight in made.parameters()
+    )
+
+
+def test_what_is_no_causal_model_is_refused_by_its_configuration(tmp_path):
+    T5Config().save_pretrained(tmp_path)
+    for read in (load, load_config):
+        with pytest.raises(UnsupportedModel, match="'t5' is not supported: transformers makes no causal"):
+            read(str(tmp_path))
+    with pytest.raises(UnsupportedModel, match="'t5' is not supported"):
+        plan(T5Config(), context=64, keep=0.5)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "../nowhere"])

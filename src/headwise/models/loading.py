@@ -6,8 +6,13 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForImageTextToText,
+)
 
-from headwise.errors import BadInput
+from headwise.errors import BadInput, UnsupportedModel
 from headwise.files.hub import first_line
 from headwise.models.families import shape_of
 from headwise.models.places import REFERENCE as REFERENCE
@@ -31,12 +36,29 @@ def load(name: str | Source, *, dtype: str = "auto", device: str = "auto") -> tu
     """
     place, source = find_device(device), find(name)
     chosen = find_dtype(source.name, dtype)
-    shape_of(_read(AutoConfig, source))
-    model = _read(AutoModelForCausalLM, source, dtype=chosen)
+    config = load_config(source)
+    shape_of(config)
+    model = _read(auto_class(config), source, dtype=chosen)
     tokenizer = _read(AutoTokenizer, source, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(place).eval(), tokenizer
+
+
+def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:
+    """Which class of transformers makes a model of a configuration: many that see images are of none but the second.
+
+    Raises UnsupportedModel if neither makes one.
+    """
+    for kind, known in (
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    ):
+        if type(config) in known:
+            return kind
+    raise UnsupportedModel(
+        f"model type {config.model_type!r} is not supported: transformers makes no causal language model of it."
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -45,8 +67,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def load_config(name: str | Source) -> PretrainedConfig:
-    """The model's configuration only. Raises BadInput."""
-    return _read(AutoConfig, find(name))
+    """The model's configuration only. Raises BadInput, UnsupportedModel if it is of no causal language model."""
+    config = _read(AutoConfig, find(name))
+    auto_class(config)
+    return config
 
 
 def load_tokenizer(name: str | Source) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from headwise.errors import BadInput
 from headwise.kernels.quantised import AUTO, NATIVE, parse_entries
@@ -15,6 +15,7 @@ from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.reading import EVICT, EXACT, MARGIN, OFFLOAD, piece_size, require_reading
 from headwise.methods.storage import Storage, require_bytes
 from headwise.models.layout import heads_of, layers_of, max_positions, shape_of, text_config
+from headwise.models.loading import auto_class
 
 ACTIVATIONS_NOTE = "activations, logits and the framework's own memory are not counted: leave 10-20% free"
 STATES_NOTE = "the states of layers with linear attention or convolutions are not counted: they do not grow"
@@ -244,7 +245,7 @@ def _largest(fits: Callable[[int], bool]) -> int:
 def _weight_bytes(config: PretrainedConfig, dtype: torch.dtype) -> tuple[int, list[str]]:
     """Bytes of all weights, and what a reader must know of a quantised checkpoint."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     nbytes = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
     quantisation = getattr(config, "quantization_config", None)
     if not quantisation:
