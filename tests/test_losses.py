@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from headwise.cache.reading import read
 from headwise.cache.whole import states_of
+from headwise.kernels.partial import capped
 from headwise.kernels.quantised import ENTRIES
 from headwise.methods.allocate import Uniform
 from headwise.methods.method import Method
@@ -72,6 +73,13 @@ def change_of_output(logits, values, order, kept, output_weights):
     return found
 
 
+def with_sink(attention, values):
+    """Logits, and values, with one more token that has the attention which is left, if a sink has any, and writes 0."""
+    sink = 1 - attention.sum(-1, keepdim=True)
+    sink = torch.where(sink > 1e-5, sink, 0)
+    return torch.cat([attention, sink], dim=-1).log(), torch.nn.functional.pad(values, (0, 0, 0, 1))
+
+
 def brute_force(family, asked, loss, end=None, steps=STEPS):
     """[layers, kv_heads, points], from full attention matrices of transformers' own model."""
     seen, changes = view(dense_twin(family)), []
@@ -79,8 +87,7 @@ def brute_force(family, asked, loss, end=None, steps=STEPS):
         for attentions, values in dense_decode(family, context(), question, steps, end):
             layers = [
                 change_of_output(
-                    attentions[model_layer].log().unflatten(0, (seen.shape.kv_heads, -1)),
-                    values[model_layer],
+                    *with_sink(attentions[model_layer].unflatten(0, (seen.shape.kv_heads, -1)), values[model_layer]),
                     loss.order[layer],
                     loss.kept.tolist(),
                     seen.output_weight(layer).unflatten(0, (seen.shape.kv_heads, -1)),
@@ -112,12 +119,13 @@ def test_several_questions_of_different_length(family, per_octave):
 
 
 @pytest.mark.parametrize("per_octave", [ALL, 1])
-def test_sliding_layers_are_left_out(per_octave):
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma2", "gpt_oss"])
+def test_sliding_layers_are_left_out_and_soft_caps_and_sinks_count(family, per_octave):
     """One question at a time: padding takes places in a sliding window, there as in transformers itself."""
     asked = questions(7, 3)
-    loss = measured("gemma3_text", asked, per_octave=per_octave, batch_size=1)
+    loss = measured(family, asked, per_octave=per_octave, batch_size=1)
     assert loss.loss().shape[0] == 2
-    assert_same(loss.loss(), brute_force("gemma3_text", asked, loss))
+    assert_same(loss.loss(), brute_force(family, asked, loss))
 
 
 @pytest.mark.parametrize(("sink", "window", "per_octave"), [(0, 0, ALL), (4, 36, 1), (2, 0, 4), (0, 41, 3), (0, 5, 8)])
@@ -162,8 +170,9 @@ def after_one_step(logits, tail_logits, **options):
     return loss.loss()[0], expected.square().sum((-1, -2))  # a single step: nothing is taken off
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("name", ENTRIES)
-def test_entries_in_fewer_bits_are_those_of_a_cache_and_compared_with_all_native_ones(name):
+def test_entries_in_fewer_bits_are_those_of_a_cache_and_compared_with_all_native_ones(name, softcap):
     """A head's output over its first entries in fewer bits, beside the tail, against that over all entries."""
     _, found = model_and_reading("llama")
     whole, order, written = found.whole, keeping_order(found.scores[KEYDIFF][:, 0], 1, 3), Written(found.whole)
@@ -176,10 +185,11 @@ def test_entries_in_fewer_bits_are_those_of_a_cache_and_compared_with_all_native
         Rows(
             layer=0,
             queries=queries,
-            context=queries @ keys[:, None].mT,
+            context=capped(queries @ keys[:, None].mT, softcap),
             tail=tail_logits.logsumexp(-1),
             tail_output=tail_logits.softmax(-1) @ tail_values[:, None],
             question=torch.zeros(1, dtype=torch.int64),
+            softcap=softcap,
         )
     )
     weights = whole.view.output_weight(0).detach().unflatten(0, (2, -1)).double()
@@ -191,7 +201,8 @@ def test_entries_in_fewer_bits_are_those_of_a_cache_and_compared_with_all_native
             for member in range(2):
                 query, tail = queries[head, member, 0].double(), tail_logits[head, member, 0].double()
                 full, few = (
-                    torch.cat([k.double() @ query, tail]).softmax(-1) @ torch.cat([v, tail_values[head]]).double()
+                    torch.cat([capped(k.double() @ query, softcap), tail]).softmax(-1)
+                    @ torch.cat([v, tail_values[head]]).double()
                     for k, v in ((keys[head], values[head]), (codes[0][seen], codes[1][seen]))
                 )
                 squares += float(((few - full) @ weights[head, member]).square().sum())

@@ -15,7 +15,7 @@ from headwise.errors import BadInput
 from headwise.methods.method import Method
 from headwise.offline.watch import Importance, Sampling, follow
 
-FAMILIES = ["llama", "qwen3", "gemma3_text", "phi3"]
+FAMILIES = ["llama", "qwen3", "gemma3_text", "phi3", "gemma2", "gpt_oss"]
 STEPS = 5
 
 

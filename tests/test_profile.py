@@ -579,8 +579,9 @@ def test_other_files_are_no_profiles(loaded, whole, tmp_path):
         Profile.load(tmp_path / "b")
 
 
-def test_sliding_layers_have_no_curve():
-    model = tiny_model("gemma3_text")
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma2", "gpt_oss"])
+def test_sliding_layers_have_no_curve(family):
+    model = tiny_model(family)
     scorer = SCORERS["keydiff"].make()
     found = measure(model, lesson(random_ids(1, 40), [random_ids(1, 3)[0]]), [scorer], QUICK)[scorer]
     assert {curve.shape for curve in found.values()} == {(2, 2, 4 + RANKS)}

@@ -23,7 +23,7 @@ from headwise.models.loading import load
 from headwise.report.quality.results import write_report
 from headwise.tasks.document import Asked
 
-FAMILIES = ["llama", "qwen3", "gemma3_text", "phi3"]
+FAMILIES = ["llama", "qwen3", "gemma3_text", "phi3", "gemma2", "gpt_oss"]
 CONTEXT = 37
 ASKED = [(6, 3), (1, 1), (9, 150)]  # tokens of a question and its answer; of one more than are looked at in one block
 

@@ -37,7 +37,7 @@ def expected(family):
     return total
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3_text", "gemma2", "gpt_oss"])
 @torch.no_grad()
 def test_what_is_paid_is_the_squared_attention_of_later_queries(family):
     torch.testing.assert_close(paid(family), expected(family), rtol=1e-4, atol=1e-9)

@@ -70,7 +70,7 @@ def gates(family="llama"):
 
 
 @pytest.mark.parametrize("number", range(3))
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma2"])
 def test_a_lesson_is_what_the_model_itself_says(family, number):
     """Teacher and answers against transformers' own greedy generation; padding is on the right and counts nowhere."""
     _, found = lesson(family, number)
@@ -134,7 +134,7 @@ def step_of(found, family, keep, *, trained=None, fixed=False, draw=None):
     return lesson_step(model, found, made.budgets, scores, keep=keep, settings=QUICK, draw=draw)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3", "gemma2", "gpt_oss"])
 def test_a_step_sees_what_inference_does(family):
     """The loss by hand: from the answers of a cache that `compress` made with the same gates."""
     model, found = lesson(family)

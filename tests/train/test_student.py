@@ -20,7 +20,7 @@ from headwise.offline.train.student import Kept, _KeptAttention, student_logits
 
 TOKENS, ROWS, NEW = 40, 3, 6
 TOLERANCE = 1e-5
-FAMILIES = ["llama", "qwen3", "gemma3_text", "phi3"]
+FAMILIES = ["llama", "qwen3", "gemma3_text", "phi3", "gemma2", "gpt_oss"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +129,7 @@ def test_the_context_is_read_once_and_stays_as_it_is():
     assert not layer.segments.keys.requires_grad
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma2", "gpt_oss"])
 def test_effects_of_every_choice_are_found_and_no_other_gradient(family):
     model, found = reading(family)
     kept = Kept.of(mask_like(family))
@@ -145,7 +145,13 @@ def attention_states():
     return [torch.randn(size, generator=draw) * (0.5 if len(size) == 5 else 1.0) for size in sizes]
 
 
-def test_an_effect_is_the_whole_difference_that_a_choice_makes():
+SINKS = torch.tensor([[-1.0, 0.5, 2.0], [0.0, 1.0, 3.0]])[..., None, None]
+SPECIAL = {"plain": (None, None), "capped": (1.5, None), "sinks": (None, SINKS), "both": (1.5, SINKS)}
+specials = pytest.mark.parametrize("special", SPECIAL.values(), ids=SPECIAL)
+
+
+@specials
+def test_an_effect_is_the_whole_difference_that_a_choice_makes(special):
     """Of a loss that is linear in the output, against making the other choice; squares, question by question."""
     states = attention_states()
     choice = torch.rand(2, 9, generator=torch.Generator().manual_seed(1)) < 0.5
@@ -153,10 +159,10 @@ def test_an_effect_is_the_whole_difference_that_a_choice_makes():
 
     def parts(mask):
         """[questions, kv_heads]."""
-        return (_KeptAttention.apply(*states, mask, None) * direction).sum((2, 3, 4)).double()
+        return (_KeptAttention.apply(*states, mask, None, *special) * direction).sum((2, 3, 4)).double()
 
     kept = Kept.of(choice[None])
-    loss = (_KeptAttention.apply(*states, kept.mask[0], kept) * direction).sum()
+    loss = (_KeptAttention.apply(*states, kept.mask[0], kept, *special) * direction).sum()
     (first,) = torch.autograd.grad(loss, kept.mask, retain_graph=True)
     with kept.squared():
         (second,) = torch.autograd.grad(loss, kept.mask)
@@ -169,24 +175,24 @@ def test_an_effect_is_the_whole_difference_that_a_choice_makes():
             assert float(second[0, head, entry]) == pytest.approx(float(change.square().sum()), rel=1e-3, abs=1e-4)
 
 
-def test_other_gradients_are_those_of_plain_attention():
+@specials
+def test_other_gradients_are_those_of_plain_attention(special):
     """Against autograd through a masked softmax; an entry with all of the attention has a finite effect."""
     states = [state.double().requires_grad_(number in (0, 3, 4)) for number, state in enumerate(attention_states())]
     query, context_keys, context_values, keys, values = states
     mask = torch.ones(2, 9, dtype=torch.double)
     mask[0, :4], mask[1, 2] = 0, 0
-    logits = torch.cat(
-        [
-            torch.einsum("bhgtd,hnd->bhgtn", query, context_keys).masked_fill(mask[:, None, None] == 0, -torch.inf),
-            torch.einsum("bhgtd,bhsd->bhgts", query, keys).masked_fill(
-                torch.ones(4, 4, dtype=torch.bool).triu(1), -torch.inf
-            ),
-        ],
-        dim=-1,
-    ).softmax(-1)
-    plain = torch.einsum("bhgtn,hnd->bhgtd", logits[..., :9], context_values)
-    plain = plain + torch.einsum("bhgts,bhsd->bhgtd", logits[..., 9:], values)
-    found = _KeptAttention.apply(*states, mask, None)
+    softcap, sinks = special[0], None if special[1] is None else special[1].double()
+    logits = [torch.einsum("bhgtd,hnd->bhgtn", query, context_keys), torch.einsum("bhgtd,bhsd->bhgts", query, keys)]
+    if softcap is not None:
+        logits = [(part / softcap).tanh() * softcap for part in logits]
+    logits[0] = logits[0].masked_fill(mask[:, None, None] == 0, -torch.inf)
+    logits[1] = logits[1].masked_fill(torch.ones(4, 4, dtype=torch.bool).triu(1), -torch.inf)
+    logits += [] if sinks is None else [sinks.expand(2, -1, -1, 4, 1)]
+    weights = torch.cat(logits, dim=-1).softmax(-1)
+    plain = torch.einsum("bhgtn,hnd->bhgtd", weights[..., :9], context_values)
+    plain = plain + torch.einsum("bhgts,bhsd->bhgtd", weights[..., 9:13], values)
+    found = _KeptAttention.apply(*states, mask, None, softcap, sinks)
     torch.testing.assert_close(found, plain)
     for ours, theirs in zip(
         torch.autograd.grad(found.sin().sum(), (query, keys, values)),
@@ -195,7 +201,7 @@ def test_other_gradients_are_those_of_plain_attention():
     ):
         torch.testing.assert_close(ours, theirs)
     kept = Kept.of(torch.ones(1, 2, 9, dtype=torch.bool))
-    sharp = _KeptAttention.apply(100 * query.detach(), *states[1:], kept.mask[0].double(), kept)
+    sharp = _KeptAttention.apply(100 * query.detach(), *states[1:], kept.mask[0].double(), kept, softcap, sinks)
     sharp.sum().backward()
     assert kept.mask.grad.isfinite().all()
 

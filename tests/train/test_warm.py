@@ -93,6 +93,20 @@ def test_alone_a_head_loses_what_changes_in_what_it_writes(taught):
     assert found == pytest.approx(float(torch.stack(parts).mean()), rel=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_a_head_that_keeps_everything_loses_nothing(family):
+    """Soft caps and sinks are those of the lesson."""
+    tokenizer = word_tokenizer()
+    model = tiny_model(family, vocab_size=len(tokenizer)).requires_grad_(False)
+    headwise.enable(model)
+    lesson = prepare(model, tokenizer, EXAMPLES[0], QUICK, None)
+    layers = len(lesson.whole.ragged_layers)
+    for keep, bound in ((1.0, (0, 1e-9)), (0.5, (1e-3, 10))):
+        asked = replace(QUICK, warm_questions=4, warm_keeps=(keep, keep))
+        found = alone_step(lesson, EntryScores(layers, 2, 16), asked, torch.Generator().manual_seed(1))[1]
+        assert bound[0] <= found <= bound[1]
+
+
 def test_the_same_seed_warms_alike(taught):
     _, lessons, _ = taught
     found = []

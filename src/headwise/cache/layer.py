@@ -333,13 +333,8 @@ class FrozenLayer(RaggedLayer):
         with no_autocast(query):
             grouped = query.to(self.dtype).reshape(batch, heads, query_heads // heads, num_queries, dim)
             visible = self._tail_mask(mask, num_queries)
-            if options and self.listeners:
-                raise UnsupportedModel(
-                    "this model has soft-capped attention or attention sinks, which profiles, the oracle and other "
-                    "listeners do not know."
-                )
             for listener in self.listeners:
-                listener.attends(self.index, grouped, *self.tail, visible, scaling)
+                listener.attends(self.index, grouped, *self.tail, visible, scaling, **options)
             out = self.kernel(grouped, self.segments, self.rows, *self.tail, visible, scaling, **options)
         return out.reshape(batch, query_heads, num_queries, dim).to(query.dtype)
 

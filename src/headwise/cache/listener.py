@@ -33,9 +33,13 @@ class Listener:
         tail_values: Float[Tensor, "batch kv_heads tail head_dim"],
         mask: Bool[Tensor, "batch queries tail"] | None,
         scaling: float,
+        *,
+        softcap: float | None = None,
+        sinks: Float[Tensor, " query_heads"] | None = None,
     ) -> None:
         """New tokens are about to attend to what was kept of the context in `layer`, and to the tail.
 
         `layer` counts the compressible layers. `mask` says which tail tokens each query sees (None: all). Logits are
-        `scaling * query @ key`, queries and keys being rotated already.
+        `scaling * query @ key`, queries and keys being rotated already. A soft cap and sinks are given
+        where a model has them: `capped`, and one more logit for every query head.
         """

@@ -104,6 +104,9 @@ class _SquaredAttention(Listener):
         tail_values: Tensor,
         mask: Tensor | None,
         scaling: float,
+        *,
+        softcap: float | None = None,
+        sinks: Float[Tensor, " query_heads"] | None = None,
     ) -> None:
         """Of one sequence, whose tail is what the queries are of."""
         num_context, num_queries = self.keys[layer].shape[1], query.shape[3]
@@ -112,5 +115,6 @@ class _SquaredAttention(Listener):
         for start in range(0, num_queries, _QUERY_BLOCK):
             block = query[:, :, :, start : start + _QUERY_BLOCK]
             last = num_context + start + torch.arange(block.shape[3], dtype=torch.int64, device=query.device)
-            weights = attention(block.flatten(1, 2), every, (columns <= last[:, None])[None], scaling=scaling)
+            seen = (columns <= last[:, None])[None]
+            weights = attention(block.flatten(1, 2), every, seen, scaling=scaling, softcap=softcap, sinks=sinks)
             self.sums[layer] += weights[0, ..., :num_context].square().sum((1, 2))

@@ -113,13 +113,6 @@ class ModelView:
             return "what the heads of this model write goes through no linear projection that is known"
         return ""
 
-    def require_plain(self, what: str) -> None:
-        """Raise UnsupportedModel if attention has what `what` does not know: soft caps, or sinks."""
-        if self.anatomy.special:
-            raise UnsupportedModel(
-                f"this model has soft-capped attention or attention sinks, which {what} cannot do yet."
-            )
-
     def require_one_device(self, what: str) -> None:
         """Raise UnsupportedModel if layers compute on several devices, which `what` does not know."""
         _require_one(self.devices, what)

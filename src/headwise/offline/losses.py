@@ -23,6 +23,7 @@ from torch import Tensor
 
 from headwise.cache.cache import RaggedCache
 from headwise.cache.whole import by_head
+from headwise.kernels.partial import capped
 from headwise.kernels.quantised import NATIVE, SINK, Bits
 from headwise.kernels.segments import quantise
 from headwise.methods.select import protected_mask, protection_order
@@ -79,7 +80,7 @@ class Stored:
             (few,) = segments.quantised
             later = zip(*(few.segment(head) for head in range(segments.kv_heads)), strict=True)
             keys, values = (torch.cat([a, torch.stack(b)], 1)[:, None] for a, b in zip(native, later, strict=True))
-            self._last = rows, (rows.queries @ keys.mT, self._written.of(values, rows.layer))
+            self._last = rows, (capped(rows.queries @ keys.mT, rows.softcap), self._written.of(values, rows.layer))
         return self._last[1]
 
 

@@ -398,7 +398,6 @@ def _lesson(
     model: PreTrainedModel, tokenizer: Any, example: Example, scorers: Sequence[AbstractScorer], settings: Settings
 ) -> Lesson:
     """Return an example as tokens. Raises BadInput if they are too many for the model or too few for a scorer."""
-    view(model).require_plain("headwise profile")
     view(model).require_weights_together("headwise profile")
     limit = view(model).max_positions
     require_room(tokenizer, example.context, limit)

@@ -26,6 +26,7 @@ from headwise.cache.cache import RaggedCache
 from headwise.cache.listener import Listener
 from headwise.cache.whole import require_whole, states_of
 from headwise.errors import BadInput
+from headwise.kernels.partial import capped
 from headwise.models.families import end_tokens, given
 
 QUERIES_AT_ONCE = 64  # that readers are given, at least, unless there are no more
@@ -48,11 +49,12 @@ class Rows:
     """Queries of one layer that come after a context: what they look at. float32, logits before the softmax."""
 
     layer: int
-    queries: Float[Tensor, "kv_heads group rows head_dim"]  # scaled: their products with keys are logits
+    queries: Float[Tensor, "kv_heads group rows head_dim"]  # scaled: their products with keys are logits, or get capped
     context: Float[Tensor, "kv_heads group rows tokens"]  # logits at the context's entries
-    tail: Float[Tensor, "kv_heads group rows"]  # log-sum-exp of the logits at what else they see, which came later
+    tail: Float[Tensor, "kv_heads group rows"]  # log-sum-exp of the logits at what else they see: later tokens, a sink
     tail_output: Float[Tensor, "kv_heads group rows head_dim"]  # attention's output on that alone
     question: Int[Tensor, " rows"]  # of which question of the batch each is
+    softcap: float | None = None  # of all logits
 
     @cached_property
     def weights(self) -> Float[Tensor, "kv_heads group rows tokens"]:
@@ -199,6 +201,7 @@ class _Gathered:
     tail: Float[Tensor, "kv_heads group rows"]
     tail_output: Float[Tensor, "kv_heads group rows head_dim"]
     question: Int[Tensor, " rows"]
+    softcap: float | None
 
 
 class _Recorder(Listener):
@@ -218,25 +221,33 @@ class _Recorder(Listener):
         tail_values: Tensor,
         mask: Tensor | None,
         scaling: float,
+        *,
+        softcap: float | None = None,
+        sinks: Float[Tensor, " query_heads"] | None = None,
     ) -> None:
         """Gather those queries of the pass that count."""
         if not len(self.recording) or not self.readers:
             return
         at = torch.tensor(self.recording, dtype=torch.int64, device=query.device)
         now = query[:, :, :, at].float() * scaling
-        logits = torch.einsum("bhgtd,bhnd->bhgtn", now, tail_keys.float())
+        logits = capped(torch.einsum("bhgtd,bhnd->bhgtn", now, tail_keys.float()), softcap)
         if mask is not None:
             logits = logits.masked_fill(~mask[:, None, None, at], -torch.inf)
         output = torch.einsum("bhgtn,bhnd->bhgtd", logits.softmax(-1), tail_values.float())
+        total = logits.logsumexp(-1, keepdim=True)
+        if sinks is not None:  # they are looked at, and write nothing
+            alone, total = total, torch.logaddexp(total, sinks.float().view(query.shape[1], -1, 1, 1))
+            output = output * (alone - total).exp()
         question = torch.arange(len(query), dtype=torch.int64, device=query.device)[:, None].expand(-1, len(at))
         chosen = self.answering.nonzero()[:, 0]
         waiting = self._waiting.setdefault(layer, [])
         waiting.append(
             _Gathered(
                 queries=_as_rows(now[chosen]),
-                tail=_as_rows(logits[chosen].logsumexp(-1, keepdim=True))[..., 0],
+                tail=_as_rows(total[chosen])[..., 0],
                 tail_output=_as_rows(output[chosen]),
                 question=question[chosen].flatten(),
+                softcap=softcap,
             )
         )
         if sum(len(part.question) for part in waiting) >= QUERIES_AT_ONCE:
@@ -250,14 +261,15 @@ class _Recorder(Listener):
     def _pass_on(self, layer: int) -> None:
         waiting = self._waiting.pop(layer)
         keys = states_of(self.whole, layer)[0].float()
-        queries = torch.cat([part.queries for part in waiting], dim=2)
+        queries, softcap = torch.cat([part.queries for part in waiting], dim=2), waiting[0].softcap
         rows = Rows(
             layer=layer,
             queries=queries,
-            context=queries @ keys[:, None].mT,
+            context=capped(queries @ keys[:, None].mT, softcap),
             tail=torch.cat([part.tail for part in waiting], dim=2),
             tail_output=torch.cat([part.tail_output for part in waiting], dim=2),
             question=torch.cat([part.question for part in waiting]),
+            softcap=softcap,
         )
         for reader in self.readers:
             reader(rows)

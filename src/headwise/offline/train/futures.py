@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headwise.cache.cache import RaggedCache
+from headwise.kernels.partial import capped
 from headwise.models.families import given
+from headwise.models.interface import Call
 from headwise.offline.train.student import StudentLayer, student_cache
 
 QUERIES = 128  # whose attention is made at a time
@@ -55,25 +57,28 @@ class _PaidLayer(StudentLayer):
         super().__init__(keys, values, None, None, layer, num_context)
         self.paid = paid
 
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def attend(self, call: Call) -> Tensor:
         """Return the attention output [1, Hq, T, D] over context and new tokens, some queries at a time."""
-        (_, _, new, dim), heads = query.shape, len(self.context_keys)
+        (_, _, new, dim), heads = call.query.shape, len(self.context_keys)
         keys = torch.cat([self.context_keys, self.own[0][0]], dim=1).float()
         values = torch.cat([self.context_values, self.own[1][0]], dim=1).float()
-        grouped = (query[0].float() * scaling).unflatten(0, (heads, -1))  # [H, G, T, D]
+        grouped = (call.query[0].float() * call.scaling).unflatten(0, (heads, -1))  # [H, G, T, D]
         parts = [
-            self._attend_some(grouped[:, :, start : start + QUERIES], keys, values, start)
+            self._attend_some(grouped[:, :, start : start + QUERIES], keys, values, start, call)
             for start in range(0, new, QUERIES)
         ]
-        return torch.cat(parts, dim=2).reshape(1, -1, new, dim).to(query.dtype)
+        return torch.cat(parts, dim=2).reshape(1, -1, new, dim).to(call.query.dtype)
 
-    def _attend_some(self, query: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    def _attend_some(self, query: Tensor, keys: Tensor, values: Tensor, start: int, call: Call) -> Tensor:
         heads, group, count, dim = query.shape
         stop = self.num_context + start + count
-        logits = query.flatten(1, 2) @ keys[:, :stop].transpose(-1, -2)  # [H, G * T, context + seen of the future]
+        logits = capped(query.flatten(1, 2) @ keys[:, :stop].transpose(-1, -2), call.softcap)  # [H, G * T, seen]
         later = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1).repeat(group, 1)
         logits[..., stop - count :].masked_fill_(later, -torch.inf)
-        weights = logits.softmax(-1)
+        if call.sinks is not None:
+            sinks = call.sinks.float().view(heads, group, 1).expand(-1, -1, count).reshape(heads, -1, 1)
+            logits = torch.cat([logits, sinks], dim=-1)
+        weights = logits.softmax(-1)[..., :stop]
         to_context = weights[..., : self.num_context]
         self.paid += torch.einsum("hqn,hqn->hn", to_context, to_context) / group
         return (weights @ values[:, :stop]).view(heads, group, count, dim)

@@ -436,7 +436,6 @@ def _require(
             f"{len(examples)} examples are too few: every tenth is kept for validation, and a step takes "
             f"{settings.contexts_per_step} contexts; give 10 or more."
         )
-    view(model).require_plain("headwise train")
     view(model).require_weights_together("headwise train")
     limit = view(model).max_positions
     for example in examples:

@@ -24,7 +24,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from headwise.cache.cache import RaggedCache
 from headwise.cache.whole import states_of
-from headwise.errors import UnsupportedModel
+from headwise.kernels.partial import capped
 from headwise.models.families import given
 from headwise.models.interface import Call, tag
 
@@ -40,6 +40,8 @@ class AttentionRecord:
     keys: Float[Tensor, "questions kv_heads new head_dim"]
     values: Float[Tensor, "questions kv_heads new head_dim"]
     out: Float[Tensor, "questions kv_heads group new head_dim"]
+    softcap: float | None
+    sinks: Float[Tensor, " query_heads"] | None
 
 
 @dataclass(kw_only=True)
@@ -111,23 +113,21 @@ class StudentLayer(CacheLayerMixin):
         return -1
 
     def attention(self, call: Call) -> Tensor:
-        """Return the output of `attend`, as the model expects it. Raises UnsupportedModel for soft caps and sinks."""
-        if call.softcap is not None or call.sinks is not None:
-            raise UnsupportedModel("models with soft-capped attention or attention sinks cannot be trained for.")
-        return self.attend(call.query, call.mask, call.scaling).transpose(1, 2).contiguous()
+        """Return the output of `attend`, as the model expects it."""
+        return self.attend(call).transpose(1, 2).contiguous()
 
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def attend(self, call: Call) -> Tensor:
         """Return the attention output [B, Hq, T, D] over kept and new tokens; recomputed in the backward pass."""
-        (batch, _, new, dim), dtype = query.shape, query.dtype
+        (batch, _, new, dim), dtype = call.query.shape, call.query.dtype
         heads = len(self.context_keys)
         mask = (
             self.context_keys.new_ones(self.context_keys.shape[:2]) if self.kept is None else self.kept.mask[self.layer]
         )
-        query = query.float().reshape(batch, heads, -1, new, dim) * scaling
-        own = self.own[0].float(), self.own[1].float()
-        out = kept_attention(query, (self.context_keys, self.context_values), own, mask, self.kept)
+        query = call.query.float().reshape(batch, heads, -1, new, dim) * call.scaling
+        own, special = (self.own[0].float(), self.own[1].float()), {"softcap": call.softcap, "sinks": call.sinks}
+        out = kept_attention(query, (self.context_keys, self.context_values), own, mask, self.kept, **special)
         if self.records is not None:
-            self.records.append(AttentionRecord(query=query, keys=own[0], values=own[1], out=out))
+            self.records.append(AttentionRecord(query=query, keys=own[0], values=own[1], out=out, **special))
         return out.reshape(batch, -1, new, dim).to(dtype)
 
 
@@ -137,10 +137,19 @@ def kept_attention(
     own: tuple[Float[Tensor, "questions kv_heads new head_dim"], Float[Tensor, "questions kv_heads new head_dim"]],
     mask: Float[Tensor, "kv_heads context"],
     kept: Kept | None,
+    *,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " query_heads"] | None = None,
 ) -> Float[Tensor, "questions kv_heads group new head_dim"]:
-    """Return softmax attention over kept context and new tokens. The mask's "gradient" is an effect, see `Kept`."""
+    """Return softmax attention over kept context and new tokens. The mask's "gradient" is an effect, see `Kept`.
+
+    A soft cap and sinks are what kernels know them as.
+    """
     states = (*(state.float() for state in context), *own)
-    out: Tensor = _KeptAttention.apply(query, *states, mask.float(), kept)  # pyright: ignore[reportAssignmentType]
+    own_logits = None if sinks is None else sinks.detach().float().view(len(mask), -1, 1, 1)
+    out: Tensor = _KeptAttention.apply(  # pyright: ignore[reportAssignmentType]
+        query, *states, mask.float(), kept, softcap, own_logits
+    )
     return out
 
 
@@ -157,47 +166,63 @@ class _KeptAttention(torch.autograd.Function):
         values: Float[Tensor, "batch kv_heads new head_dim"],
         mask: Float[Tensor, "kv_heads context"],
         kept: Kept | None,
+        softcap: float | None,
+        sinks: Float[Tensor, "kv_heads group 1 1"] | None,
     ) -> Tensor:
-        context, own = _relative_logits(query, context_keys, keys, mask)
+        context, own, total = _logits(query, context_keys, keys, mask, softcap, sinks)
+        context, own = context - total, own - total
         out = torch.einsum("bhgtn,hnd->bhgtd", context.exp().where(_visible(mask), 0), context_values)
         out = out + torch.einsum("bhgts,bhsd->bhgtd", own.exp(), values)
         ctx.save_for_backward(query, context_keys, context_values, keys, values, mask, out)
-        ctx.kept = kept
+        ctx.kept, ctx.softcap, ctx.sinks = kept, softcap, sinks
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, context_keys, context_values, keys, values, mask, out = ctx.saved_tensors
         (gradient,) = gradients
-        context, own = _relative_logits(query, context_keys, keys, mask)
-        share, own = context.clamp(max=_LARGEST).exp(), own.exp()  # exp(l) / Z, also of what is not seen
+        context, own, total = _logits(query, context_keys, keys, mask, ctx.softcap, ctx.sinks)
+        bend = [_bend(logits, ctx.softcap) for logits in (context, own)]
+        share, own = (context - total).clamp(max=_LARGEST).exp(), (own - total).exp()  # exp(l) / Z, also of the unseen
         mean = (gradient * out).sum(-1, keepdim=True)
         pull = torch.einsum("bhgtd,hnd->bhgtn", gradient, context_values) - mean  # gradient . (v - o)
         remaining = torch.where(_visible(mask), (1 - share).clamp(min=_MIN_REMAINING), 1 + share)
         effect = (share / remaining * pull).sum((2, 3))
         effect = (effect.square() if ctx.kept is not None and ctx.kept.square else effect).sum(0)
         if not any(ctx.needs_input_grad[:5]):
-            return None, None, None, None, None, effect, None
-        by_context = torch.where(_visible(mask), share * pull, 0)
-        by_own = own * (torch.einsum("bhgtd,bhsd->bhgts", gradient, values) - mean)
+            return None, None, None, None, None, effect, None, None, None
+        by_context = torch.where(_visible(mask), share * pull, 0) * bend[0]
+        by_own = own * (torch.einsum("bhgtd,bhsd->bhgts", gradient, values) - mean) * bend[1]
         towards_query = torch.einsum("bhgtn,hnd->bhgtd", by_context, context_keys)
         towards_query = towards_query + torch.einsum("bhgts,bhsd->bhgtd", by_own, keys)
         towards_keys = torch.einsum("bhgts,bhgtd->bhsd", by_own, query)
         towards_values = torch.einsum("bhgts,bhgtd->bhsd", own, gradient)
-        return towards_query, None, None, towards_keys, towards_values, effect, None
+        return towards_query, None, None, towards_keys, towards_values, effect, None, None, None
+
+
+def _bend(capped_logits: Tensor, softcap: float | None) -> Tensor | float:
+    """Return how much capped logits rise with those that were capped; 0 where they are minus infinity."""
+    return 1.0 if softcap is None else 1 - (capped_logits / softcap).square().clamp(max=1)
 
 
 def _visible(mask: Tensor) -> Bool[Tensor, "kv_heads 1 1 context"]:
     return mask[:, None, None] > 0
 
 
-def _relative_logits(query: Tensor, context_keys: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits at all of the context and at the new tokens, less the log-sum-exp over what is visible."""
-    context = torch.einsum("bhgtd,hnd->bhgtn", query, context_keys)
+def _logits(
+    query: Tensor,
+    context_keys: Tensor,
+    keys: Tensor,
+    mask: Tensor,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits at all of the context and at the new tokens, and the log-sum-exp over what is visible."""
+    context = capped(torch.einsum("bhgtd,hnd->bhgtn", query, context_keys), softcap)
     later = torch.ones(keys.shape[2], keys.shape[2], dtype=torch.bool, device=keys.device).triu(1)
-    own = torch.einsum("bhgtd,bhsd->bhgts", query, keys).masked_fill(later, -torch.inf)
+    own = capped(torch.einsum("bhgtd,bhsd->bhgts", query, keys), softcap).masked_fill(later, -torch.inf)
     total = torch.cat([context.where(_visible(mask), -torch.inf), own], dim=-1).logsumexp(-1, keepdim=True)
-    return context - total, own - total
+    return context, own, total if sinks is None else torch.logaddexp(total, sinks)
 
 
 def student_logits(

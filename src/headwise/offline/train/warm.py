@@ -110,7 +110,8 @@ def _output_changes(
     context, record = states_of(lesson.whole, layer), lesson.teaching.records[layer]
     weight_out = lesson.whole.view.output_weight(layer).detach().float().unflatten(0, (len(context[0]), -1))
     own = record.keys[questions], record.values[questions]
-    out = kept_attention(record.query[questions], context, own, kept.mask[layer], kept)
+    special = {"softcap": record.softcap, "sinks": record.sinks}
+    out = kept_attention(record.query[questions], context, own, kept.mask[layer], kept, **special)
     full = torch.einsum("bhgtd,hgdo->bhto", record.out, weight_out)
     share = (lesson.teaching.weight / lesson.teaching.weight.sum())[:, None, :, None]
     spread = (share * (full - (share * full).sum((0, 2), keepdim=True)).square()).sum((0, 2, 3))
