@@ -201,6 +201,18 @@ def test_what_was_done_before_tells_nothing_about_the_time_left(clock, capsys):
         assert told(capsys) == ["headwise: 0 of 100 contexts, 01:00 elapsed"]
 
 
+def test_numbers_are_plain_large_and_broken_ones_too(clock, capsys):
+    with console.progress_bar("rows") as progress:
+        progress(0, 123456)
+        for done in (12345, 12345.678):
+            clock.now += 60
+            progress(done, 123456)
+    assert [line.split(" rows")[0] for line in told(capsys)] == [
+        "headwise: 12345 of 123456",
+        "headwise: 12345.68 of 123456",
+    ]
+
+
 def test_short_work_says_nothing_in_a_log(capsys):
     with console.progress_bar("contexts") as progress:
         progress(0, 1)
