@@ -30,9 +30,13 @@ def main() -> None:
     source = ["--model", arguments.model, *(["--data", arguments.data] if arguments.data else [])]
     profile = work / "profile.safetensors"
     if not profile.is_file():
-        headwise("profile", *source, "--scorer", ",".join(SCORERS), "--out", profile)
+        headwise("profile", *source, "--scorer", ",".join(SCORERS[1:]), "--out", profile)
+    bits = work / "bits.safetensors"  # of one scorer, for what bits cost takes room
+    if not bits.is_file():
+        headwise("profile", *source, "--scorer", SCORERS[0], "--entries", "native,int8,k8v4,int4", "--out", bits)
     for scorer in SCORERS:
-        headwise("solve", profile, "--scorer", scorer, "--out", work / f"{scorer}.safetensors")
+        made_from = bits if scorer == SCORERS[0] else profile
+        headwise("solve", made_from, "--scorer", scorer, "--out", work / f"{scorer}.safetensors")
     if not (work / "lkv.safetensors").is_file():
         headwise("train", *source, "--out", work / "lkv.safetensors")
     for name in (*SCORERS, "lkv"):

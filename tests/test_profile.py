@@ -127,6 +127,25 @@ def test_a_budget_knows_what_bits_cost_if_its_profile_does(loaded, whole, with_k
     assert any(layer.segments.quantised for layer in cache.frozen_layers)
 
 
+def test_what_bits_lose_counts_as_much_as_asked(with_kinds):
+    """Between the curve of native entries and that of the kind: less weight, more utility for entries in few bits."""
+    made = {weight: solve(with_kinds, "keydiff", bits_weight=weight) for weight in (0.0, 0.1, 1.0, 2.0)}
+    totals = []
+    for weight, budget in made.items():
+        assert all(budget.hull[name].equal(made[1].hull[name]) for name in budget.hull)
+        hull = budget.kinds["int4"]
+        totals.append(float(hull["protected"].sum() + (hull["width"] * hull["slope"]).sum()))
+        lost = [float(with_kinds.curve("keydiff", loss=loss).sum()) for loss in ("output", "int4")]
+        assert totals[-1] == pytest.approx(lost[0] + weight * (lost[1] - lost[0]), rel=1e-9)
+    assert totals == sorted(totals, reverse=True)
+    assert all(made[0].kinds["int4"][name].equal(tensor) for name, tensor in made[0].hull.items())
+    plain = solve(with_kinds, "keydiff")
+    assert all(plain.kinds["int4"][name].equal(tensor) for name, tensor in made[0.1].kinds["int4"].items())
+    for wrong in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(BadInput, match=r"bits_weight=.*: choose a number from 0 on"):
+            solve(with_kinds, "keydiff", bits_weight=wrong)
+
+
 def used(loaded, found, folder):
     """A model, a context, and a method with the budget that is solved from a profile."""
     solve(found, "keydiff").save(folder / "b.safetensors")

@@ -118,7 +118,13 @@ def test_the_recipe_runs_documented_commands(tmp_path, monkeypatch, data):
     monkeypatch.setattr(sys, "argv", ["x", "--model", "folder", "--name", "org/it", "--out", str(out), *data])
     module = recipe("ready")
     module.main()
-    assert [name for name, _ in lines] == ["profile", "solve", "solve", "solve", "train", *["shrink"] * 4]
+    assert [name for name, _ in lines] == ["profile", "profile", *["solve"] * 3, "train", *["shrink"] * 4]
+    assert [(found["scorer"], found["entries"]) for name, found in lines if name == "profile"] == [
+        ("expected,snapkv", "native"),
+        ("keydiff", "native,int8,k8v4,int4"),
+    ]
+    (bits,) = {found["out"] for name, found in lines if name == "profile" and found["scorer"] == "keydiff"}
+    assert [found["scorer"] for name, found in lines if name == "solve" and found["path"] == bits] == ["keydiff"]
     assert {file.name for file in out.iterdir()} == {
         f"{name}.safetensors" for name in ("lkv", "keydiff", "expected", "snapkv")
     }

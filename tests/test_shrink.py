@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import tiny_model
+from mixed_budgets import mixed_budget
 from random_gates import gates_for, make_gates
 
 from headwise.artifacts.budget import Budget
@@ -46,6 +47,22 @@ def test_a_budget_loses_its_curves_and_keeps_its_counts(tmp_path):
     assert after.origin == before.origin
     assert not after.evidence
     assert torch.allclose(after.fractions.double(), before.fractions, atol=1e-6)
+
+
+def test_hulls_of_fewer_bits_are_kept_in_float32(tmp_path):
+    model = tiny_model()
+    budget = mixed_budget(model)
+    budget.save(tmp_path / "b.safetensors")
+    found = shrink(tmp_path / "b.safetensors", tmp_path / "out.safetensors")
+    assert found.bytes_after < 0.7 * found.bytes_before
+    assert found.changed < 0.001
+    after = Budget.load(tmp_path / "out.safetensors")
+    assert after.kinds.keys() == budget.kinds.keys()
+    for kind, hull in after.kinds.items():
+        assert all(tensor.dtype == torch.float32 for tensor in hull.values())
+        assert all(
+            torch.allclose(hull[name].double(), tensor, rtol=1e-6) for name, tensor in budget.kinds[kind].items()
+        )
 
 
 def test_a_budget_in_half_precision_is_read_as_float32(tmp_path):
@@ -92,6 +109,12 @@ def test_what_is_shipped_for_two_models_is_small(tmp_path):
         make_gates(shape, size=0.05).save(tmp_path / "gates.safetensors", dtype=torch.float16)
         sizes += [(tmp_path / "gates.safetensors").stat().st_size, 3 * 4 * shape.num_heads * (2 * 150 + 36 + 19)]
     assert sum(sizes) < 3.5e6
+
+
+def test_what_is_shipped_is_below_4_mb():
+    files = list((reference_path().parent / "ready").glob("*/*.safetensors"))
+    assert len(files) == 8
+    assert sum(file.stat().st_size for file in files) <= 4e6
 
 
 def test_the_small_file_says_what_it_was_made_for(tmp_path):

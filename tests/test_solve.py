@@ -338,6 +338,7 @@ WRONG = {
     "{dir}/p.safetensors --out {dir}/b --scorer keydiff --loss published --check": "and --check",
     "{dir}/p.safetensors --out {dir}/b --scorer keydiff --loss published --ratios 0.5": "leave out --ratios",
     "{dir}/p.safetensors --out {dir}/b --scorer snapkv --loss published": "headwise profile --published",
+    "{dir}/one.safetensors --out {dir}/b --bits-weight 1": "a profile made with --entries",
     "{dir}/one.safetensors --out {dir}/nowhere/b": "does not exist; create it first",
     "{dir}/nowhere --out {dir}/b": "is not a file",
 }

@@ -60,7 +60,8 @@ class _Log:
         if now < self._next:
             return
         self._next = now + NEXT_LINE
-        parts = [f"{f'{done:.2f}'.rstrip('0').rstrip('.')} of {total} {self.unit}", f"{_clock(now - self._began)} elapsed"]
+        number = f"{done:.2f}".rstrip("0").rstrip(".")
+        parts = [f"{number} of {total} {self.unit}", f"{_clock(now - self._began)} elapsed"]
         if done > self._first:
             parts.append(f"about {_clock((now - self._began) * (total - done) / (done - self._first))} left")
         print(f"headwise: {', '.join(parts)}{f': {shown(text)}' if text else ''}", file=sys.stderr, flush=True)

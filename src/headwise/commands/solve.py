@@ -27,6 +27,10 @@ DomainWeights = Annotated[str | None, typer.Option(help="Such as code=2,text=1; 
 Loss = Annotated[
     str, typer.Option(help="output, normalised (LU-KV's code), raw (its formula), or published (averaged).")
 ]
+BitsWeight = Annotated[
+    float | None,
+    typer.Option(help="For --entries auto: how much of what fewer bits lose counts; left out: 0.1."),
+]
 Check = Annotated[bool, typer.Option("--check", help="Compare with exact dynamic programming.")]
 
 AVERAGED = "published"  # the loss whose budgets are averages of solutions
@@ -39,6 +43,7 @@ def solve(
     ratios: Ratios = None,
     domain_weights: DomainWeights = None,
     loss: Loss = "output",
+    bits_weight: BitsWeight = None,
     check: Check = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,8 +57,13 @@ def solve(
     name = scorer or next(iter(profile.curves))
     weights = None if domain_weights is None else dict(_weight(part) for part in split(domain_weights))
     grid = _grid(ratios, loss, check)
+    if bits_weight is not None and (loss != "output" or not profile.kinds(name)):
+        raise BadInput(
+            "--bits-weight is for --entries auto: it needs --loss output and a profile made with --entries "
+            "native,int8,k8v4,int4."
+        )
     start = time.perf_counter()
-    budget = _solved(profile, name, grid, weights, loss)
+    budget = _solved(profile, name, grid, weights, loss, bits_weight)
     seconds = time.perf_counter() - start
     budget.save(out)
     points = budget.ratios.tolist()
@@ -90,14 +100,20 @@ def _grid(ratios: str | None, loss: str, check: bool) -> Sequence[float | Fracti
 
 
 def _solved(
-    profile: "Profile", scorer: str, grid: Sequence[float | Fraction], weights: dict[str, float] | None, loss: str
+    profile: "Profile",
+    scorer: str,
+    grid: Sequence[float | Fraction],
+    weights: dict[str, float] | None,
+    loss: str,
+    bits_weight: float | None,
 ) -> "Budget":
     from headwise.offline.solve import published
     from headwise.offline.solve import solve as run
 
     if loss == AVERAGED:
         return published(profile, scorer, domain_weights=weights)
-    return run(profile, scorer, ratios=grid, domain_weights=weights, loss=loss)
+    bits = {} if bits_weight is None else {"bits_weight": bits_weight}
+    return run(profile, scorer, ratios=grid, domain_weights=weights, loss=loss, **bits)
 
 
 def _checked(

@@ -3,6 +3,7 @@
 The effect is measured before anything is written: which entries would be kept, and how many.
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,10 +68,16 @@ def _gates(path: Path, out: Path, model: str | None) -> tuple[float, float]:
 def _budget(path: Path, out: Path, model: str | None) -> float:
     budget = Budget.load(path)
     origin = budget.origin if model is None else replace(budget.origin, model=model)
-    hull = {name: tensor.float() for name, tensor in budget.hull.items()}
-    small = replace(budget, origin=origin, fractions=budget.fractions.float(), hull=hull, evidence={})
+    hull = _singles(budget.hull)
+    kinds = {kind: _singles(tensors) for kind, tensors in budget.kinds.items()}
+    small = replace(budget, origin=origin, fractions=budget.fractions.float(), hull=hull, kinds=kinds, evidence={})
     small.save(out)
-    return _changed_counts(budget, small) if hull else 0.0
+    hulls = [(budget.hull, hull), *((budget.kinds[kind], kinds[kind]) for kind in kinds)] if hull else []
+    return max((_changed_counts(budget, before, after) for before, after in hulls), default=0.0)
+
+
+def _singles(hull: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.float() for name, tensor in hull.items()}
 
 
 def _halve(module: Any, part: str) -> Any:
@@ -113,13 +120,13 @@ def _shared_entries(before: EntryScores, after: EntryScores) -> float:
     return least
 
 
-def _changed_counts(before: Budget, after: Budget) -> float:
-    """Return the most by which a head's share of TOKENS changes, over the ratios of the table."""
-    heads, protected, counts = before.origin.shape.num_heads, before.hull["protected"].shape[1], []
-    for budget in (before, after):
-        hulls = Hulls(width=budget.hull["width"], slope=budget.hull["slope"])
-        totals = [round(ratio * heads * TOKENS) for ratio in before.ratios.tolist()]
-        counts.append([lukv_counts(budget.hull["protected"], hulls, TOKENS, protected, total, 1) for total in totals])
+def _changed_counts(budget: Budget, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> float:
+    """Return the most by which a head's share of TOKENS changes, over the ratios of the table, between two hulls."""
+    heads, protected, counts = budget.origin.shape.num_heads, before["protected"].shape[1], []
+    totals = [round(ratio * heads * TOKENS) for ratio in budget.ratios.tolist()]
+    for hull in (before, after):
+        hulls = Hulls(width=hull["width"], slope=hull["slope"])
+        counts.append([lukv_counts(hull["protected"], hulls, TOKENS, protected, total, 1) for total in totals])
     return max(float((a - b).abs().max()) / TOKENS for a, b in zip(*counts, strict=True))
 
 

@@ -18,6 +18,7 @@ from headwise.errors import BadInput
 
 RATIOS = tuple(Fraction(n, 100) for n in (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90))
 CHECK_STEPS = 64  # of a head, in the comparison with dynamic programming
+BITS_WEIGHT = 0.1  # what bits lose counts so much of what eviction loses (docs/decisions.md: tuned on needles and text)
 GRID = 2**16  # entries of a head from which fractions are read off; the hulls in the file are exact
 
 
@@ -44,6 +45,7 @@ def solve(
     ratios: Sequence[float | Fraction] = RATIOS,
     domain_weights: Mapping[str, float] | None = None,
     loss: str = LOSSES[0],
+    bits_weight: float = BITS_WEIGHT,
 ) -> Budget:
     """Solve the Budget of a scorer from its profile (LU-KV, arXiv 2602.08585).
 
@@ -59,6 +61,8 @@ def solve(
         How much each domain counts; None: as many contexts as it has.
     loss
         The curve that is solved: "output", "normalised" or "raw".
+    bits_weight
+        How much of what fewer bits lose counts, 0 or more: with 1 as much as what eviction loses. For `entries="auto"`.
 
     Returns
     -------
@@ -70,18 +74,19 @@ def solve(
     Raises
     ------
     BadInput
-        If the scorer, the loss or a domain is unknown, or a ratio is outside (0, 1).
+        If the scorer, the loss or a domain is unknown, a ratio is outside (0, 1), or the weight is below 0.
     """
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise BadInput(f"ratios {[float(ratio) for ratio in ratios]} must lie strictly between 0 and 1.")
+    if not 0 <= bits_weight < float("inf"):
+        raise BadInput(f"bits_weight={bits_weight}: choose a number from 0 on, such as {BITS_WEIGHT}.")
     _require_loss(loss)
     kinds = profile.kinds(scorer) if loss == LOSSES[0] else ()
     exact = sorted({Fraction(str(ratio)) for ratio in ratios})
     shape = profile.origin.shape
-    solved, *others = [
-        _hull(profile.curve(scorer, domain_weights, loss=curve), sum(profile.protection[scorer]))
-        for curve in (loss, *kinds)
-    ]
+    native, protected = profile.curve(scorer, domain_weights, loss=loss), sum(profile.protection[scorer])
+    solved = _hull(native, protected)
+    few = {kind: profile.curve(scorer, domain_weights, loss=kind) for kind in kinds}
     hulls = Hulls(width=solved["width"], slope=solved["slope"])
     heads = len(hulls.width)
     rows = [share(hulls, entries=GRID, total=int(ratio * GRID * heads)) for ratio in exact]
@@ -92,7 +97,7 @@ def solve(
         origin=_origin(profile, scorer, loss),
         hull=solved,
         evidence={k: profile.curve(scorer, domain_weights, loss=v).float() for k, v in evidence.items()},
-        kinds=dict(zip(kinds, others, strict=True)),
+        kinds={kind: _hull(native.lerp(curve, bits_weight), protected) for kind, curve in few.items()},
     )
 
 
