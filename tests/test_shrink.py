@@ -13,6 +13,7 @@ from headwise.artifacts.budget import Budget
 from headwise.artifacts.gates import Gates
 from headwise.artifacts.tensors import describe
 from headwise.errors import ArtifactMismatch, BadInput
+from headwise.kernels.quantised import ENTRIES
 from headwise.models.families import view
 from headwise.models.loading import reference_path
 from headwise.offline.shrink import shrink
@@ -115,6 +116,8 @@ def test_what_is_shipped_is_below_4_mb():
     files = list((reference_path().parent / "ready").glob("*/*.safetensors"))
     assert len(files) == 8
     assert sum(file.stat().st_size for file in files) <= 4e6
+    knowing = [file for file in files if file.stem != "lkv" and Budget.load(file).kinds.keys() == set(ENTRIES)]
+    assert [file.stem for file in knowing] == ["keydiff", "keydiff"]  # for --entries auto
 
 
 def test_the_small_file_says_what_it_was_made_for(tmp_path):
