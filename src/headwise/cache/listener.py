@@ -41,5 +41,6 @@ class Listener:
 
         `layer` counts the compressible layers. `mask` says which tail tokens each query sees (None: all). Logits are
         `scaling * query @ key`, queries and keys being rotated already. A soft cap and sinks are given
-        where a model has them: `capped`, and one more logit for every query head.
+        where a model has them: logits are `softcap * tanh(logits / softcap)` then, and every query head has one more
+        logit, which takes attention and has no value.
         """
