@@ -44,10 +44,11 @@ def test_the_whole_cache_of_a_reading_is_everything():
     assert bool((reading.whole.lengths == 50).all())
 
 
-def test_a_scorer_that_reads_twice_watches_alone():
+@pytest.mark.parametrize("names", [("kvzip", "keydiff"), ("keydiff", "kvzip")])
+def test_scorers_that_read_in_other_ways_do_not_watch_together(names):
     model, ids = tiny_model(), random_ids(1, 50)
-    with pytest.raises(BadInput, match="KVzip reads the context twice"):
-        read(model, ids, [Method.parse(name).scorer for name in ("kvzip", "keydiff")])
+    with pytest.raises(BadInput, match="do not read the context in the same way"):
+        read(model, ids, [Method.parse(name).scorer for name in names])
 
 
 def test_a_scorer_that_did_not_watch_cannot_cut():
@@ -57,10 +58,10 @@ def test_a_scorer_that_did_not_watch_cannot_cut():
         reading.cut("knorm", 0.5)
 
 
-def test_one_repetition_of_the_context_serves_every_keep():
+def test_one_repetition_of_the_context_serves_every_keep_and_scorer():
     model, ids = tiny_model(), random_ids(1, 60)
-    reading = read(model, ids, [Method.parse("kvzip").scorer])
-    for method, keep in (("kvzip", 0.3), ("kvzip", 0.6), ("kvzip+uniform", 0.3)):
+    reading = read(model, ids, [Method.parse(name).scorer for name in ("kvzip", "kvzip-l2")])
+    for method, keep in (("kvzip", 0.3), ("kvzip", 0.6), ("kvzip+uniform", 0.3), ("kvzip-l2", 0.3)):
         cut, own = reading.cut(method, keep), headwise.compress(model, ids, method, keep=keep)
         assert torch.equal(cut.lengths, own.lengths)
         assert (cut.nbytes, cut.peak_nbytes) == (own.nbytes, own.peak_nbytes)

@@ -172,12 +172,12 @@ def test_the_full_cache_is_let_go_before_the_document_is_read_again(llama, monke
 
 
 def test_one_reading_serves_every_method_and_keep_that_can_share_it(llama):
-    rows = compared(llama, methods=["full", "keydiff", "snapkv+adakv", "kvzip"], keep=[0.6, "45tok"])
+    rows = compared(llama, methods=["full", "keydiff", "snapkv+adakv", "kvzip", "kvzip-l2"], keep=[0.6, "45tok"])
     assert [(row.method, row.keep) for row in rows] == [
         ("full", 1.0),
-        *((method, keep) for method in ("keydiff", "snapkv+adakv", "kvzip") for keep in (0.6, "45tok")),
+        *((method, keep) for method in ("keydiff", "snapkv+adakv", "kvzip", "kvzip-l2") for keep in (0.6, "45tok")),
     ]
-    assert [row.prefill_shared_by for row in rows] == [1, 4, 4, 4, 4, 2, 2]
+    assert [row.prefill_shared_by for row in rows] == [1, 4, 4, 4, 4, 4, 4, 4, 4]
     assert len({row.prefill_seconds for row in rows}) == 3
     assert all(row.prefill_seconds > 0 for row in rows)
 

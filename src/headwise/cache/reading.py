@@ -123,14 +123,9 @@ class Reading:
         return meter
 
 
-def can_share(scorer: AbstractScorer) -> bool:
-    """Whether a scorer can watch a reading together with others: it needs no second pass."""
-    return scorer.replay is None
-
-
 def can_watch(scorer: AbstractScorer) -> bool:
     """Whether a scorer's scores depend on nothing but one prefill: neither on a second one nor on the budget."""
-    return can_share(scorer) and not scorer.needs_budget
+    return scorer.replay is None and not scorer.needs_budget
 
 
 def read(
@@ -142,14 +137,15 @@ def read(
     prefill_chunk_size: int | None = None,
     progress: Progress | None = None,
 ) -> Reading:
-    """Read a context once while `scorers` watch; twice for one that needs it, which watches alone.
+    """Read a context once while `scorers` watch; twice if they need it, and all in the same way (`replay`).
 
-    Raises BadInput for such a one among others, and what `compress` raises.
+    Raises BadInput if they do not, and what `compress` raises.
     """
     for scorer in scorers:
-        if len(scorers) > 1 and not can_share(scorer):
+        if scorer.replay != scorers[0].replay:
             raise BadInput(
-                f"{type(scorer).__name__} reads the context twice and cannot watch with others: read it alone."
+                f"{type(scorer).__name__} and {type(scorers[0]).__name__} do not read the context in the same way: "
+                "read it for each of them."
             )
     model_view = view(model)
     watching = _Watching([scorer.resolve(model_view.shape, model_view.config_hash) for scorer in scorers])

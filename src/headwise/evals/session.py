@@ -1,7 +1,8 @@
 """Measure all methods, keeps and kinds of entries on one sample: read once, cut many ways, asked together.
 
-Methods share a reading of the context where they can (reading.py). The cut caches are continued as one batch
-(RaggedCache.join), so a sweep costs little more than its slowest answer. The full cache answers by itself.
+Methods share a reading of the context (reading.py): one for those that read once, one for those that read twice. The
+cut caches are continued as one batch (RaggedCache.join), so a sweep costs little more than its slowest answer. The full
+cache answers by itself.
 """
 
 import time
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from headwise.cache.cache import RaggedCache
 from headwise.cache.compress import Progress, compress
-from headwise.cache.reading import can_share, read
+from headwise.cache.reading import read
 from headwise.errors import BadInput
 from headwise.evals.answers import (
     FULL,
@@ -29,7 +30,7 @@ from headwise.evals.answers import (
 )
 from headwise.evals.fidelity import LOGITS_BYTES, Continuations, Fidelity, Yardstick
 from headwise.evals.oracle import as_method, foresee
-from headwise.interfaces import AbstractScorer
+from headwise.interfaces import Replay
 from headwise.kernels.quantised import NATIVE
 from headwise.methods.keep import Keep, parse_keep
 from headwise.methods.method import Method
@@ -239,17 +240,15 @@ class _Measurement:
 
     def _cuts(self, settings: Sequence[Setting]) -> Iterator[_Cut]:
         """Yield every setting's cache, the seconds its reading took, and how many settings that reading serves."""
-        by_reading: dict[tuple[AbstractScorer, ...], list[Setting]] = {}
+        by_reading: dict[Replay | None, list[Setting]] = {}
         methods = {one.method: as_method(one.method, self.tokenizer, chat=self.chat) for one in settings}
         if self.session.reading != EXACT:
             yield from self._read_apart(settings, methods)
             return
-        watching = (m.scorer for name, m in methods.items() if name != ORACLE and can_share(m.scorer))
-        shared = tuple(dict.fromkeys(watching))
         for setting in settings:
-            scorer = methods[setting.method].scorer
-            by_reading.setdefault(shared if can_share(scorer) else (scorer,), []).append(setting)
-        for scorers, served in by_reading.items():
+            by_reading.setdefault(methods[setting.method].scorer.replay, []).append(setting)
+        for served in by_reading.values():
+            scorers = list(dict.fromkeys(methods[one.method].scorer for one in served if one.method != ORACLE))
             start = time.perf_counter()
             chunk_size = self.session.prefill_chunk_size
             reading = read(self.model, self.tokens.context, scorers, prefill_chunk_size=chunk_size)
