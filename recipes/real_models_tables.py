@@ -58,7 +58,7 @@ def pages(runs: Path) -> Iterator[str]:
         methods = json.loads((found[0] / RUN).read_text(encoding="utf-8"))["methods"]
         records = sorted(fully_measured(whole.records), key=lambda record: methods.index(record.method))
         least = 0.0 if name.startswith("longbench") else ANSWERED
-        yield from section(summarise(replace(whole, records=records)), f"{model}, {name}, {protocol}", least)
+        yield from section(summarise(replace(whole, records=tuple(records))), f"{model}, {name}, {protocol}", least)
 
 
 def fully_measured(records: Sequence[Record]) -> list[Record]:
@@ -83,7 +83,7 @@ def section(summary: Summary, title: str, least: float) -> Iterator[str]:
     answered = [task for task in summary.tasks if summary.cells[full, task].quality.value >= least]
     left = [task.label for task in summary.tasks if task not in answered]
     names = {task.name for task in answered}
-    some = replace(summary.section, records=[r for r in summary.section.records if r.task in names])
+    some = replace(summary.section, records=tuple(r for r in summary.section.records if r.task in names))
     told = f" Left out, for the full cache answers less than half: {', '.join(left)}." if left else ""
     yield f"{samples} samples a task, {len(answered)} tasks.{told}\n"
     if answered:
@@ -92,8 +92,9 @@ def section(summary: Summary, title: str, least: float) -> Iterator[str]:
         yield from table(part, "of_full", 2)
     yield f"KL to the full cache, nats per token of its answers, all {len(summary.tasks)} tasks:\n"
     yield from table(summary, "kl", 3)
-    yield f"Score of every task at {MAIN_KEEP}:\n"
-    yield from tasks_table(summary)
+    keep = MAIN_KEEP if MAIN_KEEP in summary.keeps else summary.keeps[-1]
+    yield f"Score of every task at {keep}:\n"
+    yield from tasks_table(summary, keep)
 
 
 def table(summary: Summary, measure: str, digits: int) -> Iterator[str]:
@@ -109,11 +110,11 @@ def table(summary: Summary, measure: str, digits: int) -> Iterator[str]:
     yield ""
 
 
-def tasks_table(summary: Summary) -> Iterator[str]:
+def tasks_table(summary: Summary, keep: str) -> Iterator[str]:
     """Methods by tasks."""
     yield f"| | {' | '.join(task.label for task in summary.tasks)} |"
     yield f"|---|{'---|' * len(summary.tasks)}"
-    rows: Sequence[Setting] = [Setting(FULL, "1"), *(curve.at(MAIN_KEEP) for curve in summary.curves)]
+    rows: Sequence[Setting] = [Setting(FULL, "1"), *(curve.at(keep) for curve in summary.curves)]
     for setting in rows:
         cells = [summary.cells.get((setting, task)) for task in summary.tasks]
         texts = [f"{cell.quality.value:.2f}" if cell else "" for cell in cells]

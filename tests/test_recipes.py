@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import typer
+from test_report_results import RUN as RUN_JSON
+from test_report_results import record
 
 from headwise import cli
 from headwise.errors import BadInput
@@ -190,3 +192,18 @@ def test_tables_are_of_samples_that_every_method_has():
     whole += [record("t", 0, "lkv", "0.15", entries) for entries in ("native", "int4")]
     half = [record("t", 1, "full", "1", "native"), record("t", 1, "lkv", "0.15", "native")]
     assert module.fully_measured([*whole, *half]) == whole
+
+
+@pytest.mark.parametrize(("name", "share"), [("ruler-1k", "0.50"), ("longbench-2k", "0.60")])
+def test_means_of_ruler_are_over_tasks_the_full_cache_answers_those_of_longbench_over_all(tmp_path, name, share):
+    for task, full, kept in (("high", 1.0, 0.5), ("low", 0.25, 0.25)):
+        folder = tmp_path / "model" / name / "query-agnostic" / task
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(RUN_JSON))
+        known = {"task": f"s:{task}", "kl": 0.0}
+        lines = [record("full", full, **known) | {"keep": "1"}, record("snapkv", kept, **known)]
+        (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "\n".join(recipe("real_models_tables").pages(tmp_path))
+    assert f"| `snapkv` | {share}" in text
+    assert ("Left out" in text) == (name == "ruler-1k")
+    assert "Score of every task at 0.25" in text
